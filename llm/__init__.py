@@ -1,0 +1,1 @@
+"""Pretrain GPT-style language models with JAX and Flax, and see the probability of every token."""

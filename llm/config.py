@@ -1,0 +1,493 @@
+"""Every setting: its type, default and meaning, and how a file and flags become one Config.
+
+A TOML file gives what differs from the defaults here, flags give what differs from the file:
+
+    python train.py configs/quickstart.toml --training.steps 500
+
+Data, not code: reading a configuration executes nothing of its author's. Defaults exist here and
+nowhere else. Nothing in this file imports JAX, so `--help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
+from pydantic import PositiveFloat, PositiveInt
+
+from llm.errors import UsageError
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
+AxisSize = Annotated[int, Field(ge=-1)]
+# TOML has lists, a frozen setting holds a tuple.
+Sources = Annotated[
+    str | tuple[str, ...],
+    pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """One setting: its default and its meaning, which is also its line in --help."""
+    return Field(default=default, description=meaning)
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown names and values of another type are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    """Where the run lives and what makes it repeatable."""
+
+    dir: str = setting("", "run directory; empty: runs/<name of the configuration file>")
+    seed: int = setting(1337, "seed of initialisation, data order and dropout")
+    allow_change: bool = setting(
+        False, "on resume, accept another learning rate, schedule or batch size, and record it"
+    )
+
+
+class DataConfig(Section):
+    """Which documents are read and how they are split."""
+
+    source: Sources = setting(
+        "stdlib",
+        "a path, folder, glob, URL (fetched once and cached), 'stdlib' (the source code of the Python "
+        "standard library), or 'hf:NAME' (a Hugging Face dataset, streamed); or a list of these",
+    )
+    validation: str = setting(
+        "documents:0.05",
+        "held-out text: 'documents:F' holds out a fraction F of the documents, chosen by the hash "
+        "of their text; 'tail:F' the last fraction F of all tokens; 'none' nothing",
+    )
+    errors: Literal["strict", "replace"] = setting(
+        "strict", "bytes that are not UTF-8: stop with their place, or replace (and count) them"
+    )
+    text_field: str = setting("text", "name of the text field in json, jsonl, parquet and hub data")
+    cache_dir: str = setting(
+        "", "where token shards and downloads are kept; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
+    )
+    workers: NonNegativeInt = setting(0, "processes that tokenise; 0: one for each core")
+
+    @pydantic.field_validator("validation")
+    @classmethod
+    def _check_validation(cls, value: str) -> str:
+        kind, _, fraction = value.partition(":")
+        if value == "none":
+            return value
+        try:
+            valid = kind in ("documents", "tail") and 0.0 < float(fraction) < 1.0
+        except ValueError:
+            valid = False
+        if not valid:
+            raise ValueError("expected 'documents:F' or 'tail:F' with 0 < F < 1, or 'none'")
+        return value
+
+
+class TokenizerConfig(Section):
+    """How text becomes token ids."""
+
+    kind: str = setting(
+        "bytes",
+        "'bytes' (256 and an end of text), 'characters' (those of the corpus), 'bpe' (trained on "
+        "the corpus), or the name of a tiktoken encoding: gpt2, cl100k_base, o200k_base",
+    )
+    vocab_size: PositiveInt = setting(4096, "tokens of a 'bpe' vocabulary; other kinds have their own")
+
+
+class ModelConfig(Section):
+    """One GPT whose parts are switches. The defaults are GPT-2's block."""
+
+    n_layer: PositiveInt = setting(6, "blocks")
+    n_head: PositiveInt = setting(6, "attention heads")
+    n_kv_head: NonNegativeInt = setting(
+        0, "key/value heads: n_head is multi-head, fewer grouped-query, 1 multi-query; 0: n_head"
+    )
+    d_model: PositiveInt = setting(384, "width of the residual stream")
+    d_ff: NonNegativeInt = setting(
+        0, "width of the MLP; 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu"
+    )
+    context_length: PositiveInt = setting(256, "tokens the model can see at once")
+    positions: Literal["learned", "rotary", "none"] = setting("learned", "how position enters")
+    rope_theta: PositiveFloat = setting(10000.0, "base of the rotary frequencies")
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each sub-layer")
+    norm_epsilon: PositiveFloat = setting(1e-5, "added to the variance inside a norm")
+    bias: bool = setting(True, "biases in linear layers and norms")
+    activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"] = setting(
+        "gelu_tanh", "non-linearity of the MLP; gelu_tanh is GPT-2's approximation of gelu"
+    )
+    qk_norm: bool = setting(False, "RMS-normalise queries and keys, head by head")
+    dropout: DropoutRate = setting(0.0, "on embeddings, attention weights and residual branches")
+    tie_embeddings: bool = setting(True, "use the token embedding as the output head")
+    logit_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(logits / c); 0: off")
+    init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
+    zero_init_projections: bool = setting(
+        False, "start each residual projection at zero instead of init_std / sqrt(2 n_layer)"
+    )
+    vocab_multiple: PositiveInt = setting(
+        64, "pad the vocabulary to a multiple of this; padding is never predicted"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.d_model % self.n_head:
+            raise ValueError(
+                f"model.d_model = {self.d_model} is not divisible by model.n_head = {self.n_head}"
+                f"; the nearest that is: {_nearest_multiple(self.d_model, self.n_head)}"
+            )
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
+            raise ValueError(
+                f"model.n_head = {self.n_head} is not divisible by model.n_kv_head = "
+                f"{self.n_kv_head}; it can be one of {divisors}"
+            )
+        if self.positions == "rotary" and self.head_size % 2:
+            raise ValueError(
+                f"model.positions = 'rotary' needs an even head size, found d_model / n_head = "
+                f"{self.head_size}"
+            )
+        return self
+
+    @property
+    def head_size(self) -> int:
+        return self.d_model // self.n_head
+
+    def resolved(self) -> Self:
+        """The same model with every size that follows from another written out."""
+        swiglu_width = -(-8 * self.d_model // (3 * 64)) * 64
+        default_width = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
+        return self.model_copy(
+            update={"n_kv_head": self.n_kv_head or self.n_head, "d_ff": self.d_ff or default_width}
+        )
+
+
+class OptimizerConfig(Section):
+    """The update rule and the learning rate over time."""
+
+    kind: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw, or muon for hidden matrices with adamw for everything else"
+    )
+    learning_rate: PositiveFloat = setting(6e-4, "peak learning rate (of adamw's part)")
+    min_learning_rate: NonNegativeFloat = setting(6e-5, "learning rate at the end of decay")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
+        "cosine", "after warmup: cosine or linear to the end, constant, or warmup-stable-decay"
+    )
+    warmup_steps: NonNegativeInt = setting(100, "steps from zero to the peak")
+    decay_fraction: Probability = setting(0.2, "last fraction of the steps in which wsd decays")
+    weight_decay: NonNegativeFloat = setting(0.1, "decoupled; on matrices only")
+    beta1: DropoutRate = setting(0.9, "adamw: decay of the first moment")
+    beta2: DropoutRate = setting(0.95, "adamw: decay of the second moment")
+    epsilon: PositiveFloat = setting(1e-8, "adamw: added to the root of the second moment")
+    grad_clip: NonNegativeFloat = setting(1.0, "clip gradients to this global norm; 0: off")
+    muon_learning_rate: PositiveFloat = setting(0.02, "muon: peak learning rate of hidden matrices")
+    muon_momentum: DropoutRate = setting(0.95, "muon: Nesterov momentum")
+
+
+class TrainingConfig(Section):
+    """The step and the loop around it."""
+
+    steps: PositiveInt = setting(5000, "optimizer steps in the whole run")
+    batch_size: PositiveInt = setting(64, "sequences per step, over all devices")
+    micro_batch_size: NonNegativeInt = setting(
+        0, "sequences per forward pass, over all devices; smaller accumulates gradients; 0: batch_size"
+    )
+    eval_every: NonNegativeInt = setting(250, "steps between evaluations; 0: only at the end")
+    eval_batch_size: NonNegativeInt = setting(0, "sequences per evaluation batch; 0: batch_size")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "of matrix products; auto: bfloat16 on accelerators, float32 on CPU"
+    )
+    label_smoothing: DropoutRate = setting(0.0, "probability spread evenly over the vocabulary")
+    z_loss: NonNegativeFloat = setting(0.0, "weight of log(Z)^2, which keeps logits near zero")
+    loss_chunk: NonNegativeInt = setting(
+        0, "positions whose logits exist at once in the loss; 0: chosen by vocabulary and batch"
+    )
+    on_nonfinite: Literal["stop", "skip"] = setting(
+        "stop", "when loss or gradients are not finite: stop (exit 5), or skip that update"
+    )
+    max_skipped: PositiveInt = setting(10, "skipped updates in a row after which to stop")
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
+
+    @pydantic.model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"training.batch_size = {self.batch_size} is not divisible by "
+                f"training.micro_batch_size = {self.micro_batch_size}"
+            )
+        return self
+
+
+class MeshConfig(Section):
+    """How many devices along each axis; -1 takes the rest, on at most one axis."""
+
+    data: AxisSize = setting(-1, "copies of the model, each with its share of the batch")
+    fsdp: AxisSize = setting(1, "shares of weights and optimizer, gathered as they are used")
+    tensor: AxisSize = setting(1, "shares of heads, MLP columns and vocabulary")
+    context: AxisSize = setting(1, "shares of the sequence")
+
+    @pydantic.model_validator(mode="after")
+    def _check_axes(self) -> Self:
+        sizes = [self.data, self.fsdp, self.tensor, self.context]
+        if sizes.count(-1) > 1 or 0 in sizes:
+            raise ValueError(
+                f"mesh sizes are positive, with -1 ('the rest') on at most one axis; found "
+                f"data={self.data} fsdp={self.fsdp} tensor={self.tensor} context={self.context}"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When the state is saved and which saves stay."""
+
+    every: NonNegativeInt = setting(250, "steps between checkpoints; 0: only at the end")
+    keep: PositiveInt = setting(2, "newest checkpoints that stay")
+    keep_best: bool = setting(True, "also save and keep the step with the lowest validation loss")
+
+
+class LoggingConfig(Section):
+    """Where progress is written, beside RUN/metrics.jsonl."""
+
+    every: PositiveInt = setting(1, "steps between lines of metrics.jsonl")
+    progress: Literal["auto", "bar", "plain", "none"] = setting(
+        "auto", "progress on the terminal; auto: a bar on a terminal, plain lines elsewhere"
+    )
+    tensorboard: bool = setting(False, "also write RUN/tensorboard (needs the 'tensorboard' extra)")
+    wandb_project: str = setting("", "also log to this W&B project (needs the 'wandb' extra)")
+
+
+class SamplingConfig(Section):
+    """How the next token is drawn, in evaluation samples and as sample.py's defaults."""
+
+    prompt: str = setting("", "text to continue; empty: start from an end of text")
+    max_new_tokens: NonNegativeInt = setting(200, "tokens to write after the prompt")
+    num_samples: PositiveInt = setting(1, "samples of each prompt")
+    temperature: NonNegativeFloat = setting(0.8, "divides the logits; 0: greedy")
+    top_k: NonNegativeInt = setting(0, "keep the k likeliest tokens; 0: all")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = setting(
+        1.0, "keep the likeliest tokens that reach this mass together"
+    )
+    min_p: Probability = setting(0.0, "keep tokens at least this fraction as likely as the likeliest")
+    seed: int = setting(1337, "sample i is a function of seed and i alone")
+
+
+class DistributedConfig(Section):
+    """Processes of one run; left empty, JAX finds them by itself on known clusters."""
+
+    coordinator: str = setting("", "host:port of process 0")
+    num_processes: NonNegativeInt = setting(0, "processes in all")
+    process_id: AxisSize = setting(-1, "this process, from 0")
+
+
+class Config(Section):
+    """All settings of a run."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sample: SamplingConfig = SamplingConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _check_across_sections(self) -> Self:
+        optimizer = self.optimizer
+        decays = optimizer.schedule != "constant"
+        if decays and optimizer.min_learning_rate > optimizer.learning_rate:
+            raise ValueError(
+                f"optimizer.min_learning_rate = {optimizer.min_learning_rate} is above "
+                f"optimizer.learning_rate = {optimizer.learning_rate}"
+            )
+        return self
+
+    def resolved(self) -> Self:
+        """The same settings with every size that follows from another written out."""
+        return self.model_copy(update={"model": self.model.resolved()})
+
+
+def load_config(path: str | Path | None, flags: Sequence[str] = (), program: str = "train.py") -> Config:
+    """Defaults, then the file, then the flags.
+
+    Args:
+      path: a TOML file, or None for the defaults alone.
+      flags: `--section.key value` words, as the shell gave them. `--help` prints and exits 0.
+      program: the name that --help shows.
+    Raises:
+      UsageError: naming the setting, what was found and what was expected.
+    """
+    values = read_toml(path) if path is not None else {}
+    name = str(path) if path is not None else "the defaults"
+    base = validate(values, where=name)
+    _overlay(values, parse_flags(base, flags, program))
+    return validate(values, where="the flags" if flags else name)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file as nested dictionaries."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except FileNotFoundError:
+        near = sorted(str(p) for p in Path("configs").glob("*.toml"))
+        hint = f"; there are: {', '.join(near)}" if near else ""
+        raise UsageError(f"no configuration file at {path}{hint}") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder; expected a TOML configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as TOML; `validate(tomllib.loads(...))` gives an equal one."""
+    import tomli_w
+
+    return tomli_w.dumps(config.model_dump(mode="json"))
+
+
+def validate(values: Mapping[str, Any], where: str) -> Config:
+    """Nested dictionaries to a Config; every wrong setting is named in one UsageError."""
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise UsageError(f"in {where}: " + "\n  ".join(lines)) from None
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """`section.key` -> (old, new) for every setting that is not equal."""
+    before, after = flatten(old), flatten(new)
+    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """`section.key` -> value, in the order of the sections."""
+    return {
+        f"{section}.{key}": value
+        for section, settings in config.model_dump(mode="json").items()
+        for key, value in settings.items()
+    }
+
+
+def parse_flags(base: Config, flags: Sequence[str], program: str) -> dict[str, dict[str, Any]]:
+    """What the flags change in `base`, as nested dictionaries, not yet validated together.
+
+    tyro parses into plain dataclasses of the same shape, so that ranges and combinations are
+    checked once, by pydantic, and answered in one voice.
+    """
+    if not flags:
+        return {}
+    import tyro
+
+    shape = _flag_shape(base)
+    parsed = tyro.cli(shape, args=_spell_booleans(flags), prog=program, description=_HELP)
+    changed: dict[str, dict[str, Any]] = {}
+    for section, settings in base:
+        for key, value in settings:
+            given = getattr(getattr(parsed, section), key)
+            if given != value:
+                changed.setdefault(section, {})[key] = given
+    return changed
+
+
+_HELP = "Pretrain a GPT-style language model. The same command again resumes the run."
+
+
+def _flag_shape(base: Config) -> Any:
+    """A dataclass of dataclasses with the settings' types, meanings and `base`'s values."""
+    import tyro
+
+    sections = []
+    for section, settings in base:
+        fields = []
+        for key, info in type(settings).model_fields.items():
+            # Only the bare type: tyro must not see pydantic's ranges.
+            annotation = Annotated[_bare_type(info.annotation), tyro.conf.arg(help=info.description)]
+            fields.append((key, annotation, dataclasses.field(default=getattr(settings, key))))
+        kind = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
+        kind.__doc__ = type(settings).__doc__
+        sections.append((section, kind, dataclasses.field(default_factory=kind)))
+    return dataclasses.make_dataclass("Settings", sections, frozen=True)
+
+
+def _bare_type(annotation: Any) -> Any:
+    while typing.get_origin(annotation) is Annotated:
+        annotation = typing.get_args(annotation)[0]
+    return annotation
+
+
+def _spell_booleans(flags: Sequence[str]) -> list[str]:
+    """Let `--section.key true|false` stand beside tyro's `--section.key` / `--section.no-key`."""
+    booleans = {
+        f"{section}.{key}"
+        for section, settings in Config()
+        for key, value in settings
+        if isinstance(value, bool)
+    }
+    words: list[str] = []
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if equals and name.removeprefix("--").replace("-", "_") in booleans:
+            words += [name, value]
+        else:
+            words.append(word)
+    spelled: list[str] = []
+    for word in words:
+        last = spelled[-1].removeprefix("--").replace("-", "_") if spelled else ""
+        if last in booleans and word.lower() in ("true", "false"):
+            if word.lower() == "false":
+                section, key = last.split(".")
+                spelled[-1] = f"--{section}.no-{key.replace('_', '-')}"
+        else:
+            spelled.append(word)
+    return spelled
+
+
+def _overlay(values: dict[str, Any], changed: Mapping[str, Mapping[str, Any]]) -> None:
+    for section, settings in changed.items():
+        values[section] = {**values.get(section, {}), **settings}
+
+
+def _explain(problem: Any) -> str:
+    """One pydantic problem in a person's words."""
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path[:2])
+    found = problem["input"]
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown setting {name}{_nearest_name(path)}"
+        case "value_error":
+            reason = str(problem["ctx"]["error"])
+            return reason if not name else f"{name} = {found!r}: {reason}" if len(path) > 1 else reason
+        case "model_type" | "dict_type":
+            return f"{name} = {found!r}: expected a table, [{name}]"
+    message = problem["msg"].removeprefix("Input should be ")
+    return f"{name} = {found!r}: expected {message}"
+
+
+def _nearest_name(path: list[str]) -> str:
+    sections = {section: list(type(settings).model_fields) for section, settings in Config()}
+    if len(path) == 1:
+        near = difflib.get_close_matches(path[0], list(sections), 1)
+    else:
+        names = [f"{section}.{key}" for section, keys in sections.items() for key in keys]
+        here = difflib.get_close_matches(path[1], sections.get(path[0], []), 1)
+        near = [f"{path[0]}.{here[0]}"] if here else difflib.get_close_matches(".".join(path), names, 1)
+    return f"; did you mean {near[0]}?" if near else f"; sections are {', '.join(sections)}"
+
+
+def _nearest_multiple(value: int, of: int) -> int:
+    return max(of, round(value / of) * of)

@@ -1,0 +1,48 @@
+"""Errors meant for people, each with the exit code that a shell sees.
+
+Raise one of these where wrong input enters the program. The message says what was found,
+what was expected and what to do; `llm.commands.run_command` prints it without a traceback. Any
+other exception is a bug and keeps its traceback (exit 1).
+"""
+
+
+class LLMError(Exception):
+    """Base of every error that is answered with one message and an exit code."""
+
+    exit_code = 1
+
+
+class UsageError(LLMError):
+    """A setting, a flag or a combination of them cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(LLMError):
+    """The corpus or its token shards cannot be used."""
+
+    exit_code = 3
+
+
+class CheckpointError(LLMError):
+    """No checkpoint can be trusted, or one is not what it says it is."""
+
+    exit_code = 4
+
+
+class NonFiniteError(LLMError):
+    """The loss or a gradient became NaN or infinite."""
+
+    exit_code = 5
+
+
+class RunLockedError(LLMError):
+    """Another process is training in this run directory."""
+
+    exit_code = 6
+
+
+class StoppedError(LLMError):
+    """Stopped on request (Ctrl-C, SIGTERM) with everything saved; the same command resumes."""
+
+    exit_code = 75

@@ -1,0 +1,414 @@
+"""One GPT: a decoder-only Transformer whose parts are switches of ModelConfig.
+
+    x_0     = E[token] + P[position]                          (P: learned positions only)
+    y_l     = x_l + W_o attention(norm(x_l))
+    x_{l+1} = y_l + W_down f(W_up norm(y_l))                  (swiglu: silu(W_gate n) * W_up n)
+    logits  = norm(x_L) W_head                                (tied: W_head = E^T)
+
+The probability of a text is the product of its next-token probabilities,
+log P(x) = sum_t log P(x_t | x_<t), and P(x_t | x_<t) = softmax(logits at t - 1).
+
+What it is not: it does not train, draw or read anything. Parameters live outside, as a flat dictionary
+of float32 arrays (`Params`); `bind` puts them into the modules where a model is run.
+
+Sources: Radford et al. 2019 (GPT-2: pre-norm blocks, initialisation); Zhang & Sennrich 2019 (RMSNorm);
+Shazeer 2020 (SwiGLU); So et al. 2021 (squared ReLU); Dehghani et al. 2023 (QK-norm); Gemma team
+2024 (logit soft cap). Attention's own sources are in attention.py.
+
+    B batch  T position  D model width  N heads  K key/value heads  H head size  F feed-forward width
+    V vocabulary (padded inside this file)  L layers  S cache capacity
+"""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm.config import ModelConfig
+from llm.model.attention import attend, causal_mask, drop, rotate
+from llm.model.sharding import constrain, is_divided
+
+# Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights.
+Params = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """Everything that fixes the model's function besides its parameters. Hashable: static in jit."""
+
+    config: ModelConfig
+    vocab_size: int
+    compute_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", self.config.resolved())
+
+    @property
+    def padded_vocab_size(self) -> int:
+        multiple = self.config.vocab_multiple
+        return -(-self.vocab_size // multiple) * multiple
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
+                   data_fields=["keys", "values", "length_B"])
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, one pair of arrays a layer.
+
+    keys, values: L arrays [B, S, K, H] in the compute dtype; entries at or beyond `length_B` are
+      stale and never seen.
+    length_B: int32, tokens held in each row.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+    @classmethod
+    def create(cls, spec: ModelSpec, batch_size: int, capacity: int) -> "KVCache":
+        config = spec.config
+        shape = (batch_size, capacity, config.n_kv_head, config.head_size)
+        layers = [jnp.zeros(shape, spec.compute_dtype) for _ in range(2 * config.n_layer)]
+        return cls(
+            keys=tuple(layers[0::2]),
+            values=tuple(layers[1::2]),
+            length_B=jnp.zeros((batch_size,), jnp.int32),
+        )
+
+
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
+    """float32 weights from N(0, std^2); exactly zero for std = 0."""
+    return std * jax.random.normal(rngs.params(), shape, jnp.float32)
+
+
+def matmul(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x W as one product of two matrices.
+
+    Flattened, because XLA's CPU backend runs the weight's gradient, a contraction over both B and
+    T, three times slower than over B T (jax 0.12, 2-core EPYC). Not where the mesh divides T: B and
+    T could then not be joined without gathering x.
+    """
+    if is_divided("sequence"):
+        return x_BTD @ weight_DF
+    B, T, D = x_BTD.shape
+    return (x_BTD.reshape(B * T, D) @ weight_DF).reshape(B, T, -1)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with W stored [in, out]."""
+
+    def __init__(self, axes: tuple[str, str], shape: tuple[int, int], *, std: float, bias: bool,
+                 dtype: str, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.weight = nnx.Param(normal(rngs, shape, std), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        y = matmul(x_BTD, self.weight[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]
+
+
+def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Array]:
+    """[linear(x) for each], as one matrix product: one wide one is faster than several narrow ones.
+
+    Not where the mesh divides the columns: a joined matrix would mix the devices' shares.
+    """
+    if is_divided("heads"):
+        return [linear(x_BTD) for linear in linears]
+    dtype = linears[0].dtype
+    joined = jnp.concatenate([linear.weight[...] for linear in linears], axis=1).astype(dtype)
+    y = matmul(x_BTD, joined)
+    if linears[0].bias is not None:
+        y = y + jnp.concatenate([linear.bias[...] for linear in linears]).astype(dtype)[None, None]
+    widths = [linear.weight.shape[1] for linear in linears]
+    ends = list(itertools.accumulate(widths))
+    return jnp.split(y, ends[:-1], axis=-1)
+
+
+class Norm(nnx.Module):
+    """Over the last dimension, in float32:
+
+    layernorm  g (x - mean(x)) / sqrt(var(x) + epsilon) + b
+    rmsnorm    g x / sqrt(mean(x^2) + epsilon)
+    """
+
+    def __init__(self, kind: str, size: int, *, epsilon: float, bias: bool):
+        self.kind, self.epsilon = kind, epsilon
+        self.scale = nnx.Param(jnp.ones((size,)), axes=("norm",))
+        has_bias = bias and kind == "layernorm"
+        self.bias = nnx.Param(jnp.zeros((size,)), axes=("norm",)) if has_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = (1,) * (x.ndim - 1)
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        y = y * self.scale[...].reshape(*ones, -1)
+        if self.bias is not None:
+            y = y + self.bias[...].reshape(*ones, -1)
+        return y.astype(x.dtype)
+
+
+class Embed(nnx.Module):
+    """Token embedding, with learned positions when the model has them."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        config = spec.config
+        self.dtype = spec.compute_dtype
+        self.weight = nnx.Param(
+            normal(rngs, (spec.padded_vocab_size, config.d_model), config.init_std),
+            axes=("vocab", "embed"),
+        )
+        self.position = (
+            nnx.Param(
+                normal(rngs, (config.context_length, config.d_model), config.init_std),
+                axes=("position", "embed"),
+            )
+            if config.positions == "learned"
+            else None
+        )
+
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        x_BTD = self.weight[...][tokens_BT]
+        if self.position is not None:
+            x_BTD = x_BTD + self.position[...][positions_BT]
+        return x_BTD.astype(self.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention: heads attend apart and are mixed by one matrix.
+
+    MultiHead(x) = concat(head_1, ..., head_N) W_o,
+    head_n = attention(x W_q[n], x W_k[n // G], x W_v[n // G]),   G = N / K
+    """
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        config = self.config = spec.config
+        linear = functools.partial(
+            Linear, bias=config.bias, dtype=spec.compute_dtype, rngs=rngs, std=config.init_std
+        )
+        D, N, K, H = config.d_model, config.n_head, config.n_kv_head, config.head_size
+        self.query = linear(("embed", "heads"), (D, N * H))
+        self.key = linear(("embed", "kv_heads"), (D, K * H))
+        self.value = linear(("embed", "kv_heads"), (D, K * H))
+        self.out = linear(("heads", "embed"), (N * H, D), std=residual_std(config))
+        if config.qk_norm:
+            self.query_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
+            self.key_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
+
+    def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, ...]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated."""
+        B, T, _ = x_BTD.shape
+        config = self.config
+        query, key, value = apply_side_by_side([self.query, self.key, self.value], x_BTD)
+        query = query.reshape(B, T, config.n_head, config.head_size)
+        key = key.reshape(B, T, config.n_kv_head, config.head_size)
+        value = value.reshape(B, T, config.n_kv_head, config.head_size)
+        if config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if config.positions == "rotary":
+            query = rotate(query, positions_BT, config.rope_theta)
+            key = rotate(key, positions_BT, config.rope_theta)
+        return query, key, value
+
+    def __call__(self, x_BTD, positions_BT, *, dropout_key=None) -> jax.Array:
+        """Every position of x looks at itself and what is before it in x."""
+        query, key, value = self.project(x_BTD, positions_BT)
+        query = constrain(query, "batch", "sequence", "heads", None)
+        mixed_BTNH = attend(query, key, value, causal_mask(x_BTD.shape[1]),
+                            dropout=self.config.dropout, dropout_key=dropout_key)
+        return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1))
+
+    def extend(self, x_BTD, positions_BT, keys_BSKH, values_BSKH) -> tuple[jax.Array, ...]:
+        """As __call__, also looking at cached positions; returns the longer cache with the output."""
+        query, key, value = self.project(x_BTD, positions_BT)
+        rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+        keys_BSKH = keys_BSKH.at[rows_B1, positions_BT].set(key)
+        values_BSKH = values_BSKH.at[rows_B1, positions_BT].set(value)
+        slots_S = jnp.arange(keys_BSKH.shape[1])
+        visible_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
+        mixed_BTNH = attend(query, keys_BSKH, values_BSKH, visible_BTS)
+        return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1)), keys_BSKH, values_BSKH
+
+
+class MLP(nnx.Module):
+    """Position by position: W_down f(W_up x), or W_down (silu(W_gate x) * W_up x) for swiglu."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        config = spec.config
+        self.activation = config.activation
+        linear = functools.partial(
+            Linear, bias=config.bias, dtype=spec.compute_dtype, rngs=rngs, std=config.init_std
+        )
+        D, F = config.d_model, config.d_ff
+        self.up = linear(("embed", "mlp"), (D, F))
+        if self.activation == "swiglu":
+            self.gate = linear(("embed", "mlp"), (D, F))
+        self.down = linear(("mlp", "embed"), (F, D), std=residual_std(config))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
+        match self.activation:
+            case "gelu":
+                hidden_BTF = jax.nn.gelu(up_BTF, approximate=False)
+            case "gelu_tanh":
+                hidden_BTF = jax.nn.gelu(up_BTF, approximate=True)
+            case "relu_squared":
+                hidden_BTF = jnp.square(jax.nn.relu(up_BTF))
+            case "swiglu":
+                hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF
+        return self.down(hidden_BTF)
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        config = spec.config
+        self.dropout = config.dropout
+        norm = functools.partial(
+            Norm, config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias
+        )
+        self.attention_norm, self.attention = norm(), Attention(spec, rngs)
+        self.mlp_norm, self.mlp = norm(), MLP(spec, rngs)
+
+    def __call__(self, x_BTD, positions_BT, *, dropout_key=None) -> jax.Array:
+        keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        branch = self.attention(self.attention_norm(x_BTD), positions_BT, dropout_key=keys[0])
+        x_BTD = x_BTD + drop(branch, self.dropout, keys[1])
+        x_BTD = x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), self.dropout, keys[2])
+        return constrain(x_BTD, "batch", "sequence", "width")
+
+    def extend(self, x_BTD, positions_BT, keys_BSKH, values_BSKH) -> tuple[jax.Array, ...]:
+        branch, keys_BSKH, values_BSKH = self.attention.extend(
+            self.attention_norm(x_BTD), positions_BT, keys_BSKH, values_BSKH
+        )
+        x_BTD = x_BTD + branch
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_BSKH, values_BSKH
+
+
+class GPT(nnx.Module):
+    """Token ids in, a score for each possible next token out."""
+
+    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs):
+        config = spec.config
+        self.spec = spec
+        self.embed = Embed(spec, rngs)
+        self.blocks = nnx.List([Block(spec, rngs) for _ in range(config.n_layer)])
+        self.final_norm = Norm(
+            config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias
+        )
+        if not config.tie_embeddings:
+            self.head = Linear(
+                ("embed", "vocab"), (config.d_model, spec.padded_vocab_size),
+                std=config.init_std, bias=False, dtype=spec.compute_dtype, rngs=rngs,
+            )
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """float32 logits [B, T, vocab_size]; those at t score the token at t + 1."""
+        return self.logits(self.hidden(tokens_BT))
+
+    def hidden(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+        """What the head reads: [B, T, D] after the final norm.
+
+        Args:
+          tokens_BT: int32 ids in [0, vocab_size), T <= context_length. Ids outside are the
+            caller's error: a gather on an accelerator cannot complain.
+          dropout_key: draws this pass's dropout; None turns dropout off.
+        """
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        x_BTD = constrain(x_BTD, "batch", "sequence", "width")
+        if dropout_key is not None:
+            x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
+        for layer, block in enumerate(self.blocks, start=1):
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+            x_BTD = block(x_BTD, positions_BT, dropout_key=key)
+        return self.final_norm(x_BTD)
+
+    def extend(self, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """`hidden` of tokens that follow those in the cache, and the cache with them in it.
+
+        Row b's tokens sit at positions length_B[b] + [0, T). Prompts of different lengths: pad
+        them on the right, extend an empty cache, then set length_B to the true lengths; what
+        padding left behind is masked until it is overwritten.
+        """
+        T = tokens_BT.shape[1]
+        positions_BT = cache.length_B[:, None] + jnp.arange(T)[None, :]
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        keys, values = [], []
+        for block, keys_BSKH, values_BSKH in zip(self.blocks, cache.keys, cache.values, strict=True):
+            x_BTD, keys_BSKH, values_BSKH = block.extend(x_BTD, positions_BT, keys_BSKH, values_BSKH)
+            keys.append(keys_BSKH)
+            values.append(values_BSKH)
+        longer = KVCache(tuple(keys), tuple(values), cache.length_B + T)
+        return self.final_norm(x_BTD), longer
+
+    def head_weight(self) -> jax.Array:
+        """W_head [D, padded vocabulary] in the compute dtype; the embedding's transpose when tied."""
+        if self.spec.config.tie_embeddings:
+            return self.embed.weight[...].T.astype(self.spec.compute_dtype)
+        return self.head.weight[...].astype(self.spec.compute_dtype)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 [..., vocab_size] from [..., D]: the padding of the vocabulary is cut away."""
+        scores = jnp.matmul(hidden, self.head_weight(), preferred_element_type=jnp.float32)
+        return soft_cap(scores[..., : self.spec.vocab_size], self.spec.config.logit_soft_cap)
+
+
+def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
+    """c tanh(logits / c), which keeps them within (-c, c); unchanged for c = 0."""
+    return cap * jnp.tanh(logits / cap) if cap else logits
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Of the matrices that write into the residual stream: GPT-2's init_std / sqrt(2 L), or zero.
+
+    The stream sums 2 L branches; the root keeps its variance the same at any depth.
+    """
+    return 0.0 if config.zero_init_projections else config.init_std * (2 * config.n_layer) ** -0.5
+
+
+def initialise(spec: ModelSpec, key: jax.Array) -> Params:
+    """Fresh float32 parameters, a pure function of the key."""
+    return _flatten(nnx.state(GPT(spec, nnx.Rngs(params=key)), nnx.Param))
+
+
+def bind(spec: ModelSpec, params: Params) -> GPT:
+    """The model with these parameters in place; use inside jit, where it costs nothing."""
+    graph, abstract = _abstract(spec)
+    variables = [
+        (path, variable.replace(params[_name(path)]))
+        for path, variable in nnx.to_flat_state(abstract)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(variables))
+
+
+def abstract_params(spec: ModelSpec) -> dict[str, jax.ShapeDtypeStruct]:
+    """name -> shape and dtype, without allocating anything."""
+    return _flatten(_abstract(spec)[1])
+
+
+def logical_axes(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """name -> logical axes, as written beside each weight above."""
+    flat = nnx.to_flat_state(_abstract(spec)[1])
+    return {_name(path): variable.get_metadata("axes") for path, variable in flat}
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(spec: ModelSpec) -> tuple[Any, nnx.State]:
+    model = nnx.eval_shape(lambda: GPT(spec, nnx.Rngs(params=jax.random.key(0))))
+    return nnx.split(model, nnx.Param)
+
+
+def _flatten(state: nnx.State) -> dict[str, Any]:
+    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return ".".join(str(part) for part in path)

@@ -1,0 +1,192 @@
+"""The autoregressive log-likelihood: per token, and reduced to the training objective.
+
+    log P(x) = sum_t log P(x_t | x_<t),    log P(x_t = v | x_<t) = z_v - log sum_u exp(z_u)
+
+z are the logits at position t - 1. Losses are negative log-likelihoods in nats.
+
+    B batch  T position  D model width  V vocabulary  C chunks
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llm.model.gpt import soft_cap
+from llm.model.sharding import constrain
+
+# Logits that exist at once in the loss: 64 MiB of float32. Below it the head's matrix products are
+# large enough for any backend; above it they would be the largest buffer of the step.
+CHUNK_LOGITS = 2**24
+
+
+class LossTerms(NamedTuple):
+    """Sums over tokens, each weighted by its weight.
+
+    objective: what is minimised; nll plus label smoothing and z-loss.
+    nll: negative log-likelihood, nats. Equal to the objective when neither option is on.
+    """
+
+    objective: jax.Array
+    nll: jax.Array
+
+
+class LossOptions(NamedTuple):
+    """Static choices of the loss.
+
+    vocab_size: real vocabulary; head columns from here on are padding.
+    logit_soft_cap: c in c tanh(z / c); 0: off.
+    label_smoothing: e; the target becomes (1 - e) onehot + e / V (Szegedy et al. 2016).
+    z_loss: weight of (log sum exp z)^2 (Chowdhery et al. 2022, PaLM, section 5).
+    """
+
+    vocab_size: int
+    logit_soft_cap: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+def token_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+    """log P(x_t | x_<t) for every position.
+
+        log p = logits[target] - logsumexp(logits)
+
+    Args:
+      logits_BTV: unnormalised scores; computed in float32 whatever they arrive as.
+      targets_BT: int32 ids in [0, V).
+    Returns:
+      float32 [B, T], nats, not reduced.
+    """
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def head_loss(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    options: LossOptions,
+    chunks: int,
+) -> LossTerms:
+    """The loss straight from what the head reads, without ever holding float32 [B, T, V].
+
+        objective = sum_bt w_bt [ (1 - e) nll_bt + e mean_v(-log p_btv) + z (log Z_bt)^2 ]
+
+    The positions are taken in `chunks` parts, one after the other. When a gradient is asked for, each
+    part's is computed while its logits are at hand, so they are never computed twice.
+
+    Args:
+      hidden_BTD: output of GPT.hidden, in the compute dtype.
+      head_DV: GPT.head_weight(), padded vocabulary, in the compute dtype.
+      targets_BT: int32 ids in [0, vocab_size).
+      weights_BT: float32; 0 masks a token out. For a mean over tokens, mask / number of tokens.
+      chunks: a divisor of T; see `chunks_for`.
+    """
+    def add_chunk(total, chunk):
+        terms = _chunk_loss(_logits(chunk[0], head_DV), *chunk[1:], options)
+        return jax.tree.map(jnp.add, total, terms), None
+
+    zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
+    return jax.lax.scan(add_chunk, zero, _split(chunks, hidden_BTD, targets_BT, weights_BT))[0]
+
+
+def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chunks):
+    def add_chunk(carry, chunk):
+        total, d_head_DV = carry
+        hidden, targets, weights = chunk
+        objective, pullback, nll = jax.vjp(
+            lambda logits: _chunk_loss(logits, targets, weights, options),
+            _logits(hidden, head_DV),
+            has_aux=True,
+        )
+        (d_logits,) = pullback(jnp.ones(()))
+        # The two products below are the head's backward pass; in the compute dtype, as its forward.
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jnp.einsum("BTV,DV->BTD", d_logits, head_DV)
+        d_head_DV += jnp.einsum(
+            "BTD,BTV->DV", hidden, d_logits, preferred_element_type=jnp.float32
+        )
+        total = LossTerms(total.objective + objective, total.nll + nll)
+        return (total, d_head_DV), d_hidden
+
+    zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
+    start = (zero, jnp.zeros(head_DV.shape, jnp.float32))
+    parts = _split(chunks, hidden_BTD, targets_BT, weights_BT)
+    (terms, d_head_DV), d_hidden_CBTD = jax.lax.scan(add_chunk, start, parts)
+    return terms, (_join(d_hidden_CBTD), d_head_DV.astype(head_DV.dtype))
+
+
+def _head_loss_backward(options, chunks, gradients, cotangent):
+    d_hidden_BTD, d_head_DV = gradients
+    scale = cotangent.objective  # nll is reported, never minimised: its cotangent is not used.
+    return (
+        (scale * d_hidden_BTD).astype(d_hidden_BTD.dtype),
+        (scale * d_head_DV).astype(d_head_DV.dtype),
+        None,
+        None,
+    )
+
+
+head_loss.defvjp(_head_loss_forward, _head_loss_backward)
+
+
+def chunks_for(batch_size: int, length: int, padded_vocab_size: int, chunk_length: int = 0) -> int:
+    """Into how many parts `head_loss` should take T positions: the fewest that fit, dividing T.
+
+    Args:
+      batch_size: sequences on one device.
+      length: positions T.
+      chunk_length: positions of a part when the caller has chosen; 0: as many as keep
+        the part's logits within CHUNK_LOGITS, and at most half of them, so that [B, T, V] never exists.
+    """
+    fitting = CHUNK_LOGITS // (batch_size * padded_vocab_size)
+    longest = chunk_length or max(1, min(fitting, length // 2))
+    return next(n for n in range(1, length + 1) if length % n == 0 and length // n <= longest)
+
+
+def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> LossTerms:
+    """Weighted sums over one chunk, from float32 logits that still carry the padding."""
+    logits_BTV = soft_cap(logits_BTV, options.logit_soft_cap)
+    real_V = jnp.arange(logits_BTV.shape[-1]) < options.vocab_size
+    logits_BTV = jnp.where(real_V[None, None, :], logits_BTV, -jnp.inf)
+    log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    nll_BT = log_z_BT - target_BT
+    objective_BT = nll_BT
+    if options.label_smoothing:
+        finite_BTV = jnp.where(real_V[None, None, :], logits_BTV, 0.0)
+        uniform_BT = log_z_BT - finite_BTV.sum(axis=-1) / options.vocab_size
+        objective_BT = nll_BT + options.label_smoothing * (uniform_BT - nll_BT)
+    if options.z_loss:
+        objective_BT = objective_BT + options.z_loss * jnp.square(log_z_BT)
+    return LossTerms(jnp.sum(weights_BT * objective_BT), jnp.sum(weights_BT * nll_BT))
+
+
+def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    logits_BTV = jnp.einsum(
+        "BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32
+    )
+    return constrain(logits_BTV, "batch", "sequence", "vocab")
+
+
+def _split(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, T, ...] -> [C, B, T/C, ...], every C-th position to a part.
+
+    Strided, so that each part keeps the sharding of T: contiguous parts would each lie on a few
+    devices of the mesh's context axis, with the others idle.
+    """
+    def split(x):
+        B, T = x.shape[:2]
+        return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *x.shape[2:]), 2, 0)
+
+    return tuple(split(x) for x in arrays_BT)
+
+
+def _join(parts_CBT: jax.Array) -> jax.Array:
+    """The inverse of _split."""
+    C, B, T = parts_CBT.shape[:3]
+    return jnp.moveaxis(parts_CBT, 0, 2).reshape(B, C * T, *parts_CBT.shape[3:])

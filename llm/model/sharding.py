@@ -1,0 +1,125 @@
+"""The mesh of devices, and the one table from logical axes to mesh axes.
+
+Weights and activations name their dimensions ("embed", "heads", ...). Only this file knows on which
+axis of the mesh each of them lies, so that data, fully sharded and tensor parallelism are settings
+and not code. XLA inserts the collectives (GSPMD, Xu et al. 2021).
+
+    mesh axis   what is divided over it
+    data        the batch; weights are copied
+    fsdp        the batch, and every weight along its model width (ZeRO, Rajbhandari et al. 2020)
+    tensor      attention heads, MLP columns, vocabulary (Megatron, Shoeybi et al. 2019)
+    context     the sequence
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from llm.config import MeshConfig, ModelConfig
+from llm.errors import UsageError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
+    # weights
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "position": None,
+    "norm": None,
+    # activations
+    "batch": ("data", "fsdp"),
+    "sequence": "context",
+    "width": None,
+}
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices arranged as data x fsdp x tensor x context.
+
+    Raises:
+      UsageError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor, config.context]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
+        wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise UsageError(
+            f"mesh {wanted} does not fit {len(devices)} devices: the sizes multiply to {fixed}; "
+            f"set one of them to -1 to take the rest, or make them multiply to {len(devices)}"
+        )
+    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
+    # Auto, named: JAX's default of Explicit axes would put every sharding into the types.
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
+
+
+def check_divisible(mesh: Mesh, model: ModelConfig, padded_vocab_size: int, batch_size: int) -> None:
+    """Every divided size must be a multiple of its mesh axis.
+
+    Raises:
+      UsageError: naming the setting, the axis and the nearest sizes that work.
+    """
+    axis = dict(mesh.shape)
+    rows = axis["data"] * axis["fsdp"]
+    divisions = [
+        ("training.micro_batch_size (or batch_size)", batch_size, "data x fsdp", rows),
+        ("model.d_model", model.d_model, "fsdp", axis["fsdp"]),
+        ("model.n_head", model.n_head, "tensor", axis["tensor"]),
+        ("model.n_kv_head", model.n_kv_head, "tensor", axis["tensor"]),
+        ("model.d_ff", model.d_ff, "tensor", axis["tensor"]),
+        ("vocabulary padded by model.vocab_multiple", padded_vocab_size, "tensor", axis["tensor"]),
+        ("model.context_length", model.context_length, "context", axis["context"]),
+    ]
+    for name, size, mesh_axis, parts in divisions:
+        if size % parts:
+            below, above = size // parts * parts, -(-size // parts) * parts
+            nearest = f"{below} or {above}" if below else f"{above}"
+            raise UsageError(
+                f"{name} = {size} cannot be divided over the {parts} devices of mesh axis "
+                f"{mesh_axis}; nearest that can: {nearest}"
+            )
+
+
+def sharding_of(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
+    """Where an array whose dimensions have these logical names lies on the mesh."""
+    return NamedSharding(mesh, partition_of(logical_axes))
+
+
+def partition_of(logical_axes: Sequence[str | None]) -> PartitionSpec:
+    return PartitionSpec(*(LOGICAL_TO_MESH[axis] if axis else None for axis in logical_axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Tell the compiler where an activation lies; without a mesh in context, nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_of(logical_axes))
+
+
+def is_divided(logical_axis: str) -> bool:
+    """Whether the mesh in context spreads this axis over more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = LOGICAL_TO_MESH[logical_axis]
+    names = (names,) if isinstance(names, str) else names or ()
+    return not mesh.empty and any(mesh.shape[name] > 1 for name in names)
+
+
+def shard_batch(mesh: Mesh, rows_BT: np.ndarray, logical_axes: Sequence[str | None]) -> jax.Array:
+    """This process's rows of a global batch, placed on the mesh."""
+    return jax.make_array_from_process_local_data(sharding_of(mesh, logical_axes), rows_BT)
+
+
+def tree_shardings(mesh: Mesh, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, NamedSharding]:
+    """name -> sharding for every weight."""
+    return {name: sharding_of(mesh, names) for name, names in axes.items()}

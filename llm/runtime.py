@@ -1,0 +1,44 @@
+"""What a process sets once, before JAX starts: memory allocation and the compilation cache.
+
+The one place for settings of the machine below the program. Commands call `prepare_process` first.
+"""
+
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+# glibc's <malloc.h>
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_KEEP_BELOW = 1 << 30
+
+
+def prepare_process() -> None:
+    """Set up this process for JAX; call before the first array exists."""
+    keep_freed_memory()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    # Programs compiled ahead of time for the CPU log a harmless difference of feature lists.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the buffers that XLA frees after each step on CPU, up to 1 GiB each.
+
+    By default it returns them to the kernel, and the next step faults every page in again: a 4 x 128
+    training step took 45.8 ms so and 32.5 ms with this (2-core EPYC, jax 0.12, 2026-11).
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEEP_BELOW)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _KEEP_BELOW - 1)
+
+
+def cache_dir(configured: str = "") -> Path:
+    """Where shards, downloads and compiled programs are kept: the setting, $LLM_CACHE_DIR, or
+    ~/.cache/llm."""
+    chosen = configured or os.environ.get("LLM_CACHE_DIR") or "~/.cache/llm"
+    return Path(chosen).expanduser()

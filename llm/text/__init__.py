@@ -1,0 +1,1 @@
+"""Text to token ids: tokenizers, sources, shards on disk, batches. Knows nothing of JAX."""

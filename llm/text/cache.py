@@ -1,0 +1,138 @@
+"""The folder of prepared things: downloads, trained tokenizers, token shards.
+
+Each thing is a folder that is built once: written beside its place, flushed to disk and renamed. A
+process that dies half-way leaves a `.partial` folder that nobody trusts, and the next process
+removes it. A lock, which the kernel lets go of when its holder dies, keeps two processes from
+building the same thing at once: the second waits, then uses what the first built.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llm.errors import UsageError
+
+# Called with (what is being done, bytes done, bytes in all or None). What it raises stops the
+# work, and leaves nothing half-made.
+Progress = Callable[[str, int, int | None], None]
+
+
+def silent(_what: str, _done: int, _total: int | None) -> None:
+    """The Progress that shows nothing."""
+
+
+def cache_root(setting: str) -> Path:
+    """`data.cache_dir`, else $LLM_CACHE_DIR, else ~/.cache/llm; created when it is missing."""
+    root = Path(setting or os.environ.get("LLM_CACHE_DIR") or "~/.cache/llm").expanduser()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"the cache folder {root} cannot be created ({error.strerror}); set data.cache_dir to "
+            "a folder that can be written"
+        ) from None
+    return root
+
+
+@contextlib.contextmanager
+def built_once(final: Path, on_progress: Progress = silent) -> Iterator[Path | None]:
+    """An empty folder that becomes `final` when the body ends well; None when `final` is there.
+
+    The body writes files into the folder it is given. When it raises, the folder is removed.
+    """
+    if final.exists():
+        yield None
+        return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(final.parent)
+    with _locked(final, on_progress):
+        if final.exists():
+            yield None
+            return
+        partial = _partial(final)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            _flush(partial)
+            partial.rename(final)
+            _flush_folder(final.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def is_disk_full(error: Exception) -> bool:
+    """No space, no quota left, or a file larger than is allowed."""
+    return isinstance(error, OSError) and error.errno in _DISK_FULL
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _partial(final: Path) -> Path:
+    return final.with_name(final.name + ".partial")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what dead processes left half-built; those that still build hold their lock."""
+    for partial in folder.glob("*.partial"):
+        with open(_lock_file(partial.with_suffix("")), "w") as lock:
+            if _try_lock(lock.fileno()):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(final: Path, on_progress: Progress) -> Iterator[None]:
+    # The file stays for good: removing it would let two processes lock two files of one name.
+    with open(_lock_file(final), "w") as lock:
+        while not _try_lock(lock.fileno()):
+            on_progress("waiting for another process", 0, None)
+            time.sleep(0.1)
+        yield
+
+
+def _lock_file(final: Path) -> Path:
+    return final.with_name(final.name + ".lock")
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.iterdir():
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+    _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file by one that is whole, or leave it as it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)

@@ -1,0 +1,223 @@
+"""Reading origins: bytes to documents, each a name and its text in pieces.
+
+A document may be larger than memory, so its text comes in pieces, cut where no tokenizer's token
+can reach across. Newlines stay as they are in the file.
+"""
+
+import codecs
+import hashlib
+import io
+import re
+import tokenize
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from llm.errors import DataError
+from llm.text.sources import Origin
+
+PIECE_BYTES = 2**20
+
+# Between a letter or digit and white space or CJK punctuation (, . enumeration comma ; : ! ?, full
+# width) every pattern of tiktoken and ours in bpe.py ends a piece, whatever follows: cutting there
+# changes no token. They all begin a piece with at most one character that is not a letter.
+_SAFE_CUT = re.compile("[^\\W_](?=[\\s\uff0c\u3002\u3001\uff1b\uff1a\uff01\uff1f])")
+_CUT_SEARCH_CHARACTERS = 4096
+
+_UTF8_REPLACEMENT = "\ufffd".encode()
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text and where it is from.
+
+    Attributes:
+      name: the file, or FILE#ROW.
+      sha256: of its text; for a file of its bytes. Equal texts have equal hashes.
+      pieces: the text, to be read once.
+    """
+
+    name: str
+    sha256: str
+    pieces: Iterable[str]
+
+
+@dataclass
+class ReadingReport:
+    """What reading met on its way."""
+
+    replaced: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+
+def read_documents(
+    origins: Sequence[Origin],
+    *,
+    errors: Literal["strict", "replace"],
+    text_field: str,
+    report: ReadingReport,
+) -> Iterator[Document]:
+    """Every document that is not empty, in order.
+
+    Args:
+      errors: what to do with bytes that are not UTF-8: raise, or replace and count them.
+      text_field: of rows.
+      report: counts up while the documents are read.
+    Raises:
+      DataError: bytes that are not UTF-8, with their offset; a row without text; a file that
+        changed since it was hashed.
+    """
+    for origin in origins:
+        if origin.kind == "python":
+            yield from _python_source(origin, report)
+        elif origin.kind == "text":
+            if origin.bytes:
+                yield Document(origin.name, origin.sha256, pieces(_blocks(origin, errors, report)))
+        else:
+            for number, text in _row_texts(origin, text_field, errors, report):
+                sha256 = hashlib.sha256(text.encode()).hexdigest()
+                yield Document(f"{origin.name}#{number}", sha256, pieces(_slices(text)))
+
+
+def pieces(blocks: Iterable[str]) -> Iterator[str]:
+    """The same text in pieces that end where no token reaches across.
+
+    A block without such a place is cut at its end: at worst one token in PIECE_BYTES is not
+    the one that the whole text would have there.
+    """
+    held = ""
+    for block in filter(None, blocks):
+        cut = _last_safe_cut(held) or len(held)
+        if cut:
+            yield held[:cut]
+        held = held[cut:] + block
+    if held:
+        yield held
+
+
+def _last_safe_cut(text: str) -> int:
+    for start in (max(0, len(text) - _CUT_SEARCH_CHARACTERS), 0):
+        ends = [match.end() for match in _SAFE_CUT.finditer(text, start)]
+        if ends:
+            return ends[-1]
+    return 0
+
+
+def _slices(text: str) -> Iterator[str]:
+    for start in range(0, len(text), PIECE_BYTES):
+        yield text[start : start + PIECE_BYTES]
+
+
+def _blocks(origin: Origin, errors: str, report: ReadingReport) -> Iterator[str]:
+    """The decoded file, block by block; checked at its end to be the file that was hashed."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors)
+    digest, offset, tail = hashlib.sha256(), 0, b""
+    with open(origin.location, "rb") as file:
+        while block := file.read(PIECE_BYTES):
+            digest.update(block)
+            text = _decode(decoder, block, offset, origin)
+            offset += len(block)
+            if errors == "replace":
+                # Replacement characters that the file itself has are no replacements.
+                report.replaced += text.count("\ufffd") - (tail + block).count(_UTF8_REPLACEMENT)
+                tail = (tail + block)[-2:]
+            yield text
+    rest = _decode(decoder, b"", offset, origin, final=True)
+    report.replaced += len(rest)
+    _check_unchanged(origin, digest.hexdigest())
+    yield rest
+
+
+def _check_unchanged(origin: Origin, sha256: str) -> None:
+    if sha256 != origin.sha256:
+        raise DataError(
+            f"{origin.location} changed while it was read: expected sha256 {origin.sha256}, found "
+            f"{sha256}; run the same command again when nothing writes to it"
+        )
+
+
+def _decode(
+    decoder: codecs.IncrementalDecoder,
+    block: bytes,
+    offset: int,
+    origin: Origin,
+    final: bool = False,
+) -> str:
+    waiting = len(decoder.getstate()[0])
+    try:
+        return decoder.decode(block, final)
+    except UnicodeDecodeError as error:
+        place = offset - waiting + error.start
+        byte = error.object[error.start]
+        raise DataError(
+            f"{origin.location} is not UTF-8: byte 0x{byte:02x} at offset {place}"
+            f"{_guess_encoding(error.object, place)}; convert the file, or set data.errors = "
+            "'replace'"
+        ) from None
+
+
+def _guess_encoding(start: bytes, place: int) -> str:
+    utf16 = place == 0 and start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return " (it begins like UTF-16)" if utf16 else ""
+
+
+def _python_source(origin: Origin, report: ReadingReport) -> Iterator[Document]:
+    """A file of Python source, in the encoding that it declares (PEP 263)."""
+    content = Path(origin.location).read_bytes()
+    _check_unchanged(origin, hashlib.sha256(content).hexdigest())
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        text = content.decode(encoding)
+    except (SyntaxError, UnicodeDecodeError):
+        # The library of some machines holds files that are wrong on purpose.
+        report.skipped.append(origin.name)
+        return
+    if text:
+        yield Document(origin.name, origin.sha256, pieces(_slices(text)))
+
+
+def _row_texts(
+    origin: Origin, text_field: str, errors: str, report: ReadingReport
+) -> Iterator[tuple[int, str]]:
+    for number, row in enumerate(_rows(origin, errors, report)):
+        if text_field not in row:
+            raise DataError(
+                f"{origin.name}, row {number} has no field {text_field!r}; its fields are "
+                f"{', '.join(row)}: set data.text_field to one of them"
+            )
+        text = row[text_field]
+        if not isinstance(text, str):
+            raise DataError(
+                f"{origin.name}, row {number}: the field {text_field!r} is "
+                f"{type(text).__name__}; expected text"
+            )
+        if text:
+            yield number, text
+
+
+def _rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[str, Any]]:
+    """The rows of a json or parquet file or of a hub data set, streamed by `datasets`."""
+    import datasets
+
+    # It logs what it then raises, and what it raises is answered here.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if origin.kind == "hub":
+        name, config, split = (origin.location.split(":") + ["", ""])[:3]
+        options: dict[str, Any] = {"name": config or None, "revision": origin.sha256}
+        path, split = name, split or "train"
+    else:
+        parquet = origin.location.lower().endswith(".parquet")
+        path, split = "parquet" if parquet else "json", "train"
+        options = {"data_files": [origin.location]}
+        if not parquet:
+            # A pass of our own finds, counts and places what is not UTF-8.
+            for _ in _blocks(origin, errors, report):
+                pass
+            options["encoding_errors"] = errors
+    try:
+        yield from datasets.load_dataset(path, split=split, streaming=True, **options)
+    except Exception as error:
+        # Its readers raise errors of pyarrow, pandas, fsspec and of HTTP libraries.
+        reason = str(error).split("\n")[0][:300]
+        raise DataError(f"{origin.name} cannot be read by `datasets`: {reason}") from error

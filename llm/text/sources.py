@@ -1,0 +1,321 @@
+"""Where documents come from: files, folders, globs, URLs, the standard library, the hub.
+
+A source is a word in `data.source`. Here each becomes a list of origins, files (or a hub data set)
+with the identity of their content, so that a corpus that changed is noticed and named. Reading
+them is llm/text/documents.py.
+"""
+
+import difflib
+import glob
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import sysconfig
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llm.errors import DataError, UsageError
+from llm.text.cache import Progress, built_once, is_disk_full, silent, write_atomic
+
+ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+
+# Not the library but its tests and other people's packages.
+STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+# Hashing runs at about 1 GB/s (measured 2025 on one AMD EPYC core), so that only larger files gain
+# from being remembered.
+REMEMBER_HASH_ABOVE_BYTES = 2**24
+
+_BLOCK_BYTES = 2**20
+_DOWNLOAD_TIMEOUT_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One file, or one hub data set, and the identity of what is in it.
+
+    Attributes:
+      name: for people; does not depend on where the corpus lies on this machine.
+      kind: "text" one document, "python" one document of source code, "rows" json or parquet
+        through `datasets`, "hub" a data set of the Hugging Face hub.
+      location: path of the file, or NAME[:CONFIG[:SPLIT]] on the hub.
+      bytes: size of the file; 0 for the hub, where it is not known.
+      sha256: of the file's bytes; for the hub, the revision.
+    """
+
+    name: str
+    kind: Literal["text", "python", "rows", "hub"]
+    location: str
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Found:
+    """What the sources came to."""
+
+    origins: list[Origin] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_origins(
+    sources: str | Sequence[str], cache: Path, on_progress: Progress = silent
+) -> Found:
+    """Every file that the sources name, in a fixed order, hashed.
+
+    Raises:
+      DataError: a source that names nothing, or that cannot be read or fetched.
+    """
+    found = Found()
+    for source in [sources] if isinstance(sources, str) else sources:
+        if source == "stdlib":
+            _add_stdlib(found)
+        elif source.startswith("hf:"):
+            found.origins.append(_hub_origin(source.removeprefix("hf:"), cache))
+        elif source.startswith(("http://", "https://")):
+            path = _fetched(source, cache, on_progress)
+            found.origins.append(_unhashed(path, source))
+        elif source:
+            _add_paths(source, found)
+        else:
+            raise UsageError("data.source has an empty name; expected a path, URL, 'stdlib' or hf:NAME")
+    if not found.origins:
+        raise DataError(f"data.source = {sources!r} names no documents")
+    found.origins = list(_hashed(found.origins, cache, on_progress))
+    return found
+
+
+def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None:
+    """Compare the corpus with what a run recorded of it (`asdict` of its origins).
+
+    Raises:
+      DataError: naming the first file that differs, what was expected and what was found.
+    """
+    before = {record["name"]: record for record in recorded}
+    now = {origin.name: origin for origin in origins}
+    for name, record in before.items():
+        if name not in now:
+            raise DataError(f"the corpus changed since the run began: {name} is gone{_RESTORE}")
+        if now[name].sha256 != record["sha256"]:
+            raise DataError(
+                f"the corpus changed since the run began: {now[name].location}: expected "
+                f"{record['bytes']} bytes with sha256 {record['sha256']}, found "
+                f"{now[name].bytes} bytes with sha256 {now[name].sha256}{_RESTORE}"
+            )
+    for name in now:
+        if name not in before:
+            raise DataError(f"the corpus changed since the run began: {name} is new{_RESTORE}")
+
+
+_RESTORE = "; restore it, or begin a new run with another run.dir"
+
+
+def _unhashed(path: Path, name: str, kind: str = "") -> Origin:
+    kind = kind or ("rows" if path.suffix.lower() in ROW_SUFFIXES else "text")
+    # A name may hold any bytes; what is shown and stored is always printable as UTF-8.
+    shown = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return Origin(shown, kind, str(path), path.stat().st_size, "")
+
+
+def _add_stdlib(found: Found) -> None:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in _walk(root, STDLIB_WITHOUT):
+        if path.suffix == ".py":
+            found.origins.append(_unhashed(path, str(path.relative_to(root)), "python"))
+
+
+def _add_paths(source: str, found: Found) -> None:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        _add_folder(path, found)
+    elif path.is_file():
+        found.origins.append(_unhashed(path, path.name))
+    elif path.exists():
+        raise DataError(f"{path} is neither a file nor a folder")
+    elif glob.has_magic(source):
+        matches = sorted(glob.glob(str(path), recursive=True))
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files:
+            raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
+        root = _before_magic(path)
+        found.origins += [_unhashed(file, str(file.relative_to(root))) for file in files]
+    else:
+        raise DataError(f"there is no file or folder {source}{_near_names(path)}")
+
+
+def _add_folder(root: Path, found: Found) -> None:
+    skipped = 0
+    for path in _walk(root, set()):
+        if _is_binary(path):
+            skipped += 1
+            continue
+        # A .json file among others is more often a document than a table of documents.
+        kind = "text" if path.suffix.lower() == ".json" else ""
+        found.origins.append(_unhashed(path, str(path.relative_to(root)), kind))
+    if skipped:
+        found.notes.append(f"{root}: {skipped} binary files were left out")
+
+
+def _walk(root: Path, without: set[str]) -> Iterator[Path]:
+    """Files below a folder in a fixed order, without hidden ones and links to folders."""
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(s for s in subfolders if s not in without and s[0] != ".")
+        for file in sorted(files):
+            path = Path(folder, file)
+            if file[0] != "." and path.is_file():
+                yield path
+
+
+def _is_binary(path: Path) -> bool:
+    """Git's rule: a NUL among the first 8000 bytes. Parquet is binary, and data all the same."""
+    if path.suffix.lower() == ".parquet":
+        return False
+    with _opened(path) as file:
+        return b"\0" in file.read(8000)
+
+
+def _opened(path: Path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _before_magic(path: Path) -> Path:
+    """The folder that all matches of a glob are below."""
+    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+
+
+def _near_names(path: Path) -> str:
+    """What there is instead, in the deepest folder of the path that exists."""
+    fixed = _before_magic(path)
+    wanted, folder = path.name, fixed if fixed != path else fixed.parent
+    while not folder.is_dir():
+        wanted, folder = folder.name, folder.parent
+    names = sorted(os.listdir(folder)) if os.access(folder, os.R_OK) else []
+    near = difflib.get_close_matches(wanted, names, 3, cutoff=0.5) or names[:5]
+    listed = ", ".join(str(folder / name) for name in near)
+    return f"; there is {listed}" if listed else f"; {folder} is empty"
+
+
+def _hashed(origins: Sequence[Origin], cache: Path, on_progress: Progress) -> Iterator[Origin]:
+    total, done = sum(origin.bytes for origin in origins), 0
+    for origin in origins:
+        if origin.kind == "hub":
+            yield origin
+            continue
+        on_progress("hashing", done, total)
+        yield Origin(**{**asdict(origin), "sha256": _sha256_of(Path(origin.location), cache)})
+        done += origin.bytes
+
+
+def _sha256_of(path: Path, cache: Path) -> str:
+    """sha256 of a file; that of a large one is remembered while the file is untouched."""
+    status = path.stat()
+    if status.st_size <= REMEMBER_HASH_ABOVE_BYTES:
+        return _sha256_of_bytes(path)
+    # ctime cannot be set back, so that a file that was changed and dated back is noticed.
+    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    memory = cache / "hashes" / hashlib.sha256(identity[0].encode(errors="replace")).hexdigest()
+    if memory.exists():
+        remembered = json.loads(memory.read_text())
+        if remembered["identity"] == identity:
+            return remembered["sha256"]
+    sha256 = _sha256_of_bytes(path)
+    # A file written within the clock's grain of now could change again without a new time.
+    if time.time() - status.st_ctime > 2:
+        memory.parent.mkdir(exist_ok=True)
+        write_atomic(memory, json.dumps({"identity": identity, "sha256": sha256}).encode())
+    return sha256
+
+
+def _sha256_of_bytes(path: Path) -> str:
+    with _opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fetched(url: str, cache: Path, on_progress: Progress) -> Path:
+    """The file at a URL, from the cache or fetched once; its sha256 is kept beside it."""
+    folder = cache / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:32]
+    name = Path(urllib.parse.urlparse(url).path).name or "index"
+    with built_once(folder, on_progress) as partial:
+        if partial is not None:
+            sha256 = _download(url, partial / name, on_progress)
+            (partial / "sha256").write_text(sha256)
+    expected = (folder / "sha256").read_text()
+    found = _sha256_of(folder / name, cache)
+    if found != expected:
+        raise DataError(
+            f"{folder / name}, fetched from {url}, has changed: expected sha256 {expected}, found "
+            f"{found}; delete {folder} to fetch it again"
+        )
+    return folder / name
+
+
+def _download(url: str, path: Path, on_progress: Progress) -> str:
+    digest, done = hashlib.sha256(), 0
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response,
+            open(path, "wb") as file,
+        ):
+            declared = response.headers.get("Content-Length")
+            total = int(declared) if declared else None
+            while block := response.read(_BLOCK_BYTES):
+                file.write(block)
+                digest.update(block)
+                done += len(block)
+                on_progress("fetching", done, total)
+    except (OSError, http.client.HTTPException) as error:
+        if is_disk_full(error):
+            raise
+        raise DataError(_unreachable(url, str(error))) from None
+    if total is not None and done != total:
+        raise DataError(_unreachable(url, f"it ended after {done} of {total} bytes"))
+    return digest.hexdigest()
+
+
+def _unreachable(what: str, why: str) -> str:
+    return (
+        f"{what} could not be fetched: {why}. Offline: fetch it on another machine, copy it here and "
+        "set data.source to the file or folder"
+    )
+
+
+def _hub_origin(spec: str, cache: Path) -> Origin:
+    """A hub data set at its newest revision; at the last one seen when the hub is out of reach."""
+    name = spec.split(":")[0]
+    if not name:
+        raise UsageError("data.source = 'hf:': expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+    memory = cache / "hub" / hashlib.sha256(name.encode()).hexdigest()
+    try:
+        revision = hub_revision(name)
+    except OSError as error:
+        if not memory.exists():
+            raise DataError(_unreachable(f"the data set {name!r}", str(error))) from None
+        revision = memory.read_text()
+    else:
+        memory.parent.mkdir(exist_ok=True)
+        write_atomic(memory, revision.encode())
+    return Origin(f"hf:{spec}", "hub", spec, 0, revision)
+
+
+def hub_revision(name: str) -> str:
+    """The commit that a hub data set is at; OSError when the hub is out of reach."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return HfApi().dataset_info(name).sha or "main"
+    except RepositoryNotFoundError:
+        raise DataError(f"the hub has no data set {name!r}, or it is private") from None
+    except Exception as error:
+        # Whichever HTTP library the hub's client uses has its own errors for "no network".
+        raise OSError(str(error).split("\n")[0][:200]) from error

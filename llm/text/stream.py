@@ -1,0 +1,248 @@
+"""One long row of token ids on disk, in memory-mapped shard files, and where its documents begin.
+
+    train-00000.bin ...    token ids, little-endian uint16 or uint32, `shard_tokens` in each but
+                           the last
+    train.documents        int64 pairs: where a document begins in tokens, where its name begins in
+                           train.names; a last pair says where everything ends
+    train.names            the documents' names, UTF-8, one after the other
+
+What it should hold, counts, bounds and sha256, is in its manifest, which header.json carries.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.errors import DataError
+from llm.text.tokenizer import Ids
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of a stream: its size and what its bytes hash to."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stream's files hold.
+
+    Attributes:
+      smallest_id, largest_id: over all tokens; 0 and -1 when there are none.
+    """
+
+    dtype: str
+    shard_tokens: int
+    tokens: int
+    documents: int
+    smallest_id: int
+    largest_id: int
+    shards: tuple[StoredFile, ...]
+    index: StoredFile
+    names: StoredFile
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        files = {key: StoredFile(**values[key]) for key in ("index", "names")}
+        shards = tuple(StoredFile(**shard) for shard in values["shards"])
+        return cls(**{**values, **files, "shards": shards})
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """uint16 for vocabularies of up to 65,536 tokens, else uint32."""
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+class _HashedFile:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, path: Path):
+        self._file: BinaryIO = open(path, "wb")
+        self._digest = hashlib.sha256()
+        self.name = path.name
+        self.bytes = 0
+
+    def write(self, content: bytes | memoryview) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self.bytes += len(content)
+
+    def close(self) -> StoredFile:
+        self._file.close()
+        return StoredFile(self.name, self.bytes, self._digest.hexdigest())
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+class StreamWriter:
+    """Writes a stream in bounded memory, documents one after the other."""
+
+    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
+        self._folder, self._name = folder, name
+        self._dtype, self._shard_tokens = np.dtype(dtype).newbyteorder("<"), shard_tokens
+        self._shards: list[StoredFile] = []
+        self._shard: _HashedFile | None = None
+        self._index = _HashedFile(folder / f"{name}.documents")
+        self._names = _HashedFile(folder / f"{name}.names")
+        self.tokens = self.documents = 0
+        self._smallest, self._largest = 2**63 - 1, -1
+
+    def begin_document(self, name: str) -> None:
+        """What is added from here on is of this document."""
+        self._mark()
+        self._names.write(name.encode())
+        self.documents += 1
+
+    def add(self, ids: Ids) -> None:
+        """Append token ids."""
+        if len(ids) == 0:
+            return
+        self._smallest = min(self._smallest, int(ids.min()))
+        self._largest = max(self._largest, int(ids.max()))
+        while len(ids):
+            room = self._shard_tokens - self.tokens % self._shard_tokens
+            if self._shard is None:
+                number = len(self._shards)
+                self._shard = _HashedFile(self._folder / f"{self._name}-{number:05d}.bin")
+            self._shard.write(ids[:room].astype(self._dtype).tobytes())
+            self.tokens += len(ids[:room])
+            ids = ids[room:]
+            if self.tokens % self._shard_tokens == 0:
+                self._close_shard()
+
+    def finish(self) -> Manifest:
+        self._close_shard()
+        self._mark()
+        return Manifest(
+            dtype=self._dtype.name,
+            shard_tokens=self._shard_tokens,
+            tokens=self.tokens,
+            documents=self.documents,
+            smallest_id=self._smallest if self.tokens else 0,
+            largest_id=self._largest,
+            shards=tuple(self._shards),
+            index=self._index.close(),
+            names=self._names.close(),
+        )
+
+    def abandon(self) -> None:
+        """Close every file; what they hold is of no use."""
+        for file in (self._shard, self._index, self._names):
+            if file is not None:
+                file.abandon()
+
+    def _mark(self) -> None:
+        self._index.write(np.array([self.tokens, self._names.bytes], "<i8").tobytes())
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shards.append(self._shard.close())
+            self._shard = None
+
+
+class TokenStream:
+    """A stream that was written, memory-mapped.
+
+    Args:
+      folder: where its files are.
+      manifest: what they should hold.
+      vocab_size: ids must be below it.
+      hashed: also compare each file's sha256, which reads all of it.
+    Raises:
+      DataError: naming the file, what was expected and what was found.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, vocab_size: int, *, hashed: bool):
+        self.folder, self.manifest, self.vocab_size = folder, manifest, vocab_size
+        if manifest.largest_id >= vocab_size:
+            raise DataError(
+                f"{folder} holds the token id {manifest.largest_id}; expected ids below the "
+                f"vocabulary's {vocab_size}{remedy(folder)}"
+            )
+        for file in self._files():
+            _check_size(folder, file)
+        if hashed:
+            self.verify()
+        dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self._shards = [_mapped(folder / shard.name, dtype) for shard in manifest.shards]
+        self._index = _mapped(folder / manifest.index.name, np.dtype("<i8")).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return self.manifest.tokens
+
+    def verify(self) -> None:
+        """Read every file and compare its sha256; DataError names the first that differs."""
+        for file in self._files():
+            with open(self.folder / file.name, "rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != file.sha256:
+                raise DataError(
+                    f"{self.folder / file.name} has changed: expected sha256 {file.sha256}, found "
+                    f"{found}{remedy(self.folder)}"
+                )
+
+    def read_into(self, out: Ids, start: int) -> None:
+        """Fill `out` with the tokens from `start` on; all of them must exist."""
+        number, offset = divmod(start, self.manifest.shard_tokens)
+        part = self._shards[number][offset : offset + len(out)]
+        if len(part) == len(out):
+            out[:] = part
+        else:
+            out[: len(part)] = part
+            self.read_into(out[len(part) :], start + len(part))
+
+    def check_ids(self, ids: Ids) -> None:
+        """Raise a DataError where an id, as just read, is not in the vocabulary.
+
+        The embedding of such an id would be NaN, far from the cause.
+        """
+        # As unsigned numbers, so that one comparison finds negative ids too.
+        if ids.size and int(ids.view(np.uint32).max()) >= self.vocab_size:
+            found = int(ids[(ids < 0) | (ids >= self.vocab_size)].flat[0])
+            raise DataError(
+                f"the shards in {self.folder} hold the token id {found}; expected ids below the "
+                f"vocabulary's {self.vocab_size}{remedy(self.folder)}"
+            )
+
+    def document_at(self, position: int) -> tuple[str, int]:
+        """The name of the document that holds a token, and the token's place in it."""
+        number = int(np.searchsorted(self._index[:, 0], position, side="right")) - 1
+        start, name_start = self._index[number].tolist()
+        name_stop = int(self._index[number + 1, 1])
+        with open(self.folder / self.manifest.names.name, "rb") as names:
+            names.seek(name_start)
+            return names.read(name_stop - name_start).decode(), position - start
+
+    def _files(self) -> Iterator[StoredFile]:
+        yield from (*self.manifest.shards, self.manifest.index, self.manifest.names)
+
+
+def remedy(folder: Path) -> str:
+    """What to do about shards that cannot be trusted."""
+    return f"; delete {folder} and run the same command again to prepare it anew"
+
+
+def _check_size(folder: Path, file: StoredFile) -> None:
+    path = folder / file.name
+    if not path.exists():
+        raise DataError(f"{path} is missing; expected {file.bytes} bytes{remedy(folder)}")
+    found = path.stat().st_size
+    if found != file.bytes:
+        raise DataError(f"{path}: expected {file.bytes} bytes, found {found}{remedy(folder)}")
+
+
+def _mapped(path: Path, dtype: np.dtype) -> npt.NDArray:
+    # The plain array on top of the map: slicing an np.memmap costs several times as much.
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)

@@ -1,0 +1,294 @@
+"""Text to token ids and back: bytes, characters, byte-pair encodings; each token's bytes.
+
+A tokenizer is its definition, a small JSON object that says everything: saved with a run, it
+encodes and decodes without the corpus and without the network, and its sha256 names it.
+
+Sources: byte-level BPE is Radford et al. 2019, "Language Models are Unsupervised Multitask
+Learners"; it runs in tiktoken (https://github.com/openai/tiktoken). `characters` is nanoGPT's
+data/shakespeare_char/prepare.py. Training a vocabulary is llm/text/bpe.py.
+"""
+
+import abc
+import base64
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.errors import CheckpointError, DataError, UsageError
+from llm.text.cache import write_atomic
+
+Ids = npt.NDArray[np.int32]
+
+END_OF_TEXT = "<|endoftext|>"
+FILE_NAME = "tokenizer.json"
+
+
+class UnseenCharacterError(UsageError):
+    """A character that the tokenizer has no token for, and its place in the text."""
+
+    def __init__(self, text: str, index: int, why: str):
+        self.character = text[index]
+        self.index = index
+        self.line = text.count("\n", 0, index) + 1
+        self.column = index - (text.rfind("\n", 0, index) + 1) + 1
+        super().__init__(
+            f"the character {self.character!a} (U+{ord(self.character):04X}"
+            + (f", {self.character}" if self.character.isprintable() else "")
+            + f") at index {index} (line {self.line}, column {self.column}) {why}"
+        )
+
+
+class Tokenizer(abc.ABC):
+    """Token ids 0 to vocab_size - 1, and the bytes that each stands for.
+
+    Attributes:
+      name: "bytes", "characters", "bpe" or the name of a tiktoken encoding.
+      special_tokens: spelling -> id of tokens that stand for no text.
+      end_of_text: the id that ends a document; None where there is none.
+      token_table: the bytes of each id; b"" for special tokens and unassigned ids.
+    """
+
+    def __init__(self, name: str, token_table: list[bytes], special_tokens: Mapping[str, int]):
+        self.name = name
+        self.token_table = token_table
+        self.special_tokens = dict(special_tokens)
+        self.end_of_text = self.special_tokens.get(END_OF_TEXT)
+        self._special_names = {id_: spelling for spelling, id_ in special_tokens.items()}
+
+    @abc.abstractmethod
+    def encode(self, text: str) -> Ids:
+        """int32 [n]. The spelling of a special token is ordinary text.
+
+        Raises:
+          UnseenCharacterError: a character without a token, or a lone surrogate.
+        """
+
+    @abc.abstractmethod
+    def definition(self) -> dict[str, Any]:
+        """Everything that it takes to build an equal tokenizer, as JSON."""
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_table)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the definition: equal tokenizers have equal hashes."""
+        return hashlib.sha256(_canonical(self.definition())).hexdigest()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; b"" for special tokens and unassigned ids."""
+        if not 0 <= token_id < self.vocab_size:
+            raise IndexError(f"token id {token_id} is not in [0, {self.vocab_size})")
+        return self.token_table[token_id]
+
+    def token_name(self, token_id: int) -> str:
+        r"""The token for people: its text, with \xNN for bytes that are not UTF-8 by themselves."""
+        shown = self.token_bytes(token_id).decode("utf-8", "backslashreplace")
+        return shown or self._special_names.get(token_id, f"<|unassigned {token_id}|>")
+
+    def byte_lengths(self) -> Ids:
+        """int32 [vocab_size]: how many bytes each id stands for."""
+        return np.fromiter(map(len, self.token_table), np.int32, self.vocab_size)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of all tokens, one after the other."""
+        return b"".join(self.token_bytes(int(token_id)) for token_id in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of all tokens; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def save(self, directory: Path) -> None:
+        """Write DIRECTORY/tokenizer.json; `load_tokenizer` needs nothing else."""
+        directory.mkdir(parents=True, exist_ok=True)
+        saved = {"sha256": self.sha256, "definition": self.definition()}
+        write_atomic(directory / FILE_NAME, json.dumps(saved, indent=1).encode())
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and an end of text: any text, no training, no unknowns."""
+
+    def __init__(self) -> None:
+        super().__init__("bytes", [bytes([b]) for b in range(256)] + [b""], {END_OF_TEXT: 256})
+
+    def encode(self, text: str) -> Ids:
+        """As `Tokenizer.encode`. Bytes that came in by surrogateescape go out as they were."""
+        try:
+            encoded = text.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError as error:
+            raise UnseenCharacterError(text, error.start, _SURROGATE) from None
+        return np.frombuffer(encoded, np.uint8).astype(np.int32)
+
+    def definition(self) -> dict[str, Any]:
+        return {"kind": "bytes"}
+
+
+class CharacterTokenizer(Tokenizer):
+    """One token for each character of the corpus, in the order of code points; no end of text."""
+
+    def __init__(self, characters: str):
+        self.characters = "".join(sorted(set(characters)))
+        super().__init__("characters", [c.encode() for c in self.characters], {})
+        codes = _code_points(self.characters)
+        self._id_of = np.full(codes.max() + 2, -1, np.int32)
+        self._id_of[codes] = np.arange(len(codes))
+
+    def encode(self, text: str) -> Ids:
+        # Whatever lies beyond the table's end meets its last entry, which is always -1.
+        ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
+        unseen = np.flatnonzero(ids < 0)
+        if unseen.size:
+            why = (
+                f"is not one of the {self.vocab_size} characters that this tokenizer was built "
+                "from; leave it out, or train with a corpus that has it or with tokenizer.kind = "
+                "'bytes'"
+            )
+            raise UnseenCharacterError(text, int(unseen[0]), why)
+        return ids
+
+    def definition(self) -> dict[str, Any]:
+        return {"kind": "characters", "characters": self.characters}
+
+
+class BytePairTokenizer(Tokenizer):
+    """A byte-level byte-pair encoding, run by tiktoken.
+
+    Args:
+      name: "bpe" for a vocabulary trained here, else the name of the tiktoken encoding.
+      pattern: regular expression of the pieces across which no merge goes.
+      ranks: token -> id, which is also the order of merges.
+      special_tokens: spelling -> id.
+    """
+
+    def __init__(
+        self, name: str, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
+    ):
+        import tiktoken
+
+        last = max(max(ranks.values()), max(special_tokens.values(), default=0))
+        table = [b""] * (last + 1)
+        for token, rank in ranks.items():
+            table[rank] = token
+        super().__init__(name, table, special_tokens)
+        self.pattern = pattern
+        self._encoding = tiktoken.Encoding(
+            name,
+            pat_str=pattern,
+            mergeable_ranks=dict(ranks),
+            special_tokens=dict(special_tokens),
+        )
+
+    def encode(self, text: str) -> Ids:
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError as error:
+            raise UnseenCharacterError(text, error.start, _SURROGATE) from None
+        return ids.astype(np.int32)
+
+    def definition(self) -> dict[str, Any]:
+        assigned = [(token, id_) for id_, token in enumerate(self.token_table) if token]
+        return {
+            "kind": "byte_pairs",
+            "name": self.name,
+            "pattern": self.pattern,
+            "special_tokens": self.special_tokens,
+            "ranks": {base64.b64encode(token).decode(): id_ for token, id_ in assigned},
+        }
+
+
+_SURROGATE = "is half of a surrogate pair, which is not a character"
+
+
+def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
+    """A public encoding by its name, from tiktoken's cache or the network.
+
+    Raises:
+      UsageError: no such name.
+      DataError: it is neither cached nor within reach.
+    """
+    import tiktoken
+
+    check_kind(name)
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the tiktoken encoding {name!r} is not on this machine and could not be fetched "
+            f"({_short(error)}). Offline: on a machine with a network run `TIKTOKEN_CACHE_DIR=DIR "
+            f"python -c 'import tiktoken; tiktoken.get_encoding(\"{name}\")'`, copy DIR here and "
+            "set TIKTOKEN_CACHE_DIR to it"
+        ) from None
+    return BytePairTokenizer(
+        name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens
+    )
+
+
+def check_kind(kind: str) -> None:
+    """Raise a UsageError with the names there are, unless `kind` is one of them."""
+    if kind in ("bytes", "characters", "bpe"):
+        return
+    import tiktoken
+
+    known = ["bytes", "characters", "bpe", *tiktoken.list_encoding_names()]
+    if kind not in known:
+        near = difflib.get_close_matches(kind, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(
+            f"tokenizer.kind = {kind!r}: no such tokenizer; {hint}expected one of {', '.join(known)}"
+        )
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer that `save` wrote.
+
+    Raises:
+      CheckpointError: the file is missing, or is not what was saved.
+    """
+    path = Path(directory) / FILE_NAME
+    try:
+        saved = json.loads(path.read_bytes())
+        expected, definition = saved["sha256"], saved["definition"]
+    except OSError as error:
+        raise CheckpointError(f"no tokenizer at {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is not a saved tokenizer: it is damaged") from None
+    found = hashlib.sha256(_canonical(definition)).hexdigest()
+    if found != expected:
+        raise CheckpointError(
+            f"{path} is not the tokenizer that was saved: expected sha256 {expected}, found {found}"
+        )
+    return _from_definition(definition)
+
+
+def _from_definition(definition: Mapping[str, Any]) -> Tokenizer:
+    match definition["kind"]:
+        case "bytes":
+            return ByteTokenizer()
+        case "characters":
+            return CharacterTokenizer(definition["characters"])
+        case "byte_pairs":
+            ranks = {base64.b64decode(t): rank for t, rank in definition["ranks"].items()}
+            return BytePairTokenizer(
+                definition["name"], definition["pattern"], ranks, definition["special_tokens"]
+            )
+    raise CheckpointError(f"a tokenizer of kind {definition['kind']!r} needs a newer version")
+
+
+def _code_points(text: str) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.dtype("<u4"))
+
+
+def _canonical(definition: Mapping[str, Any]) -> bytes:
+    return json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _short(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]

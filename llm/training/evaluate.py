@@ -1,0 +1,84 @@
+"""The loss over a whole validation split: the same tokens each time, weighted by tokens."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from llm.model.gpt import ModelSpec, Params, bind
+from llm.model.loss import LossOptions, chunks_for, head_loss
+from llm.model.sharding import constrain, shard_batch
+from llm.training.step import BATCH_AXES
+
+# (tokens int32 [B, T + 1], mask float32 [B, T]) -> total nats of the unmasked targets
+EvaluationStep = Callable[[Params, np.ndarray, np.ndarray], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """loss_nats: mean negative log-likelihood per token. tokens: how many were predicted."""
+
+    loss_nats: float
+    bits_per_byte: float | None
+    tokens: int
+
+
+def make_evaluation_step(spec: ModelSpec, mesh: Mesh) -> EvaluationStep:
+    """Compiled: total negative log-likelihood (nats) of the targets where the mask is 1."""
+
+    def evaluation_step(params: Params, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        model = bind(spec, params)
+        inputs_BT = constrain(tokens_BT[:, :-1], "batch", "sequence")
+        B, T = inputs_BT.shape
+        rows_per_device = max(1, B // (mesh.shape["data"] * mesh.shape["fsdp"]))
+        return head_loss(
+            model.hidden(inputs_BT),
+            model.head_weight(),
+            tokens_BT[:, 1:],
+            mask_BT.astype(jnp.float32),
+            LossOptions(spec.vocab_size, spec.config.logit_soft_cap),
+            chunks_for(rows_per_device, T, spec.padded_vocab_size),
+        ).nll
+
+    compiled = jax.jit(evaluation_step)
+
+    def run(params: Params, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> jax.Array:
+        with jax.set_mesh(mesh):
+            return compiled(
+                params,
+                shard_batch(mesh, tokens_BT, BATCH_AXES),
+                shard_batch(mesh, mask_BT, BATCH_AXES),
+            )
+
+    return run
+
+
+def evaluate(
+    step: EvaluationStep,
+    params: Params,
+    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    byte_lengths: np.ndarray,
+) -> Evaluation:
+    """Mean nats per token, and bits per byte = total nats / (total bytes ln 2).
+
+    Args:
+      batches: (tokens int32 [B, T + 1], mask [B, T]) that cover the split once.
+      byte_lengths: int32 [V], bytes of text in each token; 0 for end of text.
+    """
+    nats, tokens, text_bytes = [], 0, 0
+    for tokens_BT, mask_BT in batches:
+        nats.append(step(params, tokens_BT, mask_BT))
+        predicted = tokens_BT[:, 1:][np.asarray(mask_BT, dtype=bool)]
+        tokens += predicted.size
+        text_bytes += int(byte_lengths[predicted].sum())
+    # Summed in float64 on the host: thousands of float32 batch sums would lose digits.
+    total = math.fsum(float(batch) for batch in jax.device_get(nats))
+    return Evaluation(
+        loss_nats=total / tokens,
+        bits_per_byte=total / (text_bytes * math.log(2)) if text_bytes else None,
+        tokens=tokens,
+    )

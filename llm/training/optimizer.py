@@ -1,0 +1,89 @@
+"""The update rule, from optax, and the learning rate over time.
+
+AdamW: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization". Muon: Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon/. Warmup-stable-decay: Hu et al. 2024, "MiniCPM".
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from llm.config import OptimizerConfig
+
+
+def learning_rate_factor(config: OptimizerConfig, steps: int, step: jax.Array) -> jax.Array:
+    """Learning rate of update `step` (from 0) as a fraction of its peak, in [0, 1].
+
+    warmup     (step + 1) / (warmup_steps + 1), as nanoGPT
+    cosine     m + (1 - m) (1 + cos(pi p)) / 2,   p = progress from the end of warmup to `steps`
+    linear     1 - (1 - m) p
+    wsd        1 until the last decay_fraction of the steps, then linear to m
+    constant   1
+
+    with m = min_learning_rate / learning_rate.
+    """
+    floor = config.min_learning_rate / config.learning_rate
+    warmup = config.warmup_steps
+    begin = steps * (1.0 - config.decay_fraction) if config.schedule == "wsd" else warmup
+    progress = jnp.clip((step - begin) / max(steps - begin, 1.0), 0.0, 1.0)
+    match config.schedule:
+        case "cosine":
+            decayed = floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        case "linear" | "wsd":
+            decayed = 1.0 - (1.0 - floor) * progress
+        case "constant":
+            decayed = jnp.ones_like(progress)
+    return jnp.where(step < warmup, (step + 1) / (warmup + 1), decayed)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Gradients to updates at the peak learning rate; the step multiplies by `learning_rate_factor`.
+
+    Keeping the schedule out of the optimizer's state lets a resumed run change its length, and
+    lets the update number, not a count of updates that were not skipped, set the learning rate.
+    """
+    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+    adamw = optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, mask=is_matrix),
+        optax.scale(-config.learning_rate),
+    )
+    if config.kind == "adamw":
+        return optax.chain(clip, adamw)
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            beta=config.muon_momentum,
+            # A tree like the updates; optax 0.2.8's default of None fails inside a partition.
+            weight_dimension_numbers=lambda updates: jax.tree.map(
+                lambda _: optax.contrib.MuonDimensionNumbers(), updates
+            ),
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(_scale_by_shape, updates)),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale(-config.muon_learning_rate),
+    )
+    return optax.chain(clip, optax.partition({"muon": muon, "adamw": adamw}, partition_labels))
+
+
+def is_matrix(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+    """Which parameters decay: matrices and embeddings, not biases and norms.
+
+    Under optax.partition the other part's weights arrive as placeholders, which have no ndim.
+    """
+    return {name: getattr(weight, "ndim", 0) >= 2 for name, weight in params.items()}
+
+
+def partition_labels(params: Mapping[str, jax.Array]) -> dict[str, str]:
+    """Muon for the matrices inside blocks; AdamW for embeddings, head, norms and biases."""
+    return {
+        name: "muon" if name.startswith("blocks.") and weight.ndim == 2 else "adamw"
+        for name, weight in params.items()
+    }
+
+
+def _scale_by_shape(update: jax.Array) -> jax.Array:
+    """An orthogonal [in, out] update changes its output by about sqrt(out / in) (Jordan et al.)."""
+    d_in, d_out = update.shape
+    return update * max(1.0, d_out / d_in) ** 0.5

@@ -1,0 +1,151 @@
+"""One optimizer step, pure: (state, tokens) -> (state, metrics). No files, no clock, no globals.
+
+    B sequences per step  T positions  A micro-batches
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llm.config import OptimizerConfig, TrainingConfig
+from llm.model.gpt import ModelSpec, Params, bind
+from llm.model.loss import LossOptions, LossTerms, chunks_for, head_loss
+from llm.model.sharding import constrain, sharding_of
+from llm.training.optimizer import learning_rate_factor, make_optimizer
+from llm.training.state import TrainState, state_shardings
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
+
+# How a batch of windows, int32 [B, T + 1], lies on the mesh. The odd position keeps the windows
+# whole; the context axis divides the T inputs inside the step.
+BATCH_AXES = ("batch", None)
+
+
+def make_train_step(
+    spec: ModelSpec, optimizer_config: OptimizerConfig, training: TrainingConfig, mesh: Mesh
+) -> TrainStep:
+    """The compiled step. It takes int32 [B, T + 1] and gives the state's buffers to the new state.
+
+    Metrics (float32 scalars unless said): loss (nats per token, without smoothing and z-loss),
+    grad_norm (before clipping), learning_rate (used by this update), finite (bool).
+    """
+    optimizer = make_optimizer(optimizer_config)
+    shardings = state_shardings(spec, optimizer, mesh)
+
+    def train_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
+        dropout_key = jax.random.fold_in(state.key, state.step) if spec.config.dropout else None
+        gradients, loss = accumulate_gradients(
+            spec, training, state.params, tokens_BT, dropout_key, mesh
+        )
+        grad_norm = optax.global_norm(gradients)
+        factor = learning_rate_factor(optimizer_config, training.steps, state.step)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates = jax.tree.map(lambda update: factor * update, updates)
+        updated = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            key=state.key,
+        )
+        finite = jnp.isfinite(loss.objective) & jnp.isfinite(grad_norm)
+        metrics = {
+            "loss": loss.nll,
+            "grad_norm": grad_norm,
+            "learning_rate": factor * optimizer_config.learning_rate,
+            "finite": finite,
+        }
+        return select_finite(finite, updated, state), metrics
+
+    compiled = jax.jit(
+        train_step,
+        in_shardings=(shardings, sharding_of(mesh, BATCH_AXES)),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+
+    def run(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(mesh):
+            return compiled(state, tokens_BT)
+
+    return run
+
+
+def accumulate_gradients(
+    spec: ModelSpec,
+    training: TrainingConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    dropout_key: jax.Array | None,
+    mesh: Mesh,
+) -> tuple[Params, LossTerms]:
+    """Gradient and loss of the mean over all B T tokens, in A micro-batches one after the other.
+
+    Each micro-batch's loss is a sum divided by the tokens of the whole batch, so adding the
+    micro-batches gives the gradient of the whole batch, not an average of averages.
+    """
+    micro_batches = training.accumulation
+    gradient = jax.grad(_objective, has_aux=True)
+
+    def micro(index: int | jax.Array, rows_BT: jax.Array) -> tuple[Params, LossTerms]:
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        return gradient(params, spec, training, rows_BT, tokens_BT.shape, key, mesh)
+
+    if micro_batches == 1:
+        return micro(0, tokens_BT)
+    # Strided, so that each micro-batch has rows on every device that holds a share of the batch.
+    B, window = tokens_BT.shape
+    parts_ABT = tokens_BT.reshape(B // micro_batches, micro_batches, window).swapaxes(0, 1)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, micro(*part)), None
+
+    zero = (jax.tree.map(jnp.zeros_like, params), LossTerms(jnp.zeros(()), jnp.zeros(())))
+    return jax.lax.scan(add, zero, (jnp.arange(micro_batches), parts_ABT))[0]
+
+
+def _objective(
+    params: Params,
+    spec: ModelSpec,
+    training: TrainingConfig,
+    rows_BT: jax.Array,
+    batch_shape: tuple[int, int],
+    dropout_key: jax.Array | None,
+    mesh: Mesh,
+) -> tuple[jax.Array, LossTerms]:
+    model = bind(spec, params)
+    inputs_BT = constrain(rows_BT[:, :-1], "batch", "sequence")
+    targets_BT = constrain(rows_BT[:, 1:], "batch", "sequence")
+    hidden_BTD = model.hidden(inputs_BT, dropout_key=dropout_key)
+    B, T = targets_BT.shape
+    tokens_in_step = batch_shape[0] * (batch_shape[1] - 1)
+    weights_BT = jnp.full((B, T), 1.0 / tokens_in_step, jnp.float32)
+    options = LossOptions(
+        spec.vocab_size,
+        spec.config.logit_soft_cap,
+        training.label_smoothing,
+        training.z_loss,
+    )
+    rows_per_device = B // (mesh.shape["data"] * mesh.shape["fsdp"])
+    chunks = chunks_for(rows_per_device, T, spec.padded_vocab_size, training.loss_chunk)
+    terms = head_loss(hidden_BTD, model.head_weight(), targets_BT, weights_BT, options, chunks)
+    return terms.objective, terms
+
+
+def select_finite(finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
+    """The updated state, or the old one with only its step advanced when something is not finite.
+
+    By `where`: multiplying a NaN update by zero would keep the NaN.
+    """
+    def select(new, old):
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    return dataclasses.replace(
+        updated,
+        params=select(updated.params, state.params),
+        opt_state=select(updated.opt_state, state.opt_state),
+    )

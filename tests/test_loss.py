@@ -1,0 +1,144 @@
+"""The loss against float64 numpy, and its promise never to hold all logits at once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.model.loss import LossOptions, chunks_for, head_loss, token_log_likelihood
+
+B, T, D, VOCAB, PADDED = 3, 8, 5, 7, 10
+PLAIN = LossOptions(VOCAB)
+ALL_OPTIONS = LossOptions(VOCAB, logit_soft_cap=5.0, label_smoothing=0.1, z_loss=1e-2)
+
+
+@pytest.fixture(scope="module")
+def example():
+    random = np.random.default_rng(0)
+    hidden = random.normal(size=(B, T, D))
+    head = random.normal(size=(D, PADDED)) * 2.0
+    targets = random.integers(0, VOCAB, (B, T))
+    mask = random.random((B, T)) < 0.7
+    return hidden, head, targets, mask
+
+
+def reference_loss(hidden, head, targets, weights, options):
+    """The objective and the nll in float64, straight from their definitions."""
+    logits = hidden @ head
+    if options.logit_soft_cap:
+        logits = options.logit_soft_cap * np.tanh(logits / options.logit_soft_cap)
+    logits = logits[..., : options.vocab_size]
+    log_z = np.log(np.exp(logits).sum(-1))
+    log_p = logits - log_z[..., None]
+    nll = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+    e = options.label_smoothing
+    objective = (1 - e) * nll - e * log_p.mean(-1) + options.z_loss * log_z**2
+    return (weights * objective).sum(), (weights * nll).sum()
+
+
+def run(example, options, chunks):
+    hidden, head, targets, mask = example
+    arguments = (jnp.float32(hidden), jnp.float32(head), jnp.int32(targets))
+    weights = jnp.float32(mask / mask.sum())
+    return jax.value_and_grad(
+        lambda hidden, head: tuple(
+            head_loss(hidden, head, arguments[2], weights, options, chunks)
+        ),
+        argnums=(0, 1),
+        has_aux=True,
+    )(*arguments[:2])
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 8])
+@pytest.mark.parametrize("options", [PLAIN, ALL_OPTIONS], ids=["plain", "all options"])
+def test_loss_equals_float64_numpy(example, options, chunks):
+    hidden, head, targets, mask = example
+    (objective, nll), _ = run(example, options, chunks)
+    expected = reference_loss(hidden, head, targets, mask / mask.sum(), options)
+    np.testing.assert_allclose([objective, nll], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("options", [PLAIN, ALL_OPTIONS], ids=["plain", "all options"])
+def test_gradient_equals_central_differences_in_float64(example, options, chunks):
+    hidden, head, targets, mask = example
+    weights = mask / mask.sum()
+    _, gradients = run(example, options, chunks)
+    random = np.random.default_rng(1)
+    for position, gradient in enumerate(gradients):
+        direction = random.normal(size=gradient.shape)
+        step = 1e-5
+        ends = []
+        for sign in (step, -step):
+            point = [hidden, head]
+            point[position] = point[position] + sign * direction
+            ends.append(reference_loss(*point, targets, weights, options)[0])
+        slope = (ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-5)
+
+
+def test_padding_of_the_vocabulary_gets_no_probability_and_no_gradient(example):
+    _, (_, d_head) = run(example, ALL_OPTIONS, 2)
+    assert np.all(d_head[:, VOCAB:] == 0.0)
+    hidden, head, targets, mask = example
+    louder = head.copy()
+    louder[:, VOCAB:] += 100.0
+    before = run(example, PLAIN, 2)[0]
+    after = run((hidden, louder, targets, mask), PLAIN, 2)[0]
+    assert before == after
+
+
+def test_masked_tokens_do_not_count(example):
+    hidden, head, targets, mask = example
+    elsewhere = np.where(mask, targets, (targets + 1) % VOCAB)
+    same = run((hidden, head, elsewhere, mask), PLAIN, 2)[0]
+    assert same == run(example, PLAIN, 2)[0]
+
+
+def test_loss_is_minus_the_mean_token_log_likelihood(example):
+    hidden, head, targets, mask = example
+    logits = jnp.float32(hidden @ head)[..., :VOCAB]
+    log_p = token_log_likelihood(logits, jnp.int32(targets))
+    (_, nll), _ = run(example, PLAIN, 2)
+    np.testing.assert_allclose(nll, -np.asarray(log_p)[mask].mean(), rtol=1e-6)
+
+
+def test_all_logits_never_exist_at_once():
+    """No float32 intermediate of value or gradient has B T V elements, at any vocabulary size."""
+    batch, length, width, vocab = 4, 16, 8, 512
+    chunks = chunks_for(batch, length, vocab)
+    assert chunks >= 2
+
+    def loss(hidden, head):
+        targets = jnp.zeros((batch, length), jnp.int32)
+        weights = jnp.ones((batch, length)) / (batch * length)
+        return head_loss(hidden, head, targets, weights, LossOptions(vocab), chunks).objective
+
+    arguments = (jnp.ones((batch, length, width)), jnp.ones((width, vocab)))
+    for function in (loss, jax.grad(loss, argnums=(0, 1))):
+        largest = max(
+            variable.aval.size
+            for jaxpr in all_jaxprs(jax.make_jaxpr(function)(*arguments).jaxpr)
+            for equation in jaxpr.eqns
+            for variable in equation.outvars
+            if hasattr(variable.aval, "size")
+        )
+        assert largest <= batch * length * vocab // chunks
+
+
+def all_jaxprs(jaxpr):
+    """A jaxpr and every jaxpr inside it."""
+    yield jaxpr
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from all_jaxprs(inner)
+
+
+def test_chunks_divide_the_length_and_respect_the_choice():
+    assert chunks_for(12, 64, 65) == 2
+    assert chunks_for(8, 1024, 50304) * (2**24 // (8 * 50304)) >= 1024
+    assert 64 % chunks_for(12, 64, 65, chunk_length=10) == 0
+    assert chunks_for(12, 64, 65, chunk_length=16) == 4
+    assert chunks_for(1, 1, 65) == 1

@@ -1,0 +1,131 @@
+"""Update rules against float64 numpy, and learning rates against closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.config import OptimizerConfig
+from llm.training.optimizer import learning_rate_factor, make_optimizer
+
+STEPS = 100
+
+
+def factors(**settings):
+    config = OptimizerConfig(
+        learning_rate=1.0, min_learning_rate=0.1, **{"warmup_steps": 10, **settings}
+    )
+    return np.asarray(learning_rate_factor(config, STEPS, jnp.arange(STEPS + 1)))
+
+
+def nanogpt_learning_rate(step, warmup=10, floor=0.1):
+    """nanoGPT's get_lr: linear warmup from 1 / (warmup + 1), then half a cosine to the floor."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return floor + (1 - floor) * 0.5 * (1 + np.cos(np.pi * (step - warmup) / (STEPS - warmup)))
+
+
+def test_cosine_schedule_is_nanogpts():
+    expected = [nanogpt_learning_rate(step) for step in range(STEPS + 1)]
+    np.testing.assert_allclose(factors(schedule="cosine"), expected, rtol=1e-6)
+
+
+def test_linear_schedule_is_a_line_from_peak_to_floor():
+    expected = np.interp(np.arange(10, 101), [10, 100], [1.0, 0.1])
+    np.testing.assert_allclose(factors(schedule="linear")[10:], expected, rtol=1e-5)
+
+
+def test_constant_schedule_stays_at_the_peak_after_warmup():
+    assert np.all(factors(schedule="constant")[10:] == 1.0)
+
+
+def test_warmup_stable_decay_is_flat_until_its_last_fraction():
+    wsd = factors(schedule="wsd", decay_fraction=0.25)
+    assert np.all(wsd[10:76] == 1.0)
+    np.testing.assert_allclose(
+        wsd[75:], np.interp(np.arange(75, 101), [75, 100], [1.0, 0.1]), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
+def test_no_warmup_starts_at_the_peak(schedule):
+    assert factors(schedule=schedule, warmup_steps=0)[0] == 1.0
+
+
+def example_params():
+    random = np.random.default_rng(0)
+    return {
+        "embed.weight": random.normal(size=(7, 4)),
+        "blocks.0.mlp.up.weight": random.normal(size=(4, 6)),
+        "blocks.0.mlp.up.bias": random.normal(size=(6,)),
+    }
+
+
+def run_updates(config, params, gradients):
+    optimizer = make_optimizer(config)
+    params = jax.tree.map(jnp.float32, params)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        gradient = jax.tree.map(jnp.float32, gradient)
+        updates, state = optimizer.update(gradient, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+    return params
+
+
+def random_gradients(params, count, scale=1.0):
+    random = np.random.default_rng(1)
+    return [
+        {name: scale * random.normal(size=value.shape) for name, value in params.items()}
+        for _ in range(count)
+    ]
+
+
+def test_adamw_equals_its_definition_and_decays_matrices_only():
+    config = OptimizerConfig(
+        learning_rate=0.01, weight_decay=0.1, beta1=0.9, beta2=0.99, grad_clip=0.0
+    )
+    params = example_params()
+    gradients = random_gradients(params, 3)
+    result = run_updates(config, params, gradients)
+    for name, p in params.items():
+        m = v = 0.0
+        for t, gradient in enumerate(gradients, start=1):
+            g = gradient[name]
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+            update = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
+            p = p - 0.01 * (update + (0.1 * p if p.ndim == 2 else 0.0))
+        np.testing.assert_allclose(result[name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_are_clipped_to_the_global_norm():
+    """Adam forgets the scale of gradients, so clipping shows between a large and a small one."""
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.0, grad_clip=1.0)
+    params = example_params()
+    small, large = random_gradients(params, 1, 1e-3)[0], random_gradients(params, 1, 1e3)[0]
+    norm = np.sqrt(sum((g**2).sum() for g in large.values()))
+    clipped = {name: g / norm for name, g in large.items()}
+    unclipped = OptimizerConfig(learning_rate=0.01, weight_decay=0.0, grad_clip=0.0)
+    with_clipping = run_updates(config, params, [large, small])
+    by_hand = run_updates(unclipped, params, [clipped, small])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), with_clipping, by_hand)
+
+
+def test_muon_moves_hidden_matrices_by_an_orthogonal_matrix_and_the_rest_by_adamw():
+    muon = OptimizerConfig(
+        kind="muon", learning_rate=0.01, muon_learning_rate=0.02, weight_decay=0.0, grad_clip=0.0
+    )
+    params = example_params()
+    gradients = random_gradients(params, 1)
+    moved = run_updates(muon, params, gradients)
+    update = np.asarray(moved["blocks.0.mlp.up.weight"]) - params["blocks.0.mlp.up.weight"]
+    left, _, right = np.linalg.svd(gradients[0]["blocks.0.mlp.up.weight"], full_matrices=False)
+    nearest_orthogonal = -0.02 * np.sqrt(6 / 4) * left @ right
+    # Newton-Schulz with Jordan's coefficients brings singular values to 1 within about 0.3.
+    cosine = (update * nearest_orthogonal).sum() / (
+        np.linalg.norm(update) * np.linalg.norm(nearest_orthogonal)
+    )
+    assert cosine > 0.95
+    assert 0.7 < np.linalg.norm(update) / np.linalg.norm(nearest_orthogonal) < 1.3
+    adamw = run_updates(muon.model_copy(update={"kind": "adamw"}), params, gradients)
+    for name in ("embed.weight", "blocks.0.mlp.up.bias"):
+        np.testing.assert_array_equal(moved[name], adamw[name])

@@ -1,0 +1,187 @@
+"""The training step: gradients, accumulation, masking of bad updates, and equality over meshes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from llm.model.gpt import ModelSpec, bind
+from llm.model.sharding import make_mesh, shard_batch
+from llm.training.evaluate import evaluate, make_evaluation_step
+from llm.training.optimizer import make_optimizer
+from llm.training.state import abstract_state, create_state, from_groups, to_groups
+from llm.training.step import BATCH_AXES, make_train_step
+
+SPEC = ModelSpec(
+    ModelConfig(n_layer=2, n_head=4, d_model=32, context_length=16, vocab_multiple=16), 70
+)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2)
+BATCH = 8
+
+
+def tokens(seed=0, batch=BATCH):
+    return np.random.default_rng(seed).integers(0, 70, (batch, 17), dtype=np.int32)
+
+
+def train(steps=3, mesh=None, spec=SPEC, optimizer=OPTIMIZER, batches=None, **training):
+    """(final state, metrics of each step)"""
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    config = TrainingConfig(**{"steps": 10, "batch_size": BATCH, **training})
+    state = create_state(spec, make_optimizer(optimizer), 0, mesh)
+    step = make_train_step(spec, optimizer, config, mesh)
+    rows = []
+    for batch in batches if batches is not None else [tokens(n) for n in range(steps)]:
+        state, metrics = step(state, shard_batch(mesh, batch, BATCH_AXES))
+        rows.append(jax.device_get(metrics))
+    return state, rows
+
+
+def losses(rows):
+    return np.array([row["loss"] for row in rows])
+
+
+def assert_params_close(one, other, rtol=1e-5, atol=1e-6):
+    for name in one.params:
+        np.testing.assert_allclose(
+            one.params[name], other.params[name], rtol=rtol, atol=atol, err_msg=name
+        )
+
+
+@pytest.fixture(scope="module")
+def whole_batch():
+    return train()
+
+
+def test_reported_loss_is_the_mean_nll_of_the_batch_before_the_update(whole_batch):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = create_state(SPEC, make_optimizer(OPTIMIZER), 0, mesh)
+    batch = tokens(0)
+    logits = np.asarray(bind(SPEC, state.params)(batch[:, :-1]), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = -np.take_along_axis(log_p, batch[:, 1:, None], -1).mean()
+    np.testing.assert_allclose(losses(whole_batch[1])[0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
+def test_accumulation_gives_the_update_of_the_whole_batch(whole_batch, micro_batch_size):
+    state, rows = train(micro_batch_size=micro_batch_size)
+    np.testing.assert_allclose(losses(rows), losses(whole_batch[1]), rtol=1e-6)
+    np.testing.assert_allclose(
+        [row["grad_norm"] for row in rows], [row["grad_norm"] for row in whole_batch[1]], rtol=1e-5
+    )
+    # Adam divides by the root of tiny second moments: compare where it is well conditioned.
+    assert_params_close(state, whole_batch[0], rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"data": 8},
+        {"data": 1, "fsdp": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 2, "context": 4},
+    ],
+    ids=str,
+)
+def test_losses_are_the_same_on_every_mesh(whole_batch, axes):
+    _, rows = train(mesh=make_mesh(MeshConfig(**axes)))
+    np.testing.assert_allclose(losses(rows), losses(whole_batch[1]), rtol=1e-5)
+
+
+def test_the_state_is_sharded_from_birth_and_moments_lie_as_their_weights():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    state = create_state(SPEC, make_optimizer(OPTIMIZER), 0, mesh)
+    name = "blocks.0.mlp.up.weight"
+    assert state.params[name].sharding.spec == ("fsdp", "tensor")
+    assert state.params[name].addressable_shards[0].data.shape == (16, 64)
+    moments = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if name in jax.tree_util.keystr(path)
+    ]
+    assert len(moments) == 2
+    assert all(leaf.sharding == state.params[name].sharding for leaf in moments)
+
+
+def test_two_runs_of_one_seed_are_equal_bit_for_bit():
+    spec = dataclasses.replace(SPEC, config=SPEC.config.model_copy(update={"dropout": 0.2}))
+    one, _ = train(spec=spec)
+    other, _ = train(spec=spec)
+    assert all(np.array_equal(one.params[name], other.params[name]) for name in one.params)
+
+
+def test_dropout_differs_from_step_to_step():
+    spec = dataclasses.replace(SPEC, config=SPEC.config.model_copy(update={"dropout": 0.5}))
+    still = OptimizerConfig(learning_rate=1e-30, min_learning_rate=0.0, weight_decay=0.0)
+    _, rows = train(spec=spec, optimizer=still, batches=[tokens(0)] * 3)
+    assert len(set(losses(rows).tolist())) == 3
+
+
+def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = create_state(SPEC, make_optimizer(OPTIMIZER), 0, mesh)
+    params = dict(state.params)
+    params["final_norm.scale"] = params["final_norm.scale"].at[0].set(jnp.nan)
+    before = jax.device_get(to_groups(dataclasses.replace(state, params=params)))
+    step = make_train_step(SPEC, OPTIMIZER, TrainingConfig(batch_size=BATCH), mesh)
+    after, metrics = step(dataclasses.replace(state, params=params), tokens(0))
+    assert not metrics["finite"]
+    after = jax.device_get(to_groups(after))
+    assert before["training"].pop("step") + 1 == after["training"].pop("step")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_state_survives_the_way_through_named_groups():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    optimizer = make_optimizer(OptimizerConfig(kind="muon"))
+    state = create_state(SPEC, optimizer, 3, mesh)
+    again = from_groups(abstract_state(SPEC, optimizer, mesh), to_groups(state))
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert jax.random.bits(again.key) == jax.random.bits(state.key)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.device_get(to_groups(again)),
+        jax.device_get(to_groups(state)),
+    )
+
+
+def test_abstract_groups_describe_the_groups():
+    mesh = make_mesh(MeshConfig())
+    optimizer = make_optimizer(OPTIMIZER)
+    described = to_groups(abstract_state(SPEC, optimizer, mesh))
+    actual = to_groups(create_state(SPEC, optimizer, 0, mesh))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), described) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), actual
+    )
+
+
+def test_training_on_one_batch_learns_it():
+    _, rows = train(batches=[tokens(0)] * 30, steps=30)
+    assert losses(rows)[0] == pytest.approx(np.log(70), abs=0.2)
+    assert losses(rows)[-1] < 0.5 * losses(rows)[0]
+
+
+def test_evaluation_weighs_tokens_not_batches():
+    """Two batches, one nearly empty: the mean is over tokens, against float64 numpy."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = create_state(SPEC, make_optimizer(OPTIMIZER), 0, mesh)
+    byte_lengths = np.arange(70) % 3
+    masks = [np.ones((BATCH, 16), np.float32), np.zeros((BATCH, 16), np.float32)]
+    masks[1][0, :3] = 1.0
+    batches = [(tokens(0), masks[0]), (tokens(1), masks[1])]
+    result = evaluate(make_evaluation_step(SPEC, mesh), state.params, batches, byte_lengths)
+    nats, lengths = [], []
+    for rows, mask in batches:
+        logits = np.asarray(bind(SPEC, state.params)(rows[:, :-1]), np.float64)
+        log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        targets = rows[:, 1:]
+        nll = -np.take_along_axis(log_p, targets[..., None], -1)[..., 0]
+        nats.append(nll[mask > 0])
+        lengths.append(byte_lengths[targets[mask > 0]])
+    nats, lengths = np.concatenate(nats), np.concatenate(lengths)
+    assert result.tokens == BATCH * 16 + 3
+    assert result.loss_nats == pytest.approx(nats.mean(), rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(nats.sum() / lengths.sum() / np.log(2), rel=1e-6)
