@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llm.errors import DataError
 from llm.text.sources import Origin
 
-PIECE_BYTES = 2**20
+PIECE_BYTES = 2**18
 
 # Between a letter or digit and white space or CJK punctuation (, . enumeration comma ; : ! ?, full
 # width) every pattern of tiktoken and ours in bpe.py ends a piece, whatever follows: cutting there

@@ -1,28 +1,31 @@
 """Prepare a corpus: tokenise it once into shards on disk, find them again, open them.
 
     CACHE/shards/FINGERPRINT/header.json    what is there: counts, bounds, hashes, sources, splits
-    CACHE/shards/FINGERPRINT/train*         a stream (llm/text/stream.py); validation* is another
+    CACHE/shards/FINGERPRINT/STREAM*        streams (llm/text/stream.py): train and validation for
+                                            data.validation = "documents:F", else one, text
+    CACHE/tokenizers/FINGERPRINT/           tokenizers that were made from a corpus
 
-The fingerprint is a hash of all that decides the tokens: the content of the files, the tokenizer,
-the split. Equal settings on equal content find the same folder, wherever the corpus lies.
+A fingerprint is a hash of all that decides what is in the folder: the content of the files, the
+tokenizer, the split. Equal settings on equal content find the same folder, wherever the corpus lies.
 """
 
 import collections
 import hashlib
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from llm.config import DataConfig, TokenizerConfig
-from llm.errors import DataError
-from llm.text.bpe import PATTERN, train_bpe
+from llm.errors import CheckpointError, DataError, UsageError
+from llm.text.bpe import PATTERN, TRAINING_CHARACTERS, train_bpe
 from llm.text.cache import Progress, built_once, cache_root, is_disk_full, silent
 from llm.text.documents import Document, ReadingReport, read_documents
 from llm.text.sources import Found, Origin, find_origins
@@ -49,6 +52,9 @@ VERIFY_ON_OPEN_BYTES = 2**26
 
 # One task of a tokenising thread: enough that handing it over costs nothing beside it.
 _TASK_CHARACTERS = 2**18
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,14 @@ def prepare(
         it raises stops the preparation and leaves nothing behind.
     Raises:
       DataError: no text, text that cannot be read, shards that cannot be trusted, a full disk.
-      UsageError: a setting that cannot be used.
+      UsageError: a setting that cannot be used, a split that leaves one side empty.
       UnseenCharacterError: never for text of the corpus itself but for half surrogate pairs.
     """
     root = cache_root(data.cache_dir)
     check_kind(tokenizer.kind)
-    found = find_origins(data.source, root, on_progress)
+    found = Found()
     try:
+        found = find_origins(data.source, root, on_progress)
         encoder = _tokenizer_for(tokenizer, data, found, root, on_progress)
         fingerprint = _fingerprint(data, found.origins, encoder)
         folder = root / "shards" / fingerprint[:32]
@@ -115,15 +122,17 @@ def prepare(
                 _write_header(partial, {"fingerprint": fingerprint, **header})
     except OSError as error:
         if is_disk_full(error):
-            raise DataError(_disk_full(root, found.origins)) from None
+            raise DataError(_disk_full(root, found.origins, error)) from None
         raise
     corpus = open_corpus(folder, encoder, reused=partial is None)
+    # The shards may have been made from the same files in another place.
+    corpus = replace(corpus, origins=tuple(found.origins))
     if tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size:
         note = (
             f"the corpus is too small for {tokenizer.vocab_size} bpe tokens; it gave "
             f"{encoder.vocab_size}"
         )
-        corpus = _with_note(corpus, note)
+        corpus = replace(corpus, notes=(*corpus.notes, note))
     return corpus
 
 
@@ -164,4 +173,304 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, *, reused: bool = True) -> T
         notes=tuple(header["notes"]),
         reused=reused,
         streams=tuple(streams.values()),
+    )
+
+
+def _tokenizer_for(
+    config: TokenizerConfig, data: DataConfig, found: Found, root: Path, on_progress: Progress
+) -> Tokenizer:
+    if config.kind == "bytes":
+        return ByteTokenizer()
+    if config.kind not in ("characters", "bpe"):
+        return tiktoken_tokenizer(config.kind)
+    recipe: dict[str, Any] = {"format": FORMAT, "kind": config.kind, **_content(data, found.origins)}
+    if config.kind == "bpe":
+        recipe |= {
+            "vocab_size": config.vocab_size,
+            "pattern": PATTERN,
+            "training_characters": TRAINING_CHARACTERS,
+        }
+    folder = root / "tokenizers" / _sha256_of_json(recipe)[:32]
+    with built_once(folder, on_progress) as partial:
+        if partial is not None:
+            _made_from(config, _all_text(data, found, on_progress)).save(partial)
+    try:
+        return load_tokenizer(folder)
+    except CheckpointError as error:
+        raise DataError(f"{error}{remedy(folder)}") from None
+
+
+def _made_from(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
+    """A tokenizer of the whole corpus, held-out text included, as nanoGPT's characters are."""
+    first = next(texts, None)
+    if first is None:
+        raise DataError(_NO_TEXT)
+    texts = itertools.chain([first], texts)
+    if config.kind == "bpe":
+        return train_bpe(texts, config.vocab_size)
+    characters: set[str] = set()
+    for text in texts:
+        characters.update(text)
+    return CharacterTokenizer("".join(characters))
+
+
+_NO_TEXT = "the corpus has no text: every document is empty; point data.source at text"
+
+
+def _all_text(data: DataConfig, found: Found, on_progress: Progress) -> Iterator[str]:
+    done, total = 0, _total_bytes(found.origins)
+    for document in _documents(data, found, ReadingReport()):
+        for text in document.pieces:
+            on_progress("reading the vocabulary", done, total)
+            yield text
+            done += _utf8_length(text)
+
+
+def _documents(data: DataConfig, found: Found, report: ReadingReport) -> Iterator[Document]:
+    return read_documents(
+        found.origins, errors=data.errors, text_field=data.text_field, report=report
+    )
+
+
+def _fingerprint(data: DataConfig, origins: Sequence[Origin], encoder: Tokenizer) -> str:
+    decides = {
+        "format": FORMAT,
+        "shard_tokens": SHARD_TOKENS,
+        "tokenizer": encoder.sha256,
+        "validation": data.validation,
+        **_content(data, origins),
+    }
+    return _sha256_of_json(decides)
+
+
+def _content(data: DataConfig, origins: Sequence[Origin]) -> dict[str, Any]:
+    """What decides the documents. Names count, because the shards hold them for `replay`."""
+    rows = any(origin.kind in ("rows", "hub") for origin in origins)
+    return {
+        "origins": [[origin.name, origin.kind, origin.sha256] for origin in origins],
+        "errors": data.errors,
+        "text_field": data.text_field if rows else None,
+    }
+
+
+def _sha256_of_json(values: dict[str, Any]) -> str:
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _tokenise(
+    folder: Path, data: DataConfig, found: Found, encoder: Tokenizer, on_progress: Progress
+) -> dict[str, Any]:
+    """Write the streams of the corpus; returns what the header says of them."""
+    report = ReadingReport()
+    pieces = _marked_pieces(_documents(data, found, report), data.validation)
+    names = ("train", "validation") if data.validation.startswith("documents:") else ("text",)
+    dtype = smallest_dtype(encoder.vocab_size)
+    writers = {name: StreamWriter(folder, name, dtype, SHARD_TOKENS) for name in names}
+    try:
+        text_bytes = 0
+        for piece, encoded in _encoded(pieces, encoder, data.workers or _cores()):
+            on_progress("tokenising", text_bytes, _total_bytes(found.origins))
+            if piece.begins:
+                writers[piece.stream].begin_document(piece.document)
+            writers[piece.stream].add(encoded.ids)
+            text_bytes += encoded.text_bytes
+        manifests = {name: writer.finish() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.abandon()
+    _check_sides(data.validation, manifests)
+    return {
+        "tokenizer": {
+            "name": encoder.name,
+            "sha256": encoder.sha256,
+            "vocab_size": encoder.vocab_size,
+        },
+        "streams": {name: manifest.to_json() for name, manifest in manifests.items()},
+        "splits": _splits(data.validation, manifests),
+        "documents": sum(manifest.documents for manifest in manifests.values()),
+        "text_bytes": text_bytes,
+        "replaced": report.replaced,
+        "origins": [asdict(origin) for origin in found.origins],
+        "notes": [*found.notes, *_notes(report)],
+    }
+
+
+class _Piece(NamedTuple):
+    """A piece of a document, the stream it goes to, and whether it is the first or the last."""
+
+    stream: str
+    document: str
+    text: str
+    begins: bool
+    ends: bool
+
+
+class _Encoded(NamedTuple):
+    ids: Ids
+    text_bytes: int
+
+
+def _marked_pieces(documents: Iterable[Document], validation: str) -> Iterator[_Piece]:
+    kind, _, fraction = validation.partition(":")
+    stream = "text"
+    for document in documents:
+        if kind == "documents":
+            held_out = is_held_out(document.sha256, float(fraction))
+            stream = "validation" if held_out else "train"
+        texts = iter(document.pieces)
+        begins, text = True, next(texts)
+        for following in texts:
+            yield _Piece(stream, document.name, text, begins, ends=False)
+            begins, text = False, following
+        yield _Piece(stream, document.name, text, begins, ends=True)
+
+
+def _encoded(
+    pieces: Iterable[_Piece], encoder: Tokenizer, workers: int
+) -> Iterator[tuple[_Piece, _Encoded]]:
+    """Every piece with its ids, in order; an end of text ends each document, where there is one."""
+    end = [] if encoder.end_of_text is None else [encoder.end_of_text]
+    end_ids = np.array(end, np.int32)
+
+    def encode(task: list[_Piece]) -> list[_Encoded]:
+        encoded = []
+        for piece in task:
+            ids = encoder.encode(piece.text)
+            if piece.ends and end:
+                ids = np.concatenate([ids, end_ids])
+            encoded.append(_Encoded(ids, _utf8_length(piece.text)))
+        return encoded
+
+    for task, results in _in_order(encode, _grouped(pieces), workers):
+        yield from zip(task, results, strict=True)
+
+
+def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    group: list[_Piece] = []
+    characters = 0
+    for piece in pieces:
+        group.append(piece)
+        characters += len(piece.text)
+        if characters >= _TASK_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _in_order(
+    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
+) -> Iterator[tuple[_Item, _Result]]:
+    """Each item and what the function makes of it, in order, computed by threads.
+
+    Threads, not processes: tiktoken and NumPy let go of the interpreter's lock, and nothing is
+    copied. No more than two items a thread are on their way, so that memory is bounded.
+    """
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
+    pending: collections.deque[tuple[_Item, Future[_Result]]] = collections.deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(function, item)))
+            if len(pending) > 2 * workers:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """How many this process may use, which can be fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _utf8_length(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _total_bytes(origins: Sequence[Origin]) -> int | None:
+    """Of the text; None where the files do not tell, as compressed ones."""
+    if any(o.kind == "hub" or o.location.lower().endswith(".parquet") for o in origins):
+        return None
+    return sum(origin.bytes for origin in origins)
+
+
+def _check_sides(validation: str, manifests: dict[str, Manifest]) -> None:
+    """Raise unless there are tokens, on both sides where documents are held out."""
+    if not any(manifest.tokens for manifest in manifests.values()):
+        raise DataError(_NO_TEXT)
+    documents = sum(manifest.documents for manifest in manifests.values())
+    for name, held_out in (("train", "all"), ("validation", "none")):
+        if name in manifests and not manifests[name].tokens:
+            fraction = validation.removeprefix("documents:")
+            raise UsageError(
+                f"data.validation = {validation!r} goes by the hash of each document and holds out "
+                f"{held_out} of {documents}: the {name} split is empty; set data.validation = "
+                f"'tail:{fraction}', which holds out the end of the text, or 'none'"
+            )
+
+
+def _splits(validation: str, manifests: dict[str, Manifest]) -> dict[str, dict[str, Any]]:
+    if "text" not in manifests:
+        return {
+            name: {"stream": name, "start": 0, "stop": manifest.tokens}
+            for name, manifest in manifests.items()
+        }
+    tokens = boundary = manifests["text"].tokens
+    if validation != "none":
+        boundary = tail_boundary(tokens, validation.removeprefix("tail:"))
+    return {
+        "train": {"stream": "text", "start": 0, "stop": boundary},
+        "validation": {"stream": "text", "start": boundary, "stop": tokens},
+    }
+
+
+def _notes(report: ReadingReport) -> Iterator[str]:
+    if report.replaced:
+        yield f"bytes that are not UTF-8 were replaced by {report.replaced} characters U+FFFD"
+    if report.skipped:
+        shown = ", ".join(report.skipped[:3]) + (", ..." if len(report.skipped) > 3 else "")
+        yield f"{len(report.skipped)} files are not valid Python source and were left out: {shown}"
+
+
+def _write_header(folder: Path, header: dict[str, Any]) -> None:
+    """header.json, which also hashes itself: nothing else vouches for the splits and counts."""
+    content = {"sha256": _sha256_of_json(header), **header}
+    (folder / HEADER).write_text(json.dumps(content, indent=1))
+
+
+def _read_header(folder: Path) -> dict[str, Any]:
+    path = folder / HEADER
+    try:
+        header = json.loads(path.read_bytes())
+        expected = header.pop("sha256")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}{remedy(folder)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path} is damaged: it is not a header{remedy(folder)}") from None
+    found = _sha256_of_json(header)
+    if found != expected:
+        raise DataError(
+            f"{path} has changed: expected sha256 {expected}, found {found}{remedy(folder)}"
+        )
+    return header
+
+
+def _disk_full(root: Path, origins: Sequence[Origin], error: OSError) -> str:
+    text_bytes = sum(origin.bytes for origin in origins)
+    needed = (
+        f"{text_bytes} bytes of text need up to {2 * text_bytes} (2 for each token, 4 where a "
+        "vocabulary has more than 65,536)"
+    )
+    if _total_bytes(origins) is None:
+        needed = "how much the corpus needs is not known beforehand"
+    return (
+        f"the token shards do not fit into {root} ({error.strerror}): {needed}, and "
+        f"{shutil.disk_usage(root).free} bytes are free there; make room, or set data.cache_dir to a "
+        "folder on another disk"
     )

@@ -42,7 +42,7 @@ def make_train_step(
         gradients, loss = accumulate_gradients(
             spec, training, state.params, tokens_BT, dropout_key, mesh
         )
-        grad_norm = optax.global_norm(gradients)
+        grad_norm = optax.tree.norm(gradients)
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: factor * update, updates)

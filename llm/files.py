@@ -1,0 +1,65 @@
+"""Writing files so that a crash leaves either the old content or the new, never half of it."""
+
+import contextlib
+import errno
+import os
+import shutil
+from pathlib import Path
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace a file by one that is whole and on disk, or leave it as it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+def flush_tree(root: Path) -> None:
+    """Every file and folder below `root`, and `root` itself, to disk."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            with open(Path(folder, name), "rb") as file:
+                os.fsync(file.fileno())
+        flush_folder(Path(folder))
+
+
+def flush_folder(folder: Path) -> None:
+    """A folder's list of names to disk: without it a rename may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """No space, no quota left, or a file larger than is allowed, in whatever library's words."""
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return True
+    text = str(error)
+    return any(os.strerror(code) in text for code in _DISK_FULL)
+
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def free_bytes(folder: Path) -> int:
+    """What the file system of a folder has left for us."""
+    return shutil.disk_usage(folder).free
+
+
+def readable_bytes(count: float) -> str:
+    """ "1.5 GiB" """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,1 @@
+"""What a trained model says: samples, scores, and the probability of every token."""

@@ -1,0 +1,224 @@
+"""What the model says about one token among all of them: log-probability, rank, entropy, rivals.
+
+    logprob_v = z_v - log sum_u exp(z_u)          entropy = - sum_v p_v log p_v
+    rank_v    = 1 + #{u : logprob_u > logprob_v} + #{u < v : logprob_u = logprob_v}
+
+All from the float32 log-softmax of the raw logits over the real vocabulary. Sampling (filters.py) reads
+it and cannot change it: a barrier keeps the compiler from computing it in two ways.
+
+Decoding (one position of each row) and scoring (many) describe their tokens by the same function,
+so a number has one meaning whatever surface shows it.
+
+    R rows (positions of all texts, flattened)  V vocabulary  N listed rivals  W watched ids
+    B batch  T position  D model width
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm.inference.filters import Candidates, Filtered, RowSettings, apply_filters
+from llm.model.gpt import GPT
+
+# Logits that exist at once where many positions are described: 16 MiB of float32, so that the
+# several passes over them run in cache or nearly so.
+CHUNK_LOGITS = 2**22
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, meta_fields=[],
+    data_fields=["logprob", "rank", "entropy", "kept_mass", "kept_tokens", "top_ids", "top_logprobs",
+                 "watch_logprobs", "watch_ranks"],
+)
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """Arrays over tokens, of any leading shape [...]; float32 in nats, or int32.
+
+    kept_mass, kept_tokens: what sampling keeps at this place (1 and V where nothing is drawn).
+      A token is kept where its rank is at most kept_tokens.
+    top_ids, top_logprobs: [..., N], the likeliest in rank order.
+    watch_logprobs, watch_ranks: [..., W], of the ids that the caller asked for.
+    """
+
+    logprob: jax.Array
+    rank: jax.Array
+    entropy: jax.Array
+    kept_mass: jax.Array
+    kept_tokens: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+    watch_logprobs: jax.Array
+    watch_ranks: jax.Array
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """One of the tokens that could have stood at this place."""
+
+    id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the model said about one token, on the host. Fields as in Described.
+
+    sampling_logprob: log of the probability drawn from; None for a token that was given.
+    rivals: the likeliest tokens, then the watched ones that are not among them, in rank order.
+    """
+
+    logprob: float
+    rank: int
+    entropy: float
+    sampling_logprob: float | None
+    kept_mass: float
+    kept_tokens: int
+    rivals: tuple[Rival, ...]
+
+
+def log_probabilities(model: GPT, hidden: jax.Array) -> jax.Array:
+    """float32 log-softmax of the raw logits: [..., D] -> [..., V]."""
+    return jax.lax.optimization_barrier(jax.nn.log_softmax(model.logits(hidden), axis=-1))
+
+
+def describe(
+    logprobs_RV: jax.Array,
+    ids_R: jax.Array,
+    watch_RW: jax.Array,
+    top: int,
+    candidates: Candidates,
+    filtered: Filtered | None = None,
+) -> Described:
+    """The numbers of one token in each row.
+
+    Args:
+      logprobs_RV: from `log_probabilities`.
+      ids_R: the tokens that stand there, in [0, V).
+      top: N, at most the number of candidates.
+      filtered: what the row draws from; None where nothing is drawn.
+    """
+    V = logprobs_RV.shape[-1]
+    if filtered is None:
+        kept_mass_R = jnp.ones(ids_R.shape, jnp.float32)
+        kept_tokens_R = jnp.full(ids_R.shape, V, jnp.int32)
+    else:
+        kept_mass_R, kept_tokens_R = filtered.kept_mass_R, filtered.kept_tokens_R
+    logprob_R = jnp.take_along_axis(logprobs_RV, ids_R[:, None], axis=-1)[:, 0]
+    # exp(-inf) * -inf would be NaN; a logit 1e38 below the others can underflow so far.
+    probabilities_RV = jnp.exp(logprobs_RV)
+    plogp_RV = jnp.where(probabilities_RV > 0.0, probabilities_RV * logprobs_RV, 0.0)
+    watched = [_logprob_and_rank(logprobs_RV, ids_R) for ids_R in watch_RW.T]
+    nothing = (jnp.zeros((len(ids_R), 0)), jnp.zeros((len(ids_R), 0), jnp.int32))
+    watch_logprobs, watch_ranks = (
+        (jnp.stack(part, axis=-1) for part in zip(*watched, strict=True)) if watched else nothing
+    )
+    return Described(
+        logprob=logprob_R,
+        rank=_logprob_and_rank(logprobs_RV, ids_R)[1],
+        entropy=-jnp.sum(plogp_RV, axis=-1),
+        kept_mass=kept_mass_R,
+        kept_tokens=kept_tokens_R,
+        top_ids=candidates.ids_RC[:, :top],
+        top_logprobs=candidates.logprobs_RC[:, :top],
+        watch_logprobs=watch_logprobs,
+        watch_ranks=watch_ranks,
+    )
+
+
+def _logprob_and_rank(logprobs_RV: jax.Array, ids_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logprob_R1 = jnp.take_along_axis(logprobs_RV, ids_R[:, None], axis=-1)
+    ids_1V = jnp.arange(logprobs_RV.shape[-1], dtype=jnp.int32)[None, :]
+    earlier_RV = (logprobs_RV > logprob_R1) | (
+        (logprobs_RV == logprob_R1) & (ids_1V < ids_R[:, None])
+    )
+    return logprob_R1[:, 0], 1 + jnp.sum(earlier_RV, axis=-1, dtype=jnp.int32)
+
+
+def describe_positions(
+    model: GPT,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    watch_BW: jax.Array,
+    top: int,
+    settings: RowSettings | None = None,
+) -> Described:
+    """`describe` at every position: [B, T, ...]. All logits never exist at once.
+
+    Args:
+      hidden_BTD: hidden at t scores the token of targets_BT at t.
+      settings: of each row b, where kept_mass and kept_tokens should say what it would keep.
+    """
+    B, T, _ = hidden_BTD.shape
+    length = chunk_length(B, T, model.spec.vocab_size)
+
+    def describe_chunk(_, chunk):
+        hidden_BtD, targets_Bt = chunk
+        logprobs_RV = log_probabilities(model, hidden_BtD.reshape(B * length, -1))
+        candidates = Candidates.of(logprobs_RV, at_least=top)
+        filtered = None
+        if settings is not None:
+            filtered = apply_filters(logprobs_RV, candidates, settings.repeat(length))
+        watch_RW = jnp.repeat(watch_BW, length, axis=0)
+        described = describe(
+            logprobs_RV, targets_Bt.reshape(-1), watch_RW, top, candidates, filtered
+        )
+        return None, jax.tree.map(lambda x: x.reshape(B, length, *x.shape[1:]), described)
+
+    chunks = (split_positions(hidden_BTD, length), split_positions(targets_BT, length))
+    return jax.tree.map(join_positions, jax.lax.scan(describe_chunk, None, chunks)[1])
+
+
+def chunk_length(batch_size: int, length: int, vocab_size: int) -> int:
+    """Positions of one chunk: the largest divisor of `length` whose logits fit in CHUNK_LOGITS."""
+    fitting = max(1, CHUNK_LOGITS // (batch_size * vocab_size))
+    return next(n for n in range(min(fitting, length), 0, -1) if length % n == 0)
+
+
+def split_positions(x: jax.Array, length: int) -> jax.Array:
+    """[B, T, ...] -> [T / length, B, length, ...]"""
+    B, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(B, T // length, length, *x.shape[2:]), 1, 0)
+
+
+def join_positions(x: jax.Array) -> jax.Array:
+    """The inverse of split_positions."""
+    chunks, B, length = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(B, chunks * length, *x.shape[3:])
+
+
+def to_host(
+    described: Described,
+    sampling_logprobs: np.ndarray | None,
+    top: int,
+    watch: Sequence[int],
+) -> list[Prediction]:
+    """Described numpy arrays over one text's tokens, [T, ...], as one Prediction for each.
+
+    Args:
+      sampling_logprobs: [T], or None for tokens that were given.
+      top: how many rivals to list; at most as many as were computed.
+      watch: the ids asked for, the first len(watch) of the watched columns.
+    """
+    drawn = [None] * len(described.logprob) if sampling_logprobs is None else sampling_logprobs.tolist()
+    columns = zip(
+        described.logprob.tolist(), described.rank.tolist(), described.entropy.tolist(), drawn,
+        described.kept_mass.tolist(), described.kept_tokens.tolist(),
+        described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist(),
+        described.watch_logprobs.tolist(), described.watch_ranks.tolist(), strict=True,
+    )
+    predictions = []
+    for *numbers, top_ids, top_logprobs, watch_logprobs, watch_ranks in columns:
+        rivals = [
+            Rival(id_, logprob, rank)
+            for rank, (id_, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), start=1)
+        ]
+        watched = zip(watch_ranks, watch_logprobs, watch)
+        rivals += [Rival(id_, p, rank) for rank, p, id_ in sorted(set(watched)) if rank > top]
+        predictions.append(Prediction(*numbers, rivals=tuple(rivals)))
+    return predictions

@@ -1,0 +1,155 @@
+"""The text of a growing sequence of tokens, and where a stop string cuts it.
+
+A token may end inside a character, so text comes from an incremental UTF-8 decoder: a token's `text`
+is what the decoder emits when the token's bytes arrive. Concatenated, the `text` of all tokens is the
+text of all their bytes.
+
+    utf8        before the token       after it
+    ok          between characters     between characters
+    open        between                inside one
+    continue    inside                 inside one (the same, or the next)
+    close       inside                 between
+    bad         the token's bytes, with those that waited, are not UTF-8: its text carries U+FFFD
+
+What it is not: a tokenizer. Bytes come from the tokenizer; they are never re-encoded from text.
+"""
+
+import codecs
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm.inference.distribution import Prediction
+from llm.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a sample, where it stands and what the model said about it.
+
+    Attributes:
+      phase: "prompt" for given tokens, "generated" for drawn ones.
+      position: index in the sample, from 0.
+      text: what it adds to the sample's text; "" inside a character.
+      text_offset, byte_offset: characters and bytes of the sample before this token.
+      prediction: None for the first token of a sample, and where nobody asked.
+    """
+
+    phase: str
+    position: int
+    id: int
+    text: str
+    text_offset: int
+    byte_offset: int
+    utf8: str
+    prediction: Prediction | None
+
+
+class Transcript:
+    """Token ids in, Tokens out; remembers what a decoder must remember between them."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._position = self._characters = self._bytes = 0
+
+    def add(self, id_: int, phase: str, prediction: Prediction | None = None) -> Token:
+        """The next token."""
+        data = self._tokenizer.token_bytes(id_)
+        waiting = self._decoder.getstate()[0]
+        text = self._decoder.decode(data)
+        if "\ufffd" in text and not _is_utf8_so_far(waiting + data):
+            utf8 = "bad"
+        else:
+            utf8 = _UTF8[bool(waiting), bool(self._decoder.getstate()[0])]
+        token = Token(
+            phase, self._position, id_, text, self._characters, self._bytes, utf8, prediction
+        )
+        self._position += 1
+        self._characters += len(text)
+        self._bytes += len(data)
+        return token
+
+    def close(self, last: Token) -> Token:
+        """The last token again, carrying U+FFFD for a character that nobody completed."""
+        rest = self._decoder.decode(b"", final=True)
+        self._characters += len(rest)
+        return dataclasses.replace(last, text=last.text + rest, utf8="bad") if rest else last
+
+
+class StopStrings:
+    """Ends a sample where its generated text first contains one of these strings.
+
+    Tokens whose text may yet turn out to belong to a stop string are withheld, so that what comes
+    out is final: streamed text never shows part of a stop string. The tokens up to and including
+    the one that completes it all come out; their `text` is cut where the stop string begins, and
+    their `bytes` stay what the model said.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._start: int | None = None
+        self._text = ""
+        self._withheld: list[Token] = []
+
+    def add(self, token: Token) -> tuple[list[Token], bool]:
+        """The tokens that are final now, and whether a stop string was completed."""
+        if not self._stops:
+            return [token], False
+        if self._start is None:
+            self._start = token.text_offset
+        searched = max(0, len(self._text) - self._longest + 1)
+        self._text += token.text
+        self._withheld.append(token)
+        found = [self._text.find(stop, searched) for stop in self._stops]
+        if any(place >= 0 for place in found):
+            cut = self._start + min(place for place in found if place >= 0)
+            return [_cut(token, cut) for token in self.release()], True
+        safe = self._start + len(self._text) - self._length_of_possible_start()
+        final = 0
+        for token in self._withheld:
+            if token.text_offset + len(token.text) > safe:
+                break
+            final += 1
+        released, self._withheld = self._withheld[:final], self._withheld[final:]
+        return released, False
+
+    def release(self) -> list[Token]:
+        """What is withheld, when no more will come."""
+        released, self._withheld = self._withheld, []
+        return released
+
+    def _length_of_possible_start(self) -> int:
+        """Characters at the end of the text that a stop string may begin with."""
+        tail = self._text[-self._longest :]
+        return max(
+            (n for stop in self._stops for n in range(1, len(stop)) if tail.endswith(stop[:n])),
+            default=0,
+        )
+
+
+def _cut(token: Token, end: int) -> Token:
+    """The token without the text at and beyond character `end` of its sample."""
+    return dataclasses.replace(
+        token,
+        text=token.text[: max(0, end - token.text_offset)],
+        text_offset=min(token.text_offset, end),
+    )
+
+
+def _is_utf8_so_far(data: bytes) -> bool:
+    """Whether these bytes can be the beginning of a text."""
+    try:
+        codecs.getincrementaldecoder("utf-8")("strict").decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+_UTF8 = {
+    (False, False): "ok",
+    (False, True): "open",
+    (True, True): "continue",
+    (True, False): "close",
+}

@@ -1,0 +1,359 @@
+"""Checkpoints: save in the background, count only what is whole on disk, verify, restore.
+
+    checkpoints/STEP/params/ training/    the arrays, as Orbax writes them
+    checkpoints/STEP/receipt.json         what the parameters are and predict (llm/run/receipt.py)
+    checkpoints/STEP/manifest.json        size and sha256 of every other file, and its own
+
+A step is written in `STEP.partial`, hashed, flushed to disk with its folders, and renamed: a folder
+named by a bare number is complete. An old step is renamed to `STEP.deleting` before it is removed,
+a step that does not verify to `STEP.damaged`. So a kill at any instant leaves the steps there were.
+Order is by step, never by time.
+
+Orbax: https://orbax.readthedocs.io. It has no checksum of its own for array data, hence the manifest.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm.errors import CheckpointError
+from llm.faults import fault_point
+from llm.files import flush_folder, flush_tree, free_bytes, is_disk_full, readable_bytes
+
+MANIFEST = "manifest.json"
+RECEIPT = "receipt.json"
+GROUPS = ("params", "training")
+
+# What a checkpoint holds: group -> name -> array. "params" apart, so that a sampler reads no more.
+Groups = Mapping[str, Mapping[str, Any]]
+Receipt = Mapping[str, Any]
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Complete steps, ascending. Complete is not verified: see `verify_files`."""
+    if not root.is_dir():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdecimal())
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """receipt.json of one step."""
+    return _read_json(folder / RECEIPT)
+
+
+def verify_files(folder: Path) -> None:
+    """Compare every file of a step with the manifest.
+
+    Raises:
+      CheckpointError: naming the first file that is missing, changed or not of the checkpoint.
+    """
+    saved = _read_json(folder / MANIFEST)
+    files = saved.get("files") if isinstance(saved, dict) else None
+    if not isinstance(files, dict) or saved.get("sha256") != _sha256_of_json(files):
+        raise CheckpointError(f"{folder / MANIFEST} is not the manifest that was saved: it is damaged")
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    for name, expected in files.items():
+        if name not in found:
+            raise CheckpointError(f"{folder / name} is missing; expected {expected['bytes']} bytes")
+        size = (folder / name).stat().st_size
+        if size != expected["bytes"]:
+            raise CheckpointError(
+                f"{folder / name}: expected {expected['bytes']} bytes, found {size}"
+            )
+        sha256 = _sha256_of_file(folder / name)
+        if sha256 != expected["sha256"]:
+            raise CheckpointError(
+                f"{folder / name} has changed: expected sha256 {expected['sha256']}, found {sha256}"
+            )
+    extra = found - set(files) - {MANIFEST}
+    if extra:
+        raise CheckpointError(f"{folder} has files that were not saved with it: {min(extra)}")
+
+
+def restore_group(folder: Path, group: str, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The arrays of one group, each born with the sharding that `abstract` gives it.
+
+    Args:
+      abstract: name -> jax.ShapeDtypeStruct with a sharding; any mesh, whatever it was saved from.
+    Raises:
+      CheckpointError: the checkpoint holds other arrays than those.
+    """
+    import orbax.checkpoint as ocp
+
+    arguments = ocp.args.PyTreeRestore(
+        dict(abstract),
+        restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        held = _array_shapes(checkpointer.metadata(folder / group))
+        _check_shapes(folder, held, {name: tuple(leaf.shape) for name, leaf in abstract.items()})
+        return dict(checkpointer.restore((folder / group).resolve(), arguments))
+
+
+def _array_shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    tree = getattr(metadata, "item_metadata", metadata)
+    tree = getattr(tree, "tree", tree)
+    return {name: tuple(leaf.shape) for name, leaf in tree.items()}
+
+
+def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for name in sorted({*held, *wanted}):
+        if held.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{folder} does not hold the model of the run's settings: {name} has shape "
+                f"{held.get(name, 'none: it is not there')}, expected "
+                f"{wanted.get(name, 'none: the model has no such array')}; config.toml and the "
+                "checkpoint are not of one run"
+            )
+
+
+def params_sha256(params: Mapping[str, Any]) -> str:
+    """Of names, dtypes, shapes and row-major bytes, in the order of names."""
+    digest = hashlib.sha256()
+    for name in sorted(params):
+        array = np.ascontiguousarray(params[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
+
+
+def set_aside(root: Path, step: int) -> Path:
+    """Rename a step that cannot be trusted, so that it is never offered again but can be studied."""
+    for number in range(1000):
+        aside = root / (f"{step}.damaged" + (f".{number}" if number else ""))
+        if not aside.exists():
+            (root / str(step)).rename(aside)
+            flush_folder(root)
+            return aside
+    raise CheckpointError(f"{root} holds a thousand damaged copies of step {step}; clear them away")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A save in the background."""
+
+    step: int
+    thread: threading.Thread
+
+
+class Checkpoints:
+    """The saved steps of a run, for the one process group that trains it.
+
+    Args:
+      root: RUN/checkpoints.
+      keep: how many of the newest steps stay.
+    """
+
+    def __init__(self, root: Path, keep: int):
+        self.root, self.keep = root, keep
+        self.best: int | None = None
+        self._job: _Job | None = None
+        self._failure: BaseException | None = None
+        self._checkpointer: Any = None
+
+    def clean(self) -> None:
+        """Remove what a dead process left half-written or half-deleted."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for path in self.root.iterdir():
+            if path.name.endswith((".partial", ".deleting")) or ".orbax-checkpoint-tmp" in path.name:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def steps(self) -> list[int]:
+        """Complete steps, ascending."""
+        return saved_steps(self.root)
+
+    def save(self, step: int, groups: Groups, make_receipt: Callable[[str], Receipt]) -> None:
+        """Take a copy of the arrays now, write it in the background.
+
+        Waits for an earlier save first. Safe against the next step's donation of the arrays.
+
+        Args:
+          make_receipt: called in the background with the parameters' sha256.
+        Raises:
+          CheckpointError: an earlier save failed, or there is no room for this one.
+        """
+        self.wait()
+        if step in self.steps():
+            return
+        self._check_room(groups)
+        fault_point("checkpoint.before_copy", step)
+        alone = jax.process_count() == 1
+        arrays = _host_copy(groups) if alone else groups
+        partial = self.root / f"{step}.partial"
+        if not alone:
+            # Collective: every process takes part, and Orbax returns once its shards are copied.
+            self._write(partial, arrays)
+
+        def work() -> None:
+            try:
+                if alone:
+                    self._write(partial, arrays)
+                self._orbax().wait_until_finished()
+                if jax.process_index() == 0:
+                    self._commit(step, partial, arrays, make_receipt)
+            except BaseException as error:
+                self._failure = error
+
+        thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
+        self._job = _Job(step, thread)
+        thread.start()
+
+    def check_for_errors(self) -> None:
+        """Raise what a background save failed with; call each step, so that it is noticed at once."""
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            step = self._job.step if self._job else None
+            self._job = None
+            if step is not None:
+                shutil.rmtree(self.root / f"{step}.partial", ignore_errors=True)
+            raise self._explain(failure, step) from failure
+
+    def wait(self) -> None:
+        """Until the save under way is on disk."""
+        if self._job is not None:
+            self._job.thread.join()
+        self.check_for_errors()
+        self._job = None
+
+    def close(self) -> None:
+        """Let go of Orbax; a save under way is waited for, its failure is not raised."""
+        if self._job is not None:
+            self._job.thread.join()
+        if self._checkpointer is not None:
+            with contextlib.suppress(Exception):
+                self._checkpointer.close()
+
+    def _orbax(self) -> Any:
+        if self._checkpointer is None:
+            import orbax.checkpoint as ocp
+
+            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        return self._checkpointer
+
+    def _write(self, partial: Path, arrays: Groups) -> None:
+        import orbax.checkpoint as ocp
+
+        if jax.process_index() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        items = {group: ocp.args.PyTreeSave(dict(arrays[group])) for group in GROUPS}
+        self._orbax().save(partial.resolve(), ocp.args.Composite(**items))
+
+    def _commit(
+        self, step: int, partial: Path, arrays: Groups, make_receipt: Callable[[str], Receipt]
+    ) -> None:
+        """From Orbax's files to a step that counts; then, and only then, remove old ones."""
+        fault_point("checkpoint.after_write", step)
+        sha256 = params_sha256(self._params_of(partial, arrays))
+        receipt = {"schema": 1, "step": step, "params_sha256": sha256, **make_receipt(sha256)}
+        (partial / RECEIPT).write_text(json.dumps(receipt, allow_nan=False))
+        fault_point("checkpoint.before_manifest", step)
+        (partial / MANIFEST).write_text(json.dumps(_manifest(partial), separators=(",", ":")))
+        fault_point("checkpoint.before_flush", step)
+        flush_tree(partial)
+        fault_point("checkpoint.before_commit", step)
+        partial.rename(self.root / str(step))
+        flush_folder(self.root)
+        fault_point("checkpoint.after_commit", step)
+        verify_files(self.root / str(step))
+        self._remove_old()
+
+    def _params_of(self, partial: Path, arrays: Groups) -> Mapping[str, Any]:
+        """The parameters as numpy; of shards on several processes, as they were written."""
+        if jax.process_count() == 1:
+            return arrays["params"]
+        device = jax.local_devices()[0]
+        abstract = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(device)
+            )
+            for name, leaf in arrays["params"].items()
+        }
+        return restore_group(partial, "params", abstract)
+
+    def _remove_old(self) -> None:
+        steps = self.steps()
+        stay = {*steps[-self.keep :], self.best}
+        for step in steps:
+            if step not in stay:
+                doomed = self.root / f"{step}.deleting"
+                shutil.rmtree(doomed, ignore_errors=True)
+                (self.root / str(step)).rename(doomed)
+                fault_point("checkpoint.deleting", step)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def _check_room(self, groups: Groups) -> None:
+        needed, free = _total_bytes(groups), free_bytes(self.root)
+        if free < needed:
+            raise CheckpointError(_no_room(self.root, needed, free))
+        self._needed = needed
+
+    def _explain(self, failure: BaseException, step: int | None) -> CheckpointError:
+        if is_disk_full(failure):
+            return CheckpointError(_no_room(self.root, self._needed, free_bytes(self.root)))
+        if isinstance(failure, CheckpointError):
+            return failure
+        reason = f"{type(failure).__name__}: {failure}".split("\n")[0][:500]
+        return CheckpointError(
+            f"the checkpoint of step {step} could not be saved ({reason}); the steps before it are "
+            f"whole ({self._whole()}): mend the cause and run the same command again"
+        )
+
+    def _whole(self) -> str:
+        return ", ".join(map(str, self.steps())) or "none yet"
+
+
+def _host_copy(groups: Groups) -> Groups:
+    # A true copy: on CPU np.asarray would share memory that the next step's donation overwrites.
+    fetched = jax.device_get({group: dict(arrays) for group, arrays in groups.items()})
+    return jax.tree.map(lambda array: np.array(array, copy=True), fetched)
+
+
+def _total_bytes(groups: Groups) -> int:
+    return sum(array.size * array.dtype.itemsize for group in groups.values() for array in group.values())
+
+
+def _no_room(root: Path, needed: int, free: int) -> str:
+    return (
+        f"no room for a checkpoint in {root}: it needs {readable_bytes(needed)} ({needed} bytes), "
+        f"{readable_bytes(free)} ({free} bytes) can be written; the steps before it are whole: free "
+        "some space (or lower checkpoint.keep) and run the same command again"
+    )
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    files = {
+        str(path.relative_to(folder)): {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256_of_file(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    return {"schema": 1, "files": files, "sha256": _sha256_of_json(files)}
+
+
+def _sha256_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise CheckpointError(f"{path} is not JSON: it is damaged") from None

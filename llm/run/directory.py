@@ -1,0 +1,268 @@
+"""A run directory: where things lie, who holds it, and what happened in it.
+
+    config.toml           all settings, resolved; written last, so that it marks a complete beginning
+    run.json              provenance: what was trained on, and every start
+    tokenizer/            everything to encode and decode offline
+    metrics.jsonl         llm/run/metrics.py
+    checkpoints/STEP/     llm/run/checkpoint.py
+    run.lock              held while a process trains
+
+Nothing here depends on where the directory lies: it may be moved, copied, a link or relative.
+"""
+
+import datetime
+import fcntl
+import json
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from llm.config import Config, differences, read_toml, to_toml, validate
+from llm.errors import CheckpointError, RunLockedError, UsageError
+from llm.files import write_atomic
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names of the files of a run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def provenance(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / "run.lock"
+
+    def exists(self) -> bool:
+        """Whether a run began here; its config.toml is the last thing that a beginning writes."""
+        return self.config.is_file()
+
+    def read_config(self) -> Config:
+        """The settings of the run as they were resolved."""
+        if not self.exists():
+            raise UsageError(f"{self.path} is not a run directory: it has no config.toml{self._near()}")
+        return validate(read_toml(self.config), where=str(self.config))
+
+    def write_config(self, config: Config) -> None:
+        write_atomic(self.config, to_toml(config).encode())
+
+    def read_provenance(self) -> dict[str, Any]:
+        """run.json as it was written."""
+        try:
+            return json.loads(self.provenance.read_bytes())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.provenance} cannot be read ({error}); restore it from a copy, or begin a "
+                "new run with another run.dir"
+            ) from None
+
+    def write_provenance(self, record: Mapping[str, Any]) -> None:
+        write_atomic(self.provenance, json.dumps(record, indent=1).encode() + b"\n")
+
+    def _near(self) -> str:
+        parent = self.path.parent if self.path.parent.is_dir() else Path()
+        runs = sorted(str(folder.parent) for folder in parent.glob("*/config.toml"))[:5]
+        return f"; there is {', '.join(runs)}" if runs else ""
+
+
+class RunLock:
+    """Keeps a second process out of a run directory.
+
+    The kernel lets go of the lock when its holder dies, so that one left behind by a dead process is
+    simply taken over. The file's content only tells a person who holds it.
+    """
+
+    def __init__(self, run: RunDirectory):
+        self._run = run
+        self._file: IO[str] | None = None
+
+    def acquire(self) -> None:
+        """Raises:
+        RunLockedError: another process trains here; the message names it.
+        UsageError: the directory cannot be written.
+        """
+        path = self._run.path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            file = open(self._run.lock, "a+")  # noqa: SIM115 (held until release)
+        except OSError as error:
+            raise UsageError(
+                f"the run directory {path} cannot be written: {error.strerror}; set run.dir to a "
+                "folder that can be"
+            ) from None
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RunLockedError(
+                f"{path} is in use by {holder}; wait for it, stop it, or set another run.dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def check_is_ours(run: RunDirectory) -> None:
+    """Refuse a folder that holds other things than a run, before anything is written into it.
+
+    Raises:
+      UsageError: naming what was found.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise UsageError(f"run.dir = {run.path} is a file; expected a folder, or a name for a new one")
+    if run.exists() or not run.path.is_dir():
+        return
+    ours = {"run.lock", "run.json", "tokenizer", "metrics.jsonl"}
+    foreign = [
+        name for name in sorted(os.listdir(run.path)) if name not in ours and ".tmp" not in name
+    ]
+    if foreign:
+        raise UsageError(
+            f"{run.path} is not empty and is not a run (no config.toml): found "
+            f"{', '.join(foreign[:5])}; set run.dir to a new folder"
+        )
+
+
+# Settings that may differ when a run is resumed. Everything else decides which model results.
+FREE_SECTIONS = ("logging", "checkpoint", "sample", "mesh", "distributed")
+FREE_SETTINGS = (
+    "run.dir",
+    "run.allow_change",
+    "run.deterministic",
+    "data.source",  # the content must be the same: its fingerprint is compared
+    "data.cache_dir",
+    "data.workers",
+    "training.steps",
+    "training.eval_every",
+    "training.eval_batch_size",
+    "training.on_nonfinite",
+    "training.max_skipped",
+)
+# Settings that change the result and may be meant to: taken with run.allow_change, and recorded.
+ALLOWED_SECTIONS = ("optimizer", "training")
+NEVER = ("optimizer.kind", "training.compute_dtype")
+
+
+def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from the run's and are taken: name -> (before, now).
+
+    Raises:
+      UsageError: a diff, when one of them may not differ.
+    """
+    changed = differences(before, now_)
+    refused = {name for name in changed if not _is_free(name)}
+    may_be_allowed = {
+        name for name in refused if name.split(".")[0] in ALLOWED_SECTIONS and name not in NEVER
+    }
+    if now_.run.allow_change:
+        refused -= may_be_allowed
+    if refused:
+        raise UsageError(_refusal(before, {name: changed[name] for name in refused}, may_be_allowed))
+    return {
+        name: values for name, values in changed.items() if name not in ("run.dir", "run.allow_change")
+    }
+
+
+def _is_free(name: str) -> bool:
+    return name.split(".")[0] in FREE_SECTIONS or name in FREE_SETTINGS
+
+
+def _refusal(
+    before: Config, refused: Mapping[str, tuple[Any, Any]], may_be_allowed: set[str]
+) -> str:
+    lines = [
+        f"  {name}: the run has {old!r}, this command has {new!r}"
+        for name, (old, new) in sorted(refused.items())
+    ]
+    remedy = "set run.dir to another folder for another experiment, or restore these settings"
+    if set(refused) <= may_be_allowed:
+        remedy += ", or add --run.allow-change to take them from here on (it is recorded)"
+    where = before.run.dir or "the run directory"
+    return "\n".join([f"{where} holds a run with other settings:", *lines, f"  {remedy}"])
+
+
+def now() -> str:
+    """The time for people, in UTC; nothing is ever ordered by it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides a number."""
+    import importlib.metadata
+
+    import jax
+
+    found = {"python": platform.python_version(), "jax": jax.__version__}
+    for name in ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def describe_start(
+    *, step: int, mesh: Mapping[str, int], devices: Sequence[Any], changed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One entry of run.json's list of starts."""
+    return {
+        "time": now(),
+        "from_step": step,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "code_sha256": code_sha256(),
+        "versions": versions(),
+        "devices": {"count": len(devices), "kind": devices[0].device_kind, "platform": devices[0].platform},
+        "mesh": dict(mesh),
+        "changed": {name: list(values) for name, values in changed.items()},
+    }
+
+
+def code_sha256() -> str:
+    """Of this package's own source, so that two runs can tell whether the code was the same."""
+    import hashlib
+
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

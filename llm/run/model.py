@@ -1,0 +1,143 @@
+"""Open what a run learnt: the newest checkpoint that verifies, ready to predict."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llm.config import Config, MeshConfig
+from llm.errors import CheckpointError, UsageError
+from llm.model.gpt import ModelSpec, Params, abstract_params, logical_axes
+from llm.model.sharding import make_mesh, tree_shardings
+from llm.run.checkpoint import (
+    params_sha256,
+    read_receipt,
+    restore_group,
+    saved_steps,
+    verify_files,
+)
+from llm.run.directory import RunDirectory
+from llm.run.receipt import check_receipt
+from llm.text.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint in memory.
+
+    Attributes:
+      params: float32 weights, placed on this machine's devices.
+      receipt_max_abs_diff: how far its receipt's log-probabilities were from the saved ones, nats.
+    """
+
+    spec: ModelSpec
+    params: Params
+    tokenizer: Tokenizer
+    config: Config
+    step: int
+    params_sha256: str
+    receipt_max_abs_diff: float
+    run: str
+    path: Path
+
+
+def compute_dtype(choice: str) -> str:
+    """training.compute_dtype with "auto" decided: bfloat16 on accelerators, float32 on CPU."""
+    if choice != "auto":
+        return choice
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def open_model(run_dir: str | Path, step: int | None = None) -> OpenedModel:
+    """The model of a run at `step`, or at its newest step that verifies.
+
+    Reads complete steps only, so that a process that trains here at the same time cannot be met half
+    way; a step that it deletes meanwhile is passed over for a newer one.
+
+    Raises:
+      UsageError: not a run, or no such step.
+      CheckpointError: no step verifies, or one is not what it says it is.
+    """
+    run = RunDirectory(Path(run_dir))
+    config = run.read_config()
+    tokenizer = load_tokenizer(run.tokenizer)
+    spec = ModelSpec(config.model, tokenizer.vocab_size, compute_dtype(config.training.compute_dtype))
+    tried: set[int] = set()
+    problems: list[str] = []
+    while (chosen := _choose(run, step, tried)) is not None:
+        tried.add(chosen)
+        folder = run.checkpoints / str(chosen)
+        try:
+            verify_files(folder)
+            params = _restore_params(spec, folder)
+        except (CheckpointError, OSError, ValueError) as error:
+            if folder.exists():
+                problems.append(str(error))
+                if step is None:
+                    warnings.warn(f"step {chosen} is passed over: {error}", stacklevel=2)
+            continue
+        return _opened(run, config, tokenizer, spec, params, chosen)
+    raise CheckpointError(_none_good(run, step, problems))
+
+
+def _choose(run: RunDirectory, step: int | None, tried: set[int]) -> int | None:
+    """The next step to try; the list is read anew each time, since a trainer may add to it."""
+    steps = saved_steps(run.checkpoints)
+    if step is not None and step not in steps and step not in tried:
+        there_are = ", ".join(map(str, steps)) or "none"
+        raise UsageError(f"{run.path} has no checkpoint of step {step}; there are: {there_are}")
+    untried = [s for s in steps if s not in tried and step in (None, s)]
+    return untried[-1] if untried else None
+
+
+def _none_good(run: RunDirectory, step: int | None, problems: list[str]) -> str:
+    if not problems:
+        return (
+            f"{run.path} has no checkpoint yet; train until the first is saved (checkpoint.every, or "
+            "stop with Ctrl-C, which saves)"
+        )
+    which = "no checkpoint can be trusted" if step is None else f"step {step} cannot be trusted"
+    return f"in {run.path} {which}:\n  " + "\n  ".join(problems)
+
+
+def _restore_params(spec: ModelSpec, folder: Path) -> dict[str, jax.Array]:
+    """Spread over this machine's devices along the width where that divides, else on one device."""
+    devices = jax.local_devices()
+    shares = len(devices) if spec.config.d_model % len(devices) == 0 else 1
+    # On CPU the "devices" of a test share one memory: spreading over them would only cost.
+    shares = 1 if devices[0].platform == "cpu" else shares
+    mesh = make_mesh(MeshConfig(data=1, fsdp=shares), devices[:shares])
+    shardings = tree_shardings(mesh, logical_axes(spec))
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+        for name, leaf in abstract_params(spec).items()
+    }
+    return restore_group(folder, "params", abstract)
+
+
+def _opened(
+    run: RunDirectory, config: Config, tokenizer: Tokenizer, spec: ModelSpec, params: Params, step: int
+) -> OpenedModel:
+    folder = run.checkpoints / str(step)
+    receipt: dict[str, Any] = read_receipt(folder)
+    sha256 = params_sha256({name: np.asarray(array) for name, array in params.items()})
+    if sha256 != receipt["params_sha256"]:
+        raise CheckpointError(
+            f"{folder}: the parameters that were read have sha256 {sha256}, expected "
+            f"{receipt['params_sha256']}"
+        )
+    difference = check_receipt(spec, params, receipt, tokenizer.sha256, str(folder))
+    return OpenedModel(
+        spec=spec,
+        params=params,
+        tokenizer=tokenizer,
+        config=config,
+        step=step,
+        params_sha256=sha256,
+        receipt_max_abs_diff=difference,
+        run=run.name,
+        path=run.path,
+    )

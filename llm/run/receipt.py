@@ -1,0 +1,90 @@
+"""The receipt of a checkpoint: what its parameters predict for a few fixed tokens.
+
+Log-probabilities are computed when the checkpoint is saved, from the parameters in the device's
+memory, and again whenever it is opened, from what was read. They differ when anything on the way does:
+the arrays, the tokenizer, a setting of the model. Always in float32 at the highest precision of the
+matrix units, so that any machine can recompute what another one saved.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm.errors import CheckpointError
+from llm.model.gpt import ModelSpec, Params, bind
+from llm.model.loss import token_log_likelihood
+
+ROWS, LENGTH = 2, 64
+
+# Two backends' float32 sums of a few thousand terms differ by less; another model by far more.
+TOLERANCE_NATS = 1e-3
+
+
+def receipt_tokens(split: Any, context_length: int) -> np.ndarray:
+    """int32 [ROWS, T + 1], T <= LENGTH: the first and the middle window of a split of tokens."""
+    length = min(LENGTH, context_length, len(split) - 1) + 1
+    middle = (len(split) - length) // 2
+    return np.stack([split.read(start, length) for start in (0, middle)])
+
+
+def receipt_logprobs(spec: ModelSpec, params: Params, tokens_BT: np.ndarray) -> jax.Array:
+    """log P(x_t | x_<t), float32 [B, T], dispatched and not waited for."""
+    exact = ModelSpec(spec.config, spec.vocab_size, "float32")
+    return _compute(exact, params, jnp.asarray(tokens_BT))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compute(spec: ModelSpec, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return token_log_likelihood(bind(spec, params)(tokens_BT[:, :-1]), tokens_BT[:, 1:])
+
+
+def make_receipt(
+    tokens_BT: np.ndarray, logprobs_BT: jax.Array, tokenizer_sha256: str
+) -> dict[str, Any]:
+    """The receipt as JSON; waits for the log-probabilities."""
+    return {
+        "tokenizer_sha256": tokenizer_sha256,
+        "tokens": tokens_BT.tolist(),
+        "logprobs": np.asarray(logprobs_BT, np.float64).tolist(),
+    }
+
+
+def receipt_difference(spec: ModelSpec, params: Params, receipt: Mapping[str, Any]) -> float:
+    """Largest |recomputed - saved| log-probability, nats; infinite where one is not finite."""
+    tokens_BT = np.asarray(receipt["tokens"], np.int32)
+    if tokens_BT.max() >= spec.vocab_size:
+        return float("inf")
+    found = np.asarray(receipt_logprobs(spec, params, tokens_BT), np.float64)
+    difference = np.abs(found - np.asarray(receipt["logprobs"]))
+    return float(difference.max()) if np.isfinite(difference).all() else float("inf")
+
+
+def check_receipt(
+    spec: ModelSpec, params: Params, receipt: Mapping[str, Any], tokenizer_sha256: str, where: str
+) -> float:
+    """The difference, when it is small and the tokenizer is the one the model was trained with.
+
+    Raises:
+      CheckpointError: with both numbers.
+    """
+    if receipt["tokenizer_sha256"] != tokenizer_sha256:
+        raise CheckpointError(
+            f"{where} was trained with the tokenizer {receipt['tokenizer_sha256']}; the run "
+            f"directory holds {tokenizer_sha256}: tokenizer/ and the checkpoint are not of one run"
+        )
+    difference = receipt_difference(spec, params, receipt)
+    if not difference <= TOLERANCE_NATS:
+        saved = np.asarray(receipt["logprobs"])
+        found = np.asarray(receipt_logprobs(spec, params, np.asarray(receipt["tokens"], np.int32)))
+        raise CheckpointError(
+            f"{where} is not the model that was saved: it gives its receipt's tokens a mean "
+            f"log-probability of {found.mean():.6f} nats, expected {saved.mean():.6f} (largest "
+            f"difference {difference:.3g}, tolerated {TOLERANCE_NATS}); config.toml or the checkpoint "
+            "was changed: restore it from a copy"
+        )
+    return difference
