@@ -51,6 +51,9 @@ class RunConfig(Section):
     allow_change: bool = setting(
         False, "on resume, accept another learning rate, schedule or batch size, and record it"
     )
+    deterministic: bool = setting(
+        False, "ask the backend for bitwise repetition, and check it on the first step"
+    )
 
 
 class DataConfig(Section):

@@ -14,9 +14,17 @@ _M_MMAP_THRESHOLD = -3
 _KEEP_BELOW = 1 << 30
 
 
-def prepare_process() -> None:
-    """Set up this process for JAX; call before the first array exists."""
+def prepare_process(deterministic: bool = False) -> None:
+    """Set up this process for JAX; call before JAX is imported.
+
+    Args:
+      deterministic: ask the backend for bitwise repetition, at some cost of speed.
+    """
     keep_freed_memory()
+    if deterministic:
+        # GPUs only; the CPU and TPU backends repeat bit for bit as they are.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
     # Programs compiled ahead of time for the CPU log a harmless difference of feature lists.

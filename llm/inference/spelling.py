@@ -58,12 +58,10 @@ def cells(tokens: Iterable[TokenRecord]) -> Iterator[Cell]:
 
 def ends_inside_character(token: TokenRecord) -> bool:
     """Whether the next token is needed to complete the last character of this one."""
-    label = token.get("utf8")
-    if label in ("open", "continue", "ok"):
-        return label != "ok"
-    # A token may close one character and open another, or be invalid and open one.
-    tail = token["bytes"][-3:]
-    for back, byte in enumerate(reversed(tail), start=1):
+    if token["utf8"] != "bad":
+        return token["utf8"] in ("open", "continue")
+    # Bytes that are no UTF-8 together with those before them may still open a character.
+    for back, byte in enumerate(reversed(token["bytes"][-3:]), start=1):
         if byte < 0x80:
             return False
         if byte >= 0xC0:

@@ -1,0 +1,263 @@
+"""python train.py CONFIG.toml [--section.key VALUE ...]: begin a run, or go on with it.
+
+The same command twice means resume; of a finished run it says so.
+"""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm.config import Config, load_config
+from llm.errors import UsageError
+from llm.run.directory import (
+    RunDirectory,
+    RunLock,
+    changes_on_resume,
+    check_is_ours,
+    describe_start,
+    now,
+)
+from llm.run.progress import Progress, make_progress
+from llm.run.stop import StopRequest
+from llm.runtime import prepare_process
+
+if TYPE_CHECKING:
+    from llm.text.shards import TokenizedCorpus
+    from llm.training.loop import Job, Outputs
+
+USAGE = "python train.py CONFIG.toml [--section.key VALUE ...]"
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in docs/design.md; errors are raised as LLMError."""
+    started = time.time()
+    config = configure(arguments)
+    run = RunDirectory(Path(config.run.dir))
+    check_is_ours(run)
+    changed = changes_on_resume(run.read_config(), config) if run.exists() else {}
+    lock = RunLock(run)
+    lock.acquire()
+    try:
+        with StopRequest() as stop, make_progress(config.logging.progress) as progress:
+            if _is_finished(run, config, progress):
+                return 0
+            prepare_process(deterministic=config.run.deterministic)
+            _train(config, run, changed, stop, progress, started)
+    finally:
+        lock.release()
+    return 0
+
+
+def configure(arguments: list[str]) -> Config:
+    """The settings of the command line, resolved, with a run directory.
+
+    Raises:
+      UsageError: no configuration file, or settings that cannot be used.
+    """
+    words = list(arguments)
+    path = words.pop(0) if words and not words[0].startswith("-") else None
+    if path is None and not {"-h", "--help"} & set(words):
+        known = ", ".join(sorted(map(str, Path("configs").glob("*.toml"))))
+        raise UsageError(f"no configuration file; usage: {USAGE}" + (f"; there are: {known}" if known else ""))
+    config = load_config(path, words)
+    if not config.run.dir:
+        name = f"runs/{Path(path or 'run').stem}"
+        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
+    return config.resolved()
+
+
+def _is_finished(run: RunDirectory, config: Config, progress: Progress) -> bool:
+    """Whether the last step is saved and evaluated; says so."""
+    from llm.run.checkpoint import saved_steps
+    from llm.run.metrics import read_metrics
+
+    steps = saved_steps(run.checkpoints) if run.exists() else []
+    if not steps or steps[-1] < config.training.steps:
+        return False
+    rows = [row for row in read_metrics(run.metrics) if row["kind"] == "eval"]
+    evaluated = {row["step"]: row for row in rows}
+    if config.data.validation != "none" and config.training.steps not in evaluated:
+        return steps[-1] > config.training.steps
+    row = evaluated.get(config.training.steps)
+    loss = f", validation loss {row['loss']:.4f}" if row else ""
+    progress.say(
+        f"{run.path} is finished: step {steps[-1]} of {config.training.steps}{loss}. "
+        f"Sample from it: python sample.py {run.path}. Train on: --training.steps N"
+    )
+    return True
+
+
+def _train(
+    config: Config,
+    run: RunDirectory,
+    changed: dict[str, Any],
+    stop: StopRequest,
+    progress: Progress,
+    started: float,
+) -> None:
+    from llm.training.loop import Loop, restore_or_create
+
+    job = _make_job(config, run, stop, progress)
+    outputs = _make_outputs(config, run, progress)
+    if not run.exists():
+        _begin(run, job)
+    try:
+        state = restore_or_create(job, outputs.checkpoints, progress.say)
+        step = int(state.step)
+        _record_start(run, job, outputs, step, changed)
+        _say_what_starts(job, run, step, progress)
+        stop.check("nothing was trained yet")
+        loop = Loop(job, outputs, stop, _make_sampler(job), state)
+        try:
+            loop.run()
+        finally:
+            _record_end(run, loop, started)
+        progress.say(
+            f"finished {config.training.steps} steps in {run.path}; "
+            f"sample from it: python sample.py {run.path}"
+        )
+    finally:
+        outputs.checkpoints.close()
+        outputs.metrics.close()
+        for tracker in outputs.trackers:
+            tracker.close()
+
+
+def _make_job(config: Config, run: RunDirectory, stop: StopRequest, progress: Progress) -> "Job":
+    """Text, model and mesh, each checked before anything is compiled."""
+    from llm.model.gpt import ModelSpec
+    from llm.model.sharding import check_divisible, make_mesh
+    from llm.run.model import compute_dtype
+    from llm.text.shards import prepare
+    from llm.text.splits import check_window
+    from llm.training.loop import Job
+
+    def on_progress(what: str, done: int, total: int | None) -> None:
+        stop.check("the text is not prepared yet")
+        progress.prepare(what, done, total)
+
+    mesh = make_mesh(config.mesh)
+    corpus = prepare(config.data, config.tokenizer, on_progress=on_progress)
+    for note in corpus.notes:
+        progress.say(note)
+    if run.exists():
+        _check_corpus(run, corpus)
+    check_window(corpus.train, config.model.context_length)
+    spec = ModelSpec(
+        config.model, corpus.tokenizer.vocab_size, compute_dtype(config.training.compute_dtype)
+    )
+    training = config.training
+    rows = training.micro_batch_size or training.batch_size
+    check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
+    if training.eval_batch_size:
+        check_divisible(mesh, spec.config, spec.padded_vocab_size, training.eval_batch_size)
+    return Job(config, spec, mesh, corpus)
+
+
+def _check_corpus(run: RunDirectory, corpus: "TokenizedCorpus") -> None:
+    """The text must be what the run began with."""
+    from llm.errors import DataError
+    from llm.text.sources import check_unchanged
+
+    recorded = run.read_provenance()["data"]
+    if recorded["fingerprint"] == corpus.fingerprint:
+        return
+    check_unchanged(recorded["origins"], corpus.origins)
+    raise DataError(
+        f"the corpus of {run.path} was prepared in another way: expected fingerprint "
+        f"{recorded['fingerprint']}, found {corpus.fingerprint}; begin a new run with another run.dir"
+    )
+
+
+def _make_outputs(config: Config, run: RunDirectory, progress: Progress) -> "Outputs":
+    from llm.run.checkpoint import Checkpoints
+    from llm.run.metrics import Metrics
+    from llm.run.trackers import make_trackers
+    from llm.training.loop import Outputs
+
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
+    checkpoints.clean()
+    return Outputs(run, checkpoints, Metrics(run.metrics), progress, make_trackers(config, run))
+
+
+def _begin(run: RunDirectory, job: "Job") -> None:
+    """Everything that the run needs to be opened later; config.toml last."""
+    from llm.model.flops import flops_per_token, parameter_count
+
+    corpus = job.corpus
+    corpus.tokenizer.save(run.tokenizer)
+    run.write_provenance(
+        {
+            "schema": 1,
+            "name": run.name,
+            "created": now(),
+            "model": {
+                "parameters": parameter_count(job.spec),
+                "flops_per_token": flops_per_token(job.spec),
+                "vocab_size": job.spec.vocab_size,
+                "compute_dtype": job.spec.compute_dtype,
+            },
+            "data": {
+                "fingerprint": corpus.fingerprint,
+                "tokenizer_sha256": corpus.tokenizer.sha256,
+                "train_tokens": len(corpus.train),
+                "validation_tokens": len(corpus.validation),
+                "documents": corpus.documents,
+                "text_bytes": corpus.text_bytes,
+                "replaced": corpus.replaced,
+                "origins": [dataclasses.asdict(origin) for origin in corpus.origins],
+            },
+            "starts": [],
+        }
+    )
+    run.write_config(job.config)
+
+
+def _record_start(
+    run: RunDirectory, job: "Job", outputs: "Outputs", step: int, changed: dict[str, Any]
+) -> None:
+    """Append this start to run.json, with the steps that a crash made us do again."""
+    redone = [row for row in outputs.metrics.rewind(step) if row["kind"] == "train"]
+    best = outputs.metrics.best_evaluation()
+    outputs.checkpoints.best = best[0] if best else None
+    start = describe_start(
+        step=step, mesh=dict(job.mesh.shape), devices=list(job.mesh.devices.flat), changed=changed
+    )
+    start["redone_steps"] = len(redone)
+    start["redone_seconds"] = round(sum(row["step_seconds"] for row in redone), 3)
+    record = run.read_provenance()
+    record["starts"].append(start)
+    run.write_provenance(record)
+    if changed:
+        run.write_config(job.config)
+
+
+def _record_end(run: RunDirectory, loop: Any, started: float) -> None:
+    """How long this start took to its first step: what a restart costs beside the redone steps."""
+    if loop.first_step_at is not None:
+        record = run.read_provenance()
+        record["starts"][-1]["seconds_to_first_step"] = round(loop.first_step_at - started, 3)
+        run.write_provenance(record)
+
+
+def _say_what_starts(job: "Job", run: RunDirectory, step: int, progress: Progress) -> None:
+    from llm.model.flops import parameter_count
+
+    devices = list(job.mesh.devices.flat)
+    corpus = job.corpus
+    progress.say(
+        f"{parameter_count(job.spec):,} parameters, {len(corpus.train):,} training tokens "
+        f"({corpus.tokenizer.name}), {len(corpus.validation):,} held out; "
+        f"{len(devices)} x {devices[0].device_kind}, {job.spec.compute_dtype}"
+    )
+    progress.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))
+
+
+def _make_sampler(job: "Job") -> Any:
+    """Text from the current parameters, drawn as the `sample` section says."""
+
+    def sample(params: Any) -> str:
+        return ""
+
+    return sample

@@ -1,0 +1,381 @@
+"""The loop around the step: data in, metrics out, saves, evaluations, samples, and a clean stop.
+
+It dispatches step n and then reads the metrics of step n - 1, so that the device never waits for the
+host. A due save is handed to the background before an evaluation begins.
+
+What it is not: it knows no mathematics (step.py) and no file formats (llm/run/).
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llm.config import Config
+from llm.errors import CheckpointError, NonFiniteError, StoppedError
+from llm.faults import fault_point
+from llm.model.flops import mfu
+from llm.model.gpt import ModelSpec
+from llm.model.sharding import shard_batch
+from llm.run.checkpoint import (
+    GROUPS,
+    Checkpoints,
+    params_sha256,
+    read_receipt,
+    restore_group,
+    set_aside,
+    verify_files,
+)
+from llm.run.directory import RunDirectory
+from llm.run.metrics import Metrics
+from llm.run.progress import Progress
+from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
+from llm.run.stop import StopRequest
+from llm.run.trackers import Tracker
+from llm.text.batches import TrainingBatches, evaluation_batches
+from llm.text.shards import TokenizedCorpus
+from llm.training.evaluate import Evaluation, evaluate, make_evaluation_step
+from llm.training.optimizer import make_optimizer
+from llm.training.state import (
+    TrainState,
+    abstract_state,
+    create_state,
+    from_groups,
+    to_groups,
+)
+from llm.training.step import BATCH_AXES, make_train_step
+
+# Draws text from the current parameters, for a person to read.
+Sampler = Callable[[Any], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is trained, on what, where."""
+
+    config: Config
+    spec: ModelSpec
+    mesh: Mesh
+    corpus: TokenizedCorpus
+
+    @property
+    def rows(self) -> slice:
+        """This process's share of each batch."""
+        share = self.config.training.batch_size // jax.process_count()
+        return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+
+    def batches(self) -> TrainingBatches:
+        return TrainingBatches(
+            self.corpus.train,
+            context_length=self.spec.config.context_length,
+            batch_size=self.config.training.batch_size,
+            seed=self.config.run.seed,
+            rows=self.rows,
+        )
+
+    def receipt_tokens(self) -> np.ndarray:
+        held_out = self.corpus.validation if len(self.corpus.validation) > 1 else self.corpus.train
+        return receipt_tokens(held_out, self.spec.config.context_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where a run's results go."""
+
+    run: RunDirectory
+    checkpoints: Checkpoints
+    metrics: Metrics
+    progress: Progress
+    trackers: list[Tracker]
+
+    def write(self, row: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            self.metrics.write(row)
+            for tracker in self.trackers:
+                tracker.write(row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A step that was dispatched and whose metrics were not read yet."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    tokens_BT: np.ndarray
+
+
+def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
+    """The newest state that verifies, or a fresh one when nothing was ever saved.
+
+    Raises:
+      CheckpointError: there are steps and none is good, or one is not the model that was saved.
+    """
+    optimizer = make_optimizer(job.config.optimizer)
+    damaged = [path.name for path in checkpoints.root.glob("*.damaged*")]
+    for step in reversed(checkpoints.steps()):
+        folder = checkpoints.root / str(step)
+        try:
+            verify_files(folder)
+        except CheckpointError as error:
+            aside = set_aside(checkpoints.root, step)
+            damaged.append(aside.name)
+            say(f"WARNING: the checkpoint of step {step} is damaged and set aside as {aside}: {error}")
+            continue
+        abstract = abstract_state(job.spec, optimizer, job.mesh)
+        shapes = to_groups(abstract)
+        groups = {group: restore_group(folder, group, shapes[group]) for group in GROUPS}
+        state = from_groups(abstract, groups)
+        _check_restored(job, state, folder)
+        return state
+    if damaged:
+        raise CheckpointError(
+            f"no checkpoint in {checkpoints.root} can be trusted (set aside: {', '.join(damaged)}); "
+            "restore one from a copy, or begin again with another run.dir"
+        )
+    return create_state(job.spec, optimizer, job.config.run.seed, job.mesh)
+
+
+def _check_restored(job: Job, state: TrainState, folder: Any) -> None:
+    receipt = read_receipt(folder)
+    if jax.process_count() == 1:
+        found = params_sha256({name: np.asarray(leaf) for name, leaf in state.params.items()})
+        if found != receipt["params_sha256"]:
+            raise CheckpointError(
+                f"{folder}: the parameters that were read have sha256 {found}, expected "
+                f"{receipt['params_sha256']}"
+            )
+    check_receipt(job.spec, state.params, receipt, job.corpus.tokenizer.sha256, str(folder))
+
+
+class Loop:
+    """Trains from a state to the last step. One object for one start of the program."""
+
+    def __init__(
+        self, job: Job, outputs: Outputs, stop: StopRequest, sampler: Sampler, state: TrainState
+    ):
+        self._job, self._outputs, self._stop, self._sampler = job, outputs, stop, sampler
+        self._settings = job.config.training
+        self._state = state
+        self._step = int(state.step)
+        self._train_step = make_train_step(
+            job.spec, job.config.optimizer, self._settings, job.mesh
+        )
+        self._evaluation_step = make_evaluation_step(job.spec, job.mesh)
+        self._pending: _Pending | None = None
+        self._clock = time.perf_counter()
+        self._tokens = self._tokens_before()
+        self._skipped = self._skipped_before()
+        self._receipt_tokens = job.receipt_tokens()
+        self.first_step_at: float | None = None
+
+    def run(self) -> None:
+        """To the last step.
+
+        Raises:
+          StoppedError: on request, with everything saved.
+          NonFiniteError, CheckpointError, DataError: as their messages say.
+        """
+        if self._step and self._is_due(self._settings.eval_every):
+            self._evaluate()  # a stop may have come between a save and its evaluation
+        batches = self._job.batches().iterate(self._step)
+        try:
+            for tokens_BT in batches:
+                if self._step >= self._settings.steps or self._stop.requested:
+                    break
+                self._train(tokens_BT)
+                self._settle_if_due()
+        finally:
+            close = getattr(batches, "close", None)
+            if close is not None:
+                close()
+        self._settle()
+        if self._stop.requested and self._step < self._settings.steps:
+            self._leave()
+        self._finish()
+
+    def _train(self, tokens_BT: np.ndarray) -> None:
+        """Dispatch one step, then read the metrics of the one before."""
+        on_mesh = shard_batch(self._job.mesh, tokens_BT, BATCH_AXES)
+        state, metrics = self._train_step(self._state, on_mesh)
+        self._state = state
+        self._step += 1
+        fault_point("step", self._step)
+        self._settle()
+        self._pending = _Pending(self._step, metrics, tokens_BT)
+        self._outputs.checkpoints.check_for_errors()
+
+    def _settle_if_due(self) -> None:
+        """Save, then evaluate, where this step is due for it."""
+        last = self._step >= self._settings.steps
+        save = last or self._is_due(self._job.config.checkpoint.every)
+        evaluation = last or self._is_due(self._settings.eval_every)
+        if save or evaluation:
+            self._settle()
+        if save:
+            self._save()
+        if evaluation and not last:
+            self._evaluate()
+
+    def _settle(self) -> None:
+        """Wait for the pending step and write what it measured."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        if self.first_step_at is None:
+            self.first_step_at = time.time()
+        tokens = self._settings.batch_size * self._job.spec.config.context_length
+        self._tokens += tokens
+        finite = values["finite"]
+        if pending.step % self._job.config.logging.every == 0 or not finite:
+            self._outputs.write(self._row(pending.step, values, seconds, tokens))
+        self._outputs.progress.step(
+            pending.step, self._settings.steps, values["loss"], tokens / seconds
+        )
+        self._skipped = 0 if finite else self._skipped + 1
+        if not finite:
+            self._refuse_or_skip(pending, values)
+
+    def _row(
+        self, step: int, values: dict[str, Any], seconds: float, tokens: int
+    ) -> dict[str, Any]:
+        row = {
+            "kind": "train",
+            "step": step,
+            "tokens": self._tokens,
+            "loss": values["loss"],
+            "grad_norm": values["grad_norm"],
+            "learning_rate": values["learning_rate"],
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "mfu": mfu(self._job.spec, tokens / seconds, list(self._job.mesh.devices.flat)),
+        }
+        return row if values["finite"] else {**row, "finite": False}
+
+    def _refuse_or_skip(self, pending: _Pending, values: dict[str, Any]) -> None:
+        """The step itself has left the weights as they were; here the run goes on or ends."""
+        what = f"step {pending.step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+        if self._settings.on_nonfinite == "skip" and self._skipped < self._settings.max_skipped:
+            self._outputs.progress.say(f"WARNING: {what}; this update was skipped")
+            return
+        batch = self._outputs.run.path / f"nonfinite-step-{pending.step}.npz"
+        starts = self._job.batches().window_starts(pending.step - 1)
+        np.savez(batch, tokens=pending.tokens_BT, window_starts=starts)
+        reason = (
+            f"{self._skipped} updates in a row were not finite"
+            if self._settings.on_nonfinite == "skip"
+            else "the update was not applied"
+        )
+        raise NonFiniteError(
+            f"{what}; {reason}. The batch is in {batch}; the checkpoints before it are good. Lower "
+            "optimizer.learning_rate (with --run.allow-change), or set training.on_nonfinite = "
+            "'skip' to pass over such batches"
+        )
+
+    def _save(self) -> None:
+        checkpoints = self._outputs.checkpoints
+        logprobs = receipt_logprobs(self._job.spec, self._state.params, self._receipt_tokens)
+        tokenizer_sha256 = self._job.corpus.tokenizer.sha256
+
+        def receipt(_params_sha256: str) -> dict[str, Any]:
+            return make_receipt(self._receipt_tokens, logprobs, tokenizer_sha256)
+
+        checkpoints.save(self._step, to_groups(self._state), receipt)
+        self._clock = time.perf_counter()
+
+    def _evaluate(self) -> None:
+        """The validation loss at this step, once; then a sample."""
+        split = self._job.corpus.validation
+        if len(split) < 2 or self._outputs.metrics.has_evaluation(self._step):
+            return
+        result = evaluate(
+            self._evaluation_step,
+            self._state.params,
+            self._until_stopped(split),
+            self._job.corpus.tokenizer.byte_lengths(),
+        )
+        if self._stop.requested:
+            return  # incomplete; the next start evaluates this step anew
+        self._report(result)
+        self._keep_if_best()
+        text = self._sampler(self._state.params)
+        if text:
+            self._outputs.progress.say(text)
+        self._clock = time.perf_counter()
+
+    def _until_stopped(self, split: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        settings = self._settings
+        size = settings.eval_batch_size or settings.micro_batch_size or settings.batch_size
+        for batch in evaluation_batches(
+            split, context_length=self._job.spec.config.context_length, batch_size=size
+        ):
+            yield batch
+            fault_point("evaluation", self._step)
+            if self._stop.requested:
+                return
+
+    def _report(self, result: Evaluation) -> None:
+        self._outputs.write(
+            {
+                "kind": "eval",
+                "step": self._step,
+                "split": "validation",
+                "loss": result.loss_nats,
+                "bits_per_byte": result.bits_per_byte,
+                "tokens": result.tokens,
+            }
+        )
+        bits = result.bits_per_byte
+        in_bits = f", {bits:.4f} bits per byte" if bits is not None else ""
+        self._outputs.progress.say(
+            f"step {self._step}: validation loss {result.loss_nats:.4f} nats per token{in_bits} "
+            f"({result.tokens:,} tokens)"
+        )
+
+    def _keep_if_best(self) -> None:
+        best = self._outputs.metrics.best_evaluation()
+        if not self._job.config.checkpoint.keep_best or best is None:
+            return
+        self._outputs.checkpoints.best = best[0]
+        if best[0] == self._step:
+            self._save()
+
+    def _leave(self) -> None:
+        self._save()
+        self._outputs.checkpoints.wait()
+        raise StoppedError(
+            f"stopped on request at step {self._step} of {self._settings.steps}, saved in "
+            f"{self._outputs.run.path}; the same command goes on from there"
+        )
+
+    def _finish(self) -> None:
+        self._save()
+        self._outputs.checkpoints.wait()
+        self._evaluate()
+        self._outputs.checkpoints.wait()
+        if self._stop.requested and not self._outputs.metrics.has_evaluation(self._step):
+            self._leave()
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self._step % every == 0
+
+    def _tokens_before(self) -> int:
+        """Tokens trained on until now; the batch size may have changed on the way."""
+        seen = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
+        per_step = self._settings.batch_size * self._job.spec.config.context_length
+        if not seen:
+            return self._step * per_step
+        return seen[-1]["tokens"] + (self._step - seen[-1]["step"]) * per_step
+
+    def _skipped_before(self) -> int:
+        rows = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
+        count = 0
+        while count < len(rows) and rows[-1 - count].get("finite") is False:
+            count += 1
+        return count
