@@ -16,32 +16,37 @@ CONFIG = configs/quickstart.toml
 RUN = runs/quickstart
 TESTS = tests
 
-# ---- which device ---------------------------------------------------------------------------
+# Which device.
+#
 # An NVIDIA GPU answers nvidia-smi, or shows its device file where only the driver is installed.
 HAS_CUDA = nvidia-smi -L 2>/dev/null | grep -q '^GPU' || test -e /dev/nvidia0
 # A TPU is a PCI device of Google's (0x1ae0) with one of the numbers that JAX itself looks for in
 # jax/_src/hardware_utils.py; Google's network card has the same maker and another number.
 TPU_NUMBERS = 0x0027|0x0056|0x005e|0x0062|0x0063|0x006f|0x0076|0x0083|0x007c
-HAS_TPU = test -n "$$TPU_NAME" || test -e /dev/accel0 || \
+HAS_TPU = test -n "$$TPU_NAME" || test -e /dev/accel0 || ( \
     for device in /sys/bus/pci/devices/*; do \
         grep -qs 0x1ae0 $$device/vendor && grep -qsE '$(TPU_NUMBERS)' $$device/device && exit 0; \
-    done; exit 1
+    done; exit 1 )
 
-ACCELERATOR := $(shell if $(HAS_CUDA); then echo cuda; elif ($(HAS_TPU)); then echo tpu; else echo cpu; fi)
+ACCELERATOR := $(shell \
+    if $(HAS_CUDA); then echo cuda; elif $(HAS_TPU); then echo tpu; else echo cpu; fi)
 
-EXTRA_cuda = cuda,
-EXTRA_tpu = tpu,
-EXTRA_cpu =
-EXTRA = $(EXTRA_$(ACCELERATOR))
+ifeq ($(filter $(ACCELERATOR),cuda tpu cpu),)
+    $(error ACCELERATOR=$(ACCELERATOR): expected cuda, tpu or cpu)
+endif
 
-# ---- which Python ---------------------------------------------------------------------------
+# The extra of pyproject.toml that brings the matching JAX; plain JAX runs on the CPU.
+JAX_EXTRA = $(filter-out cpu,$(ACCELERATOR))
+COMMA = ,
+
+# Which Python.
+#
 # Each is run, not only looked up: a version manager's shim can exist and still fail. One that
 # cannot make a virtual environment is passed over (Debian's python3 without python3-venv).
 CAN_BE_USED = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
 PYTHON = $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
     $$python -c '$(CAN_BE_USED)' 2>/dev/null && echo $$python && break; done)
 
-# ---- the targets ----------------------------------------------------------------------------
 .PHONY: train test venv clean help
 
 train: $(VENV)/installed-train-$(ACCELERATOR)
@@ -65,24 +70,23 @@ clean:
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-# ---- installing -----------------------------------------------------------------------------
+# Installing.
+#
 # A stamp for each purpose and device, so that a GPU added later is noticed; newer than pyproject.toml
 # means nothing to do.
-PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install -qq --root-user-action ignore
 
 $(VENV)/installed-train-%: $(VENV)/bin/python pyproject.toml
 	@echo "Installing for $* into $(VENV); the first time takes a few minutes."
-	@$(PIP) --editable '.[$(EXTRA:,=)]'
+	@$(PIP) --editable .$(if $(JAX_EXTRA),'[$(JAX_EXTRA)]')
 	@touch $@
 
 $(VENV)/installed-test-%: $(VENV)/bin/python pyproject.toml
 	@echo "Installing what the tests need, for $*, into $(VENV); the first time takes a few minutes."
-	@$(PIP) --editable '.[$(EXTRA)test]'
+	@$(PIP) --editable '.[test$(if $(JAX_EXTRA),$(COMMA)$(JAX_EXTRA))]'
 	@touch $@
 
 $(VENV)/bin/python:
-	@case '$(ACCELERATOR)' in cuda|tpu|cpu) ;; *) \
-	    echo "ACCELERATOR=$(ACCELERATOR): expected cuda, tpu or cpu" >&2; exit 2;; esac
 	@test -n '$(PYTHON)' || { \
 	    echo "No usable Python found: tried python3.13, python3.12, python3.11, python3 and python." >&2; \
 	    echo "Expected Python 3.11, 3.12 or 3.13 that can make virtual environments." >&2; \

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from llm.errors import LLMError
+from llm.errors import LLMError, StoppedError
 
 
 def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
@@ -11,7 +11,7 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
     try:
         return command(list(sys.argv[1:] if arguments is None else arguments))
     except LLMError as error:
-        print(f"{_kind(error)}: {error}", file=sys.stderr)
+        print(f"{_prefix(error)}{error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -22,5 +22,5 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
         return 0
 
 
-def _kind(error: LLMError) -> str:
-    return "stopped" if error.exit_code == 75 else "error"
+def _prefix(error: LLMError) -> str:
+    return "" if isinstance(error, StoppedError) else "error: "

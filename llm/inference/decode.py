@@ -27,10 +27,11 @@ What it is not: a server; it serves one batch from beginning to end.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,7 @@ import numpy as np
 
 from llm.errors import NonFiniteError, UsageError
 from llm.inference.distribution import (
+    NOT_FINITE,
     Described,
     Prediction,
     describe,
@@ -45,7 +47,14 @@ from llm.inference.distribution import (
     log_probabilities,
     to_host,
 )
-from llm.inference.filters import Candidates, RowSettings, Sampling, apply_filters, draw
+from llm.inference.filters import (
+    CANDIDATES,
+    Candidates,
+    RowSettings,
+    Sampling,
+    apply_filters,
+    draw,
+)
 from llm.inference.transcript import StopStrings, Token, Transcript
 from llm.model.gpt import KVCache, ModelSpec, Params, bind
 from llm.text.tokenizer import Ids, Tokenizer
@@ -173,8 +182,9 @@ class Decoder:
         rows = [_Row(request, self.tokenizer, self.spec) for request in requests]
         batch = self._batch(requests)
         state, described = self._prefill(batch)
-        for row, progress in enumerate(_prompt_progress(rows, described)):
-            yield dataclasses.replace(progress, row=row)
+        for index, row in enumerate(rows):
+            tokens = row.begin(jax.tree.map(lambda x, b=index: x[b], described))
+            yield Progress(index, tokens, row.finish)
         for drawn in self._chunks(batch, state, rows):
             for index, row in enumerate(rows):
                 progress = row.read(index, drawn)
@@ -284,8 +294,8 @@ class _Row:
         predictions = self._predictions(described, logprobs) or [None] * steps
         tokens: list[Token] = []
         for id_, logprob, prediction in zip(ids.tolist(), logprobs.tolist(), predictions, strict=True):
-            if logprob != logprob:
-                raise NonFiniteError(_NOT_FINITE)
+            if not math.isfinite(logprob):
+                raise NonFiniteError(NOT_FINITE)
             tokens += self._add(id_, prediction)
             if self.finish is not None:
                 break
@@ -308,18 +318,15 @@ class _Row:
             return "length"
         return "context" if self._drawn == self._room else None
 
-    def _predictions(self, described: Described | None, drawn: np.ndarray | None):
+    def _predictions(
+        self, described: Described | None, drawn: np.ndarray | None
+    ) -> list[Prediction] | None:
+        """None where nobody asked. `drawn`: sampling log-probabilities; None: the prompt."""
         if described is None or self.request.top is None:
             return None
         given = len(self.request.prompt) - 1 if drawn is None else None
         described = jax.tree.map(lambda x: x[:given], described)
         return to_host(described, drawn, self.request.top, self.request.watch)
-
-
-_NOT_FINITE = (
-    "the model's logits are not finite, so it gives no probabilities; its parameters are NaN or "
-    "infinite, or overflow in this compute dtype: try an earlier checkpoint with --step"
-)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:
@@ -431,7 +438,7 @@ def _decode_chunk(
 
     def step(state: DecodeState) -> tuple[DecodeState, Drawn]:
         logprobs_BV = log_probabilities(model, state.hidden_BD)
-        candidates = Candidates.of(logprobs_BV, at_least=top or 0)
+        candidates = Candidates.of(logprobs_BV, max(CANDIDATES, top or 0))
         filtered = apply_filters(logprobs_BV, candidates, settings)
         lengths_B = state.cache.length_B
         ids_B = draw(filtered, settings, lengths_B)
@@ -470,9 +477,3 @@ def _read(drawn: Drawn, done: jax.Array) -> Drawn:
     drawn, done = jax.device_get((drawn, done))
     return jax.tree.map(lambda x: x[:done], drawn)
 
-
-def _prompt_progress(rows: Sequence[_Row], described: Any) -> Iterator[Progress]:
-    for b, row in enumerate(rows):
-        of_row = jax.tree.map(lambda x, b=b: x[b], described)
-        tokens = row.begin(of_row)
-        yield Progress(b, tokens, row.finish)

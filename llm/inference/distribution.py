@@ -22,9 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm.inference.filters import Candidates, Filtered, RowSettings, apply_filters
+from llm.errors import NonFiniteError
+from llm.inference.filters import CANDIDATES, Candidates, Filtered, RowSettings, apply_filters
 from llm.model.gpt import GPT
 
+NOT_FINITE = (
+    "the model's logits are not finite, so it gives no probabilities: its parameters are NaN or "
+    "infinite, or it overflows in this compute dtype; try an earlier checkpoint with --step"
+)
 # Logits that exist at once where many positions are described: 16 MiB of float32, so that the
 # several passes over them run in cache or nearly so.
 CHUNK_LOGITS = 2**22
@@ -160,8 +165,8 @@ def describe_positions(
     def describe_chunk(_, chunk):
         hidden_BtD, targets_Bt = chunk
         logprobs_RV = log_probabilities(model, hidden_BtD.reshape(B * length, -1))
-        candidates = Candidates.of(logprobs_RV, at_least=top)
-        filtered = None
+        count = top if settings is None else max(CANDIDATES, top)
+        candidates, filtered = Candidates.of(logprobs_RV, count), None
         if settings is not None:
             filtered = apply_filters(logprobs_RV, candidates, settings.repeat(length))
         watch_RW = jnp.repeat(watch_BW, length, axis=0)
@@ -204,7 +209,11 @@ def to_host(
       sampling_logprobs: [T], or None for tokens that were given.
       top: how many rivals to list; at most as many as were computed.
       watch: the ids asked for, the first len(watch) of the watched columns.
+    Raises:
+      NonFiniteError: where the model gives no probabilities.
     """
+    if not (np.isfinite(described.logprob).all() and np.isfinite(described.entropy).all()):
+        raise NonFiniteError(NOT_FINITE)
     drawn = [None] * len(described.logprob) if sampling_logprobs is None else sampling_logprobs.tolist()
     columns = zip(
         described.logprob.tolist(), described.rank.tolist(), described.entropy.tolist(), drawn,
@@ -218,7 +227,8 @@ def to_host(
             Rival(id_, logprob, rank)
             for rank, (id_, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), start=1)
         ]
-        watched = zip(watch_ranks, watch_logprobs, watch)
+        # Padded watch columns lie beyond len(watch): zip ends before them.
+        watched = zip(watch_ranks, watch_logprobs, watch, strict=False)
         rivals += [Rival(id_, p, rank) for rank, p, id_ in sorted(set(watched)) if rank > top]
         predictions.append(Prediction(*numbers, rivals=tuple(rivals)))
     return predictions

@@ -10,39 +10,51 @@ import hashlib
 import html
 import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from llm.inference import scales
-from llm.inference.spelling import escape_character, escaped, pieces
+from llm.inference.spelling import JOINERS, escape_character, escaped, pieces
 
-# One letter a way of colouring, the class of its levels and the letter of its scale.
+# Each way of colouring: the letter of its levels' classes, and of its scale.
 MODES = {
-    "p": ("probability", "c"),
-    "r": ("rank", "c"),
-    "s": ("surprisal", "c"),
-    "e": ("entropy", "c"),
-    "m": ("effect of sampling", "d"),
-    "x": ("change", "d"),
-    "q": ("before", "c"),
-    "a": ("after", "c"),
+    "p": "c",  # probability
+    "r": "c",  # rank
+    "s": "c",  # surprisal
+    "e": "c",  # entropy
+    "m": "d",  # effect of sampling
+    "x": "d",  # change from one checkpoint to another
+    "q": "c",  # probability before
+    "a": "c",  # probability after
+    "w": "c",  # attention weight
 }
 
 
 def document(
-    title: str, body: str, *, kind: str, scripts: tuple[str, ...], data: Any, connect: str = "'none'"
+    title: str,
+    body: str,
+    *,
+    kind: str,
+    choices: Sequence["Choice"],
+    scripts: Sequence[str],
+    data: Any,
+    connect: str = "'none'",
 ) -> str:
     """The whole document.
 
     Args:
       body: HTML, already escaped.
       kind: what the page shows, for the stylesheet and the scripts: "tokens", "diff", "attention".
+      choices: whose labels the body holds, in an element of the class "bar".
       scripts: names of script files beside this one, run in this order after the body.
       data: what the scripts read, as JSON.
       connect: the policy's connect-src; "'self'" for a page that talks to its server.
     """
-    style = _asset("page.css") + scales.css_colours() + _mode_rules()
+    style = _asset("page.css") + scales.css_colours() + _mode_rules() + _choice_rules(choices)
+    inputs = "".join(choice.inputs() for choice in choices)
     script = "\n".join(_asset(name) for name in scripts)
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "
@@ -53,7 +65,8 @@ def document(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n{body}\n"
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n"
+        f'<body>\n{inputs}\n<div class="page">\n{body}\n</div>\n'
         f'<script type="application/json" id="data">{script_json(data)}</script>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
     )
@@ -66,6 +79,8 @@ def escape(text: str) -> str:
 
 def visible(text: str) -> str:
     """A token's text as HTML that keeps every character and marks the invisible ones."""
+    if text and not text.strip(JOINERS):  # alone they would show nothing at all
+        return f'<i class="zw">{text}</i>'
     return "".join(_PIECE[kind](part) for kind, part in pieces(text))
 
 
@@ -92,21 +107,35 @@ def _json_escape(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
 
 
-def choices(name: str, legend: str, options: dict[str, str], chosen: str) -> str:
-    """A group of radio buttons; the stylesheet acts on which is checked, without JavaScript."""
-    buttons = "".join(
-        f'<label><input type="radio" name="{name}" id="{name}-{key}"'
-        f"{' checked' if key == chosen else ''}><span>{label}</span></label>"
-        for key, label in options.items()
-    )
-    return f'<fieldset class="choice {name}"><legend>{legend}</legend>{buttons}</fieldset>'
+@dataclass(frozen=True)
+class Choice:
+    """A group of radio buttons that the stylesheet acts on, without JavaScript.
+
+    The buttons stand before everything else in the body, so that a rule can reach from a checked
+    one to the text (`#by-p:checked ~ .page`). `:root:has()` could reach as far, but would make the
+    browser look at ten thousand tokens again whenever anything on the page changes.
+    """
+
+    name: str
+    legend: str
+    options: Mapping[str, str]
+
+    def inputs(self) -> str:
+        first = next(iter(self.options))
+        return "".join(
+            f'<input class="unseen" type="radio" name="{self.name}" id="{self.name}-{key}" '
+            f'aria-label="{self.legend}: {label}"{" checked" if key == first else ""}>'
+            for key, label in self.options.items()
+        )
+
+    def labels(self) -> str:
+        labels = "".join(
+            f'<label for="{self.name}-{key}">{label}</label>' for key, label in self.options.items()
+        )
+        return f'<div class="choice {self.name}"><span>{self.legend}</span>{labels}</div>'
 
 
-def theme_choice() -> str:
-    """Light, dark, or what the system prefers."""
-    return choices(
-        "theme", "Theme", {"auto": "auto", "light": "light", "dark": "dark"}, chosen="auto"
-    )
+THEME = Choice("theme", "Theme", {"auto": "auto", "light": "light", "dark": "dark"})
 
 
 @cache
@@ -116,18 +145,30 @@ def _asset(name: str) -> str:
 
 @cache
 def _mode_rules() -> str:
-    """For each way of colouring that can be chosen: which level has which colour."""
+    """Which level has which colour, where its way of colouring is the chosen or the only one."""
     rules = []
-    for letter, (_, scale) in MODES.items():
+    for letter, scale in MODES.items():
         levels = scales.SEQUENTIAL_LEVELS if scale == "c" else scales.DIVERGING_LEVELS
-        chosen = f":root:has(#by-{letter}:checked) "
+        chosen = "" if letter == "w" else f"#by-{letter}:checked~.page"
         rules += [
-            f"{chosen}.{letter}{level}{{background:var(--{scale}{level});"
+            f"{chosen} .{letter}{level}{{background:var(--{scale}{level});"
             f"color:var(--{scale}k{level})}}"
             for level in range(levels)
         ]
-        rules.append(f"{chosen}.key-{letter}{{display:flex}}")
+        rules.append(f"{chosen} .{letter}-{{color:var(--faint)}}")
+        rules.append(f"{chosen} .key-{letter}{{display:flex}}")
     return "\n".join(rules)
+
+
+def _choice_rules(choices: Sequence[Choice]) -> str:
+    """The look of the chosen and of the focused label."""
+    ids = [f"{choice.name}-{key}" for choice in choices for key in choice.options]
+    checked = ",".join(f"#{id_}:checked~.page [for={id_}]" for id_ in ids)
+    focused = ",".join(f"#{id_}:focus-visible~.page [for={id_}]" for id_ in ids)
+    return (
+        f"{checked}{{background:var(--ink);border-color:var(--ink);color:var(--paper)}}"
+        f"{focused}{{outline:2px solid var(--first);outline-offset:2px}}"
+    )
 
 
 def _hash(source: str) -> str:

@@ -39,7 +39,7 @@ CANDIDATES = 256
 # A draw picks a block of this many tokens, then a token in it: V / 256 + 256 noise values instead of
 # V, which on the same machine cost 1 ms a token.
 BLOCK = 256
-_TINY = np.finfo(np.float32).tiny
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Candidates(NamedTuple):
     ids_RC: jax.Array
 
     @classmethod
-    def of(cls, logprobs_RV: jax.Array, at_least: int = 0) -> "Candidates":
-        count = min(logprobs_RV.shape[-1], max(CANDIDATES, at_least))
-        return cls(*jax.lax.top_k(logprobs_RV, count))
+    def of(cls, logprobs_RV: jax.Array, count: int = CANDIDATES) -> "Candidates":
+        """The first `count` in rank order, or all there are."""
+        return cls(*jax.lax.top_k(logprobs_RV, min(count, logprobs_RV.shape[-1])))
 
 
 class Filtered(NamedTuple):
@@ -134,7 +134,7 @@ def apply_filters(
 
     Args:
       logprobs_RV: float32 log-softmax of the raw logits, all finite.
-      candidates: Candidates.of(logprobs_RV).
+      candidates: Candidates.of(logprobs_RV), of any count but 0.
     """
     # How far below the likeliest: >= 0, 0 for the likeliest and its ties at any temperature, and
     # as distinct as the log-probabilities are (both are <= 0, so the difference loses nothing).

@@ -7,7 +7,7 @@ every other string of a record.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from llm.inference import scales
@@ -116,7 +116,7 @@ def _end_line(end: Mapping[str, Any]) -> str:
 
 
 def _palette(environ: Mapping[str, str]) -> list[str]:
-    """For each level the sequence that sets background and ink; level 0 keeps the terminal's own."""
+    """For each level what sets background and ink; level 0 keeps the terminal's own."""
     # COLORFGBG is "foreground;background" in the 16 ANSI colours: 7 and 15 are the light ones.
     light = environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
     truecolor = environ.get("COLORTERM", "").lower() in ("truecolor", "24bit")
@@ -125,7 +125,7 @@ def _palette(environ: Mapping[str, str]) -> list[str]:
     return ["", *(_colour_pair(colour, code) for colour in colours[1:])]
 
 
-def _colour_pair(colour: scales.RGB, code: Any) -> str:
+def _colour_pair(colour: scales.RGB, code: Callable[[scales.RGB], str]) -> str:
     ink = (0, 0, 0) if scales.ink_on(colour) == "#000" else (255, 255, 255)
     return f"\x1b[48;{code(colour)};38;{code(ink)}m"
 
@@ -134,13 +134,17 @@ def _truecolor(colour: scales.RGB) -> str:
     return f"2;{colour[0]};{colour[1]};{colour[2]}"
 
 
-# The 256 colours of xterm: 16 of the user's choice, a 6 x 6 x 6 cube, 24 greys.
+# Channels of the 6 x 6 x 6 cube that follows the first 16 of xterm's 256 colours.
 _CUBE = (0, 95, 135, 175, 215, 255)
 
 
 def _nearest_of_256(colour: scales.RGB) -> str:
-    indexes = [min(range(6), key=lambda i, c=channel: abs(_CUBE[i] - c)) for channel in colour]
-    return f"5;{16 + 36 * indexes[0] + 6 * indexes[1] + indexes[2]}"
+    red, green, blue = (_nearest_in_cube(channel) for channel in colour)
+    return f"5;{16 + 36 * red + 6 * green + blue}"
+
+
+def _nearest_in_cube(channel: int) -> int:
+    return min(range(len(_CUBE)), key=lambda index: abs(_CUBE[index] - channel))
 
 
 def _sgr(attribute: int) -> str:

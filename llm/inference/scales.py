@@ -6,8 +6,9 @@ steadily in luminance, so they can be read without telling hues apart; the diver
 orange over paper to blue, the pair that colour-blind people confuse least. What ink is written on a
 colour is computed from their contrast.
 
-The light scale is ColorBrewer's YlGnBu (Brewer 2003, https://colorbrewer2.org), the dark one is
-viridis (van der Walt and Smith 2015), the diverging one is ColorBrewer's PuOr with blue for purple.
+The light scale is ColorBrewer's YlGnBu without its darkest step (Brewer 2003,
+https://colorbrewer2.org), the dark one is viridis (van der Walt and Smith 2015), the diverging one
+is ColorBrewer's PuOr with blue for purple.
 Contrast is that of WCAG 2.2. page.js computes the same levels in the browser.
 """
 
@@ -25,7 +26,7 @@ THEMES = ("light", "dark")
 PAPER = {"light": "#fdfdfb", "dark": "#14161a"}
 
 _SEQUENTIAL = {
-    "light": "fdfdfb f7fbc9 e4f4b6 c7e9b4 7fcdbb 41b6c4 1d91c0 225ea8 253494 081d58",
+    "light": "fdfdfb f7fbc9 e4f4b6 c7e9b4 7fcdbb 41b6c4 1d91c0 225ea8 253494",
     "dark": "14161a 242043 38326f 3f4b8a 31688e 26828e 21a585 52c569 a2d93a fde725",
 }
 _DIVERGING = {
@@ -45,10 +46,14 @@ def diverging(theme: str) -> list[RGB]:
 
 
 def probability_level(logprob: float | None) -> int | None:
-    """0 for certain, the last level for impossible, linear in the probability."""
+    """0 for certain, the last level for impossible: 1 - sqrt(probability).
+
+    The square root gives one in four the middle of the scale, and tells one in ten from one in a
+    hundred; in a linear scale both would look impossible.
+    """
     if logprob is None:
         return None
-    return _level(1.0 - math.exp(min(logprob, 0.0)), SEQUENTIAL_LEVELS)
+    return _level(1.0 - math.exp(min(logprob, 0.0) / 2.0), SEQUENTIAL_LEVELS)
 
 
 def rank_level(rank: int | None) -> int | None:
@@ -102,6 +107,10 @@ def css_colours() -> str:
                 f"--{letter}{level}:light-dark({_hex(light)},{_hex(dark)});"
                 f"--{letter}k{level}:light-dark({ink_on(light)},{ink_on(dark)});"
             )
+    stops = {"sequential": ("c", SEQUENTIAL_LEVELS), "diverging": ("d", DIVERGING_LEVELS)}
+    for name, (letter, levels) in stops.items():
+        colours = ",".join(f"var(--{letter}{level})" for level in range(levels))
+        lines.append(f"--{name}:linear-gradient(90deg,{colours});")
     return ":root{" + "".join(lines) + "}"
 
 

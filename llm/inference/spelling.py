@@ -16,7 +16,7 @@ from typing import Any
 TokenRecord = dict[str, Any]
 
 # They join or part letters and emoji, and change nothing else.
-_HARMLESS_FORMAT = "\u200c\u200d"
+JOINERS = "\u200c\u200d"
 _UNSAFE_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
@@ -108,7 +108,7 @@ def _kind(character: str) -> str:
             return "tab"
         case "\n":
             return "newline"
-    if character.isprintable() or character in _HARMLESS_FORMAT:
+    if character.isprintable() or character in JOINERS:
         return "plain"
     return "escape" if unicodedata.category(character) in _UNSAFE_CATEGORIES else "plain"
 

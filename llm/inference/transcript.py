@@ -18,9 +18,12 @@ import codecs
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from llm.inference.distribution import Prediction
 from llm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # text alone must not cost the import of JAX
+    from llm.inference.distribution import Prediction
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class Token:
     text_offset: int
     byte_offset: int
     utf8: str
-    prediction: Prediction | None
+    prediction: "Prediction | None"
 
 
 class Transcript:
@@ -53,7 +56,7 @@ class Transcript:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._position = self._characters = self._bytes = 0
 
-    def add(self, id_: int, phase: str, prediction: Prediction | None = None) -> Token:
+    def add(self, id_: int, phase: str, prediction: "Prediction | None" = None) -> Token:
         """The next token."""
         data = self._tokenizer.token_bytes(id_)
         waiting = self._decoder.getstate()[0]

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from llm.errors import UsageError
 from llm.text.tokenizer import END_OF_TEXT, BytePairTokenizer
 
-# GPT-4's pattern with numbers in twos instead of threes, as nanochat's tokenizer.py has it: it found
-# that a small vocabulary wastes fewer tokens on numbers so.
+# GPT-4's pattern with numbers in twos instead of threes, as nanochat's tokenizer.py has it: it
+# found that a small vocabulary wastes fewer tokens on numbers so.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -37,8 +37,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(
-            f"tokenizer.vocab_size = {vocab_size}: expected at least {SMALLEST_VOCABULARY}, which is "
-            "every byte and the end of text"
+            f"tokenizer.vocab_size = {vocab_size}: expected at least {SMALLEST_VOCABULARY}, which "
+            "is every byte and the end of text"
         )
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 

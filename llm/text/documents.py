@@ -83,8 +83,8 @@ def read_documents(
 def pieces(blocks: Iterable[str]) -> Iterator[str]:
     """The same text in pieces that end where no token reaches across.
 
-    A block without such a place is cut at its end: at worst one token in PIECE_BYTES is not
-    the one that the whole text would have there.
+    A block without such a place is cut at its end, and the tokens of the word, number or run of
+    signs that is cut there may differ from those of the whole text.
     """
     held = ""
     for block in filter(None, blocks):
@@ -198,6 +198,8 @@ def _row_texts(
 
 def _rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[str, Any]]:
     """The rows of a json or parquet file or of a hub data set, streamed by `datasets`."""
+    if origin.kind == "rows" and not origin.bytes:
+        return
     import datasets
 
     # It logs what it then raises, and what it raises is answered here.
@@ -214,10 +216,11 @@ def _rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[s
             # A pass of our own finds, counts and places what is not UTF-8.
             for _ in _blocks(origin, errors, report):
                 pass
-            options["encoding_errors"] = errors
+            # "utf-8" itself, so spelled, it reads without heeding encoding_errors.
+            options |= {"encoding": "utf8", "encoding_errors": errors}
     try:
         yield from datasets.load_dataset(path, split=split, streaming=True, **options)
     except Exception as error:
         # Its readers raise errors of pyarrow, pandas, fsspec and of HTTP libraries.
-        reason = str(error).split("\n")[0][:300]
+        reason = str(error).split("\n")[0][:300] or type(error).__name__
         raise DataError(f"{origin.name} cannot be read by `datasets`: {reason}") from error

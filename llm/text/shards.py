@@ -6,7 +6,8 @@
     CACHE/tokenizers/FINGERPRINT/           tokenizers that were made from a corpus
 
 A fingerprint is a hash of all that decides what is in the folder: the content of the files, the
-tokenizer, the split. Equal settings on equal content find the same folder, wherever the corpus lies.
+tokenizer, the split. Equal settings on equal content find the same folder, wherever the corpus
+lies.
 """
 
 import collections
@@ -36,6 +37,7 @@ from llm.text.tokenizer import (
     CharacterTokenizer,
     Ids,
     Tokenizer,
+    characters_of,
     check_kind,
     load_tokenizer,
     tiktoken_tokenizer,
@@ -145,8 +147,8 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, *, reused: bool = True) -> T
     header = _read_header(folder)
     if header["tokenizer"]["sha256"] != tokenizer.sha256:
         raise DataError(
-            f"{folder / HEADER}: expected the tokenizer {tokenizer.name} ({tokenizer.sha256}), found "
-            f"{header['tokenizer']['name']} ({header['tokenizer']['sha256']}){remedy(folder)}"
+            f"{folder / HEADER}: expected the tokenizer {tokenizer.name} ({tokenizer.sha256}), "
+            f"found {header['tokenizer']['name']} ({header['tokenizer']['sha256']}){remedy(folder)}"
         )
     manifests = {name: Manifest.from_json(m) for name, m in header["streams"].items()}
     stored = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
@@ -183,7 +185,7 @@ def _tokenizer_for(
         return ByteTokenizer()
     if config.kind not in ("characters", "bpe"):
         return tiktoken_tokenizer(config.kind)
-    recipe: dict[str, Any] = {"format": FORMAT, "kind": config.kind, **_content(data, found.origins)}
+    recipe = {"format": FORMAT, "kind": config.kind, **_content(data, found.origins)}
     if config.kind == "bpe":
         recipe |= {
             "vocab_size": config.vocab_size,
@@ -208,10 +210,7 @@ def _made_from(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
     texts = itertools.chain([first], texts)
     if config.kind == "bpe":
         return train_bpe(texts, config.vocab_size)
-    characters: set[str] = set()
-    for text in texts:
-        characters.update(text)
-    return CharacterTokenizer("".join(characters))
+    return CharacterTokenizer(characters_of(texts))
 
 
 _NO_TEXT = "the corpus has no text: every document is empty; point data.source at text"
@@ -410,8 +409,9 @@ def _check_sides(validation: str, manifests: dict[str, Manifest]) -> None:
             fraction = validation.removeprefix("documents:")
             raise UsageError(
                 f"data.validation = {validation!r} goes by the hash of each document and holds out "
-                f"{held_out} of {documents}: the {name} split is empty; set data.validation = "
-                f"'tail:{fraction}', which holds out the end of the text, or 'none'"
+                f"{held_out} of the {documents} there are: the {name} split is empty; set "
+                f"data.validation = 'tail:{fraction}', which holds out the end of the text, or "
+                "'none'"
             )
 
 
@@ -471,6 +471,6 @@ def _disk_full(root: Path, origins: Sequence[Origin], error: OSError) -> str:
         needed = "how much the corpus needs is not known beforehand"
     return (
         f"the token shards do not fit into {root} ({error.strerror}): {needed}, and "
-        f"{shutil.disk_usage(root).free} bytes are free there; make room, or set data.cache_dir to a "
-        "folder on another disk"
+        f"{shutil.disk_usage(root).free} bytes are free there; make room, or set data.cache_dir "
+        "to a folder on another disk"
     )

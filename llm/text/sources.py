@@ -5,6 +5,7 @@ with the identity of their content, so that a corpus that changed is noticed and
 them is llm/text/documents.py.
 """
 
+import collections
 import difflib
 import glob
 import hashlib
@@ -12,12 +13,13 @@ import http.client
 import itertools
 import json
 import os
+import shutil
 import sysconfig
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,15 +28,28 @@ from llm.text.cache import Progress, built_once, is_disk_full, silent, write_ato
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 
-# Not the library but its tests and other people's packages.
-STDLIB_WITHOUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Not source code of the library: its tests, its manual as one string, other people's packages.
+STDLIB_WITHOUT = {
+    "test",
+    "tests",
+    "idle_test",
+    "pydoc_data",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 # Hashing runs at about 1 GB/s (measured 2025 on one AMD EPYC core), so that only larger files gain
 # from being remembered.
 REMEMBER_HASH_ABOVE_BYTES = 2**24
 
+_EXPECTED = "expected a path, URL, 'stdlib' or hf:NAME"
+
 _BLOCK_BYTES = 2**20
 _DOWNLOAD_TIMEOUT_SECONDS = 60
+
+
+Kind = Literal["text", "python", "rows", "hub"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,7 @@ class Origin:
     """
 
     name: str
-    kind: Literal["text", "python", "rows", "hub"]
+    kind: Kind
     location: str
     bytes: int
     sha256: str
@@ -83,12 +98,19 @@ def find_origins(
             path = _fetched(source, cache, on_progress)
             found.origins.append(_unhashed(path, source))
         elif source:
-            _add_paths(source, found)
+            try:
+                _add_paths(source, found)
+            except OSError as error:
+                # A name that is too long, a folder that may not be entered, a file that went away.
+                shown = source if len(source) <= 200 else source[:200] + "..."
+                raise DataError(
+                    f"data.source = {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
+                ) from None
         else:
-            raise UsageError("data.source has an empty name; expected a path, URL, 'stdlib' or hf:NAME")
+            raise UsageError(f"data.source has an empty name; {_EXPECTED}")
     if not found.origins:
         raise DataError(f"data.source = {sources!r} names no documents")
-    found.origins = list(_hashed(found.origins, cache, on_progress))
+    found.origins = list(_hashed(_distinct(found.origins), cache, on_progress))
     return found
 
 
@@ -117,7 +139,19 @@ def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None
 _RESTORE = "; restore it, or begin a new run with another run.dir"
 
 
-def _unhashed(path: Path, name: str, kind: str = "") -> Origin:
+def _distinct(origins: Sequence[Origin]) -> list[Origin]:
+    """The same origins; of those with one name, the second is called "NAME (2)", and so on."""
+    times: collections.Counter[str] = collections.Counter()
+    distinct = []
+    for origin in origins:
+        times[origin.name] += 1
+        number = times[origin.name]
+        name = origin.name if number == 1 else f"{origin.name} ({number})"
+        distinct.append(replace(origin, name=name))
+    return distinct
+
+
+def _unhashed(path: Path, name: str, kind: Kind | None = None) -> Origin:
     kind = kind or ("rows" if path.suffix.lower() in ROW_SUFFIXES else "text")
     # A name may hold any bytes; what is shown and stored is always printable as UTF-8.
     shown = os.fsencode(name).decode("utf-8", "backslashreplace")
@@ -157,7 +191,7 @@ def _add_folder(root: Path, found: Found) -> None:
             skipped += 1
             continue
         # A .json file among others is more often a document than a table of documents.
-        kind = "text" if path.suffix.lower() == ".json" else ""
+        kind: Kind | None = "text" if path.suffix.lower() == ".json" else None
         found.origins.append(_unhashed(path, str(path.relative_to(root)), kind))
     if skipped:
         found.notes.append(f"{root}: {skipped} binary files were left out")
@@ -212,7 +246,7 @@ def _hashed(origins: Sequence[Origin], cache: Path, on_progress: Progress) -> It
             yield origin
             continue
         on_progress("hashing", done, total)
-        yield Origin(**{**asdict(origin), "sha256": _sha256_of(Path(origin.location), cache)})
+        yield replace(origin, sha256=_sha256_of(Path(origin.location), cache))
         done += origin.bytes
 
 
@@ -222,8 +256,9 @@ def _sha256_of(path: Path, cache: Path) -> str:
     if status.st_size <= REMEMBER_HASH_ABOVE_BYTES:
         return _sha256_of_bytes(path)
     # ctime cannot be set back, so that a file that was changed and dated back is noticed.
-    identity = [str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    memory = cache / "hashes" / hashlib.sha256(identity[0].encode(errors="replace")).hexdigest()
+    place = os.fsencode(path.resolve())
+    identity = [place.hex(), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    memory = cache / "hashes" / hashlib.sha256(place).hexdigest()
     if memory.exists():
         remembered = json.loads(memory.read_text())
         if remembered["identity"] == identity:
@@ -244,12 +279,16 @@ def _sha256_of_bytes(path: Path) -> str:
 def _fetched(url: str, cache: Path, on_progress: Progress) -> Path:
     """The file at a URL, from the cache or fetched once; its sha256 is kept beside it."""
     folder = cache / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:32]
-    name = Path(urllib.parse.urlparse(url).path).name or "index"
+    try:
+        # The end of a name tells what kind of file it is; file systems allow 255 bytes.
+        name = Path(urllib.parse.urlparse(url).path).name[-64:] or "index"
+    except ValueError as error:
+        raise UsageError(f"data.source = {url!r} is not a URL: {error}") from None
     with built_once(folder, on_progress) as partial:
         if partial is not None:
             sha256 = _download(url, partial / name, on_progress)
-            (partial / "sha256").write_text(sha256)
-    expected = (folder / "sha256").read_text()
+            (partial / f"{name}.sha256").write_text(sha256)
+    expected = (folder / f"{name}.sha256").read_text()
     found = _sha256_of(folder / name, cache)
     if found != expected:
         raise DataError(
@@ -260,7 +299,7 @@ def _fetched(url: str, cache: Path, on_progress: Progress) -> Path:
 
 
 def _download(url: str, path: Path, on_progress: Progress) -> str:
-    digest, done = hashlib.sha256(), 0
+    digest, done, total = hashlib.sha256(), 0, None
     try:
         with (
             urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response,
@@ -274,8 +313,13 @@ def _download(url: str, path: Path, on_progress: Progress) -> str:
                 done += len(block)
                 on_progress("fetching", done, total)
     except (OSError, http.client.HTTPException) as error:
-        if is_disk_full(error):
-            raise
+        if isinstance(error, OSError) and is_disk_full(error):
+            free = shutil.disk_usage(path.parent).free + done
+            raise DataError(
+                f"{url} does not fit into {path.parent.parent} ({error.strerror}): it has "
+                f"{total or 'an unknown number of'} bytes, and {free} are free there; make room, "
+                "or set data.cache_dir to a folder on another disk"
+            ) from None
         raise DataError(_unreachable(url, str(error))) from None
     if total is not None and done != total:
         raise DataError(_unreachable(url, f"it ended after {done} of {total} bytes"))
@@ -284,8 +328,8 @@ def _download(url: str, path: Path, on_progress: Progress) -> str:
 
 def _unreachable(what: str, why: str) -> str:
     return (
-        f"{what} could not be fetched: {why}. Offline: fetch it on another machine, copy it here and "
-        "set data.source to the file or folder"
+        f"{what} could not be fetched: {why.rstrip('.')}. Offline: fetch it on another machine, "
+        "copy it here and set data.source to the file or folder"
     )
 
 
@@ -293,7 +337,9 @@ def _hub_origin(spec: str, cache: Path) -> Origin:
     """A hub data set at its newest revision; at the last one seen when the hub is out of reach."""
     name = spec.split(":")[0]
     if not name:
-        raise UsageError("data.source = 'hf:': expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT")
+        raise UsageError(
+            "data.source = 'hf:': expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"
+        )
     memory = cache / "hub" / hashlib.sha256(name.encode()).hexdigest()
     try:
         revision = hub_revision(name)

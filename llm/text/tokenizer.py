@@ -13,6 +13,7 @@ import base64
 import difflib
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -158,6 +159,14 @@ class CharacterTokenizer(Tokenizer):
         return {"kind": "characters", "characters": self.characters}
 
 
+def characters_of(texts: Iterable[str]) -> str:
+    """Every character that occurs, once, in the order of code points."""
+    seen = np.zeros(sys.maxunicode + 1, np.bool_)
+    for text in texts:
+        seen[_code_points(text)] = True
+    return "".join(map(chr, np.flatnonzero(seen).tolist()))
+
+
 class BytePairTokenizer(Tokenizer):
     """A byte-level byte-pair encoding, run by tiktoken.
 
@@ -242,7 +251,8 @@ def check_kind(kind: str) -> None:
         near = difflib.get_close_matches(kind, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
-            f"tokenizer.kind = {kind!r}: no such tokenizer; {hint}expected one of {', '.join(known)}"
+            f"tokenizer.kind = {kind!r}: no such tokenizer; {hint}expected one of "
+            f"{', '.join(known)}"
         )
 
 

@@ -1,0 +1,335 @@
+"""python -m llm score RUN --file F | --text T | -: the probability of every token of given texts.
+
+Says on stderr how well the model predicts them and where it does worst; with --json as one JSON
+object on stdout. A text longer than the context is read through windows (see llm/inference/score.py).
+The first token of a text has nothing before it and is not counted.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm.commands.texts import (
+    add_record_flags,
+    as_text,
+    check_record_flags,
+    check_writable,
+    checkpoint_of,
+    open_records,
+    paint,
+    paints,
+    read_file,
+    with_dashes,
+    written,
+)
+from llm.errors import UsageError
+from llm.runtime import prepare_process
+
+if TYPE_CHECKING:
+    from llm.inference.records import Record, RecordBuilder
+    from llm.inference.score import Scorer
+    from llm.inference.transcript import Token
+    from llm.run.model import OpenedModel
+    from llm.text.tokenizer import Ids, Tokenizer
+
+# A passage is so many tokens: a line or two of text, long enough to be read alone.
+PASSAGE_TOKENS = 16
+WORST_PASSAGES = 5
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in docs/design.md; errors are raised as LLMError."""
+    options = parse(arguments)
+    sources = [read_file(path) for path in options.file]
+    sources += [("--text", text.encode("utf-8", "surrogateescape")) for text in options.text]
+    if options.stdin:
+        sources.append(("standard input", sys.stdin.buffer.read()))
+    if not sources:
+        raise UsageError("no text to score: give --file FILE, --text TEXT, or - for standard input")
+    prepare_process()  # before JAX is imported, as it is below
+
+    from llm.inference.score import Scorer
+    from llm.run.model import open_model
+
+    opened = open_model(options.run, options.step)
+    texts = [encode(data, opened.tokenizer, name) for name, data in sources]
+    if all(len(ids) < 2 for ids in texts):
+        raise UsageError(
+            "nothing to score: no text has two tokens, and the first token of a text has nothing "
+            "before it to predict it from"
+        )
+    top = options.top if _records_wanted(options) else 0
+    scorer = Scorer(opened.spec, opened.params, top, tuple(options.watch), options.stride)
+    summary = _run(options, opened, scorer, texts)
+    if options.full:
+        write_full(Path(options.full), scorer, texts)
+    _report(options, opened, summary)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line; flags may be spelled with - or _ between words."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llm score", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run directory")
+    add("stdin", metavar="-", nargs="?", choices=["-"], help="score standard input")
+    add("--file", metavar="FILE", nargs="+", action="extend", default=[],
+        help="files to score, each a text of its own")
+    add("--text", metavar="TEXT", nargs="+", action="extend", default=[], help="texts to score")
+    add("--stride", type=int, metavar="N", default=0,
+        help="tokens between the windows of a long text; smaller gives more context and takes "
+        "longer (half of the context)")
+    add_record_flags(parser)
+    add("--format", choices=["records", "openai"], default="records",
+        help="what --probs writes: records, or one JSON object in the shape of OpenAI's completions")
+    add("--full", metavar="FILE", help="write the whole distribution at every token (.npz: ids_I "
+        "int32 [T] and logprobs_I float32 [T - 1, vocabulary] of text I)")
+    add("--json", action="store_true", help="print the summary as one JSON object")
+    options = parser.parse_args([with_dashes(word) for word in arguments])
+    check_record_flags(options)
+    check_writable(options.full)
+    if options.stride < 0:
+        raise UsageError(f"--stride {options.stride}: expected 1 or more tokens")
+    if options.json and options.probs == "-":
+        raise UsageError("--json and --probs - would both write to stdout; give --probs a file")
+    if options.format == "openai" and not options.probs:
+        raise UsageError("--format openai says what --probs writes; give --probs FILE or --probs -")
+    return options
+
+
+def encode(data: bytes, tokenizer: "Tokenizer", name: str) -> "Ids":
+    """The ids of a text; the name is where it came from."""
+    return tokenizer.encode(as_text(data, tokenizer, name))
+
+
+@dataclass
+class Summary:
+    """Sums over all scored tokens.
+
+    worst: the passages with the most nats per token, worst first, none overlapping another.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    nats: list[float] = field(default_factory=list)
+    bytes: int = 0
+    worst: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, tokens: "Sequence[Token]", tokenizer: "Tokenizer") -> None:
+        """One more text."""
+        surprisals = [-t.prediction.logprob for t in tokens if t.prediction is not None]
+        self.tokens += len(surprisals)
+        self.nats.append(math.fsum(surprisals))
+        self.bytes += sum(
+            len(tokenizer.token_bytes(t.id)) for t in tokens if t.prediction is not None
+        )
+        for start, end in worst_passages(surprisals):
+            nats = math.fsum(surprisals[start:end])
+            # surprisals[i] is of tokens[i + 1].
+            passage = tokens[start + 1 : end + 1]
+            self.worst.append(
+                {
+                    "sample": self.texts,
+                    "position": passage[0].position,
+                    "text_offset": passage[0].text_offset,
+                    "tokens": len(passage),
+                    "nats": nats,
+                    "nats_per_token": nats / len(passage),
+                    "text": "".join(token.text for token in passage),
+                }
+            )
+        self.worst.sort(key=lambda passage: -passage["nats_per_token"])
+        del self.worst[WORST_PASSAGES:]
+        self.texts += 1
+
+    def as_json(self) -> dict[str, Any]:
+        """The object that --json prints, but for the checkpoint."""
+        from llm.inference.records import bits_per_byte, perplexity
+
+        total = math.fsum(self.nats)
+        return {
+            "texts": self.texts,
+            "tokens": self.tokens,
+            "total_nats": total,
+            "nats_per_token": total / self.tokens,
+            "perplexity": perplexity(total, self.tokens),
+            "bits_per_byte": bits_per_byte(total, self.bytes),
+            "worst": self.worst,
+        }
+
+
+def worst_passages(surprisals: Sequence[float]) -> list[tuple[int, int]]:
+    """[start, end) of the passages with the largest means, largest first, none overlapping."""
+    length = min(PASSAGE_TOKENS, len(surprisals))
+    if not length:
+        return []
+    sums = [0.0]
+    for surprisal in surprisals:
+        sums.append(sums[-1] + surprisal)
+    starts = range(len(surprisals) - length + 1)
+    chosen: list[tuple[int, int]] = []
+    for start in sorted(starts, key=lambda start: sums[start] - sums[start + length]):
+        if all(abs(start - other) >= length for other, _ in chosen):
+            chosen.append((start, start + length))
+            if len(chosen) == WORST_PASSAGES:
+                break
+    return chosen
+
+
+def write_full(path: Path, scorer: "Scorer", texts: "Sequence[Ids]") -> None:
+    """The whole distribution of each text, one text in memory at a time."""
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path, "w") as archive:
+            for index, ids in enumerate(texts):
+                arrays = {f"ids_{index}": ids, f"logprobs_{index}": scorer.distributions(ids)}
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                        np.lib.format.write_array(file, array)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def openai_completion(
+    samples: "Sequence[Sequence[Record]]", model: str, created: int
+) -> dict[str, Any]:
+    """Token records of each text as OpenAI's completion with echo and logprobs.
+
+    Tokens that are not UTF-8 by themselves are spelled `bytes:\\xNN`, as OpenAI does, so that two
+    alternatives never share a key.
+    """
+    choices = []
+    for index, records in enumerate(samples):
+        tops = [
+            {_openai_name(entry): entry["logprob"] for entry in record["top"]}
+            if record["logprob"] is not None
+            else None
+            for record in records
+        ]
+        choices.append(
+            {
+                "text": "".join(record["text"] for record in records),
+                "index": index,
+                "logprobs": {
+                    "tokens": [_openai_name(record) for record in records],
+                    "token_logprobs": [record["logprob"] for record in records],
+                    "top_logprobs": tops,
+                    "text_offset": [record["text_offset"] for record in records],
+                },
+                "finish_reason": "length",
+            }
+        )
+    tokens = sum(len(records) for records in samples)
+    return {
+        "id": "score",
+        "object": "text_completion",
+        "created": created,
+        "model": model,
+        "choices": choices,
+        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+    }
+
+
+def _openai_name(entry: dict[str, Any]) -> str:
+    try:
+        bytes(entry["bytes"]).decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
+    return entry["token"]
+
+
+def _records_wanted(options: argparse.Namespace) -> bool:
+    return bool(options.probs or options.html or paints(options))
+
+
+def _run(
+    options: argparse.Namespace, opened: "OpenedModel", scorer: "Scorer", texts: "Sequence[Ids]"
+) -> Summary:
+    """Score everything, write what was asked for."""
+    from llm.inference.records import RecordBuilder, numerics_of
+
+    builder, summary = RecordBuilder(opened.tokenizer), Summary()
+    if not _records_wanted(options):
+        for tokens in scorer.tokens(texts, opened.tokenizer):
+            summary.add(tokens, opened.tokenizer)
+        return summary
+    numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
+    first = builder.run(checkpoint_of(opened), None, numerics, options.top)
+    needs_all = options.html or options.format == "openai"
+    kept: list[Record] | None = [] if needs_all else None
+    with ExitStack() as stack:
+        file = open_records(options.probs, stack)
+        lines = None if options.format == "openai" else file
+        records = written(_records(first, builder, scorer, texts, opened, summary), lines, kept)
+        if paints(options):
+            paint(records)
+        else:
+            for _ in records:
+                pass
+        if options.format == "openai" and file is not None and kept is not None:
+            _write_openai(file, kept, opened)
+    if options.html and kept is not None:
+        from llm.inference.view import write_page
+
+        write_page(kept, Path(options.html), title=f"Scored by {opened.run}, step {opened.step}")
+    return summary
+
+
+def _records(
+    first: "Record",
+    builder: "RecordBuilder",
+    scorer: "Scorer",
+    texts: "Sequence[Ids]",
+    opened: "OpenedModel",
+    summary: Summary,
+) -> "Iterator[Record]":
+    yield first
+    for sample, tokens in enumerate(scorer.tokens(texts, opened.tokenizer)):
+        for token in tokens:
+            yield builder.token(sample, token)
+        yield builder.end(sample, tokens, "length", counted="prompt")
+        summary.add(tokens, opened.tokenizer)
+
+
+def _write_openai(file: Any, records: "Sequence[Record]", opened: "OpenedModel") -> None:
+    samples: list[list[Record]] = []
+    for record in records:
+        if record["type"] == "token":
+            while len(samples) <= record["sample"]:
+                samples.append([])
+            samples[record["sample"]].append(record)
+    completion = openai_completion(samples, opened.run, int(time.time()))
+    file.write(json.dumps(completion, allow_nan=False) + "\n")
+
+
+def _report(options: argparse.Namespace, opened: "OpenedModel", summary: Summary) -> None:
+    result = checkpoint_of(opened) | summary.as_json()
+    if options.json:
+        print(json.dumps(result, allow_nan=False))
+        return
+    per_byte = result["bits_per_byte"]
+    parts = [
+        f"{result['tokens']:,} tokens",
+        f"{result['total_nats']:.2f} nats",
+        f"{result['nats_per_token']:.4f} nats per token",
+        f"perplexity {result['perplexity'] or math.inf:.2f}",
+        *([f"{per_byte:.4f} bits per byte"] if per_byte is not None else []),
+    ]
+    print(" \u00b7 ".join(parts), file=sys.stderr)
+    print("predicted worst (nats per token):", file=sys.stderr)
+    for passage in result["worst"]:
+        # repr: a text must not steer the terminal.
+        where = f"text {passage['sample']} at {passage['text_offset']}"
+        print(f"  {passage['nats_per_token']:.2f}  {where}  {passage['text']!r}", file=sys.stderr)

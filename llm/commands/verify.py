@@ -1,0 +1,83 @@
+"""python -m llm verify RUN [--step N | --all] [--json]: is a checkpoint what was saved?
+
+Prints one JSON object a step: step, params_sha256, manifest_ok, receipt_max_abs_diff. Works on any
+machine, also without the accelerator that trained the run.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm.errors import CheckpointError, UsageError
+from llm.runtime import prepare_process
+
+
+def main(arguments: list[str]) -> int:
+    """0 when everything holds.
+
+    Raises:
+      CheckpointError: something does not; every problem is named.
+    """
+    parser = argparse.ArgumentParser("python -m llm verify", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="this step; without it the newest")
+    which.add_argument("--all", action="store_true", help="every step")
+    parser.add_argument("--json", action="store_true", help="nothing but the JSON objects")
+    chosen = parser.parse_args(arguments)
+    prepare_process()
+    results = [verify_step(Path(chosen.run), step) for step in _steps(chosen)]
+    for result in results:
+        print(json.dumps({name: value for name, value in result.items() if name != "problem"}))
+        if result["problem"] is None and not chosen.json:
+            print(f"step {result['step']}: manifest, parameters and receipt hold", file=sys.stderr)
+    problems = [result["problem"] for result in results if result["problem"]]
+    if problems:
+        raise CheckpointError("\n  ".join(problems))
+    return 0
+
+
+def verify_step(run_dir: Path, step: int) -> dict[str, Any]:
+    """The JSON object of one step, and its problem as text or None."""
+    from llm.run.checkpoint import read_receipt, verify_files
+    from llm.run.directory import RunDirectory
+    from llm.run.model import open_model
+
+    folder = RunDirectory(run_dir).checkpoints / str(step)
+    result: dict[str, Any] = {
+        "step": step,
+        "params_sha256": None,
+        "manifest_ok": False,
+        "receipt_max_abs_diff": None,
+        "problem": None,
+    }
+    try:
+        verify_files(folder)
+        result["manifest_ok"] = True
+        result["params_sha256"] = read_receipt(folder)["params_sha256"]
+        opened = open_model(run_dir, step)
+        result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
+    except CheckpointError as error:
+        result["problem"] = str(error)
+    return result
+
+
+def _steps(chosen: argparse.Namespace) -> list[int]:
+    from llm.run.checkpoint import saved_steps
+    from llm.run.directory import RunDirectory
+
+    run = RunDirectory(Path(chosen.run))
+    run.read_config()
+    steps = saved_steps(run.checkpoints)
+    if not steps:
+        raise CheckpointError(f"{run.path} has no checkpoint yet")
+    if chosen.step is not None and chosen.step not in steps:
+        raise UsageError(
+            f"{run.path} has no checkpoint of step {chosen.step}; there are: "
+            f"{', '.join(map(str, steps))}"
+        )
+    if chosen.all:
+        return steps
+    return [steps[-1] if chosen.step is None else chosen.step]

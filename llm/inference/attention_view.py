@@ -1,0 +1,123 @@
+"""Attention weights as a page: choose layer and head, point at a token, see where it looks.
+
+    weights[l, n, t, s] = softmax_s(q_t k_s / sqrt(H)),  s <= t
+
+How much head n of layer l takes from token s when it computes its output for token t. Not an
+explanation of what the model predicts: values and everything after them decide what is done with it
+(Jain and Wallace 2019, "Attention is not Explanation").
+"""
+
+import base64
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.errors import UsageError
+from llm.inference.document import THEME, Choice, document, escape, visible
+
+# L layers  N heads  T query position  S key position
+Weights = npt.NDArray[np.float32]
+
+# Rows sum to one in float32; in bfloat16 they may miss it by about 2^-8.
+_ROW_SUM_TOLERANCE = 0.01
+
+
+def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> str:
+    """One self-contained HTML document.
+
+    The page carries round(255 sqrt(w)) for every weight on or below the diagonal, compressed: that
+    is within 0.004 of the weight, and closer the smaller it is.
+
+    Args:
+      weights: float32 [L, N, T, T]; rows sum to one, zero above the diagonal.
+      tokens: the T tokens' spellings.
+    Raises:
+      UsageError: the weights are not those of a causal attention over these tokens.
+    """
+    weights = np.asarray(weights, np.float32)
+    _check(weights, len(tokens))
+    layers, heads, length, _ = weights.shape
+    spans = "".join(
+        f'<span class="t" id="t{index}">{visible(token)}</span>'
+        for index, token in enumerate(tokens)
+    )
+    body = (
+        f'<header><h1>{escape(title)}</h1><dl class="facts" id="run">'
+        f"<div><dt>layers</dt><dd>{layers}</dd></div><div><dt>heads</dt><dd>{heads}</dd></div>"
+        f"<div><dt>tokens</dt><dd>{length}</dd></div></dl></header>\n{_toolbar(layers, heads)}\n"
+        '<main><section class="sample"><div class="text" id="attended" tabindex="0" role="group" '
+        f'aria-label="Text">{spans}</div>'
+        '<div class="maps"><figure><h2>The chosen head</h2><div class="map"><canvas id="map" '
+        'role="img" aria-label="Weights of the chosen head"></canvas><span id="mark"></span></div>'
+        "<figcaption>Each row is a token that looks, each column a token that it looks at."
+        '</figcaption></figure><div id="heads"><h2>All heads</h2></div></div></section>\n'
+        f'<aside id="panel" aria-label="Where a token looks">{_HINT}</aside></main>\n'
+        '<p id="say" class="unseen" role="status"></p>'
+    )
+    data = {
+        "tokens": list(tokens),
+        "layers": layers,
+        "heads": heads,
+        "weights": base64.b64encode(zlib.compress(_quantised(weights), 9)).decode(),
+    }
+    return document(
+        title,
+        body,
+        kind="attention",
+        choices=(_WAY, THEME),
+        scripts=("page.js", "attention.js"),
+        data=data,
+    )
+
+
+_HINT = (
+    '<p class="hint">Point at a token, or press an arrow key, to see where the chosen head looks '
+    "from there. A click keeps it.</p><noscript><p>The weights need JavaScript; the text does not."
+    "</p></noscript>"
+)
+
+
+_WAY = Choice("way", "Show", {"to": "where it looks", "from": "who looks at it"})
+
+
+def _toolbar(layers: int, heads: int) -> str:
+    return (
+        '<div class="bar">'
+        + _select("layer", layers, "")
+        + _select("head", heads, '<option value="mean">mean of all</option>')
+        + _WAY.labels()
+        + '<div class="keys"><div class="key key-w"><div class="sequential"></div><div>'
+        "<span>0 %</span><span>25 %</span><span>100 %</span></div></div></div>"
+        + THEME.labels()
+        + "</div>"
+    )
+
+
+def _select(name: str, count: int, first: str) -> str:
+    options = "".join(f'<option value="{index}">{index}</option>' for index in range(count))
+    return f'<label class="select">{name} <select id="{name}">{first}{options}</select></label>'
+
+
+def _quantised(weights: Weights) -> bytes:
+    """uint8 [L, N, T (T + 1) / 2]: the rows of the lower triangles, one after the other."""
+    rows, columns = np.tril_indices(weights.shape[-1])
+    return np.rint(255.0 * np.sqrt(weights[:, :, rows, columns])).astype(np.uint8).tobytes()
+
+
+def _check(weights: Weights, tokens: int) -> None:
+    problem = ""
+    if weights.ndim != 4 or weights.shape[2:] != (tokens, tokens) or 0 in weights.shape:
+        problem = f"have the shape {weights.shape}; expected [layers, heads, {tokens}, {tokens}]"
+    elif not np.isfinite(weights).all() or weights.min() < 0.0 or weights.max() > 1.001:
+        problem = "are not all between 0 and 1"
+    elif np.triu(weights, 1).any():
+        problem = "are not zero above the diagonal: a token looks at a later one"
+    elif np.abs(weights.sum(-1) - 1.0).max() > _ROW_SUM_TOLERANCE:
+        problem = "have rows that do not sum to one"
+    if problem:
+        raise UsageError(
+            f"the attention weights {problem}; give the weights and tokens of one text, as "
+            "`python -m llm score --attention` writes them"
+        )

@@ -1,0 +1,847 @@
+"use strict";
+/* The page of token probabilities, from records that may come one at a time.
+
+   tokenPage.addRecord(record)     a run, token or end record, as in the JSONL file
+   tokenPage.truncate(name, n)     keep the first n tokens of a sample, to take another branch
+   tokenPage.reset()               forget everything, for a new run record
+   tokenPage.branching = true      alternatives become buttons; a click on one dispatches the event
+                                   "alternative" on document, detail: {sample, index, token,
+                                   alternative}
+
+   view.py writes the same elements into the file; a token whose element is there is left alone.
+   Class names: t token, i space, nl newline, tab, esc spelled-out character, name token without
+   text, cell tokens that share a character; p3, r6, s2, e9, m8, x4, q1, a2 the levels of each way
+   of colouring (scales.py), "-" for no value. */
+
+const SEQUENTIAL_LEVELS = 25, DIVERGING_LEVELS = 17, CHANGE_LIMIT_NATS = 3;
+const RANK_BOUNDS = [1, 10, 100, 1000];
+const STRIP_HEIGHT = 48, THIN_BARS = 400, ROWS_AT_ONCE = 300;
+const SVG = "http://www.w3.org/2000/svg";
+const byId = (id) => document.getElementById(id);
+
+/** An element with a class, and children that are nodes or strings. */
+function el(tag, className, ...children) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  element.append(...children.filter((child) => child !== null && child !== ""));
+  return element;
+}
+
+/* ---- numbers as levels and as words ---- */
+
+const level = (fraction, levels) =>
+  Math.floor(Math.min(Math.max(fraction, 0), 1) * (levels - 1) + 0.5);
+const probabilityLevel = (logprob) =>
+  logprob === null ? "-" : level(1 - Math.exp(Math.min(logprob, 0) / 2), SEQUENTIAL_LEVELS);
+const rankLevel = (rank) =>
+  rank === null ? "-" : 6 * RANK_BOUNDS.filter((bound) => rank > bound).length;
+const natsLevel = (nats, vocabSize) =>
+  nats === null ? "-" : level(nats / Math.log(Math.max(vocabSize, 2)), SEQUENTIAL_LEVELS);
+const changeLevel = (nats) =>
+  nats === null ? "-" : level((nats / CHANGE_LIMIT_NATS + 1) / 2, DIVERGING_LEVELS);
+
+const difference = (one, other) => (one === null || other === null ? null : one - other);
+const negative = (value) => (value === null ? null : 0 - value);
+const effectOfSampling = (token) => difference(token.sampling_logprob, token.logprob);
+const changeOf = (token) => difference(token.logprob, token.before.logprob);
+
+function levelsOf(token, kind, vocabSize) {
+  const levels = kind === "diff"
+    ? { x: changeLevel(changeOf(token)), q: probabilityLevel(token.before.logprob),
+        a: probabilityLevel(token.logprob) }
+    : { p: probabilityLevel(token.logprob), r: rankLevel(token.rank),
+        s: natsLevel(negative(token.logprob), vocabSize), e: natsLevel(token.entropy, vocabSize),
+        m: changeLevel(effectOfSampling(token)) };
+  return Object.entries(levels).map(([key, value]) => key + value).join(" ");
+}
+
+const sum = (values) => (values.includes(null) ? null : values.reduce((a, b) => a + b, 0));
+
+/** Tokens that share a character as if they were one: their probabilities multiply. */
+function joint(tokens) {
+  const sumOf = (key) => sum(tokens.map((token) => token[key]));
+  const ranks = tokens.map((token) => token.rank);
+  const one = { logprob: sumOf("logprob"), entropy: sumOf("entropy"),
+                sampling_logprob: sumOf("sampling_logprob"),
+                rank: ranks.includes(null) ? null : Math.max(...ranks) };
+  if (tokens[0].before) one.before = { logprob: sum(tokens.map((token) => token.before.logprob)) };
+  return one;
+}
+
+function percent(logprob) {
+  if (logprob === null) return "no probability";
+  const value = 100 * Math.exp(logprob);
+  if (value >= 1) return `${value.toFixed(value >= 10 ? 1 : 2)} %`;
+  return value >= 0.001 ? `${value.toFixed(3)} %` : "< 0.001 %";
+}
+
+const grouped = (value, digits = 0) => value.toLocaleString("en-US",
+  { minimumFractionDigits: digits, maximumFractionDigits: digits });
+const nats = (value) => (value === null ? "–" : value.toFixed(2));
+const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2));
+const hex = (bytes) => bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
+
+/** "1.1", "23", "4,500", "1.2 million": the n of "one in n". */
+function oneIn(logprob) {
+  const n = Math.exp(-logprob);
+  if (n < 9.95) return n.toFixed(1);
+  if (n < 1e6) return grouped(Number(n.toPrecision(2)));
+  for (const [size, name] of [[1e12, "trillion"], [1e9, "billion"], [1e6, "million"]]) {
+    if (n >= size) return `${grouped(Number((n / size).toPrecision(2)), n < 9.95 * size ? 1 : 0)} ${name}`;
+  }
+}
+
+/* ---- text: as spelling.py ---- */
+
+const UNSAFE = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u;
+const JOINERS = "\u200c\u200d";
+const LETTERS = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
+
+function escapeCharacter(character) {
+  if (LETTERS[character]) return LETTERS[character];
+  const code = character.codePointAt(0);
+  const [mark, digits] = code < 0x100 ? ["x", 2] : code < 0x10000 ? ["u", 4] : ["U", 8];
+  return `\\${mark}${code.toString(16).padStart(digits, "0")}`;
+}
+
+const isEscaped = (character) => UNSAFE.test(character) && !JOINERS.includes(character);
+const escaped = (text) =>
+  Array.from(text, (c) => (isEscaped(c) ? escapeCharacter(c) : c)).join("");
+
+/** A token's text as nodes that keep every character and mark the invisible ones. */
+function visible(text) {
+  if (text && Array.from(text).every((c) => JOINERS.includes(c))) return [el("i", "zw", text)];
+  const nodes = [];
+  let plain = "";
+  const flush = () => { if (plain) nodes.push(plain); plain = ""; };
+  for (const part of text.match(/ +|[^]/gu) ?? []) {
+    const kind = part[0] === " " ? "" : part === "\n" ? "nl" : part === "\t" ? "tab"
+      : isEscaped(part) ? "esc" : null;
+    if (kind === null) { plain += part; continue; }
+    flush();
+    nodes.push(el("i", kind, kind === "esc" ? escapeCharacter(part) : part));
+  }
+  flush();
+  return nodes;
+}
+
+const sequenceLength = (lead) =>
+  lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
+
+function endsInsideCharacter(token) {
+  if (token.utf8 !== "bad") return token.utf8 === "open" || token.utf8 === "continue";
+  const tail = token.bytes.slice(-3).reverse();
+  for (const [index, byte] of tail.entries()) {
+    if (byte < 0x80) return false;
+    if (byte >= 0xc0) return index + 1 < sequenceLength(byte);
+  }
+  return false;
+}
+
+/* ---- one sample: its tokens as text, its strip ---- */
+
+class Sample {
+  constructor(page, name) {
+    this.page = page;
+    this.name = name;
+    this.tokens = [];
+    this.cellStart = 0;
+    this.stale = false;
+    this.section = byId(`s${name}`) ?? this.makeSection();
+    this.text = this.section.querySelector(".text");
+  }
+
+  makeSection() {
+    const label = `Sample ${this.name}`;
+    const text = el("div", "text");
+    for (const [key, value] of [["tabindex", 0], ["role", "group"], ["aria-label", `${label}, text`]]) {
+      text.setAttribute(key, value);
+    }
+    const strip = document.createElementNS(SVG, "svg");
+    strip.setAttribute("class", "strip");
+    strip.setAttribute("aria-hidden", "true");
+    const section = el("section", "sample", el("h2", "unseen", label), el("p", "end"), el("p", "note"), strip, text);
+    section.id = `s${this.name}`;
+    byId("samples").append(section);
+    const headings = byId("samples").querySelectorAll("h2");
+    if (headings.length > 1) headings.forEach((heading) => heading.removeAttribute("class"));
+    return section;
+  }
+
+  element(index) { return byId(`s${this.name}t${index}`); }
+
+  add(record) {
+    const index = this.tokens.length;
+    if (index && !endsInsideCharacter(this.tokens[index - 1])) this.cellStart = index;
+    this.tokens.push(record);
+    if (this.element(index)) return;
+    for (let i = this.cellStart; i < index; i++) this.element(i).remove();
+    this.appendCell(this.cellStart);
+    this.stale = true;
+  }
+
+  appendCell(start) {
+    const tokens = this.tokens.slice(start), phase = tokens[0].phase;
+    let part = this.text.lastElementChild;
+    if (part?.className !== phase) {
+      if (part && !part.hasChildNodes()) part.remove();
+      part = el("span", phase);
+      this.text.append(part);
+      this.section.classList.toggle("mixed", this.text.children.length > 1);
+    }
+    part.append(...this.cellNodes(start, tokens));
+  }
+
+  cellNodes(start, tokens) {
+    const closed = !endsInsideCharacter(tokens.at(-1));
+    const text = closed ? tokens.map((token) => token.text).join("") : "";
+    const inner = (token) => (!text ? visible(token.token) : tokens.length === 1 ? visible(text) : []);
+    const spans = tokens.map((token, i) => this.tokenNode(start + i, token, inner(token), !text));
+    if (!text || tokens.length === 1) return spans;
+    const shared = el("b", levelsOf(joint(tokens), this.page.kind, this.page.vocabSize), ...visible(text));
+    return [el("span", `cell n${Math.min(tokens.length, 6)}`, shared, el("span", "", ...spans))];
+  }
+
+  tokenNode(index, token, inner, named) {
+    const levels = levelsOf(token, this.page.kind, this.page.vocabSize);
+    const span = el("span", `t${named ? " name" : ""} ${levels}`, ...inner);
+    span.id = `s${this.name}t${index}`;
+    span.title = tooltip(token, this.page.kind);
+    return span;
+  }
+
+  truncate(count) {
+    // A character that the cut goes through is drawn again from what is left of it.
+    let start = Math.min(count, this.tokens.length);
+    while (start > 0 && endsInsideCharacter(this.tokens[start - 1])) start--;
+    const kept = this.tokens.slice(start, count);
+    for (let i = this.tokens.length - 1; i >= start; i--) {
+      const element = this.element(i);
+      (element.closest(".cell") ?? element).remove();
+      this.tokens.pop();
+    }
+    this.section.querySelector(".end").replaceChildren();
+    for (const record of kept) this.add(record);
+    this.stale = true;
+  }
+
+  end(record) {
+    const line = this.section.querySelector(".end");
+    const generated = this.tokens.some((token) => token.phase === "generated");
+    if (!line.hasChildNodes()) line.append(...endLine(record, generated ? "generated" : "predicted"));
+  }
+
+  /** Surprisal by position, or in a diff the change, as one upright stroke a token. */
+  drawStrip() {
+    const strip = this.section.querySelector(".strip"), diff = this.page.kind === "diff";
+    const values = this.tokens.map((t) => (diff ? changeOf(t) : negative(t.logprob)) ?? 0);
+    strip.replaceChildren();
+    const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+    if (!largest) return;
+    const name = diff ? "Change" : "Surprisal", ground = diff ? STRIP_HEIGHT / 2 : STRIP_HEIGHT;
+    const attributes = { class: values.length > THIN_BARS ? "strip thin" : "strip",
+      viewBox: `0 0 ${values.length} ${STRIP_HEIGHT}`, preserveAspectRatio: "none", role: "slider",
+      tabindex: 0, "aria-label": `${name} by position`, "aria-valuemin": 0,
+      "aria-valuemax": values.length - 1, "aria-valuenow": 0 };
+    strip.removeAttribute("aria-hidden");
+    for (const [key, value] of Object.entries(attributes)) strip.setAttribute(key, value);
+    this.section.querySelector(".note").textContent = `${name} by position, up to ${largest.toFixed(2)} nats`;
+    for (const phase of ["prompt", "generated"]) {
+      const path = document.createElementNS(SVG, "path");
+      path.setAttribute("class", phase);
+      path.setAttribute("d", values.map((value, i) => (!value || this.tokens[i].phase !== phase ? ""
+        : `M${i}.5 ${ground}V${(ground - (value / largest) * ground).toFixed(1)}`)).join(""));
+      strip.append(path);
+    }
+  }
+
+  moveCursor(index) {
+    const strip = this.section.querySelector(".strip");
+    if (strip.hasAttribute("aria-hidden")) return;
+    let cursor = strip.querySelector(".cursor");
+    if (!cursor) {
+      cursor = document.createElementNS(SVG, "path");
+      cursor.setAttribute("class", "cursor");
+      strip.append(cursor);
+    }
+    cursor.setAttribute("d", `M${index}.5 0V${STRIP_HEIGHT}`);
+    strip.setAttribute("aria-valuenow", index);
+    strip.setAttribute("aria-valuetext", summary(this.tokens[index]));
+  }
+}
+
+function tooltip(token, kind) {
+  const parts = [`id ${token.id}`, percent(token.logprob)];
+  if (kind === "diff") parts[1] = `${percent(token.before.logprob)} → ${parts[1]}`;
+  if (token.rank !== null) parts.push(`rank ${token.rank}`);
+  if (token.utf8 !== "ok") parts.push(`bytes ${hex(token.bytes)}`);
+  return parts.join(" · ");
+}
+
+const summary = (token) => `${escaped(token.token)}, ${percent(token.logprob)}`
+  + (token.rank === null ? "" : `, rank ${token.rank}`);
+
+function endLine(end, counted) {
+  const decimal = (value) => (Math.abs(value) < 1e6 ? grouped(value, 2) : value.toExponential(2));
+  const parts = [["", grouped(end.tokens), ` tokens ${counted}`], ["finish: ", escaped(end.finish), ""]];
+  if (end.perplexity !== null) parts.push(["perplexity ", decimal(end.perplexity), ""]);
+  if (end.bits_per_byte !== null) parts.push(["bits per byte ", decimal(end.bits_per_byte), ""]);
+  parts.push(["sum of log-probabilities ", decimal(end.sum_logprob), " nats"]);
+  return parts.map(([before, value, after]) => el("span", "", before, el("b", "", value), after));
+}
+
+/** The run record as pairs of term and value. */
+function facts(run) {
+  const { checkpoint = {}, tokenizer = {}, numerics = {}, sampling } = run;
+  const number = (value) => (Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(6))));
+  const settings = Object.entries(sampling ?? {}).filter(([, value]) => value !== null)
+    .map(([key, value]) => `${key.replaceAll("_", "-")} ${typeof value === "number" ? number(value) : value}`);
+  const computed = { teacher_forced: "in one teacher-forced pass", cached: "by cached decoding" };
+  return [
+    ["run", checkpoint?.run],
+    ["step", checkpoint?.step == null ? null : grouped(checkpoint.step)],
+    ["parameters", checkpoint?.params_sha256?.slice(0, 10)],
+    ["tokenizer", tokenizer?.name && `${tokenizer.name}, ${grouped(tokenizer.vocab_size)} tokens`],
+    ["sampling", settings.join(", ") || "none, the text was given"],
+    ["computed", computed[numerics?.path] ?? numerics?.path],
+    ["on", numerics?.platform && `${numerics.platform}, ${numerics.compute_dtype}, JAX ${numerics.jax}`],
+  ].filter(([, value]) => value).map(([term, value]) =>
+    el("div", "", el("dt", "", term), el("dd", "", escaped(value))));
+}
+
+/* ---- the panel: everything about one token ---- */
+
+function panelFor(page, sample, index) {
+  const token = sample.tokens[index], diff = page.kind === "diff";
+  const close = el("button", "close", "×");
+  close.type = "button";
+  close.setAttribute("aria-label", "Close");
+  const levels = levelsOf(token, page.kind, page.vocabSize);
+  const place = `${token.phase}, token ${grouped(index + 1)} of ${grouped(sample.tokens.length)}`;
+  return [
+    el("header", "", el("code", `big ${levels}`, ...visible(token.token)), el("p", "", place), close),
+    diff ? scoresOfBoth(token) : scores(token),
+    details(page, sample, index),
+    ...(token.top.length ? [alternatives(page, sample, index)] : []),
+  ];
+}
+
+function scores(token) {
+  if (token.logprob === null) {
+    return el("p", "score", el("span", "", "The first token of a text has nothing before it that "
+      + "could predict it: it has no probability."));
+  }
+  return el("p", "score", el("b", "", percent(token.logprob)), el("span", "", `rank ${grouped(token.rank)}`),
+    el("span", "", `one in ${oneIn(token.logprob)}`));
+}
+
+function scoresOfBoth(token) {
+  const change = changeOf(token), { before } = token;
+  if (change === null) return scores(token);
+  return el("p", "score", el("b", "", `${percent(before.logprob)} → ${percent(token.logprob)}`),
+    el("span", "", `rank ${grouped(before.rank)} → ${grouped(token.rank)}`),
+    el("span", "", `${signed(change)} nats: ${change < 0 ? "÷" : "×"} ${oneIn(-Math.abs(change))}`));
+}
+
+function details(page, sample, index) {
+  const token = sample.tokens[index], rows = [["id", String(token.id)]];
+  rows.push(["bytes", token.bytes.length ? hex(token.bytes) : "none"]);
+  const cell = sharedCell(sample, index);
+  if (cell) {
+    const nth = index - cell.start + 1;
+    rows.push(["shares", el("span", "", el("code", "", ...visible(cell.text)),
+      ` with ${cell.tokens.length - 1} more: part ${nth} of ${cell.tokens.length}, together `
+      + percent(joint(cell.tokens).logprob))]);
+  } else if (token.utf8 !== "ok") rows.push(["UTF-8", token.utf8]);
+  if (token.logprob !== null) {
+    const was = token.before ? (value) => `${nats(value)} → ` : () => "";
+    rows.push(["surprisal", was(negative(token.before?.logprob ?? null))
+      + `${nats(negative(token.logprob))} nats, ${nats(negative(token.logprob) / Math.LN2)} bits`]);
+    rows.push(["entropy", was(token.before?.entropy) + `${nats(token.entropy)} nats`
+      + (token.before ? "" : `, as ${oneIn(-token.entropy)} equal choices`)]);
+  }
+  if (token.kept_mass !== null && token.kept_tokens < page.vocabSize) {
+    rows.push(["kept mass", `${percent(Math.log(token.kept_mass))} in ${grouped(token.kept_tokens)} tokens`]);
+  }
+  if (token.sampling_logprob !== null) {
+    const effect = effectOfSampling(token);
+    rows.push(["drawn with", `${percent(token.sampling_logprob)}, ${effect < 0 ? "÷" : "×"} `
+      + oneIn(-Math.abs(effect))]);
+  }
+  rows.push(["begins at", `character ${grouped(token.text_offset)}, byte ${grouped(token.byte_offset)}`]);
+  return el("dl", "", ...rows.map(([term, value]) =>
+    el("div", "", el("dt", "", term), el("dd", "", value))));
+}
+
+/** The tokens that share a character with this one, or null. */
+function sharedCell(sample, index) {
+  let start = index, end = index;
+  while (start > 0 && endsInsideCharacter(sample.tokens[start - 1])) start--;
+  while (end < sample.tokens.length - 1 && endsInsideCharacter(sample.tokens[end])) end++;
+  const tokens = sample.tokens.slice(start, end + 1);
+  const text = tokens.map((token) => token.text).join("");
+  return tokens.length > 1 && text ? { start, tokens, text } : null;
+}
+
+/** Bars of what the model gave to the likeliest tokens, and under them what they were drawn with
+    (or, in a diff, what they had before). */
+function alternatives(page, sample, index) {
+  const token = sample.tokens[index], diff = page.kind === "diff";
+  const rows = diff ? rowsOfBoth(token, page.run) : rowsOf(token, page.run);
+  const full = axisFor(rows);
+  const list = el("ol", "alternatives", ...rows.map((row) => {
+    const name = el(page.branching ? "button" : "span", "token", ...visible(row.token));
+    if (page.branching) {
+      name.type = "button";
+      name.title = "Go on from here with this token";
+      name.addEventListener("click", () => document.dispatchEvent(new CustomEvent("alternative",
+        { detail: { sample: sample.name, index, token, alternative: row } })));
+    }
+    const item = el("li", `${row.chosen ? "chosen " : ""}${row.cut ? "cut" : ""}`.trim(),
+      el("span", "rank", row.rank === null ? "" : grouped(row.rank)), name, bars(row, full),
+      el("span", "value", percent(row.logprob)));
+    item.title = [`id ${row.id}`, row.chosen && "chosen", row.cut && "cut by sampling",
+      row.second !== null && `${diff ? "before" : "drawn with"} ${percent(row.second)}`]
+      .filter(Boolean).join(" · ");
+    return item;
+  }));
+  const drawn = rows.some((row) => row.second !== null), cut = rows.some((row) => row.cut);
+  return el("section", "", el("h3", "", "What else it considered"),
+    el("p", "axis", el("span", "", "0"), el("span", "", `${100 * full} %`)), list, rest(rows, token, page),
+    el("p", "marks", el("span", "key-first", diff ? "after" : "model"),
+      drawn ? el("span", "key-second", diff ? "before" : "drawn with") : "",
+      cut ? el("span", "key-cut", "cut by sampling") : "",
+      el("span", "key-chosen", token.phase === "generated" ? "chosen" : "in the text")));
+}
+
+/** Up to which probability the bars go: few steps, so that bars of neighbours can be compared. */
+function axisFor(rows) {
+  const largest = Math.max(...rows.flatMap((row) => [row.logprob, row.second ?? -Infinity]));
+  return [0.02, 0.05, 0.1, 0.2, 0.5].find((step) => Math.exp(largest) <= step) ?? 1;
+}
+
+function bars(row, full) {
+  const bar = (className, logprob) => {
+    const fill = el("span", className);
+    fill.style.width = `${(100 * Math.exp(logprob)) / full}%`;
+    return fill;
+  };
+  const both = [bar("first", row.logprob)];
+  if (row.second !== null) both.push(bar("second", row.second));
+  const box = el("span", "bars", ...both);
+  box.setAttribute("aria-hidden", "true");
+  return box;
+}
+
+function rowsOf(token, run) {
+  const row = (entry, rank) => ({ ...entry, rank: entry.id === token.id ? token.rank : rank,
+    chosen: entry.id === token.id, cut: entry.kept === false, second: drawnWith(entry, token, run) });
+  // After the likeliest come the ids that somebody asked to watch; what rank they have is not said.
+  const rows = token.top.map((entry, i) => row(entry, i < (run?.top ?? Infinity) ? i + 1 : null));
+  if (!rows.some((entry) => entry.chosen) && token.logprob !== null) {
+    const { id, bytes, logprob, rank, kept_tokens } = token;
+    const kept = kept_tokens === null ? null : rank <= kept_tokens;
+    const own = row({ id, token: token.token, bytes, logprob, kept }, rank);
+    const behind = rows.findIndex((one) => (one.rank === null ? one.logprob < logprob : one.rank > rank));
+    rows.splice(behind < 0 ? rows.length : behind, 0, own);
+  }
+  return rows;
+}
+
+/** The log-probability that an alternative was drawn with: the same temperature and the same
+    normaliser as the token that was drawn. null where that is not known. */
+function drawnWith(entry, token, run) {
+  const temperature = run?.sampling?.temperature;
+  if (token.sampling_logprob === null || !entry.kept) return null;
+  if (entry.id === token.id) return token.sampling_logprob;
+  if (!temperature) return null;
+  return Math.min(0, token.sampling_logprob + (entry.logprob - token.logprob) / temperature);
+}
+
+function rowsOfBoth(token, run) {
+  const before = new Map(token.before.top.map((entry) => [entry.id, entry]));
+  if (token.before.logprob !== null) before.set(token.id, token.before);
+  return rowsOf(token, run).map((row) => ({ ...row, cut: false,
+    second: before.get(row.id)?.logprob ?? null }));
+}
+
+function rest(rows, token, page) {
+  const mass = 1 - rows.reduce((total, row) => total + Math.exp(row.logprob), 0);
+  const count = page.vocabSize - rows.length;
+  if (count < 1) return "";
+  return el("p", "rest", `${grouped(count)} others share ${percent(Math.log(Math.max(mass, 1e-9)))}`);
+}
+
+/* ---- the table ---- */
+
+const COLUMNS = {
+  tokens: [
+    ["probability", (t) => t.logprob, (t) => (t.logprob === null ? "–" : percent(t.logprob)), "p"],
+    ["surprisal", (t) => negative(t.logprob), (t) => nats(negative(t.logprob)), "s"],
+    ["rank", (t) => t.rank, (t) => (t.rank === null ? "–" : grouped(t.rank)), "r"],
+    ["entropy", (t) => t.entropy, (t) => nats(t.entropy), "e"],
+    ["effect of sampling", effectOfSampling, (t) => signed(effectOfSampling(t)), "m"],
+  ],
+  diff: [
+    ["change", (t) => changeOf(t), (t) => signed(changeOf(t)), "x"],
+    ["before", (t) => t.before.logprob, (t) => percent(t.before.logprob), "q"],
+    ["after", (t) => t.logprob, (t) => percent(t.logprob), "a"],
+    ["rank before", (t) => t.before.rank, (t) => (t.before.rank === null ? "–" : grouped(t.before.rank))],
+    ["rank after", (t) => t.rank, (t) => (t.rank === null ? "–" : grouped(t.rank))],
+  ],
+};
+
+class Table {
+  constructor(page) {
+    this.page = page;
+    this.box = byId("all");
+    this.order = { column: 0, down: false };
+    this.box.addEventListener("toggle", () => { if (this.box.open) this.build(); });
+  }
+
+  columns() {
+    const columns = [
+      ["position", (t, s, i) => i, (t, s, i) => String(i)],
+      ["token", (t) => t.token, null],
+      ["id", (t) => t.id, (t) => String(t.id)],
+      ...COLUMNS[this.page.kind],
+    ];
+    return this.page.samples.size > 1 ? [["sample", (t, s) => s.name, (t, s) => String(s.name)], ...columns]
+      : columns;
+  }
+
+  build() {
+    const columns = this.columns();
+    const head = el("tr", "", ...columns.map(([name], column) => {
+      const button = el("button", "", name);
+      button.type = "button";
+      button.addEventListener("click", () => this.sortBy(column));
+      const cell = el("th", name === "token" ? "text-column" : "", button);
+      cell.scope = "col";
+      return cell;
+    }));
+    this.body = el("tbody");
+    this.more = el("button", "more");
+    this.more.type = "button";
+    this.more.addEventListener("click", () => this.appendRows());
+    new IntersectionObserver(([seen]) => { if (seen.isIntersecting) this.appendRows(); })
+      .observe(this.more);
+    const scroll = el("div", "scroll", el("table", "", el("thead", "", head), this.body), this.more);
+    this.box.replaceChildren(this.box.querySelector("summary"), scroll);
+    this.head = head;
+    this.rows = [...this.page.samples.values()].flatMap((sample) =>
+      sample.tokens.map((token, index) => ({ sample, token, index })));
+    this.sort();
+  }
+
+  sortBy(column) {
+    // Numbers are most telling from the top: what was hardest, what changed most.
+    const fresh = column !== this.order.column;
+    this.order = { column, down: fresh ? column > this.columns().findIndex(([name]) => name === "id")
+      && this.columns()[column][0] !== "probability" : !this.order.down };
+    this.sort();
+  }
+
+  sort() {
+    const { column, down } = this.order, [name, key] = this.columns()[column];
+    const direction = down ? -1 : 1;
+    for (const row of this.rows) row.key = key(row.token, row.sample, row.index);
+    if (name !== "position") {
+      this.rows.sort((a, b) => {
+        if (a.key === null || b.key === null) return (a.key === null) - (b.key === null);
+        return a.key < b.key ? -direction : a.key > b.key ? direction : 0;
+      });
+    } else this.rows.sort((a, b) => direction * (a.sample.name - b.sample.name || a.index - b.index));
+    [...this.head.children].forEach((cell, i) => {
+      if (i === column) cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+      else cell.removeAttribute("aria-sort");
+    });
+    this.shown = 0;
+    this.body.replaceChildren();
+    this.appendRows();
+  }
+
+  appendRows() {
+    const columns = this.columns(), until = Math.min(this.shown + ROWS_AT_ONCE, this.rows.length);
+    const rows = this.rows.slice(this.shown, until).map((row) => this.rowElement(row, columns));
+    this.body.append(...rows);
+    this.shown = until;
+    this.more.hidden = until >= this.rows.length;
+    this.more.textContent = `${grouped(this.rows.length - until)} more rows`;
+  }
+
+  rowElement({ sample, token, index }, columns) {
+    const levels = levelsOf(token, this.page.kind, this.page.vocabSize).split(" ");
+    return el("tr", "", ...columns.map(([name, , show, letter]) => {
+      if (name === "token") {
+        const link = el("a", "", ...visible(token.token));
+        link.href = `#s${sample.name}t${index}`;
+        return el("td", "text-column", link);
+      }
+      const own = levels.find((one) => one[0] === letter);
+      return el("td", own ? `own ${own}` : "", show(token, sample, index));
+    }));
+  }
+}
+
+/* ---- the page ---- */
+
+class TokenPage {
+  constructor(kind) {
+    this.kind = kind;
+    this.run = null;
+    this.samples = new Map();
+    this.shown = this.pinned = null;
+    this.branching = false;
+    this.panel = byId("panel");
+    this.hint = [...this.panel.childNodes];
+    this.table = new Table(this);
+    this.listen();
+  }
+
+  get vocabSize() { return this.run?.tokenizer?.vocab_size ?? 2; }
+
+  addRecord(record) {
+    if (record.type === "run") return this.setRun(record);
+    let sample = this.samples.get(record.sample);
+    if (!sample) this.samples.set(record.sample, (sample = new Sample(this, record.sample)));
+    if (record.type === "token") sample.add(record);
+    if (record.type === "end") sample.end(record);
+    if (sample.stale) this.drawSoon();
+  }
+
+  setRun(run) {
+    this.run = run;
+    if (!byId("run").hasChildNodes()) byId("run").append(...facts(run));
+    for (const span of document.querySelectorAll(".blind")) {
+      span.textContent = Math.log(this.vocabSize).toFixed(1);
+    }
+  }
+
+  truncate(name, count) {
+    this.let_go();
+    this.samples.get(name)?.truncate(count);
+    this.drawSoon();
+  }
+
+  reset() {
+    this.let_go();
+    this.samples.clear();
+    byId("samples").replaceChildren();
+    byId("run").replaceChildren();
+    this.drawSoon();
+  }
+
+  /** Strips and table follow new tokens once a frame, however many came. */
+  drawSoon() {
+    if (this.drawing) return;
+    this.drawing = true;
+    requestAnimationFrame(() => {
+      this.drawing = false;
+      for (const sample of this.samples.values()) {
+        if (sample.stale) sample.drawStrip();
+        sample.stale = false;
+      }
+      if (this.table.box.open) this.table.build();
+      if (this.shown) this.shown.sample.moveCursor(this.shown.index);
+    });
+  }
+
+  show(sample, index) {
+    this.unmark();
+    this.shown = { sample, index };
+    sample.element(index).classList.add("on");
+    sample.element(index).closest(".cell")?.classList.add("on");
+    sample.moveCursor(index);
+    this.panel.replaceChildren(...panelFor(this, sample, index));
+    this.panel.classList.add("filled");
+  }
+
+  pin(sample, index, scroll = "nearest") {
+    this.show(sample, index);
+    this.pinned = this.shown;
+    this.panel.classList.add("pinned");
+    byId("say").textContent = summary(sample.tokens[index]);
+    if (scroll) sample.element(index).scrollIntoView({ block: scroll });
+  }
+
+  unmark() {
+    for (const element of document.querySelectorAll(".on")) element.classList.remove("on");
+    if (this.shown) this.shown.sample.section.querySelector(".cursor")?.remove();
+  }
+
+  let_go() {
+    this.unmark();
+    this.shown = this.pinned = null;
+    this.panel.classList.remove("pinned", "filled");
+    this.panel.replaceChildren(...this.hint);
+  }
+
+  /** Which token an element of the page belongs to; a shared character to the one that closes it. */
+  tokenAt(target) {
+    const element = target.closest?.(".t")
+      ?? [...(target.closest?.(".cell")?.querySelectorAll(".t") ?? [])].at(-1);
+    return element && this.byElementId(element.id);
+  }
+
+  byElementId(id) {
+    const [, name, index] = /^s(\d+)t(\d+)$/.exec(id) ?? [];
+    const sample = this.samples.get(Number(name));
+    return sample?.tokens[index] ? { sample, index: Number(index) } : null;
+  }
+
+  stripAt(event) {
+    const strip = event.target.closest?.(".strip[role]");
+    if (!strip) return null;
+    const box = strip.getBoundingClientRect(), id = strip.closest(".sample").id;
+    const sample = this.samples.get(Number(id.slice(1)));
+    const place = Math.floor(((event.clientX - box.left) / box.width) * sample.tokens.length);
+    return { sample, index: Math.min(Math.max(place, 0), sample.tokens.length - 1) };
+  }
+
+  listen() {
+    const samples = byId("samples");
+    samples.addEventListener("pointerover", (event) => {
+      const at = this.tokenAt(event.target);
+      if (!at) return;
+      // The panel says it all; the browser's own tooltip would cover the text.
+      at.sample.element(at.index).removeAttribute("title");
+      if (!this.pinned && event.pointerType !== "touch") this.show(at.sample, at.index);
+    });
+    samples.addEventListener("pointermove", (event) => {
+      const at = this.pinned ? null : this.stripAt(event);
+      if (at && event.pointerType !== "touch") this.show(at.sample, at.index);
+    });
+    samples.addEventListener("click", (event) => {
+      const inText = this.tokenAt(event.target), at = inText ?? this.stripAt(event);
+      if (!at || !getSelection().isCollapsed) return;
+      if (this.isPinned(at)) return this.let_go();
+      this.pin(at.sample, at.index, inText ? "nearest" : "center");
+    });
+    this.panel.addEventListener("click", (event) => {
+      if (event.target.closest(".close")) this.let_go();
+    });
+    document.addEventListener("keydown", (event) => this.key(event));
+    addEventListener("hashchange", () => this.followHash());
+  }
+
+  isPinned({ sample, index }) {
+    return this.pinned?.sample === sample && this.pinned.index === index;
+  }
+
+  key(event) {
+    if (event.altKey || event.ctrlKey || event.metaKey || event.defaultPrevented) return;
+    if (event.key === "Escape") return this.let_go();
+    if (event.target.closest?.("input, button, select, textarea, summary, a")) return;
+    const section = event.target.closest?.(".sample");
+    const focused = section && this.samples.get(Number(section.id.slice(1)));
+    const sample = focused ?? this.shown?.sample ?? this.samples.values().next().value;
+    if (!sample?.tokens.length) return;
+    const from = this.shown?.sample === sample ? this.shown.index : null;
+    const to = this.destination(event.key, sample, from, Boolean(focused));
+    if (to === null) return;
+    event.preventDefault();
+    this.pin(sample, to);
+  }
+
+  /** Where a key leads from a token; null for keys that are not ours. Up, Down, Home and End scroll
+      the page unless a text has the focus. */
+  destination(key, sample, from, focused) {
+    const last = sample.tokens.length - 1;
+    const bounded = (index) => Math.min(Math.max(index, 0), last);
+    if (key === "ArrowRight") return from === null ? 0 : bounded(from + 1);
+    if (key === "ArrowLeft") return from === null ? last : bounded(from - 1);
+    if (!focused) return null;
+    if (key === "Home") return 0;
+    if (key === "End") return last;
+    if (key === "ArrowDown") return from === null ? 0 : this.onNextLine(sample, from, 1);
+    if (key === "ArrowUp") return from === null ? last : this.onNextLine(sample, from, -1);
+    return null;
+  }
+
+  /** The token above or below: on the next line of the screen, nearest in x. */
+  onNextLine(sample, from, step) {
+    // The first rectangle: a token that holds a line break has one on each line.
+    const boxOf = (index) => sample.element(index).getClientRects()[0];
+    const start = boxOf(from), middle = (start.left + start.right) / 2;
+    let best = from, bestDistance = Infinity, line = null;
+    for (let i = from + step; i >= 0 && i < sample.tokens.length; i += step) {
+      const box = boxOf(i);
+      if (!box || Math.abs(box.bottom - start.bottom) < start.height) continue;
+      line ??= box;
+      if (Math.abs(box.bottom - line.bottom) > line.height) break;
+      const distance = Math.abs((box.left + box.right) / 2 - middle);
+      if (distance < bestDistance) [best, bestDistance] = [i, distance];
+    }
+    return best;
+  }
+
+  followHash() {
+    const at = this.byElementId(location.hash.slice(1));
+    if (at) this.pin(at.sample, at.index, "center");
+    return Boolean(at);
+  }
+
+  /** Where there is room for the panel, it opens on the token that says most. */
+  showMostTelling() {
+    const weight = (token) => Math.abs((this.kind === "diff" ? changeOf(token) : token.logprob) ?? 0)
+      + (token.phase === "generated" ? 1e6 : 0);
+    let best = null;
+    for (const sample of this.samples.values()) {
+      sample.tokens.forEach((token, index) => {
+        if (!best || weight(token) > weight(best.sample.tokens[best.index])) best = { sample, index };
+      });
+    }
+    if (best) this.show(best.sample, best.index);
+  }
+}
+
+/* ---- the records that the page carries, as view.py packed them ---- */
+
+function* unpack(data) {
+  if (data.run) yield data.run;
+  const entry = (number) => {
+    const [id, token, bytes] = data.spellings[number];
+    return { id, token, bytes: bytes === undefined ? [...new TextEncoder().encode(token)]
+      : (bytes.match(/../g) ?? []).map((pair) => parseInt(pair, 16)) };
+  };
+  const top = (flat, kept) => {
+    const entries = [];
+    for (let i = 0; i < flat.length; i += 2) {
+      entries.push({ ...entry(flat[i]), logprob: flat[i + 1],
+        kept: kept === 0 ? null : kept === 1 || kept[i / 2] === "1" });
+    }
+    return entries;
+  };
+  for (const { sample, rows, end } of data.samples) {
+    for (const row of rows) yield unpackToken(row, sample, data, entry, top);
+    if (end) yield end;
+  }
+}
+
+function unpackToken(row, sample, data, entry, top) {
+  const [spelling, generated, text, utf8, columns, flat, kept, before] = row;
+  const token = { type: "token", sample, phase: generated ? "generated" : "prompt",
+    utf8: ["ok", "open", "continue", "close", "bad"][utf8], ...entry(spelling) };
+  token.text = text === 0 ? token.token : text;
+  data.columns.forEach((name, i) => { token[name] = columns[i]; });
+  // Built when looked at: most of a large dump never is.
+  const lazily = (object, build) => {
+    let value;
+    Object.defineProperty(object, "top", { get: () => (value ??= build()), enumerable: true });
+    return object;
+  };
+  if (before) {
+    const [logprob, rank, entropy, flatBefore] = before;
+    token.before = lazily({ logprob, rank, entropy }, () => top(flatBefore, 0));
+  }
+  return lazily(token, () => top(flat, kept));
+}
+
+const pageData = JSON.parse(byId("data").textContent);
+let tokenPage = null;
+if (byId("samples")) {
+  tokenPage = globalThis.tokenPage = new TokenPage(pageData.kind);
+  for (const record of unpack(pageData)) tokenPage.addRecord(record);
+  if (!tokenPage.followHash() && matchMedia("(min-width: 62rem)").matches) tokenPage.showMostTelling();
+}

@@ -1,0 +1,227 @@
+"""Teacher-forced log-probabilities of given texts: log P(x_t | x_<t) for every token but the first.
+
+    total nats = - sum_t log P(x_t | x_<t)        (the training loss on these tokens, not divided)
+
+A text longer than the context is read through windows. The first window predicts all its tokens; each
+later one moves on by `stride` tokens and predicts those only, so every token is predicted once, with at
+least context_length - stride + 1 tokens before it, or all there are. A small stride gives more
+context and costs context_length / stride times the work.
+
+    stride 2, context 4     tokens   a b c d e f g
+    window 1 reads a b c d, predicts   b c d e
+    window 2 reads   c d e f, predicts         f g     (e f are read again, g is the next token)
+
+What it is not: sampling; nothing is drawn. Numbers differ from cached decoding by rounding only.
+
+Source of the strided evaluation: Baevski & Auli 2019, "Adaptive Input Representations", section 5.5.
+
+    B windows of a batch  T inputs of a window  K predicted positions, the last of T  V vocabulary
+    W watched ids
+"""
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm.errors import UsageError
+from llm.inference.decode import round_up
+from llm.inference.distribution import (
+    Described,
+    Prediction,
+    chunk_length,
+    describe_positions,
+    join_positions,
+    log_probabilities,
+    split_positions,
+    to_host,
+)
+from llm.inference.transcript import Token, Transcript
+from llm.model.gpt import ModelSpec, Params, bind
+from llm.text.tokenizer import Ids, Tokenizer
+
+# Tokens read by one call: enough for large matrix products on any device.
+BATCH_TOKENS = 8192
+# Windows collected before the first is computed, so that windows of one size share a batch.
+GROUP_WINDOWS = 256
+
+Scored = tuple[Ids, list[Prediction | None]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Part of a text that is read at once.
+
+    tokens: the inputs and, behind them, the token that follows.
+    first: index in the text of the first token that this window predicts.
+    predicted: how many it predicts, the last ones of `tokens`.
+    T, K: sizes of the batch that it is part of.
+    """
+
+    tokens: Ids
+    first: int
+    predicted: int
+    T: int
+    K: int
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model ready to score texts.
+
+    Attributes:
+      top: how many rivals each Prediction lists.
+      watch: ids that each Prediction lists whatever their rank.
+      stride: tokens between windows of a long text; 0: half of the context.
+    """
+
+    spec: ModelSpec
+    params: Params
+    top: int = 0
+    watch: Sequence[int] = ()
+    stride: int = 0
+
+    def __post_init__(self) -> None:
+        context = self.spec.config.context_length
+        if not 0 <= self.stride <= context:
+            raise UsageError(
+                f"stride = {self.stride}: expected 1 to {context}, the model's context length "
+                "(0: half of it)"
+            )
+        outside = [id_ for id_ in self.watch if not 0 <= id_ < self.spec.vocab_size]
+        if outside:
+            raise UsageError(
+                f"watch has the token id {outside[0]}; ids go from 0 to {self.spec.vocab_size - 1}"
+            )
+
+    def score(self, texts: Iterable[Sequence[int]]) -> Iterator[list[Prediction | None]]:
+        """For each text, in order, a Prediction for each of its tokens; None for the first.
+
+        Args:
+          texts: token ids in [0, vocab_size). A group of them is held at a time.
+        Raises:
+          NonFiniteError: the model gives no probabilities.
+        """
+        for _, predictions in self._score(texts):
+            yield predictions
+
+    def tokens(
+        self, texts: Iterable[Sequence[int]], tokenizer: Tokenizer
+    ) -> Iterator[list[Token]]:
+        """As `score`, with each token's place and text."""
+        for ids, predictions in self._score(texts):
+            transcript = Transcript(tokenizer)
+            tokens = [
+                transcript.add(id_, "prompt", prediction)
+                for id_, prediction in zip(ids.tolist(), predictions, strict=True)
+            ]
+            if tokens:
+                tokens[-1] = transcript.close(tokens[-1])
+            yield tokens
+
+    def distributions(self, ids: Sequence[int]) -> np.ndarray:
+        """The whole distribution at every token of one text but the first.
+
+        Returns:
+          float32 [len(ids) - 1, V] log-probabilities; row t is of the token at t + 1.
+        """
+        parts = [np.zeros((0, self.spec.vocab_size), np.float32)]
+        for window in self.windows(np.asarray(ids, np.int32)):
+            inputs_BT, _ = stack([window])
+            logprobs_KV = np.asarray(_whole(self.spec, self.params, inputs_BT, window.K))
+            parts.append(logprobs_KV[predicted_slice(window)])
+        return np.concatenate(parts)
+
+    def windows(self, ids: Ids) -> Iterator[Window]:
+        """How a text is read: every token but the first is predicted by exactly one window."""
+        context, last = self.spec.config.context_length, len(ids) - 1
+        stride = self.stride or max(1, context // 2)
+        end = min(context, last)
+        if end > 0:
+            T = min(context, round_up(end, at_least=16))
+            yield Window(ids[: end + 1], 1, end, T, T)
+        while end < last:
+            first, end = end + 1, min(end + stride, last)
+            yield Window(ids[end - context : end + 1], first, end - first + 1, context, stride)
+
+    def _score(self, texts: Iterable[Sequence[int]]) -> Iterator[Scored]:
+        group: list[tuple[Ids, list[Window]]] = []
+        for text in texts:
+            ids = np.asarray(text, np.int32)
+            group.append((ids, list(self.windows(ids))))
+            if sum(len(windows) for _, windows in group) >= GROUP_WINDOWS:
+                yield from self._score_group(group)
+                group = []
+        yield from self._score_group(group)
+
+    def _score_group(self, group: Sequence[tuple[Ids, list[Window]]]) -> Iterator[Scored]:
+        scored: list[Scored] = [(ids, [None] * len(ids)) for ids, _ in group]
+        of_size: dict[tuple[int, int], list[tuple[int, Window]]] = defaultdict(list)
+        for text, (_, windows) in enumerate(group):
+            for window in windows:
+                of_size[window.T, window.K].append((text, window))
+        for (T, _), members in of_size.items():
+            rows = 1 << (max(1, BATCH_TOKENS // T).bit_length() - 1)
+            for start in range(0, len(members), rows):
+                batch = members[start : start + rows]
+                described = self._describe([window for _, window in batch])
+                for b, (text, window) in enumerate(batch):
+                    of_window = jax.tree.map(lambda x, b=b, w=window: x[b][predicted_slice(w)], described)
+                    predictions = to_host(of_window, None, self._top(), self.watch)
+                    place = slice(window.first, window.first + window.predicted)
+                    scored[text][1][place] = predictions
+        yield from scored
+
+    def _describe(self, windows: Sequence[Window]) -> Described:
+        """Numpy arrays [B, K, ...] over the predicted positions of windows of one size."""
+        inputs_BT, targets_BK = stack(windows)
+        watch_BW = np.tile(np.array(self.watch, np.int32), (len(inputs_BT), 1))
+        described = _describe_batch(
+            self.spec, self.params, inputs_BT, targets_BK, watch_BW, self._top()
+        )
+        return jax.device_get(described)
+
+    def _top(self) -> int:
+        return min(self.top, self.spec.vocab_size)
+
+
+def stack(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs [B, T] and targets [B, K] of windows of one size, zeros where there is no token."""
+    T, K = windows[0].T, windows[0].K
+    tokens_BT = np.zeros((round_up(len(windows)), T + 1), np.int32)
+    for b, window in enumerate(windows):
+        tokens_BT[b, : len(window.tokens)] = window.tokens
+    return tokens_BT[:, :-1], tokens_BT[:, T + 1 - K :]
+
+
+def predicted_slice(window: Window) -> slice:
+    """Which of the last K positions predict the window's tokens."""
+    end = len(window.tokens) - 1 - (window.T - window.K)
+    return slice(end - window.predicted, end)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def _describe_batch(
+    spec: ModelSpec,
+    params: Params,
+    inputs_BT: jax.Array,
+    targets_BK: jax.Array,
+    watch_BW: jax.Array,
+    top: int,
+) -> Described:
+    model = bind(spec, params)
+    hidden_BKD = model.hidden(inputs_BT)[:, inputs_BT.shape[1] - targets_BK.shape[1] :]
+    return describe_positions(model, hidden_BKD, targets_BK, watch_BW, top)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _whole(spec: ModelSpec, params: Params, inputs_1T: jax.Array, K: int) -> jax.Array:
+    """float32 [K, V]: every token's log-probability at the last K positions."""
+    model = bind(spec, params)
+    hidden_1KD = model.hidden(inputs_1T)[:, inputs_1T.shape[1] - K :]
+    chunks = split_positions(hidden_1KD, chunk_length(1, K, spec.vocab_size))
+    return join_positions(jax.lax.map(lambda part: log_probabilities(model, part), chunks))[0]

@@ -1,0 +1,1 @@
+"""Weights and results in the forms that other programs read and write."""

@@ -1,0 +1,80 @@
+"""Small whole runs for the tests: a corpus, a configuration, and the train command on them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 12
+
+SETTINGS = {
+    "data": {"validation": "tail:0.1"},
+    "tokenizer": {"kind": "characters"},
+    "model": {"n_layer": 2, "n_head": 2, "d_model": 32, "context_length": 16, "dropout": 0.1},
+    "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 2},
+    "training": {"steps": STEPS, "batch_size": 8, "eval_every": 6, "eval_batch_size": 64},
+    "checkpoint": {"every": 4, "keep": 2},
+    "sample": {"prompt": "the", "max_new_tokens": 8},
+    "logging": {"progress": "none"},
+}
+
+
+def write_corpus(folder: Path) -> Path:
+    """A few thousand characters that a model can learn from."""
+    words = "the cat sat on the mat and the dog ran to the red hat".split()
+    text = " ".join(words[(i * i + 3 * i) % len(words)] for i in range(1500))
+    path = folder / "corpus.txt"
+    path.write_text(text)
+    return path
+
+
+def write_config(folder: Path, **changes) -> Path:
+    """SETTINGS with `section={...}` changes, as a file; its run directory is FOLDER/run."""
+    import tomli_w
+
+    settings = {name: {**values, **changes.pop(name, {})} for name, values in SETTINGS.items()}
+    settings["data"] = {
+        "source": str(write_corpus(folder)), "cache_dir": str(folder / "cache"), **settings["data"]
+    }
+    settings["run"] = {"dir": str(folder / "run"), **changes.pop("run", {})}
+    path = folder / "config.toml"
+    path.write_text(tomli_w.dumps({**settings, **changes}))
+    return path
+
+
+def train(config: Path, *flags: str) -> int:
+    """The train command in this process; errors come through."""
+    from llm.commands.train import main
+
+    return main([str(config), *flags])
+
+
+def train_process(config: Path, *flags: str, fault: str = "", **options) -> subprocess.Popen:
+    """`python train.py` as a person runs it, on one CPU device."""
+    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment.pop("LLM_FAULT", None)
+    if fault:
+        environment["LLM_FAULT"] = fault
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), str(config), *flags],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+    )
+
+
+def run_process(config: Path, *flags: str, fault: str = "") -> tuple[int, str]:
+    """(exit code, everything it printed)"""
+    process = train_process(config, *flags, fault=fault)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def losses(run: Path) -> list[tuple]:
+    """(kind, step, loss) of every line of metrics.jsonl, in order."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["kind"], row["step"], row["loss"]) for row in rows]
+
+
+def params_sha256(run: Path, step: int = STEPS) -> str:
+    return json.loads((run / "checkpoints" / str(step) / "receipt.json").read_text())["params_sha256"]

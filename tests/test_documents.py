@@ -1,0 +1,248 @@
+"""Bytes to documents: nothing is lost on the way to the pieces, and what is wrong has a place."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.errors import DataError
+from llm.text import documents
+from llm.text.bpe import PATTERN
+from llm.text.documents import ReadingReport, pieces, read_documents
+from llm.text.sources import Origin
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def origin_of(path: Path, kind: str = "text") -> Origin:
+    content = path.read_bytes()
+    return Origin(path.name, kind, str(path), len(content), hashlib.sha256(content).hexdigest())
+
+
+def read(origins, errors="strict", text_field="text"):
+    """[(name, text)] and the report."""
+    report = ReadingReport()
+    found = read_documents(origins, errors=errors, text_field=text_field, report=report)
+    return [(document.name, "".join(document.pieces)) for document in found], report
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(name, content, kind="text"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return origin_of(path, kind)
+
+    return write
+
+
+# Pieces
+
+# One of each sort of character that the patterns tell apart.
+SORTS = "ab Zé學而，。！'stde0129 \t\n\r ._-\u0301\u200d\u3000\x1c\u2028"
+
+
+@given(st.lists(st.text(SORTS, max_size=8), max_size=8))
+def test_pieces_are_the_text(blocks):
+    assert "".join(pieces(blocks)) == "".join(blocks)
+
+
+def patterns():
+    """The patterns of the encodings that tiktoken has, and ours."""
+    from tiktoken_ext import openai_public
+
+    with pytest.MonkeyPatch.context() as patch:
+        # Their vocabularies would be fetched; the patterns need none.
+        patch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+        patch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: {})
+        gpt2 = openai_public.r50k_base()["pat_str"]
+        newer = [getattr(openai_public, n)()["pat_str"] for n in ("cl100k_base", "o200k_base")]
+    return {"gpt2": gpt2, "cl100k_base": newer[0], "o200k_base": newer[1], "ours": PATTERN}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base", "ours"])
+@settings(max_examples=300, deadline=None)
+@given(blocks=st.lists(st.text(SORTS, min_size=1, max_size=6), min_size=1, max_size=5))
+def test_no_token_reaches_across_a_cut(name, blocks):
+    """Splitting the pieces gives what splitting the whole gives, for every pattern there is."""
+    pattern = regex.compile(ALL_PATTERNS[name])
+    # A block that has no place to cut is cut where it ends; only the others are claimed.
+    blocks = [block + "a b" for block in blocks]
+    whole = pattern.findall("".join(blocks))
+    assert [part for piece in pieces(blocks) for part in pattern.findall(piece)] == whole
+
+
+ALL_PATTERNS = patterns()
+
+
+@pytest.mark.parametrize("name", ["chinese_classics.txt", "tinyshakespeare.txt"])
+def test_gpt2_of_the_pieces_is_gpt2_of_the_whole(name, monkeypatch):
+    import tiktoken
+
+    if not (SHARED / "tiktoken-cache").is_dir() or not (SHARED / "data" / name).is_file():
+        pytest.skip("no shared data")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken-cache"))
+    # Small pieces: many cuts.
+    monkeypatch.setattr(documents, "PIECE_BYTES", 5000)
+    encoding = tiktoken.get_encoding("gpt2")
+    path = SHARED / "data" / name
+    origins = [origin_of(path)]
+    (document,) = read_documents(origins, errors="strict", text_field="", report=ReadingReport())
+    parts = [encoding.encode_ordinary(piece) for piece in document.pieces]
+    assert len(parts) > path.stat().st_size // 10_000
+    assert np.concatenate(parts).tolist() == encoding.encode_ordinary(path.read_text("utf-8"))
+
+
+# Text files
+
+
+def test_newlines_stay_as_they_are(write):
+    found, _ = read([write("a.txt", b"one\r\ntwo\rthree\n")])
+    assert found == [("a.txt", "one\r\ntwo\rthree\n")]
+
+
+def test_empty_files_are_no_documents(write):
+    assert read([write("a.txt", ""), write("b.txt", "x")])[0] == [("b.txt", "x")]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.integers(1, 9))
+def test_characters_across_blocks_are_whole(tmp_path_factory, text, block):
+    path = tmp_path_factory.mktemp("blocks") / "a.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_BYTES", block)
+        assert read([origin_of(path)])[0] == [("a.txt", text)]
+
+
+@pytest.mark.parametrize("place", [0, 1, 7, 8, 9, 25])
+def test_bytes_that_are_not_utf8_have_a_place(write, monkeypatch, place):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 8)
+    content = bytearray(b"0123456789" * 3)
+    content[place] = 0xFF
+    with pytest.raises(DataError, match=f"a.txt is not UTF-8: byte 0xff at offset {place};") as e:
+        read([write("a.txt", bytes(content))])
+    assert "data.errors = 'replace'" in str(e.value) and e.value.exit_code == 3
+
+
+def test_a_character_cut_off_by_the_end_has_a_place(write, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 4)
+    with pytest.raises(DataError, match="byte 0xe5 at offset 3"):
+        read([write("a.txt", b"abc" + "學".encode()[:1])])
+
+
+def test_utf16_is_recognised(write):
+    with pytest.raises(DataError, match="at offset 0 .it begins like UTF-16."):
+        read([write("a.txt", "text".encode("utf-16"))])
+
+
+@given(data=st.binary(max_size=30), block=st.integers(1, 7))
+def test_replacements_are_counted(tmp_path_factory, data, block):
+    """As Python's own decoder makes them; U+FFFD of the file itself does not count."""
+    data = data + "\ufffd".encode() + data[:2]
+    expected = data.decode("utf-8", "replace")
+    genuine = data.count("\ufffd".encode())
+    path = tmp_path_factory.mktemp("replace") / "a.txt"
+    path.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_BYTES", block)
+        found, report = read([origin_of(path)], errors="replace")
+    assert found == [("a.txt", expected)]
+    assert report.replaced == expected.count("\ufffd") - genuine
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(write, tmp_path):
+    origin = write("a.txt", "before")
+    (tmp_path / "a.txt").write_text("beyond")
+    with pytest.raises(DataError, match="changed while it was read") as caught:
+        read([origin])
+    assert origin.sha256 in str(caught.value)
+
+
+# Python source
+
+
+def test_python_source_is_read_in_the_encoding_it_declares(write):
+    source = "# -*- coding: latin-1 -*-\nname = 'é'\n"
+    found, report = read([write("a.py", source.encode("latin-1"), "python")])
+    assert found == [("a.py", source)]
+    assert report.skipped == []
+
+
+def test_python_source_that_is_wrong_is_left_out_and_named(write):
+    origins = [write("bad.py", b"x = '\xff'\n", "python"), write("good.py", "x = 1\n", "python")]
+    found, report = read(origins)
+    assert found == [("good.py", "x = 1\n")]
+    assert report.skipped == ["bad.py"]
+
+
+# Rows
+
+ROWS = [{"text": "first"}, {"text": ""}, {"text": "學而\nfünf \U0001f600"}]
+EXPECTED = [("rows#0", "first"), ("rows#2", "學而\nfünf \U0001f600")]
+
+
+def expected(name):
+    return [(shown.replace("rows", name), text) for shown, text in EXPECTED]
+
+
+def test_rows_of_jsonl(write):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    assert read([write("rows.jsonl", lines, "rows")])[0] == expected("rows.jsonl")
+
+
+def test_rows_of_json(write):
+    assert read([write("rows.json", json.dumps(ROWS), "rows")])[0] == expected("rows.json")
+
+
+def test_rows_of_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    assert read([origin_of(path, "rows")])[0] == expected("rows.parquet")
+
+
+def test_rows_of_another_field(write):
+    origin = write("rows.jsonl", '{"body": "x", "id": 1}\n', "rows")
+    assert read([origin], text_field="body")[0] == [("rows.jsonl#0", "x")]
+    with pytest.raises(DataError, match="row 0 has no field 'text'; its fields are body, id"):
+        read([origin])
+
+
+def test_a_field_that_is_no_text_is_named(write):
+    with pytest.raises(DataError, match="the field 'text' is int; expected text"):
+        read([write("rows.jsonl", '{"text": 3}\n', "rows")])
+
+
+def test_an_empty_table_has_no_documents(write):
+    assert read([write("rows.jsonl", "", "rows")])[0] == []
+
+
+def test_rows_that_are_no_json_are_an_error_of_the_data(write):
+    with pytest.raises(DataError, match="rows.jsonl cannot be read by `datasets`: JSON parse"):
+        read([write("rows.jsonl", '{"text": "x"}\n{"te', "rows")])
+
+
+def test_rows_that_are_not_utf8_have_a_place_or_are_replaced(write):
+    origin = write("rows.jsonl", b'{"text": "a\xffb"}\n', "rows")
+    with pytest.raises(DataError, match="byte 0xff at offset 11"):
+        read([origin])
+    found, report = read([origin], errors="replace")
+    assert found == [("rows.jsonl#0", "a\ufffdb")]
+    assert report.replaced == 1
+
+
+def test_equal_texts_have_equal_hashes(write):
+    origins = [
+        write("a.txt", "same"),
+        write("rows.jsonl", '{"text": "same"}\n{"text": "other"}\n', "rows"),
+    ]
+    found = read_documents(origins, errors="strict", text_field="text", report=ReadingReport())
+    hashes = [document.sha256 for document in found if list(document.pieces)]
+    assert hashes[0] == hashes[1] != hashes[2]

@@ -1,0 +1,345 @@
+"""What a source names: which files, in which order, with which content."""
+
+import contextlib
+import hashlib
+import http.server
+import os
+import sysconfig
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from llm.errors import DataError, UsageError
+from llm.text import sources
+from llm.text.sources import check_unchanged, find_origins
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A folder with two texts, one of them below, a hidden file and a binary one."""
+    root = tmp_path / "corpus"
+    (root / "sub").mkdir(parents=True)
+    (root / "b.txt").write_text("bee")
+    (root / "sub" / "a.md").write_text("學")
+    (root / ".hidden").write_text("no")
+    (root / "picture.png").write_bytes(b"\x89PNG\0\0")
+    return root
+
+
+def names(found):
+    return [origin.name for origin in found.origins]
+
+
+def test_a_file_is_one_origin_with_its_hash(corpus, cache):
+    (origin,) = find_origins(str(corpus / "b.txt"), cache).origins
+    assert (origin.name, origin.kind, origin.bytes) == ("b.txt", "text", 3)
+    assert origin.sha256 == sha256(b"bee")
+
+
+def test_a_folder_is_its_files_in_a_fixed_order(corpus, cache):
+    found = find_origins(str(corpus), cache)
+    assert names(found) == ["b.txt", "sub/a.md"]
+    assert found.notes == [f"{corpus}: 1 binary files were left out"]
+
+
+def test_names_do_not_tell_where_the_corpus_lies(corpus, cache, tmp_path):
+    before = find_origins(str(corpus), cache).origins
+    after = find_origins(str(corpus.rename(tmp_path / "elsewhere")), cache).origins
+    assert [replace(o, location="") for o in before] == [replace(o, location="") for o in after]
+
+
+def test_a_glob_is_its_matches(corpus, cache):
+    assert names(find_origins(str(corpus / "**" / "*.md"), cache)) == ["sub/a.md"]
+    assert names(find_origins(str(corpus / "*.txt"), cache)) == ["b.txt"]
+
+
+def test_a_name_with_magic_characters_is_a_file_first(tmp_path, cache):
+    (tmp_path / "what[1].txt").write_text("x")
+    assert names(find_origins(str(tmp_path / "what[1].txt"), cache)) == ["what[1].txt"]
+
+
+def test_a_list_is_each_of_its_sources(corpus, cache):
+    found = find_origins((str(corpus / "sub"), str(corpus / "b.txt")), cache)
+    assert names(found) == ["a.md", "b.txt"]
+
+
+def test_equal_names_are_told_apart(corpus, cache, tmp_path):
+    (tmp_path / "b.txt").write_text("another")
+    found = find_origins([str(corpus / "b.txt"), str(tmp_path / "b.txt")], cache)
+    assert names(found) == ["b.txt", "b.txt (2)"]
+    assert found.origins[0].sha256 != found.origins[1].sha256
+
+
+def test_the_standard_library_is_python_source_without_tests(cache):
+    found = find_origins("stdlib", cache)
+    assert len(found.origins) > 300
+    assert {origin.kind for origin in found.origins} == {"python"}
+    assert "os.py" in names(found) and "json/decoder.py" in names(found)
+    assert not [n for n in names(found) if "test" in Path(n).parts or "site-packages" in n]
+    (origin,) = [origin for origin in found.origins if origin.name == "os.py"]
+    content = Path(sysconfig.get_path("stdlib"), "os.py").read_bytes()
+    assert origin.sha256 == sha256(content)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".ndjson", ".JSONL"])
+def test_tables_are_told_by_their_suffix(suffix, tmp_path, cache):
+    (tmp_path / f"data{suffix}").write_text("{}")
+    (origin,) = find_origins(str(tmp_path / f"data{suffix}"), cache).origins
+    assert origin.kind == "rows"
+
+
+def test_json_files_of_a_folder_are_documents(tmp_path, cache):
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "settings.json").write_text("{}")
+    (tmp_path / "f" / "rows.jsonl").write_text("{}")
+    kinds = {o.name: o.kind for o in find_origins(str(tmp_path / "f"), cache).origins}
+    assert kinds == {"rows.jsonl": "rows", "settings.json": "text"}
+
+
+def test_a_missing_file_is_answered_with_near_names(corpus, cache):
+    with pytest.raises(DataError, match="no file or folder .*bb.txt; there is .*/b.txt") as caught:
+        find_origins(str(corpus / "bb.txt"), cache)
+    assert caught.value.exit_code == 3
+
+
+def test_a_missing_folder_is_answered_with_near_names(corpus, cache):
+    with pytest.raises(DataError, match="there is .*/corpus/sub"):
+        find_origins(str(corpus / "sib" / "a.md"), cache)
+
+
+def test_a_glob_without_matches_is_an_error(corpus, cache):
+    with pytest.raises(DataError, match=r"\*.rst' matches no file"):
+        find_origins(str(corpus / "*.rst"), cache)
+
+
+def test_an_empty_folder_names_no_documents(tmp_path, cache):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="names no documents"):
+        find_origins(str(tmp_path / "empty"), cache)
+
+
+def test_an_empty_name_says_what_is_expected(cache):
+    with pytest.raises(UsageError, match="expected a path, URL, 'stdlib' or hf:NAME"):
+        find_origins("", cache)
+
+
+def test_text_in_place_of_a_path_is_an_error_of_the_data(cache):
+    with pytest.raises(DataError, match="File name too long"):
+        find_origins("to be or not to be " * 400, cache)
+
+
+def test_names_that_are_no_text_are_shown(tmp_path, cache):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    path = os.fsencode(folder) + b"/a\xff.txt"
+    try:
+        Path(os.fsdecode(path)).write_text("x")
+    except OSError:
+        pytest.skip("the file system takes only UTF-8")
+    assert names(find_origins(str(folder), cache)) == ["a\\xff.txt"]
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(sources, "REMEMBER_HASH_ABOVE_BYTES", 10)
+    path = tmp_path / "large.txt"
+    path.write_text("x" * 100)
+    monkeypatch.setattr(sources.time, "time", lambda: path.stat().st_ctime + 10)
+    hashed = []
+    original = sources._sha256_of_bytes
+    monkeypatch.setattr(
+        sources, "_sha256_of_bytes", lambda path: hashed.append(path) or original(path)
+    )
+    for _ in range(2):
+        (origin,) = find_origins(str(path), cache).origins
+        assert origin.sha256 == sha256(b"x" * 100)
+    assert len(hashed) == 1
+    before = path.stat()
+    time.sleep(0.02)
+    path.write_text("y" * 100)
+    # Dated back: only ctime tells.
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    (origin,) = find_origins(str(path), cache).origins
+    assert origin.sha256 == sha256(b"y" * 100)
+
+
+def test_a_file_that_was_written_just_now_is_not_remembered(tmp_path, cache, monkeypatch):
+    """It could change once more within the clock's grain."""
+    monkeypatch.setattr(sources, "REMEMBER_HASH_ABOVE_BYTES", 10)
+    path = tmp_path / "large.txt"
+    path.write_text("x" * 100)
+    find_origins(str(path), cache)
+    assert not (cache / "hashes").exists()
+
+
+# The corpus and what a run recorded of it
+
+
+@pytest.fixture
+def recorded(corpus, cache):
+    return [asdict(origin) for origin in find_origins(str(corpus), cache).origins]
+
+
+def test_an_unchanged_corpus_passes(corpus, cache, recorded):
+    check_unchanged(recorded, find_origins(str(corpus), cache).origins)
+
+
+def test_a_changed_file_is_named_with_both_hashes(corpus, cache, recorded):
+    (corpus / "b.txt").write_text("bees")
+    with pytest.raises(DataError, match="b.txt") as caught:
+        check_unchanged(recorded, find_origins(str(corpus), cache).origins)
+    message = str(caught.value)
+    assert f"expected 3 bytes with sha256 {sha256(b'bee')}" in message
+    assert f"found 4 bytes with sha256 {sha256(b'bees')}" in message
+    assert "restore it" in message and caught.value.exit_code == 3
+
+
+def test_a_file_that_is_gone_or_new_is_named(corpus, cache, recorded):
+    (corpus / "c.txt").write_text("sea")
+    with pytest.raises(DataError, match="c.txt is new"):
+        check_unchanged(recorded, find_origins(str(corpus), cache).origins)
+    (corpus / "c.txt").unlink()
+    (corpus / "b.txt").unlink()
+    with pytest.raises(DataError, match="b.txt is gone"):
+        check_unchanged(recorded, find_origins(str(corpus), cache).origins)
+
+
+def test_the_first_of_two_files_with_one_name_is_compared_too(corpus, cache, tmp_path):
+    (tmp_path / "b.txt").write_text("another")
+    both = [str(corpus / "b.txt"), str(tmp_path / "b.txt")]
+    recorded = [asdict(origin) for origin in find_origins(both, cache).origins]
+    (corpus / "b.txt").write_text("changed")
+    with pytest.raises(DataError, match="corpus/b.txt"):
+        check_unchanged(recorded, find_origins(both, cache).origins)
+
+
+# URLs
+
+
+class Server:
+    """A web server on this machine that counts what it is asked for."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.requests: list[str] = []
+        self.cut_after: int | None = None
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.requests.append(self.path)
+                content = outer.files.get(self.path)
+                if content is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content[: outer.cut_after])
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with contextlib.closing(Server()) as server:
+        yield server
+
+
+def test_a_url_is_fetched_once(server, cache):
+    server.files["/a/text.txt?v=1"] = "學而".encode()
+    for _ in range(2):
+        (origin,) = find_origins(f"{server.url}/a/text.txt?v=1", cache).origins
+        assert origin.name == f"{server.url}/a/text.txt?v=1"
+        assert Path(origin.location).read_bytes() == "學而".encode()
+        assert origin.sha256 == sha256("學而".encode())
+    assert server.requests == ["/a/text.txt?v=1"]
+
+
+def test_the_suffix_of_a_url_tells_a_table(server, cache):
+    server.files["/rows.jsonl"] = b'{"text": "x"}'
+    (origin,) = find_origins(f"{server.url}/rows.jsonl", cache).origins
+    assert origin.kind == "rows"
+
+
+def test_a_download_that_changed_in_the_cache_is_noticed(server, cache):
+    server.files["/text.txt"] = b"first"
+    (origin,) = find_origins(f"{server.url}/text.txt", cache).origins
+    Path(origin.location).write_bytes(b"fjrst")
+    with pytest.raises(DataError, match="has changed") as caught:
+        find_origins(f"{server.url}/text.txt", cache)
+    assert sha256(b"first") in str(caught.value) and sha256(b"fjrst") in str(caught.value)
+    assert "delete" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sha256", "text.txt.sha256", "x" * 300 + ".txt", ""])
+def test_a_url_may_have_any_name(server, cache, name):
+    server.files[f"/{name}"] = b"content"
+    (origin,) = find_origins(f"{server.url}/{name}", cache).origins
+    assert Path(origin.location).read_bytes() == b"content"
+
+
+def test_a_url_that_is_not_there_names_the_offline_way(server, cache):
+    with pytest.raises(DataError, match="404") as caught:
+        find_origins(f"{server.url}/none.txt", cache)
+    assert "copy it here and set data.source" in str(caught.value)
+    assert list((cache / "downloads").glob("*.partial")) == []
+
+
+def test_half_a_download_is_not_kept(server, cache):
+    server.files["/text.txt"] = b"0123456789" * 1000
+    server.cut_after = 5000
+    with pytest.raises(DataError, match="could not be fetched"):
+        find_origins(f"{server.url}/text.txt", cache)
+    server.cut_after = None
+    (origin,) = find_origins(f"{server.url}/text.txt", cache).origins
+    assert origin.bytes == 10000
+
+
+def test_a_url_that_is_none_is_refused(cache):
+    with pytest.raises(UsageError, match="is not a URL"):
+        find_origins("http://[bad", cache)
+
+
+# The hub
+
+
+def test_the_hub_out_of_reach_uses_the_last_revision_seen(cache, monkeypatch):
+    monkeypatch.setattr(sources, "hub_revision", lambda name: "abc123")
+    (origin,) = find_origins("hf:someone/data:en:train", cache).origins
+    assert (origin.name, origin.kind) == ("hf:someone/data:en:train", "hub")
+    assert origin.sha256 == "abc123"
+
+    def no_network(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(sources, "hub_revision", no_network)
+    (again,) = find_origins("hf:someone/data:en:train", cache).origins
+    assert again == origin
+    with pytest.raises(DataError, match="'other' could not be fetched: no network. Offline"):
+        find_origins("hf:other", cache)

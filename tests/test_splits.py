@@ -1,0 +1,103 @@
+"""Which tokens train, which are held out, and the split as a ring."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm.errors import DataError, UsageError
+from llm.text.splits import TokenSplit, check_window, is_held_out, tail_boundary
+from llm.text.stream import StreamWriter, TokenStream
+
+IDS = np.arange(50, dtype=np.int32) * 7 % 53
+
+
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    writer = StreamWriter(folder, "train", "uint16", 8)
+    for name, start, stop in (("a", 0, 20), ("b", 20, 50)):
+        writer.begin_document(name)
+        writer.add(IDS[start:stop])
+    return TokenStream(folder, writer.finish(), 53, hashed=True)
+
+
+def split_of(tokens: int) -> TokenSplit:
+    """A split of that length, of which nothing is read."""
+    return TokenSplit(None, 0, tokens)
+
+
+def test_a_split_reads_its_own_tokens(stream):
+    split = TokenSplit(stream, 10, 40)
+    assert len(split) == 30
+    assert split.read(0, 30).tolist() == IDS[10:40].tolist()
+    assert split.read(5, 3).tolist() == IDS[15:18].tolist()
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 2), (29, 2), (0, 31), (3, -1)])
+def test_a_split_gives_no_token_of_another(stream, start, count):
+    with pytest.raises(IndexError):
+        TokenSplit(stream, 10, 40).read(start, count)
+
+
+@given(st.lists(st.integers(0, 29), min_size=1, max_size=5), st.integers(1, 30))
+def test_windows_go_round(stream, starts, length):
+    split = TokenSplit(stream, 10, 40)
+    ring = np.concatenate([IDS[10:40]] * 2)
+    expected = [ring[start : start + length].tolist() for start in starts]
+    assert split.windows(np.array(starts), length).tolist() == expected
+
+
+def test_a_token_of_a_split_knows_its_document(stream):
+    split = TokenSplit(stream, 10, 40)
+    assert split.document_at(0) == ("a", 10)
+    assert split.document_at(10) == ("b", 0)
+    with pytest.raises(IndexError):
+        split.document_at(30)
+
+
+def test_the_tail_is_nanogpts():
+    """data/shakespeare_char/prepare.py: train_data = data[:int(n * 0.9)]."""
+    assert tail_boundary(1_115_394, "0.1") == 1_003_854
+    assert [tail_boundary(n, "0.1") for n in range(5000)] == [int(n * 0.9) for n in range(5000)]
+
+
+@given(st.integers(0, 10**15), st.integers(1, 999))
+def test_the_tail_is_exact(tokens, per_mille):
+    """floor(tokens (1 - F)) in integers: in floating point 0.9 of 10^15 can be off by one."""
+    assert tail_boundary(tokens, f"0.{per_mille:03d}") == tokens * (1000 - per_mille) // 1000
+
+
+def test_documents_are_held_out_by_their_hash_alone():
+    hashes = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(20_000)]
+    held_out = [is_held_out(h, 0.05) for h in hashes]
+    # Binomial: 1000 +- 31.
+    assert abs(sum(held_out) - 1000) < 5 * 31
+    # A larger fraction holds out more documents, and all of the former.
+    assert all(is_held_out(h, 0.1) for h, out in zip(hashes, held_out, strict=True) if out)
+
+
+def test_hashes_at_the_ends_fall_on_their_sides():
+    assert is_held_out("0" * 64, 1e-9)
+    assert not is_held_out("f" * 64, 0.999)
+
+
+def test_a_split_longer_than_a_window_passes():
+    check_window(split_of(65), 64)
+
+
+def test_a_context_longer_than_the_text_is_a_usage_error_with_both_numbers():
+    with pytest.raises(
+        UsageError, match="context_length = 1024 needs 1025 tokens.* has 1024;"
+    ) as e:
+        check_window(split_of(1024), 1024)
+    assert "the longest that works is 1023" in str(e.value) and e.value.exit_code == 2
+
+
+@pytest.mark.parametrize("tokens", [0, 64])
+def test_a_text_too_short_for_anything_is_a_data_error_with_both_numbers(tokens):
+    with pytest.raises(DataError, match=f"has {tokens} tokens, fewer than one window of 65") as e:
+        check_window(split_of(tokens), 64)
+    assert e.value.exit_code == 3

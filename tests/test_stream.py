@@ -1,0 +1,139 @@
+"""Tokens go to disk and come back, and nothing that changed there is trusted."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm.errors import DataError
+from llm.text.stream import Manifest, StreamWriter, TokenStream, smallest_dtype
+
+VOCAB = 300
+DOCUMENTS = {"one": [1, 2, 3], "zwei 學": list(range(200, 211)), "three#7": [299], "four": [5, 0]}
+ALL = [id_ for ids in DOCUMENTS.values() for id_ in ids]
+
+
+def write(folder, documents=None, dtype="uint16", shard_tokens=4) -> Manifest:
+    writer = StreamWriter(folder, "train", dtype, shard_tokens)
+    for name, ids in (DOCUMENTS if documents is None else documents).items():
+        writer.begin_document(name)
+        # In two parts, as documents of many pieces come.
+        writer.add(np.array(ids[:1], np.int32))
+        writer.add(np.array(ids[1:], np.int32))
+    return writer.finish()
+
+
+def read(stream: TokenStream, start: int, count: int) -> list[int]:
+    out = np.empty(count, np.int32)
+    stream.read_into(out, start)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("shard_tokens", [1, 4, 100])
+def test_every_range_of_tokens_comes_back(tmp_path, dtype, shard_tokens):
+    manifest = write(tmp_path, dtype=dtype, shard_tokens=shard_tokens)
+    stream = TokenStream(tmp_path, manifest, VOCAB, hashed=True)
+    assert len(stream) == len(ALL)
+    assert len(manifest.shards) == -(-len(ALL) // shard_tokens)
+    for start in range(len(ALL)):
+        for stop in range(start, len(ALL) + 1):
+            assert read(stream, start, stop - start) == ALL[start:stop]
+
+
+def test_shards_are_plain_little_endian_numbers(tmp_path):
+    write(tmp_path, shard_tokens=100)
+    stored = np.frombuffer((tmp_path / "train-00000.bin").read_bytes(), "<u2")
+    assert stored.tolist() == ALL
+
+
+def test_the_manifest_counts(tmp_path):
+    manifest = write(tmp_path)
+    assert (manifest.tokens, manifest.documents) == (len(ALL), 4)
+    assert (manifest.smallest_id, manifest.largest_id) == (0, 299)
+    assert sum(shard.bytes for shard in manifest.shards) == 2 * len(ALL)
+
+
+def test_the_manifest_survives_json(tmp_path):
+    import json
+
+    manifest = write(tmp_path)
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+
+
+def test_ids_beyond_16_bits_are_whole(tmp_path):
+    ids = [0, 65535, 65536, 199_999]
+    manifest = write(tmp_path, {"a": ids}, dtype=smallest_dtype(200_000))
+    assert read(TokenStream(tmp_path, manifest, 200_000, hashed=True), 0, 4) == ids
+
+
+def test_the_smallest_type_holds_the_largest_id():
+    assert [smallest_dtype(v) for v in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=9), min_size=1, max_size=6),
+    st.integers(1, 12),
+)
+def test_each_token_knows_its_document(tmp_path_factory, documents, shard_tokens):
+    folder = tmp_path_factory.mktemp("stream")
+    named = {f"document {n}": ids for n, ids in enumerate(documents)}
+    stream = TokenStream(
+        folder, write(folder, named, shard_tokens=shard_tokens), VOCAB, hashed=True
+    )
+    places = [(name, n) for name, ids in named.items() for n in range(len(ids))]
+    assert [stream.document_at(n) for n in range(len(stream))] == places
+
+
+def test_an_empty_stream_opens(tmp_path):
+    stream = TokenStream(tmp_path, write(tmp_path, {}), VOCAB, hashed=True)
+    assert len(stream) == 0
+
+
+FILES = ["train-00001.bin", "train-00004.bin", "train.documents", "train.names"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_missing_file_is_named(tmp_path, name, hashed):
+    manifest = write(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=f"{name} is missing") as caught:
+        TokenStream(tmp_path, manifest, VOCAB, hashed=hashed)
+    assert f"delete {tmp_path}" in str(caught.value) and caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_truncated_file_is_named_with_both_sizes(tmp_path, name, hashed):
+    manifest = write(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-1])
+    with pytest.raises(DataError, match=f"{name}: expected {len(content)} bytes, found"):
+        TokenStream(tmp_path, manifest, VOCAB, hashed=hashed)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found(tmp_path, name):
+    manifest = write(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[0] ^= 1
+    (tmp_path / name).write_bytes(bytes(content))
+    with pytest.raises(DataError, match=f"{name} has changed: expected sha256"):
+        TokenStream(tmp_path, manifest, VOCAB, hashed=True)
+    with pytest.raises(DataError, match=f"{name} has changed: expected sha256"):
+        TokenStream(tmp_path, manifest, VOCAB, hashed=False).verify()
+
+
+def test_a_vocabulary_too_small_for_the_ids_is_refused(tmp_path):
+    manifest = write(tmp_path)
+    with pytest.raises(DataError, match="token id 299; expected ids below the vocabulary's 299"):
+        TokenStream(tmp_path, manifest, 299, hashed=False)
+
+
+@pytest.mark.parametrize("bad", [300, 2**31 - 1, -1])
+def test_an_id_outside_the_vocabulary_is_found_as_it_is_read(tmp_path, bad):
+    stream = TokenStream(tmp_path, write(tmp_path), VOCAB, hashed=False)
+    stream.check_ids(np.array([[0, 299]], np.int32))
+    with pytest.raises(DataError, match=f"token id {bad}; expected ids below the vocabulary's 300"):
+        stream.check_ids(np.array([[0, bad], [1, 2]], np.int32))

@@ -1,0 +1,277 @@
+"""Text to ids and back: nothing is lost, and every id knows its bytes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.errors import CheckpointError, DataError, UsageError
+from llm.text.bpe import train_bpe
+from llm.text.tokenizer import (
+    FILE_NAME,
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    UnseenCharacterError,
+    characters_of,
+    check_kind,
+    load_tokenizer,
+    tiktoken_tokenizer,
+)
+
+SHARED = Path(__file__).parents[2] / "shared"
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"  # one emoji of five code points
+HARD = [
+    "",
+    "plain",
+    "naïve café",
+    "學而時習之，不亦說乎？",
+    f"a{FAMILY}b",
+    "line\r\nline\n\n\ttab  two",
+    "e\u0301 \ufeff \ufffd \x00 \U0010ffff",
+    "<|endoftext|> is text here",
+]
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    cache = SHARED / "tiktoken-cache"
+    if not cache.is_dir():
+        pytest.skip("no cached gpt2 encoding")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+        yield tiktoken_tokenizer("gpt2")
+
+
+@pytest.fixture(scope="module")
+def small_bpe():
+    return train_bpe(["the theory of the thing, 學而時習之 " * 20] * 5, 300)
+
+
+@pytest.fixture(params=["bytes", "bpe", "gpt2"])
+def tokenizer(request):
+    if request.param == "bytes":
+        return ByteTokenizer()
+    return request.getfixturevalue("small_bpe" if request.param == "bpe" else "gpt2")
+
+
+def assert_round_trip(tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert all(0 <= id_ < tokenizer.vocab_size for id_ in ids.tolist())
+    assert b"".join(tokenizer.token_bytes(id_) for id_ in ids.tolist()) == text.encode()
+    assert tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_texts_round_trip(tokenizer, text):
+    assert_round_trip(tokenizer, text)
+
+
+@given(TEXTS)
+def test_any_text_round_trips_as_bytes(text):
+    assert_round_trip(ByteTokenizer(), text)
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_any_text_round_trips_through_a_small_bpe(small_bpe, text):
+    assert_round_trip(small_bpe, text)
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_any_text_round_trips_through_gpt2(gpt2, text):
+    assert_round_trip(gpt2, text)
+
+
+@given(TEXTS.filter(bool))
+def test_any_text_round_trips_through_its_own_characters(text):
+    assert_round_trip(CharacterTokenizer(characters_of([text])), text)
+
+
+@given(st.binary())
+def test_any_bytes_round_trip(data):
+    """Bytes that are no text come in by surrogateescape, and out as they were."""
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(data.decode("utf-8", "surrogateescape"))
+    assert ids.tolist() == list(data)
+    assert tokenizer.decode_bytes(ids) == data
+
+
+@given(data=st.binary())
+def test_any_ids_decode(small_bpe, data):
+    ids = [small_bpe.encode(chr(b))[0] for b in data]
+    assert small_bpe.decode(ids) == small_bpe.decode_bytes(ids).decode("utf-8", "replace")
+
+
+def test_every_byte_is_a_token(tokenizer):
+    assert {bytes([b]) for b in range(256)} <= set(tokenizer.token_table)
+
+
+def test_gpt2_ids_are_the_published_ones(gpt2):
+    """The example of OpenAI's gpt-2 repository and of every course since."""
+    assert gpt2.encode("Hello world").tolist() == [15496, 995]
+    assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
+
+
+def test_characters_are_nanogpts():
+    text = "First Citizen:\nBefore we proceed"
+    itos = sorted(set(text))
+    tokenizer = CharacterTokenizer(characters_of([text[:9], text[9:]]))
+    assert tokenizer.characters == "".join(itos)
+    assert tokenizer.encode(text).tolist() == [itos.index(c) for c in text]
+    assert tokenizer.end_of_text is None
+
+
+def test_the_spelling_of_a_special_token_is_text(tokenizer):
+    assert tokenizer.end_of_text not in tokenizer.encode("a<|endoftext|>b").tolist()
+
+
+def test_special_tokens_stand_for_no_text(tokenizer):
+    assert tokenizer.token_bytes(tokenizer.end_of_text) == b""
+    assert tokenizer.token_name(tokenizer.end_of_text) == "<|endoftext|>"
+    assert tokenizer.decode([tokenizer.end_of_text]) == ""
+
+
+def test_token_names_show_bytes_that_are_no_text():
+    tokenizer = ByteTokenizer()
+    assert [tokenizer.token_name(id_) for id_ in (65, 0xE5)] == ["A", "\\xe5"]
+
+
+@pytest.mark.parametrize("token_id", [-1, 257])
+def test_ids_outside_the_vocabulary_have_no_bytes(token_id):
+    with pytest.raises(IndexError, match=str(token_id)):
+        ByteTokenizer().token_bytes(token_id)
+
+
+@pytest.mark.parametrize("unseen", ["Z", "é", "\U0001f600"])
+def test_an_unseen_character_is_shown_with_its_place(unseen):
+    tokenizer = CharacterTokenizer("abc \n")
+    with pytest.raises(UnseenCharacterError) as caught:
+        tokenizer.encode(f"abc\nca{unseen}b")
+    error = caught.value
+    assert (error.character, error.index, error.line, error.column) == (unseen, 6, 2, 3)
+    assert unseen in str(error)
+    assert f"U+{ord(unseen):04X}" in str(error) and "line 2, column 3" in str(error)
+    assert error.exit_code == 2
+
+
+def test_half_a_surrogate_pair_is_no_character(tokenizer):
+    with pytest.raises(UnseenCharacterError, match="U\\+D83D.*index 2"):
+        tokenizer.encode("ab\ud83d")
+
+
+@pytest.mark.parametrize("make", [ByteTokenizer, lambda: CharacterTokenizer("abc\n學")])
+def test_a_saved_tokenizer_comes_back_equal(make, tmp_path):
+    assert_equal_after_saving(make(), tmp_path)
+
+
+def test_a_saved_encoding_comes_back_equal(tokenizer, tmp_path):
+    assert_equal_after_saving(tokenizer, tmp_path)
+
+
+def assert_equal_after_saving(tokenizer, folder):
+    tokenizer.save(folder)
+    loaded = load_tokenizer(folder)
+    assert loaded.sha256 == tokenizer.sha256
+    assert loaded.token_table == tokenizer.token_table
+    assert loaded.special_tokens == tokenizer.special_tokens
+    assert loaded.name == tokenizer.name
+    text = "abcca\n學" * 3
+    assert loaded.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_different_tokenizers_have_different_hashes(small_bpe):
+    tokenizers = [ByteTokenizer(), CharacterTokenizer("ab"), CharacterTokenizer("abc"), small_bpe]
+    assert len({tokenizer.sha256 for tokenizer in tokenizers}) == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace("abc", "abd"),
+        lambda text: "[]",
+        lambda text: "\udcff",
+    ],
+)
+def test_a_damaged_tokenizer_is_refused(damage, tmp_path):
+    CharacterTokenizer("abc").save(tmp_path)
+    path = tmp_path / FILE_NAME
+    path.write_text(damage(path.read_text()), errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=FILE_NAME) as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.exit_code == 4
+
+
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no tokenizer at"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_a_later_kind_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "definition", lambda self: {"kind": "morphemes"})
+    ByteTokenizer().save(tmp_path)
+    with pytest.raises(CheckpointError, match="morphemes"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("gpt", "gpt2"), ("byte", "bytes"), ("cl100k", "cl100k_base")]
+)
+def test_a_wrong_name_is_answered_with_the_nearest(wrong, near):
+    with pytest.raises(UsageError, match=f"did you mean '{near}'"):
+        check_kind(wrong)
+
+
+def test_an_encoding_out_of_reach_names_the_offline_way(tmp_path, monkeypatch):
+    import requests
+    import tiktoken.registry
+
+    def no_network(*_args, **_kwargs):
+        raise requests.exceptions.ConnectionError("no route to host")
+
+    monkeypatch.setattr(requests, "get", no_network)
+    # Newer versions of tiktoken fetch through a session.
+    monkeypatch.setattr(requests.Session, "request", no_network)
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    with pytest.raises(DataError, match="TIKTOKEN_CACHE_DIR=DIR") as caught:
+        tiktoken_tokenizer("cl100k_base")
+    assert "'cl100k_base'" in str(caught.value) and "no route to host" in str(caught.value)
+    assert caught.value.exit_code == 3
+
+
+def test_unassigned_ids_between_tokens_stand_for_nothing():
+    ranks = {bytes([b]): b for b in range(256)}
+    tokenizer = BytePairTokenizer("gap", r"\S+|\s+", ranks, {"<|endoftext|>": 300})
+    assert tokenizer.vocab_size == 301
+    assert tokenizer.token_bytes(280) == b""
+    assert tokenizer.token_name(280) == "<|unassigned 280|>"
+
+
+def test_the_saved_file_is_json_that_says_everything(tmp_path, small_bpe):
+    small_bpe.save(tmp_path)
+    saved = json.loads((tmp_path / FILE_NAME).read_text())
+    assert saved["definition"]["special_tokens"] == small_bpe.special_tokens
+    assert len(saved["definition"]["ranks"]) == small_bpe.vocab_size - 1
+
+
+def test_importing_the_text_layer_imports_no_jax():
+    import subprocess
+
+    code = (
+        "import sys, llm.text.shards, llm.text.batches; heavy = {'jax', 'tiktoken', 'datasets', "
+        "'grain', 'tokenizers'} & set(sys.modules); sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)

@@ -1,0 +1,265 @@
+"""Whole runs: whatever stops one, the same command gives what an unbroken run would have given."""
+
+import json
+import shutil
+import signal
+import time
+
+import pytest
+from runs import STEPS, losses, params_sha256, run_process, train, train_process, write_config
+
+from llm.commands import run_command
+from llm.commands.train import main
+from llm.errors import CheckpointError, DataError, NonFiniteError, RunLockedError, UsageError
+from llm.run.directory import RunDirectory, RunLock
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The folder of a run that nothing disturbed: config.toml, run/, cache/."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert train(write_config(folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(unbroken, tmp_path):
+    """A copy of it to break. Its config names the original's corpus and the copy's run."""
+    shutil.copytree(unbroken / "run", tmp_path / "run")
+    config = tmp_path / "config.toml"
+    text = (unbroken / "config.toml").read_text()
+    config.write_text(text.replace(str(unbroken / "run"), str(tmp_path / "run")))
+    return tmp_path
+
+
+def test_a_run_writes_what_the_design_promises(unbroken):
+    run = unbroken / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if row["kind"] == "train"]
+    evaluated = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in trained] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in evaluated] == [6, STEPS]
+    assert set(trained[0]) == {
+        "kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second",
+        "step_seconds", "mfu",
+    }  # fmt: skip
+    assert set(evaluated[0]) == {"kind", "step", "split", "loss", "bits_per_byte", "tokens"}
+    assert [row["tokens"] for row in trained] == [128 * n for n in range(1, STEPS + 1)]
+    assert trained[0]["mfu"] is None
+    assert RunDirectory(run).read_config().training.steps == STEPS
+    assert len(json.loads((run / "run.json").read_text())["starts"]) == 1
+    assert (run / "tokenizer" / "tokenizer.json").is_file()
+
+
+def test_the_same_command_again_says_it_is_finished(unbroken, capsys):
+    before = (unbroken / "run" / "metrics.jsonl").read_bytes()
+    assert train(unbroken / "config.toml") == 0
+    assert "is finished" in capsys.readouterr().err
+    assert (unbroken / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["step:step=3", "step:step=7", "evaluation:step=6", "checkpoint.after_write:step=8",
+     "checkpoint.before_commit:step=8", "checkpoint.deleting", "metrics.write:step=5"],
+)  # fmt: skip
+def test_resume_after_a_crash_is_bitwise(unbroken, tmp_path, monkeypatch, place):
+    """A crash by an unexpected error at any place; then the same command."""
+    config = write_config(tmp_path)
+    monkeypatch.setenv("LLM_FAULT", f"{place}:raise")
+    with pytest.raises((RuntimeError, CheckpointError)):
+        train(config)
+    monkeypatch.delenv("LLM_FAULT")
+    train(config)
+    assert losses(tmp_path / "run") == losses(unbroken / "run")
+    assert params_sha256(tmp_path / "run") == params_sha256(unbroken / "run")
+
+
+def test_a_run_that_is_lengthened_goes_on_and_records_it(copy):
+    train(copy / "config.toml", "--training.steps", "14")
+    assert losses(copy / "run")[-1][1] == 14
+    start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
+    assert start["from_step"] == STEPS
+    assert start["changed"] == {"training.steps": [STEPS, 14]}
+
+
+@pytest.fixture(scope="module")
+def unbroken_process(tmp_path_factory):
+    """As `unbroken`, by a process on one device, whose sums are in another order."""
+    folder = tmp_path_factory.mktemp("process")
+    code, output = run_process(write_config(folder))
+    assert code == 0, output
+    return folder
+
+
+@pytest.mark.parametrize("place", ["step:step=6", "checkpoint.before_commit:step=8"])
+def test_resume_after_kill_9_is_bitwise(unbroken_process, tmp_path, place):
+    config = write_config(tmp_path)
+    code, output = run_process(config, fault=f"{place}:kill")
+    assert code == -signal.SIGKILL, output
+    code, output = run_process(config)
+    assert code == 0, output
+    assert losses(tmp_path / "run") == losses(unbroken_process / "run")
+    assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
+
+
+@pytest.mark.parametrize("place", ["step:step=5:term", "evaluation:step=6:int"])
+def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_path, place):
+    config = write_config(tmp_path)
+    code, output = run_process(config, fault=place)
+    assert code == 75, output
+    assert "Traceback" not in output
+    stopped_at = int(place.split("step=")[1].split(":")[0])
+    assert (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()
+    code, output = run_process(config)
+    assert code == 0, output
+    assert losses(tmp_path / "run") == losses(unbroken_process / "run")
+    assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
+
+
+def test_another_number_of_devices_gives_the_same_losses_within_rounding(
+    unbroken, unbroken_process
+):
+    for one, eight in zip(
+        losses(unbroken_process / "run"), losses(unbroken / "run"), strict=True
+    ):
+        assert one[:2] == eight[:2]
+        assert one[2] == pytest.approx(eight[2], rel=1e-5)
+
+
+def test_a_second_process_is_refused_and_told_who_holds_the_run(copy):
+    lock = RunLock(RunDirectory(copy / "run"))
+    lock.acquire()
+    with pytest.raises(RunLockedError, match=r"in use by process \d+ on "):
+        train(copy / "config.toml")
+    lock.release()
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(unbroken, copy, capsys):
+    files = [p for p in (copy / "run" / "checkpoints" / str(STEPS)).rglob("*") if p.stat().st_size]
+    victim = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    train(copy / "config.toml", "--training.eval-batch-size", "32", "--training.steps", "13")
+    assert "damaged and set aside" in capsys.readouterr().err
+    assert (copy / "run" / "checkpoints" / f"{STEPS}.damaged").is_dir()
+    assert losses(copy / "run")[:STEPS] == losses(unbroken / "run")[:STEPS]
+
+
+def test_without_any_good_checkpoint_training_does_not_begin_again(copy):
+    for step in (copy / "run" / "checkpoints").iterdir():
+        (step / "receipt.json").unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="can be trusted"):
+            train(copy / "config.toml", "--training.steps", "20")
+
+
+def test_settings_that_make_another_model_are_refused_with_a_diff(copy):
+    with pytest.raises(UsageError, match=r"model.n_layer: the run has 2, this command has 3"):
+        train(copy / "config.toml", "--model.n-layer", "3")
+    with pytest.raises(UsageError, match="--run.allow-change"):
+        train(copy / "config.toml", "--optimizer.learning-rate", "0.02", "--training.steps", "20")
+    train(
+        copy / "config.toml", "--optimizer.learning-rate", "0.02", "--training.steps", "13",
+        "--run.allow-change",
+    )  # fmt: skip
+    start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
+    assert start["changed"]["optimizer.learning_rate"] == [0.01, 0.02]
+
+
+def test_a_corpus_that_changed_is_named(copy, unbroken, tmp_path):
+    text = (unbroken / "corpus.txt").read_text()
+    (tmp_path / "corpus.txt").write_text("A" + text[1:])
+    with pytest.raises(DataError, match=r"(?s)corpus.txt.*sha256"):
+        train(
+            copy / "config.toml", "--data.source", str(tmp_path / "corpus.txt"),
+            "--training.steps", "20",
+        )  # fmt: skip
+
+
+def test_a_config_that_is_not_the_models_disagrees_with_the_receipt(copy):
+    config = copy / "run" / "config.toml"
+    config.write_text(config.read_text().replace("norm_epsilon = 1e-05", "norm_epsilon = 0.1"))
+    from llm.run.model import open_model
+
+    with pytest.raises(CheckpointError, match=r"mean log-probability of -\d.* expected -\d"):
+        open_model(copy / "run")
+
+
+def test_a_run_directory_may_be_moved_and_be_a_link(copy, monkeypatch):
+    moved = copy / "elsewhere"
+    (copy / "run").rename(moved)
+    link = copy / "link"
+    link.symlink_to(moved)
+    monkeypatch.chdir(copy)
+    train(copy / "config.toml", "--run.dir", "link", "--training.steps", "13")
+    assert losses(moved)[-1][1] == 13
+
+
+def test_a_folder_that_is_not_a_run_is_left_alone(unbroken, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(UsageError, match=r"not a run .*thesis.tex"):
+        train(unbroken / "config.toml", "--run.dir", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path):
+    config = write_config(
+        tmp_path, optimizer={"learning_rate": 1e38, "min_learning_rate": 0.0, "warmup_steps": 0}
+    )
+    with pytest.raises(NonFiniteError, match=r"step \d+: loss"):
+        train(config)
+    assert list((tmp_path / "run").glob("nonfinite-step-*.npz"))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (["--model.n-head", "3"], 2, ["model.d_model = 32", "model.n_head = 3", "nearest"]),
+        (["--sample.top-p", "1.5"], 2, ["sample.top_p = 1.5", "less than or equal to 1"]),
+        (["--model.context-length", "100000"], 2, ["model.context_length = 100000"]),
+        (["--training.batch-size", "9"], 2, ["batch_size", "9", "8 or 16"]),
+        (["--tokenizer.kind", "gpt3"], 2, ["tokenizer.kind", "gpt3"]),
+        (["--data.source", "no/such/file"], 3, ["no/such/file"]),
+    ],
+)
+def test_wrong_input_is_answered_by_name(tmp_path, capsys, flags, code, words):
+    assert run_command(main, [str(write_config(tmp_path)), *flags]) == code
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert all(word in message for word in words), message
+
+
+def test_help_needs_no_jax(tmp_path):
+    code, output = run_process(tmp_path / "unused", "--help")
+    assert code == 0
+    assert "--training.steps" in output
+    program = (
+        "import sys, contextlib, io\nfrom llm.commands.train import main\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    main(['--help'])\nassert not {'jax', 'numpy', 'grain', 'orbax'} & set(sys.modules)"
+    )
+    import subprocess
+    import sys
+
+    from runs import ROOT
+
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    process = train_process(write_config(tmp_path, training={"steps": 100_000, "eval_every": 0}))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not metrics.exists() or not metrics.stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGSTOP)  # so that both signals are pending before it reacts
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    code = process.wait(timeout=60)
+    process.communicate()
+    assert code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
