@@ -11,7 +11,6 @@ COMMANDS = {
     "train": ("train", "pretrain from a configuration file, or resume"),
     "sample": ("sample", "write text and the probability of every token"),
     "score": ("score", "the probability of every token of given text"),
-    "prepare": ("prepare", "tokenise a configuration's corpus now, without training"),
     "verify": ("verify", "check a run's checkpoints: manifest, parameters, receipt"),
 }
 

@@ -24,7 +24,7 @@ from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     from llm.text.shards import TokenizedCorpus
-    from llm.training.loop import Job, Outputs
+    from llm.training.loop import Job, Outputs, Sampler
 
 USAGE = "python train.py CONFIG.toml [--section.key VALUE ...]"
 
@@ -105,10 +105,11 @@ def _train(
     try:
         state = restore_or_create(job, outputs.checkpoints, progress.say)
         step = int(state.step)
+        sampler = _make_sampler(job)
         _record_start(run, job, outputs, step, changed)
         _say_what_starts(job, run, step, progress)
         stop.check("nothing was trained yet")
-        loop = Loop(job, outputs, stop, _make_sampler(job), state)
+        loop = Loop(job, outputs, stop, sampler, state)
         try:
             loop.run()
         finally:
@@ -254,10 +255,38 @@ def _say_what_starts(job: "Job", run: RunDirectory, step: int, progress: Progres
     progress.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))
 
 
-def _make_sampler(job: "Job") -> Any:
-    """Text from the current parameters, drawn as the `sample` section says."""
+def _make_sampler(job: "Job") -> "Sampler":
+    """Text from the current parameters, drawn as the `sample` section says; "" where it cannot be.
+
+    Raises:
+      UsageError: sample.prompt cannot be the beginning of a text of this model.
+    """
+    import jax
+
+    from llm.inference.decode import Decoder, Request, encode_prompt
+    from llm.inference.filters import Sampling
+
+    settings, tokenizer = job.config.sample, job.corpus.tokenizer
+    can_sample = settings.max_new_tokens > 0 and jax.process_count() == 1
+    try:
+        prompt = encode_prompt(tokenizer, settings.prompt)
+    except UsageError:
+        if settings.prompt:
+            raise
+        can_sample = False
+    if not can_sample:
+        return lambda params: ""
+    request = Request(
+        prompt=prompt,
+        sampling=Sampling.of(settings),
+        max_new_tokens=settings.max_new_tokens,
+    )
+    Decoder(job.spec, {}, tokenizer).check(request)
 
     def sample(params: Any) -> str:
-        return ""
+        decoder = Decoder.create(job.spec, params, tokenizer)
+        parts = [token.text for part in decoder.generate([request]) for token in part.tokens]
+        text = "".join(parts)
+        return "\n".join("  | " + line for line in text.splitlines() or [""])
 
     return sample

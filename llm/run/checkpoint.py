@@ -87,8 +87,7 @@ def restore_group(folder: Path, group: str, abstract: Mapping[str, Any]) -> dict
     Raises:
       CheckpointError: the checkpoint holds other arrays than those.
     """
-    import orbax.checkpoint as ocp
-
+    ocp = _orbax()
     arguments = ocp.args.PyTreeRestore(
         dict(abstract),
         restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
@@ -197,7 +196,7 @@ class Checkpoints:
             try:
                 if alone:
                     self._write(partial, arrays)
-                self._orbax().wait_until_finished()
+                self._writer().wait_until_finished()
                 if jax.process_index() == 0:
                     self._commit(step, partial, arrays, make_receipt)
             except BaseException as error:
@@ -232,20 +231,18 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self._checkpointer.close()
 
-    def _orbax(self) -> Any:
+    def _writer(self) -> Any:
         if self._checkpointer is None:
-            import orbax.checkpoint as ocp
-
+            ocp = _orbax()
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         return self._checkpointer
 
     def _write(self, partial: Path, arrays: Groups) -> None:
-        import orbax.checkpoint as ocp
-
+        ocp = _orbax()
         if jax.process_index() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         items = {group: ocp.args.PyTreeSave(dict(arrays[group])) for group in GROUPS}
-        self._orbax().save(partial.resolve(), ocp.args.Composite(**items))
+        self._writer().save(partial.resolve(), ocp.args.Composite(**items))
 
     def _commit(
         self, step: int, partial: Path, arrays: Groups, make_receipt: Callable[[str], Receipt]
@@ -309,6 +306,16 @@ class Checkpoints:
 
     def _whole(self) -> str:
         return ", ".join(map(str, self.steps())) or "none yet"
+
+
+def _orbax() -> Any:
+    """Imported when it is needed, which takes most of a second; it warns of what we do on purpose."""
+    import logging
+
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    return ocp
 
 
 def _host_copy(groups: Groups) -> Groups:

@@ -60,12 +60,15 @@ class PlainProgress:
         if self._started is None:
             self._started = (time.monotonic(), step)
         if self._due() or step == steps:
-            start, first = self._started
-            per_step = (time.monotonic() - start) / max(1, step - first)
-            left = readable_seconds(per_step * (steps - step))
-            self.say(
-                f"step {step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left"
-            )
+            numbers = f"step {step}/{steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+            self.say(numbers + self._time_left(step, steps))
+
+    def _time_left(self, step: int, steps: int) -> str:
+        start, first = self._started or (0.0, step)
+        if step in (first, steps):
+            return ""
+        per_step = (time.monotonic() - start) / (step - first)
+        return f"  {readable_seconds(per_step * (steps - step))} left"
 
     def _due(self) -> bool:
         if self._silent or time.monotonic() - self._last < PLAIN_LINE_SECONDS:

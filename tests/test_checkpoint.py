@@ -1,0 +1,197 @@
+"""A checkpoint counts only when it is whole: every byte is checked, and nothing good is ever lost."""
+
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.config import MeshConfig
+from llm.errors import CheckpointError
+from llm.model.sharding import make_mesh, sharding_of
+from llm.run.checkpoint import (
+    Checkpoints,
+    params_sha256,
+    read_receipt,
+    restore_group,
+    saved_steps,
+    verify_files,
+)
+
+
+def groups(seed=0):
+    random = np.random.default_rng(seed)
+    return {
+        "params": {f"w{i}": jnp.asarray(random.normal(size=(8, 4)), jnp.float32) for i in range(3)},
+        "training": {"step": jnp.int32(seed), "moment": jnp.ones((8, 4))},
+    }
+
+
+def receipt(sha256):
+    return {"tokens": [[1, 2]], "logprobs": [[-1.0]], "tokenizer_sha256": "t"}
+
+
+def save(checkpoints, step):
+    checkpoints.save(step, groups(step), receipt)
+    checkpoints.wait()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    checkpoints = Checkpoints(root, keep=2)
+    checkpoints.clean()
+    save(checkpoints, 5)
+    checkpoints.close()
+    return root / "5"
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "5")
+    return tmp_path / "5"
+
+
+def abstract(arrays, mesh, axes):
+    sharding = sharding_of(mesh, axes)
+    return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for n, a in arrays.items()}
+
+
+@pytest.mark.parametrize("fsdp", [1, 2, 8])
+def test_a_checkpoint_opens_on_another_mesh_bit_for_bit(saved, fsdp):
+    mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
+    params = groups(5)["params"]
+    restored = restore_group(saved, "params", abstract(params, mesh, ("embed", None)))
+    assert restored["w0"].addressable_shards[0].data.shape == (8 // fsdp, 4)
+    for name, array in params.items():
+        np.testing.assert_array_equal(restored[name], array)
+    assert params_sha256(restored) == read_receipt(saved)["params_sha256"]
+
+
+def test_a_byte_flipped_in_any_file_is_found(copy):
+    verify_files(copy)
+    files = sorted(path for path in copy.rglob("*") if path.is_file())
+    assert len(files) > 8
+    for path in files:
+        content = path.read_bytes()
+        for place in {0, len(content) // 2, len(content) - 1} if content else ():
+            flipped = bytearray(content)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            with pytest.raises(CheckpointError):
+                verify_files(copy)
+        path.write_bytes(content)
+    verify_files(copy)
+
+
+def test_a_file_truncated_missing_or_added_is_found_and_named(copy):
+    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        if content:
+            path.write_bytes(content[:-1])
+            with pytest.raises(CheckpointError, match=path.name):
+                verify_files(copy)
+        path.unlink()
+        with pytest.raises(CheckpointError, match=path.name):
+            verify_files(copy)
+        path.write_bytes(content)
+    (copy / "params" / "stranger").write_text("x")
+    with pytest.raises(CheckpointError, match="stranger"):
+        verify_files(copy)
+
+
+def test_arrays_of_another_model_are_refused_by_name(saved):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    wanted = abstract(groups(5)["params"], mesh, (None, None))
+    wanted["w1"] = jax.ShapeDtypeStruct((8, 5), jnp.float32, sharding=wanted["w1"].sharding)
+    with pytest.raises(CheckpointError, match=r"w1 has shape \(8, 4\), expected \(8, 5\)"):
+        restore_group(saved, "params", wanted)
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.clean()
+    for step in (1, 2, 10):
+        if step == 2:
+            checkpoints.best = 1
+        save(checkpoints, step)
+    assert saved_steps(tmp_path) == [1, 2, 10]
+    save(checkpoints, 11)
+    assert saved_steps(tmp_path) == [1, 10, 11]
+    checkpoints.best = None
+    save(checkpoints, 12)
+    assert saved_steps(tmp_path) == [11, 12]
+    checkpoints.close()
+
+
+def test_a_save_is_a_copy_that_the_next_steps_donation_cannot_reach(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.clean()
+    state = groups(7)
+    expected = params_sha256({n: np.array(a) for n, a in state["params"].items()})
+    checkpoints.save(7, state, receipt)
+    overwrite = jax.jit(
+        lambda params: jax.tree.map(lambda a: a * 0 - 1, params), donate_argnums=0
+    )
+    for _ in range(3):
+        state["params"] = overwrite(state["params"])
+    checkpoints.wait()
+    assert read_receipt(tmp_path / "7")["params_sha256"] == expected
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "place", ["checkpoint.after_write", "checkpoint.before_manifest", "checkpoint.before_commit"]
+)
+def test_a_failed_background_save_is_noticed_and_leaves_the_steps_before_it(
+    tmp_path, monkeypatch, place
+):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.clean()
+    save(checkpoints, 1)
+    monkeypatch.setenv("LLM_FAULT", f"{place}:raise")
+    checkpoints.save(2, groups(2), receipt)
+    checkpoints._job.thread.join()
+    with pytest.raises(CheckpointError, match="step 2 could not be saved"):
+        checkpoints.check_for_errors()
+    monkeypatch.delenv("LLM_FAULT")
+    verify_files(tmp_path / "1")
+    assert saved_steps(tmp_path) == [1]
+    save(checkpoints, 3)
+    assert saved_steps(tmp_path) == [3]
+    checkpoints.close()
+
+
+def test_a_full_disk_says_what_is_needed_and_what_there_is(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.clean()
+    save(checkpoints, 1)
+    monkeypatch.setenv("LLM_FAULT", "checkpoint.before_manifest:enospc")
+    checkpoints.save(2, groups(2), receipt)
+    with pytest.raises(CheckpointError, match=r"it needs .*\(\d+ bytes\), .* can be written"):
+        checkpoints.wait()
+    verify_files(tmp_path / "1")
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    checkpoints.close()
+
+
+def test_what_a_dead_process_left_is_removed(saved, tmp_path):
+    for name in ("7.partial", "3.deleting", "5"):
+        shutil.copytree(saved, tmp_path / name)
+    Checkpoints(tmp_path, keep=1).clean()
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_disk_errors_are_told_from_others():
+    from llm.files import is_disk_full
+
+    assert is_disk_full(OSError(errno.ENOSPC, "x"))
+    assert is_disk_full(ValueError("Error writing: No space left on device [tensorstore]"))
+    assert not is_disk_full(OSError(errno.EACCES, "x"))
+
+
+def test_the_receipt_is_strict_json(saved):
+    json.loads((saved / "receipt.json").read_text(), parse_constant=pytest.fail)

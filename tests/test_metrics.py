@@ -1,0 +1,74 @@
+"""metrics.jsonl holds each step once, survives torn lines and full disks, and is strict JSON."""
+
+import json
+
+import pytest
+
+from llm.run.metrics import Metrics, read_metrics
+
+
+def row(step, kind="train", **values):
+    return {"kind": kind, "step": step, "loss": 1.0 / step, **values}
+
+
+def write(path, steps):
+    metrics = Metrics(path)
+    for step in steps:
+        metrics.write(row(step))
+    metrics.close()
+
+
+def test_rewinding_keeps_each_step_up_to_the_checkpoint_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3, 4, 5])
+    metrics = Metrics(path)
+    dropped = metrics.rewind(3)
+    assert [r["step"] for r in dropped] == [4, 5]
+    metrics.write(row(4))
+    metrics.close()
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 20])
+def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [1, 2, 3])
+    path.write_bytes(path.read_bytes()[:-cut])
+    metrics = Metrics(path)
+    metrics.rewind(10)
+    metrics.write(row(3))
+    metrics.close()
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    metrics.write({"kind": "train", "step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+    metrics.close()
+    assert read_metrics(path) == [{"kind": "train", "step": 1, "loss": None, "grad_norm": None}]
+
+
+def test_a_full_disk_is_warned_of_once_and_counted(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    metrics.write(row(1))
+    monkeypatch.setenv("LLM_FAULT", "metrics.write:enospc")
+    metrics.write(row(2))
+    metrics.write(row(3))
+    monkeypatch.delenv("LLM_FAULT")
+    metrics.write(row(4))
+    metrics.close()
+    assert metrics.lost == 2
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    assert [r["step"] for r in read_metrics(path)] == [1, 4]
+
+
+def test_the_best_evaluation_is_the_lowest_validation_loss(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
+        metrics.write({"kind": "eval", "step": step, "split": "validation", "loss": loss})
+    assert metrics.best_evaluation() == (2, 2.0)
+    assert metrics.has_evaluation(2)
+    assert not metrics.has_evaluation(4)
