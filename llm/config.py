@@ -213,6 +213,9 @@ class TrainingConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop", "when loss or gradients are not finite: stop (exit 5), or skip that update"
     )
+    spike_zscore: NonNegativeFloat = setting(
+        0.0, "skip an update whose loss is this many standard deviations above recent ones; 0: off"
+    )
     max_skipped: PositiveInt = setting(10, "skipped updates in a row after which to stop")
 
     @property

@@ -15,7 +15,7 @@ from llm.model.sharding import make_mesh, shard_batch
 from llm.training.evaluate import evaluate, make_evaluation_step
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state, create_state, from_groups, to_groups
-from llm.training.step import BATCH_AXES, make_train_step
+from llm.training.step import BATCH_AXES, is_spike, make_train_step
 
 SPEC = ModelSpec(
     ModelConfig(n_layer=1, n_head=4, d_model=32, context_length=16, vocab_multiple=16), 70
@@ -223,3 +223,27 @@ def test_evaluation_weighs_tokens_not_batches():
     assert result.tokens == BATCH * 16 + 3
     assert result.loss_nats == pytest.approx(nats.mean(), rel=1e-6)
     assert result.bits_per_byte == pytest.approx(nats.sum() / lengths.sum() / np.log(2), rel=1e-6)
+
+
+def test_a_loss_spike_is_skipped_and_does_not_enter_the_history():
+    """64 ordinary losses, then weights that make the next one huge: the update is masked."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = create_state(SPEC, make_optimizer(OPTIMIZER), 0, mesh)
+    usual = 1.0 + 0.01 * np.random.default_rng(0).normal(size=64)
+    state = dataclasses.replace(state, loss_history=jnp.float32(usual))
+    before = jax.device_get(to_groups(state))
+    config = TrainingConfig(batch_size=BATCH, spike_zscore=6.0)
+    after, metrics = make_train_step(SPEC, OPTIMIZER, config, mesh)(state, tokens(0))
+    assert metrics["spike"]
+    after = jax.device_get(to_groups(after))
+    assert before["training"].pop("step") + 1 == after["training"].pop("step")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_a_spike_needs_a_full_history_and_a_threshold():
+    usual = np.float32(1.0 + 0.01 * np.random.default_rng(0).normal(size=64))
+    z = (1.05 - usual.mean()) / usual.std()
+    assert is_spike(jnp.float32(1.05), jnp.asarray(usual), z - 0.01)
+    assert not is_spike(jnp.float32(1.05), jnp.asarray(usual), z + 0.01)
+    assert not is_spike(jnp.float32(9.0), jnp.asarray(usual), 0.0)
+    assert not is_spike(jnp.float32(9.0), jnp.asarray(usual).at[0].set(jnp.nan), 3.0)

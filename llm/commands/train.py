@@ -68,8 +68,9 @@ def configure(arguments: list[str]) -> Config:
 
 
 def _is_finished(run: RunDirectory, config: Config, progress: Progress) -> bool:
-    """Whether the last step is saved and evaluated; says so."""
-    from llm.run.checkpoint import saved_steps
+    """Whether the last step is saved, whole and evaluated; says so."""
+    from llm.errors import CheckpointError
+    from llm.run.checkpoint import saved_steps, verify_files
     from llm.run.metrics import read_metrics
 
     steps = saved_steps(run.checkpoints) if run.exists() else []
@@ -78,7 +79,11 @@ def _is_finished(run: RunDirectory, config: Config, progress: Progress) -> bool:
     rows = [row for row in read_metrics(run.metrics) if row["kind"] == "eval"]
     evaluated = {row["step"]: row for row in rows}
     if config.data.validation != "none" and config.training.steps not in evaluated:
-        return steps[-1] > config.training.steps
+        return False
+    try:
+        verify_files(run.checkpoints / str(steps[-1]))
+    except CheckpointError:
+        return False  # opening it says what is wrong, and finds the one before
     row = evaluated.get(config.training.steps)
     loss = f", validation loss {row['loss']:.4f}" if row else ""
     progress.say(

@@ -198,7 +198,7 @@ class Decoder:
         lengths_B = np.array([len(row.prompt) for row in rows], np.int32)
         width = round_up(int(lengths_B.max()), at_least=16)
         tokens_BT = np.zeros((B, width), np.int32)
-        watch_BW = np.zeros((B, round_up(max(len(row.watch) for row in rows))), np.int32)
+        watch_BW = np.zeros((B, round_up(max(len(row.watch) for row in rows), at_least=4)), np.int32)
         for b, row in enumerate(rows):
             tokens_BT[b, : lengths_B[b]] = row.prompt
             watch_BW[b, : len(row.watch)] = row.watch
@@ -218,7 +218,7 @@ class Decoder:
         piece = min(T, PIECE)
         context = self.spec.config.context_length
         longest = min(context, int((batch.lengths_B + batch.left_B).max()))
-        cache, hidden_BD = _empty(self.spec, B, round_up(max(longest, T)))
+        cache, hidden_BD = _empty(self.spec, B, round_up(max(longest, T), at_least=64))
         described = []
         for start in range(0, int(batch.lengths_B.max()), piece):
             inputs_BP = batch.tokens_BT[:, start : start + piece]
@@ -368,7 +368,7 @@ def for_decoding(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
 
 
 def round_up(size: int, at_least: int = 1) -> int:
-    """The next power of two; 0 stays 0."""
+    """The next power of two, at least so much; 0 stays 0."""
     return max(at_least, 1 << (size - 1).bit_length()) if size else 0
 
 

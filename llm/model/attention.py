@@ -57,11 +57,12 @@ def attention_scores(
     """Q K^T / sqrt(H) + M: float32 [B, K, G, T, S], -inf where not visible."""
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
-    query_BTKGH = (query_BTNH * H**-0.5).reshape(B, T, K, N // K, H)
-    scores_BKGTS = jnp.einsum(
+    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
+    products_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH, preferred_element_type=jnp.float32
     )
-    return jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, -jnp.inf)
+    # Scaled here, in float32: scaled queries would be rounded once more in bfloat16.
+    return jnp.where(visible_BTS[:, None, None, :, :], products_BKGTS * H**-0.5, -jnp.inf)
 
 
 def attention_weights(

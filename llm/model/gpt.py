@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm.config import ModelConfig
-from llm.model.attention import attend, causal_mask, drop, rotate
+from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
 from llm.model.sharding import constrain, is_divided
 
 # Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights.
@@ -220,6 +220,12 @@ class Attention(nnx.Module):
                             dropout=self.config.dropout, dropout_key=dropout_key)
         return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1))
 
+    def weights(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The softmax that __call__ mixes values with, without dropout: float32 [B, N, T, T]."""
+        query, key, _ = self.project(x_BTD, positions_BT)
+        weights_BKGTS = attention_weights(query, key, causal_mask(x_BTD.shape[1]))
+        return jax.lax.collapse(weights_BKGTS, 1, 3)
+
     def extend(self, x_BTD, positions_BT, keys_BSKH, values_BSKH) -> tuple[jax.Array, ...]:
         """As __call__, also looking at cached positions; returns the longer cache with the output."""
         query, key, value = self.project(x_BTD, positions_BT)
@@ -317,9 +323,7 @@ class GPT(nnx.Module):
             caller's error: a gather on an accelerator cannot complain.
           dropout_key: draws this pass's dropout; None turns dropout off.
         """
-        positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
-        x_BTD = self.embed(tokens_BT, positions_BT)
-        x_BTD = constrain(x_BTD, "batch", "sequence", "width")
+        x_BTD, positions_BT = self._embedded(tokens_BT)
         if dropout_key is not None:
             x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
         for layer, block in enumerate(self.blocks, start=1):
@@ -327,12 +331,34 @@ class GPT(nnx.Module):
             x_BTD = block(x_BTD, positions_BT, dropout_key=key)
         return self.final_norm(x_BTD)
 
+    def _embedded(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x_0 of a text from its beginning, and its positions."""
+        positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
+        x_BTD = self.embed(tokens_BT, positions_BT)
+        return constrain(x_BTD, "batch", "sequence", "width"), positions_BT
+
+    def attention_weights(self, tokens_BT: jax.Array) -> jax.Array:
+        """Where each head looks: float32 [L, B, N, T, T].
+
+        weights[l, b, n, t, s] is how much head n of layer l takes from position s when it computes
+        its output at t; each row sums to one and is zero for s > t. All L layers are held at once.
+        """
+        x_BTD, positions_BT = self._embedded(tokens_BT)
+        layers = []
+        for block in self.blocks:
+            layers.append(block.attention.weights(block.attention_norm(x_BTD), positions_BT))
+            x_BTD = block(x_BTD, positions_BT)
+        return jnp.stack(layers)
+
     def extend(self, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """`hidden` of tokens that follow those in the cache, and the cache with them in it.
 
         Row b's tokens sit at positions length_B[b] + [0, T). Prompts of different lengths: pad
         them on the right, extend an empty cache, then set length_B to the true lengths; what
         padding left behind is masked until it is overwritten.
+
+        Positions beyond the capacity are dropped: real tokens there are the caller's error, as ids
+        outside the vocabulary are; padding may reach over the end.
         """
         T = tokens_BT.shape[1]
         positions_BT = cache.length_B[:, None] + jnp.arange(T)[None, :]
@@ -374,7 +400,7 @@ def initialise(spec: ModelSpec, key: jax.Array) -> Params:
     """Fresh float32 parameters; each is a pure function of the key, its name and its shape.
 
     Weights of one shape are drawn by one loop: a draw takes 0.3 s to compile, and 12 layers have 50
-    (jax 0.12, 2-core EPYC: 10.8 s drawn apart, X s so).
+    (jax 0.12, 2-core EPYC, busy: 10.8 s drawn apart, 3.7 s so).
     """
     flat = {_name(path): variable for path, variable in nnx.to_flat_state(nnx.state(GPT(spec)))}
     params = {name: variable.get_value() for name, variable in flat.items()}

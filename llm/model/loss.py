@@ -78,6 +78,8 @@ def head_loss(
 
     The positions are taken in `chunks` parts, one after the other. When a gradient is asked for, each
     part's is computed while its logits are at hand, so they are never computed twice.
+    Differentiable in hidden and head, and through `objective` alone: nll and the weights carry no
+    gradient.
 
     Args:
       hidden_BTD: output of GPT.hidden, in the compute dtype.

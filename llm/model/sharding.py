@@ -50,9 +50,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     fixed = math.prod(size for size in sizes if size != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        remedy = (
+            f"make them divide {len(devices)}"
+            if -1 in sizes
+            else f"make them multiply to {len(devices)}, or set one to -1 to take the rest"
+        )
         raise UsageError(
-            f"mesh {wanted} does not fit {len(devices)} devices: the sizes multiply to {fixed}; "
-            f"set one of them to -1 to take the rest, or make them multiply to {len(devices)}"
+            f"mesh {wanted} does not fit {len(devices)} devices: the sizes given multiply to "
+            f"{fixed}; {remedy}"
         )
     shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
     # Auto, named: JAX's default of Explicit axes would put every sharding into the types.
@@ -62,10 +67,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def check_divisible(mesh: Mesh, model: ModelConfig, padded_vocab_size: int, batch_size: int) -> None:
     """Every divided size must be a multiple of its mesh axis.
 
+    Args:
+      model: resolved or not.
+      batch_size: sequences of one forward pass, over all devices.
+
     Raises:
       UsageError: naming the setting, the axis and the nearest sizes that work.
     """
-    axis = dict(mesh.shape)
+    axis, model = dict(mesh.shape), model.resolved()
     rows = axis["data"] * axis["fsdp"]
     divisions = [
         ("training.micro_batch_size (or batch_size)", batch_size, "data x fsdp", rows),

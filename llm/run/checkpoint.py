@@ -88,14 +88,15 @@ def restore_group(folder: Path, group: str, abstract: Mapping[str, Any]) -> dict
       CheckpointError: the checkpoint holds other arrays than those.
     """
     ocp = _orbax()
+    path = (folder / group).resolve()
     arguments = ocp.args.PyTreeRestore(
         dict(abstract),
         restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        held = _array_shapes(checkpointer.metadata(folder / group))
+        held = _array_shapes(checkpointer.metadata(path))
         _check_shapes(folder, held, {name: tuple(leaf.shape) for name, leaf in abstract.items()})
-        return dict(checkpointer.restore((folder / group).resolve(), arguments))
+        return dict(checkpointer.restore(path, arguments))
 
 
 def _array_shapes(metadata: Any) -> dict[str, tuple[int, ...]]:

@@ -174,6 +174,7 @@ FREE_SETTINGS = (
     "training.eval_every",
     "training.eval_batch_size",
     "training.on_nonfinite",
+    "training.spike_zscore",
     "training.max_skipped",
 )
 # Settings that change the result and may be meant to: taken with run.allow_change, and recorded.

@@ -232,14 +232,14 @@ class Loop:
             self.first_step_at = time.time()
         tokens = self._settings.batch_size * self._job.spec.config.context_length
         self._tokens += tokens
-        finite = values["finite"]
-        if pending.step % self._job.config.logging.every == 0 or not finite:
+        applied = values["finite"] and not values["spike"]
+        if pending.step % self._job.config.logging.every == 0 or not applied:
             self._outputs.write(self._row(pending.step, values, seconds, tokens))
         self._outputs.progress.step(
             pending.step, self._settings.steps, values["loss"], tokens / seconds
         )
-        self._skipped = 0 if finite else self._skipped + 1
-        if not finite:
+        self._skipped = 0 if applied else self._skipped + 1
+        if not applied:
             self._refuse_or_skip(pending, values)
 
     def _row(
@@ -256,26 +256,27 @@ class Loop:
             "step_seconds": seconds,
             "mfu": mfu(self._job.spec, tokens / seconds, list(self._job.mesh.devices.flat)),
         }
-        return row if values["finite"] else {**row, "finite": False}
+        if not values["finite"]:
+            row["finite"] = False
+        if values["spike"]:
+            row["spike"] = True
+        return row
 
     def _refuse_or_skip(self, pending: _Pending, values: dict[str, Any]) -> None:
         """The step itself has left the weights as they were; here the run goes on or ends."""
         what = f"step {pending.step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
-        if self._settings.on_nonfinite == "skip" and self._skipped < self._settings.max_skipped:
+        may_skip = values["finite"] or self._settings.on_nonfinite == "skip"
+        if may_skip and self._skipped < self._settings.max_skipped:
             self._outputs.progress.say(f"WARNING: {what}; this update was skipped")
             return
         batch = self._outputs.run.path / f"nonfinite-step-{pending.step}.npz"
         starts = self._job.batches().window_starts(pending.step - 1)
         np.savez(batch, tokens=pending.tokens_BT, window_starts=starts)
-        reason = (
-            f"{self._skipped} updates in a row were not finite"
-            if self._settings.on_nonfinite == "skip"
-            else "the update was not applied"
-        )
+        in_a_row = f"the last {self._skipped} updates were skipped"
         raise NonFiniteError(
-            f"{what}; {reason}. The batch is in {batch}; the checkpoints before it are good. Lower "
-            "optimizer.learning_rate (with --run.allow-change), or set training.on_nonfinite = "
-            "'skip' to pass over such batches"
+            f"{what}; {in_a_row if may_skip else 'the update was not applied'}. The batch is in "
+            f"{batch}; the checkpoints before it are good. Lower optimizer.learning_rate (with "
+            "--run.allow-change), or set training.on_nonfinite = 'skip' to pass over such batches"
         )
 
     def _save(self) -> None:
@@ -376,6 +377,6 @@ class Loop:
     def _skipped_before(self) -> int:
         rows = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
         count = 0
-        while count < len(rows) and rows[-1 - count].get("finite") is False:
+        while count < len(rows) and {"finite", "spike"} & set(rows[-1 - count]):
             count += 1
         return count

@@ -20,19 +20,24 @@ from llm.model.sharding import replicated, tree_shardings
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state", "key"],
+    data_fields=["step", "params", "opt_state", "key", "loss_history"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """step: int32 []. params: Params. opt_state: optax state. key: typed PRNG key, never advanced;
-    randomness of step n is fold_in(key, n)."""
+    randomness of step n is fold_in(key, n). loss_history: float32 [HISTORY], losses of the newest
+    updates that were applied, step n in slot n mod HISTORY; NaN where there is none yet."""
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
     key: jax.Array
+    loss_history: jax.Array
 
+
+# Losses that a spike is measured against: enough for a spread, few enough to follow the curve.
+HISTORY = 64
 
 # What a checkpoint holds: "params" apart, so that a sampler reads nothing else.
 Groups = dict[str, dict[str, Any]]
@@ -95,7 +100,12 @@ def to_groups(state: TrainState) -> Groups:
         )
     return {
         "params": dict(state.params),
-        "training": {**training, "step": state.step, "key": key_data},
+        "training": {
+            **training,
+            "step": state.step,
+            "key": key_data,
+            "loss_history": state.loss_history,
+        },
     }
 
 
@@ -110,6 +120,7 @@ def from_groups(abstract: TrainState, groups: Mapping[str, Mapping[str, jax.Arra
         params=dict(groups["params"]),
         opt_state=jax.tree_util.tree_unflatten(structure, leaves),
         key=jax.device_put(key, abstract.key.sharding),
+        loss_history=training["loss_history"],
     )
 
 
@@ -125,4 +136,5 @@ def _create(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int)
         params=params,
         opt_state=optimizer.init(params),
         key=step_key,
+        loss_history=jnp.full((HISTORY,), jnp.nan),
     )

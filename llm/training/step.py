@@ -16,7 +16,7 @@ from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import LossOptions, LossTerms, chunks_for, head_loss
 from llm.model.sharding import constrain, sharding_of
 from llm.training.optimizer import learning_rate_factor, make_optimizer
-from llm.training.state import TrainState, state_shardings
+from llm.training.state import HISTORY, TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
@@ -32,7 +32,8 @@ def make_train_step(
     """The compiled step. It takes int32 [B, T + 1] and gives the state's buffers to the new state.
 
     Metrics (float32 scalars unless said): loss (nats per token, without smoothing and z-loss),
-    grad_norm (before clipping), learning_rate (used by this update), finite (bool).
+    grad_norm (before clipping), learning_rate (used by this update), finite (bool), spike (bool).
+    Where not finite, or a spike, the update is masked out.
     """
     optimizer = make_optimizer(optimizer_config)
     shardings = state_shardings(spec, optimizer, mesh)
@@ -46,20 +47,23 @@ def make_train_step(
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: factor * update, updates)
+        finite = jnp.isfinite(loss.objective) & jnp.isfinite(grad_norm)
+        spike = is_spike(loss.nll, state.loss_history, training.spike_zscore)
         updated = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             opt_state=opt_state,
             key=state.key,
+            loss_history=state.loss_history.at[state.step % HISTORY].set(loss.nll),
         )
-        finite = jnp.isfinite(loss.objective) & jnp.isfinite(grad_norm)
         metrics = {
             "loss": loss.nll,
             "grad_norm": grad_norm,
             "learning_rate": factor * optimizer_config.learning_rate,
             "finite": finite,
+            "spike": spike,
         }
-        return select_finite(finite, updated, state), metrics
+        return select_update(finite & ~spike, updated, state), metrics
 
     compiled = jax.jit(
         train_step,
@@ -136,16 +140,26 @@ def _objective(
     return terms.objective, terms
 
 
-def select_finite(finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
-    """The updated state, or the old one with only its step advanced when something is not finite.
+def is_spike(loss: jax.Array, history: jax.Array, zscore: float) -> jax.Array:
+    """Whether (loss - mean) / std over a full history is above `zscore`; never for zscore = 0."""
+    if not zscore:
+        return jnp.zeros((), bool)
+    full = jnp.isfinite(history).all()
+    return full & (loss - history.mean() > zscore * history.std())
+
+
+def select_update(apply: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
+    """The updated state, or the old one with only its step advanced.
 
     By `where`: multiplying a NaN update by zero would keep the NaN.
     """
+
     def select(new, old):
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        return jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, old)
 
     return dataclasses.replace(
         updated,
         params=select(updated.params, state.params),
         opt_state=select(updated.opt_state, state.opt_state),
+        loss_history=select(updated.loss_history, state.loss_history),
     )

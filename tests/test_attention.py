@@ -1,0 +1,196 @@
+"""Attention and its parts against float64 numpy and closed forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
+
+B, T, S, N, H = 2, 5, 7, 4, 6
+
+compiled_attend = jax.jit(attend)
+
+
+def example(kv_heads, seed=0, scale=1.0):
+    """Queries, keys, values, and a mask that lets every query see at least one key."""
+    random = np.random.default_rng(seed)
+    query = scale * random.normal(size=(B, T, N, H))
+    key = random.normal(size=(B, S, kv_heads, H))
+    value = random.normal(size=(B, S, kv_heads, H))
+    visible = random.random((B, T, S)) < 0.5
+    visible[:, :, 0] = True
+    return query, key, value, visible
+
+
+def reference_weights(query, key, visible):
+    """softmax(Q K^T / sqrt(H) + M) head by head, in float64: [B, N, T, S]."""
+    heads = []
+    for n in range(N):
+        k = key[:, :, n // (N // key.shape[2])]
+        scores = query[:, :, n] @ k.swapaxes(1, 2) / np.sqrt(H)
+        scores = np.where(visible, scores, -np.inf)
+        exponentials = np.exp(scores - scores.max(-1, keepdims=True))
+        heads.append(exponentials / exponentials.sum(-1, keepdims=True))
+    return np.stack(heads, axis=1)
+
+
+def reference_attention(query, key, value, visible):
+    values = np.repeat(value, N // value.shape[2], axis=2)
+    return np.einsum("bnts,bsnh->btnh", reference_weights(query, key, visible), values)
+
+
+def as_float32(*arrays):
+    return tuple(
+        jnp.asarray(array, jnp.float32 if array.dtype != bool else bool) for array in arrays
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1], ids=["multi-head", "grouped", "multi-query"])
+def test_attention_equals_float64_numpy(kv_heads):
+    arrays = example(kv_heads)
+    np.testing.assert_allclose(
+        compiled_attend(*as_float32(*arrays)), reference_attention(*arrays), atol=2e-6
+    )
+
+
+def test_scores_of_thousands_neither_overflow_nor_vanish():
+    arrays = example(2, scale=3000.0)
+    result = compiled_attend(*as_float32(*arrays))
+    np.testing.assert_allclose(result, reference_attention(*arrays), atol=2e-3)
+
+
+@pytest.mark.parametrize("position", range(3), ids=["query", "key", "value"])
+def test_gradient_equals_central_differences_in_float64(position):
+    *arrays, visible = example(2)
+    random = np.random.default_rng(1)
+    weights = random.normal(size=(B, T, N, H))
+    gradient = _gradients(*as_float32(*arrays, visible), jnp.float32(weights))[position]
+    direction = random.normal(size=gradient.shape)
+    ends = []
+    for step in (1e-5, -1e-5):
+        moved = list(arrays)
+        moved[position] = arrays[position] + step * direction
+        ends.append((weights * reference_attention(*moved, visible)).sum())
+    slope = (ends[0] - ends[1]) / 2e-5
+    np.testing.assert_allclose((np.asarray(gradient, float) * direction).sum(), slope, rtol=1e-4)
+
+
+@jax.jit
+def _gradients(query, key, value, visible, weights):
+    return jax.grad(
+        lambda *arrays: jnp.sum(weights * attend(*arrays, visible)), argnums=(0, 1, 2)
+    )(query, key, value)
+
+
+def test_weights_equal_float64_numpy_and_are_those_that_attend_mixes_with():
+    arrays = example(2)
+    query, key, value, visible = as_float32(*arrays)
+    weights_BKGTS = attention_weights(query, key, visible)
+    weights = weights_BKGTS.reshape(B, N, T, S)
+    np.testing.assert_allclose(weights, reference_weights(*arrays[:2], arrays[3]), atol=1e-6)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, value).reshape(B, T, N, H)
+    np.testing.assert_allclose(compiled_attend(query, key, value, visible), mixed, atol=1e-6)
+    assert np.all(np.asarray(weights)[np.broadcast_to(~arrays[3][:, None], weights.shape)] == 0.0)
+
+
+def test_multi_query_is_multi_head_with_one_key_repeated():
+    query, key, value, visible = as_float32(*example(1))
+    repeated = compiled_attend(
+        query, jnp.repeat(key, N, axis=2), jnp.repeat(value, N, axis=2), visible
+    )
+    np.testing.assert_allclose(compiled_attend(query, key, value, visible), repeated, atol=1e-6)
+
+
+def test_bfloat16_rounds_inputs_and_output_but_not_the_softmax():
+    """The only roundings are those of bfloat16 arrays: 2^-9 relative at values and at the output,
+    and 2^-9 of each weight in between. A bfloat16 softmax over these scores would miss by more."""
+    exact = example(2, scale=8.0)
+    rounded = [jnp.asarray(array, jnp.bfloat16) for array in exact[:3]]
+    result = compiled_attend(*rounded, jnp.asarray(exact[3]))
+    assert result.dtype == jnp.bfloat16
+    as_read = [np.asarray(array, np.float64) for array in rounded]
+    expected = reference_attention(*as_read, exact[3])
+    largest = np.abs(as_read[2]).max()
+    assert np.abs(np.asarray(result, np.float64) - expected).max() < 2 * 2**-9 * largest
+    assert attention_weights(*rounded[:2], jnp.asarray(exact[3])).dtype == jnp.float32
+
+
+def test_causal_mask_shows_the_past_and_the_present():
+    mask = np.asarray(causal_mask(6))
+    assert mask.shape == (1, 6, 6)
+    assert all(mask[0, t, s] == (s <= t) for t in range(6) for s in range(6))
+
+
+def turned(x, positions, theta):
+    """Rotation as multiplication of complex numbers, in float64."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-2.0 * np.arange(half) / x.shape[-1])
+    phase = np.exp(1j * positions[:, :, None, None] * frequencies)
+    z = (x[..., :half] + 1j * x[..., half:]) * phase
+    return np.concatenate([z.real, z.imag], axis=-1)
+
+
+@pytest.mark.parametrize("theta", [10000.0, 37.0])
+def test_rotation_equals_multiplication_of_complex_numbers(theta):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(B, T, N, H))
+    positions = random.integers(0, 300, (B, T))
+    rotated = rotate(jnp.float32(x), jnp.int32(positions), theta)
+    np.testing.assert_allclose(rotated, turned(x, positions, theta), atol=1e-4)
+
+
+def test_rotated_products_depend_on_distance_alone():
+    random = np.random.default_rng(0)
+    query, key = (jnp.float32(random.normal(size=(1, 1, 1, 8))) for _ in range(2))
+
+    def product(query_at, key_at):
+        ends = [
+            rotate(x, jnp.array([[at]]), 100.0) for x, at in ((query, query_at), (key, key_at))
+        ]
+        return float(jnp.sum(ends[0] * ends[1]))
+
+    for distance in (0, 3, 11):
+        products = [product(start + distance, start) for start in (0, 1, 40)]
+        np.testing.assert_allclose(products, products[0], atol=1e-4)
+    assert abs(product(3, 0) - product(0, 0)) > 0.1
+
+
+def test_rotation_tells_neighbours_apart_in_bfloat16():
+    x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
+    rotated = rotate(x, jnp.array([[1000, 1001]]), 10000.0)
+    assert rotated.dtype == jnp.bfloat16
+    assert float(jnp.abs(rotated[0, 0] - rotated[0, 1]).max()) > 0.5
+
+
+def test_dropout_zeroes_at_its_rate_and_keeps_the_expectation():
+    rate, count = 0.3, 100_000
+    dropped = np.asarray(drop(jnp.full((count,), 2.0), rate, jax.random.key(0)))
+    kept = dropped != 0.0
+    np.testing.assert_allclose(dropped[kept], 2.0 / 0.7, rtol=1e-6)
+    # Five standard errors of a binomial share.
+    assert abs(kept.mean() - 0.7) < 5 * np.sqrt(0.3 * 0.7 / count)
+
+
+def test_dropout_is_off_without_a_key_and_at_rate_zero():
+    x = jnp.arange(6.0)
+    assert drop(x, 0.5, None) is x
+    assert drop(x, 0.0, jax.random.key(0)) is x
+
+
+def test_dropout_in_attention_zeroes_weights_and_keeps_their_expectation():
+    """With one-hot values the output is the row of weights itself."""
+    query, key, _, visible = as_float32(*example(4))
+    onehot = jnp.broadcast_to(jnp.eye(S)[None, :, None, :], (B, S, N, S))
+    weights = attention_weights(query, key, visible).reshape(B, N, T, S).swapaxes(1, 2)
+
+    def with_key(dropout_key):
+        return attend(query, key, onehot, visible, dropout=0.25, dropout_key=dropout_key)
+
+    keys = jax.random.split(jax.random.key(0), 400)
+    draws = np.asarray(jax.vmap(with_key)(keys))
+    ratio = draws / np.where(weights > 0, weights, 1.0)
+    assert np.all((np.abs(ratio - 1 / 0.75) < 1e-4) | (ratio == 0.0))
+    # Each mean is of 400 draws with standard deviation w sqrt(p / (1 - p)); six of them.
+    bound = 6 * weights * np.sqrt(0.25 / 0.75 / 400) + 1e-6
+    assert np.all(np.abs(draws.mean(0) - weights) <= bound)

@@ -1,0 +1,322 @@
+"""Texts that grow token by token, stop strings, and the records made of them."""
+
+import json
+import math
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from llm.errors import DataError, UsageError
+from llm.inference.distribution import Prediction, Rival
+from llm.inference.filters import Sampling
+from llm.inference.records import (
+    END_FIELDS,
+    RUN_FIELDS,
+    TOKEN_FIELDS,
+    RecordBuilder,
+    read_records,
+    to_line,
+)
+from llm.inference.transcript import StopStrings, Transcript
+from llm.text.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, tiktoken_tokenizer
+
+
+class TableTokenizer(Tokenizer):
+    """Tokens of any bytes, and an end of text."""
+
+    def __init__(self, tokens):
+        super().__init__("table", [*tokens, b""], {END_OF_TEXT: len(tokens)})
+
+    def encode(self, text):
+        raise NotImplementedError
+
+    def definition(self):
+        return {"kind": "table", "tokens": [list(token) for token in self.token_table]}
+
+
+def transcribe(tokenizer, ids, phase="generated"):
+    transcript = Transcript(tokenizer)
+    tokens = [transcript.add(int(id_), phase) for id_ in ids]
+    if tokens:
+        tokens[-1] = transcript.close(tokens[-1])
+    return tokens
+
+
+# Bytes that make characters of every length, and whatever cannot be one.
+SOME_BYTES = st.one_of(
+    st.binary(max_size=5),
+    st.text(alphabet="a\n\u00e9\u6797\U0001f469\u200d\ufffd\ufe0f", max_size=4).map(str.encode),
+    st.sampled_from([b"\xf0\x9f", b"\x91\xa9", b"\xe6", b"\x9e\x97", b"\xed\xa0\x80", b"\xc0", b""]),
+)
+
+
+@given(st.lists(SOME_BYTES, max_size=12))
+def test_concatenated_pieces_are_the_bytes_and_the_text(pieces):
+    tokenizer = TableTokenizer(pieces)
+    tokens = transcribe(tokenizer, range(len(pieces)))
+    builder = RecordBuilder(tokenizer)
+    records = [builder.token(0, token) for token in tokens]
+    whole = b"".join(pieces)
+    assert bytes(byte for record in records for byte in record["bytes"]) == whole
+    assert "".join(record["text"] for record in records) == whole.decode("utf-8", "replace")
+    end = builder.end(0, tokens, "length", "generated")
+    assert end["text"] == whole.decode("utf-8", "replace")
+    for n, record in enumerate(records):
+        assert record["position"] == n
+        assert record["byte_offset"] == len(b"".join(pieces[:n]))
+        assert record["text_offset"] == len("".join(r["text"] for r in records[:n]))
+
+
+@given(st.lists(SOME_BYTES, min_size=1, max_size=12))
+def test_utf8_says_where_a_token_stands_in_its_character(pieces):
+    tokens = transcribe(TableTokenizer(pieces), range(len(pieces)))
+    for n, (piece, token) in enumerate(zip(pieces, tokens, strict=True)):
+        before = waiting(b"".join(pieces[:n]))
+        after = waiting(b"".join(pieces[: n + 1]))
+        is_last = n == len(pieces) - 1
+        if not is_utf8_so_far(before + piece) or (is_last and after):
+            assert token.utf8 == "bad"
+            assert "\ufffd" in token.text
+        else:
+            labels = {(0, 0): "ok", (0, 1): "open", (1, 1): "continue", (1, 0): "close"}
+            assert token.utf8 == labels[bool(before), bool(after)]
+            assert token.text == (before + piece).removesuffix(after).decode()
+
+
+def is_utf8_so_far(data):
+    """By the definition: some bytes can follow that make all of it UTF-8."""
+    tails = [b"", b"\x80", b"\x90", b"\xa0", b"\x80\x80", b"\x90\x80", b"\xa0\x80"]
+    tails += [b"\x80\x80\x80", b"\x90\x80\x80", b"\xa0\x80\x80"]
+    return any(decodes(data + tail) for tail in tails)
+
+
+def decodes(data):
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def waiting(data):
+    """The longest end of the bytes that begins a character without completing it."""
+    for length in (3, 2, 1):
+        tail = data[-length:]
+        if len(tail) == length and not decodes(tail) and tail[0] >= 0xC2 and is_utf8_so_far(tail):
+            return tail
+    return b""
+
+
+EMOJI = "\U0001f469\u200d\U0001f4bb"  # woman, joiner, laptop
+
+
+def test_an_emoji_in_bytes_opens_continues_and_closes():
+    tokenizer = ByteTokenizer()
+    tokens = transcribe(tokenizer, tokenizer.encode(f"a{EMOJI}\u6797"))
+    four, three = ["open", "continue", "continue", "close"], ["open", "continue", "close"]
+    assert [token.utf8 for token in tokens] == ["ok", *four, *three, *four, *three]
+    assert [token.text for token in tokens if token.text] == ["a", *EMOJI, "\u6797"]
+
+
+@pytest.mark.parametrize("data", [b"\x80", b"\xff\xfe", b"\xe6\x9ea", b"\xf0\x9f\x91", b"ok\xed\xa0\x80"])
+def test_invalid_bytes_are_marked_and_named(data):
+    records = records_of(ByteTokenizer(), list(data))
+    assert "".join(r["text"] for r in records) == data.decode("utf-8", "replace")
+    assert any(r["utf8"] == "bad" for r in records)
+    for byte, record in zip(data, records, strict=True):
+        assert record["bytes"] == [byte]
+        assert record["token"] == (chr(byte) if byte < 0x80 else f"\\x{byte:02x}")
+
+
+def records_of(tokenizer, ids):
+    builder = RecordBuilder(tokenizer)
+    return [builder.token(0, token) for token in transcribe(tokenizer, ids)]
+
+
+def test_chinese_and_emoji_with_gpt2():
+    try:
+        tokenizer = tiktoken_tokenizer("gpt2")
+    except DataError:
+        pytest.skip("needs the gpt2 encoding: set TIKTOKEN_CACHE_DIR")
+    text = f"\u5b54\u5b50\u66f0\uff1a {EMOJI} \u5b78\u800c\u6642\u7fd2\u4e4b"
+    records = records_of(tokenizer, tokenizer.encode(text))
+    assert "".join(r["text"] for r in records) == text
+    assert bytes(b for r in records for b in r["bytes"]) == text.encode()
+    assert {"open", "close"} <= {r["utf8"] for r in records}
+    assert "bad" not in {r["utf8"] for r in records}
+
+
+def test_a_special_token_has_a_name_and_no_text():
+    tokenizer = ByteTokenizer()
+    [record, _] = records_of(tokenizer, [256, 65])
+    assert (record["token"], record["bytes"], record["text"]) == (END_OF_TEXT, [], "")
+    assert record["utf8"] == "ok"
+
+
+def test_the_end_of_a_sample_flushes_an_unfinished_character():
+    last = records_of(ByteTokenizer(), [65, 0xE6, 0x9E])[-1]
+    assert (last["text"], last["utf8"]) == ("\ufffd", "bad")
+
+
+WORDS = st.lists(st.text(alphabet="ab", min_size=0, max_size=4), min_size=1, max_size=10)
+
+
+@given(WORDS, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stop_strings_cut_where_the_first_one_begins(words, stops):
+    tokenizer = TableTokenizer([word.encode() for word in words])
+    transcript, filter_, out, stopped = Transcript(tokenizer), StopStrings(stops), [], False
+    transcript.add(0, "prompt")  # what was given does not count
+    shown = ""
+    for id_ in range(len(words)):
+        released, stopped = filter_.add(transcript.add(id_, "generated"))
+        out += released
+        shown = "".join(token.text for token in out)
+        if stopped:
+            break
+        assert not any(stop in shown for stop in stops)
+    if not stopped:
+        out += filter_.release()
+
+    # The first token after which a stop string is there decides; of those there, the first place.
+    prefixes = ["".join(words[: n + 1]) for n in range(len(words))]
+    completing = next((n for n, p in enumerate(prefixes) if any(s in p for s in stops)), None)
+    assert stopped == (completing is not None)
+    assert [token.id for token in out] == list(range(len(out)))
+    if completing is None:
+        expected = prefixes[-1]
+        assert len(out) == len(words)
+    else:
+        text = prefixes[completing]
+        expected = text[: min(text.find(stop) for stop in stops if stop in text)]
+        assert len(out) == completing + 1
+    assert "".join(token.text for token in out) == expected
+    place = len(words[0])
+    for token in out:
+        assert token.text_offset == place
+        place += len(token.text)
+
+
+def test_text_that_cannot_become_a_stop_string_is_not_withheld():
+    tokenizer = TableTokenizer([b"x", b"a", b"b", b"c"])
+    transcript, stops = Transcript(tokenizer), StopStrings(["abc"])
+    released = [
+        [token.id for token in stops.add(transcript.add(id_, "generated"))[0]]
+        for id_ in (0, 1, 2, 0, 1, 1)
+    ]
+    assert released == [[0], [], [], [1, 2, 0], [], [1]]
+
+
+PREDICTION = Prediction(
+    logprob=-1.5, rank=3, entropy=2.0, sampling_logprob=-0.0, kept_mass=0.75, kept_tokens=2,
+    rivals=(Rival(65, -0.5, 1), Rival(0xE6, -1.0, 2), Rival(256, -9.0, 200)),
+)  # fmt: skip
+
+
+def sample_tokens():
+    """A prompt of two tokens, then three generated ones and the end of text."""
+    transcript = Transcript(ByteTokenizer())
+    given = [transcript.add(72, "prompt"), transcript.add(105, "prompt", PREDICTION)]
+    return given + [transcript.add(id_, "generated", PREDICTION) for id_ in (33, 0xC3, 0xA9, 256)]
+
+
+def test_token_records_have_the_fields_of_the_design_in_order():
+    tokens = sample_tokens()
+    builder = RecordBuilder(ByteTokenizer())
+    first, second = (builder.token(4, token) for token in tokens[:2])
+    assert tuple(first) == tuple(second) == TOKEN_FIELDS
+    assert first == {
+        "type": "token", "sample": 4, "phase": "prompt", "position": 0, "id": 72, "token": "H",
+        "bytes": [72], "text": "H", "text_offset": 0, "byte_offset": 0, "utf8": "ok",
+        "logprob": None, "rank": None, "entropy": None, "sampling_logprob": None,
+        "kept_mass": None, "kept_tokens": None, "top": [],
+    }  # fmt: skip
+    assert second["top"] == [
+        {"id": 65, "token": "A", "bytes": [65], "logprob": -0.5, "kept": True},
+        {"id": 0xE6, "token": "\\xe6", "bytes": [0xE6], "logprob": -1.0, "kept": True},
+        {"id": 256, "token": END_OF_TEXT, "bytes": [], "logprob": -9.0, "kept": False},
+    ]
+    assert math.copysign(1.0, second["sampling_logprob"]) == 1.0
+
+
+def test_the_end_record_sums_what_was_generated_or_scored():
+    tokens, builder = sample_tokens(), RecordBuilder(ByteTokenizer())
+    end = builder.end(2, tokens, "end_of_text", "generated")
+    assert tuple(end) == END_FIELDS
+    assert (end["tokens"], end["sum_logprob"], end["finish"]) == (4, -6.0, "end_of_text")
+    assert end["perplexity"] == pytest.approx(math.exp(1.5))
+    assert end["bits_per_byte"] == pytest.approx(6.0 / (3 * math.log(2)))
+    assert end["text"] == "Hi!\u00e9"
+    scored = builder.end(2, tokens[:2], "length", "prompt")
+    assert (scored["tokens"], scored["sum_logprob"]) == (1, -1.5)
+    nothing = builder.end(2, tokens[:2], "length", "generated")
+    assert (nothing["tokens"], nothing["sum_logprob"]) == (0, 0.0)
+    assert nothing["perplexity"] is None and nothing["bits_per_byte"] is None
+
+
+CHECKPOINT = {"run": "mine", "step": 3, "params_sha256": "ab"}
+NUMERICS = {"path": "cached", "param_dtype": "float32"}
+
+
+def test_the_run_record_says_how_it_was_made():
+    tokenizer = ByteTokenizer()
+    run = RecordBuilder(tokenizer).run(CHECKPOINT, Sampling(0.5, 7, 0.9, 0.1, 42), NUMERICS, 10)
+    assert tuple(run) == RUN_FIELDS
+    assert run["schema"] == 1 and run["checkpoint"] == CHECKPOINT
+    assert run["tokenizer"] == {"name": "bytes", "sha256": tokenizer.sha256, "vocab_size": 257}
+    assert run["sampling"] == {
+        "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 42
+    }  # fmt: skip
+    assert RecordBuilder(tokenizer).run(CHECKPOINT, None, NUMERICS, 999)["top"] == 257
+
+
+def test_lines_are_strict_json_in_ascii():
+    builder = RecordBuilder(ByteTokenizer())
+    token = transcribe(ByteTokenizer(), ByteTokenizer().encode("\u2028\u6797"))[2]
+    line = to_line(builder.token(0, token))
+    assert line.isascii() and line.count("\n") == 1 == len(line.splitlines())
+    assert json.loads(line)["text"] == "\u2028"
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError):
+            to_line({"logprob": bad})
+
+
+def test_records_are_read_back_as_they_were_written(tmp_path):
+    builder, tokens = RecordBuilder(ByteTokenizer()), sample_tokens()
+    records = [
+        builder.run(CHECKPOINT, Sampling(), NUMERICS, 10),
+        *(builder.token(0, token) for token in tokens),
+        builder.end(0, tokens, "length", "generated"),
+    ]
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(map(to_line, records)))
+    assert read_records(path) == records
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", ["run record"]),
+        ('{"type":"end","sample":0}', ["line 1", "lacks", "finish"]),
+        ("hello", ["line 1", "JSON"]),
+        ('{"type":"other"}', ["line 1", "other"]),
+        ("[1]", ["line 1"]),
+        ('{"type":"run","schema":1,"top":NaN}', ["line 1", "NaN"]),
+        (
+            '{"type":"run","schema":9,"checkpoint":{},"tokenizer":{},"sampling":null,'
+            '"numerics":{},"top":1}',
+            ["schema 9"],
+        ),
+    ],
+)
+def test_what_is_not_a_file_of_records_is_named(tmp_path, content, words):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError) as error:
+        read_records(path)
+    assert all(word in str(error.value) for word in [str(path), *words])
+
+
+def test_a_missing_file_of_records_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        read_records(tmp_path / "none.jsonl")
