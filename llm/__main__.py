@@ -11,6 +11,8 @@ COMMANDS = {
     "train": ("train", "pretrain from a configuration file, or resume"),
     "sample": ("sample", "write text and the probability of every token"),
     "score": ("score", "the probability of every token of given text"),
+    "replay": ("replay", "the exact batch that a step was trained on"),
+    "diff": ("diff", "where two runs part, and what differs between them"),
     "verify": ("verify", "check a run's checkpoints: manifest, parameters, receipt"),
 }
 

@@ -289,6 +289,7 @@ def test_an_id_outside_the_vocabulary_stops_the_iterator(tmp_path):
 # The permutation
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2000), st.integers(0, 2**64 - 1))
 def test_it_is_a_permutation(size, key):
     keys = np.full(size, key, np.uint64)

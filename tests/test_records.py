@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -134,7 +135,12 @@ def records_of(tokenizer, ids):
     return [builder.token(0, token) for token in transcribe(tokenizer, ids)]
 
 
-def test_chinese_and_emoji_with_gpt2():
+SHARED_ENCODINGS = Path(__file__).resolve().parents[2] / "shared" / "tiktoken-cache"
+
+
+def test_chinese_and_emoji_with_gpt2(monkeypatch):
+    if SHARED_ENCODINGS.is_dir():
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED_ENCODINGS))
     try:
         tokenizer = tiktoken_tokenizer("gpt2")
     except DataError:

@@ -56,6 +56,14 @@ def test_a_folder_is_its_files_in_a_fixed_order(corpus, cache):
     assert found.notes == [f"{corpus}: 1 binary files were left out"]
 
 
+def test_the_order_is_that_of_the_names_not_of_the_disk(tmp_path, cache):
+    wanted = [*(f"{n:02d}.txt" for n in range(30)), *(f"s{n:02d}/x" for n in range(30))]
+    for name in sorted(wanted, key=lambda name: sha256(name.encode())):
+        (tmp_path / "f" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / name).write_text(name)
+    assert names(find_origins(str(tmp_path / "f"), cache)) == wanted
+
+
 def test_names_do_not_tell_where_the_corpus_lies(corpus, cache, tmp_path):
     before = find_origins(str(corpus), cache).origins
     after = find_origins(str(corpus.rename(tmp_path / "elsewhere")), cache).origins

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import DataError
@@ -71,6 +71,7 @@ def test_the_smallest_type_holds_the_largest_id():
     assert [smallest_dtype(v) for v in (257, 65536, 65537)] == ["uint16", "uint16", "uint32"]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 299), min_size=1, max_size=9), min_size=1, max_size=6),
     st.integers(1, 12),

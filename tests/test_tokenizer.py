@@ -76,6 +76,7 @@ def test_hard_texts_round_trip(tokenizer, text):
     assert_round_trip(tokenizer, text)
 
 
+@settings(deadline=None)
 @given(TEXTS)
 def test_any_text_round_trips_as_bytes(text):
     assert_round_trip(ByteTokenizer(), text)
@@ -93,11 +94,13 @@ def test_any_text_round_trips_through_gpt2(gpt2, text):
     assert_round_trip(gpt2, text)
 
 
+@settings(deadline=None)
 @given(TEXTS.filter(bool))
 def test_any_text_round_trips_through_its_own_characters(text):
     assert_round_trip(CharacterTokenizer(characters_of([text])), text)
 
 
+@settings(deadline=None)
 @given(st.binary())
 def test_any_bytes_round_trip(data):
     """Bytes that are no text come in by surrogateescape, and out as they were."""
@@ -107,6 +110,7 @@ def test_any_bytes_round_trip(data):
     assert tokenizer.decode_bytes(ids) == data
 
 
+@settings(deadline=None)
 @given(data=st.binary())
 def test_any_ids_decode(small_bpe, data):
     ids = [small_bpe.encode(chr(b))[0] for b in data]

@@ -148,7 +148,7 @@ def _make_job(config: Config, run: RunDirectory, stop: StopRequest, progress: Pr
     for note in corpus.notes:
         progress.say(note)
     if run.exists():
-        _check_corpus(run, corpus)
+        check_corpus(run, corpus)
     check_window(corpus.train, config.model.context_length)
     spec = ModelSpec(
         config.model, corpus.tokenizer.vocab_size, compute_dtype(config.training.compute_dtype)
@@ -161,7 +161,7 @@ def _make_job(config: Config, run: RunDirectory, stop: StopRequest, progress: Pr
     return Job(config, spec, mesh, corpus)
 
 
-def _check_corpus(run: RunDirectory, corpus: "TokenizedCorpus") -> None:
+def check_corpus(run: RunDirectory, corpus: "TokenizedCorpus") -> None:
     """The text must be what the run began with."""
     from llm.errors import DataError
     from llm.text.sources import check_unchanged

@@ -66,12 +66,14 @@ class TokenizedCorpus:
     Attributes:
       train, validation: the splits; validation is empty for data.validation = "none".
       fingerprint: names these tokens; equal for equal content, tokenizer and split.
+      folder: where the shards are.
       documents: how many there are; empty ones are not counted.
       text_bytes: of all documents, as UTF-8.
       replaced: how many replacement characters data.errors = "replace" put in.
       origins: the files, with sizes and hashes.
       notes: what a person should know, one sentence each.
       reused: the shards were there already.
+      streams: what `train` and `validation` are parts of.
     """
 
     tokenizer: Tokenizer

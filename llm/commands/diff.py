@@ -1,0 +1,77 @@
+"""python -m llm diff RUN_A RUN_B [--json]: where two runs part, and what differs between them."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from llm.config import differences
+from llm.run.directory import RunDirectory
+from llm.run.metrics import read_metrics
+
+# Where the run lies says nothing of what it computes.
+IGNORED = ("run.dir", "data.cache_dir")
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a page for a person, or with --json one JSON object. 0 whether they differ or not."""
+    parser = argparse.ArgumentParser("python -m llm diff", description=__doc__)
+    parser.add_argument("run_a", metavar="RUN_A")
+    parser.add_argument("run_b", metavar="RUN_B")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    chosen = parser.parse_args(arguments)
+    runs = [RunDirectory(Path(path)) for path in (chosen.run_a, chosen.run_b)]
+    report = compare(*runs)
+    print(json.dumps(report) if chosen.json else _page(report))
+    return 0
+
+
+def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
+    """first_difference: {step, loss_a, loss_b} or None; common_steps; and causes by kind."""
+    config = differences(run_a.read_config(), run_b.read_config())
+    records = [run.read_provenance() for run in (run_a, run_b)]
+    losses = [_losses(run) for run in (run_a, run_b)]
+    common = sorted(set(losses[0]) & set(losses[1]))
+    first = next((step for step in common if losses[0][step] != losses[1][step]), None)
+    return {
+        "common_steps": len(common),
+        "first_difference": None
+        if first is None
+        else {"step": first, "loss_a": losses[0][first], "loss_b": losses[1][first]},
+        "config": {k: list(v) for k, v in config.items() if k not in IGNORED and k != "run.seed"},
+        "randomness": {k: list(v) for k, v in config.items() if k == "run.seed"},
+        "data": _unequal(records, lambda r: r["data"]["fingerprint"]),
+        "code": _unequal(records, lambda r: sorted({s["code_sha256"] for s in r["starts"]})),
+        "versions": _unequal(records, lambda r: r["starts"][-1]["versions"]),
+        "devices": _unequal(
+            records, lambda r: [{**s["devices"], "mesh": s["mesh"]} for s in r["starts"]]
+        ),
+    }
+
+
+def _losses(run: RunDirectory) -> dict[int, float | None]:
+    return {row["step"]: row["loss"] for row in read_metrics(run.metrics) if row["kind"] == "train"}
+
+
+def _unequal(records: list[dict[str, Any]], part: Any) -> list[Any]:
+    """Both values when they differ, else nothing."""
+    a, b = part(records[0]), part(records[1])
+    return [] if a == b else [a, b]
+
+
+def _page(report: dict[str, Any]) -> str:
+    first = report["first_difference"]
+    lines = [f"{report['common_steps']} steps in both"]
+    lines.append(
+        "equal losses, bit for bit, at each of them"
+        if first is None
+        else f"they part at step {first['step']}: loss {first['loss_a']} and {first['loss_b']}"
+    )
+    for kind in ("config", "randomness"):
+        lines += [f"{kind}: {name} is {a!r} and {b!r}" for name, (a, b) in report[kind].items()]
+    for kind in ("data", "code", "versions", "devices"):
+        if report[kind]:
+            lines.append(f"{kind} differ: {report[kind][0]} and {report[kind][1]}")
+    if len(lines) == 2:
+        lines.append("nothing else differs: config, data, code, versions, devices, seed")
+    return "\n".join(lines)

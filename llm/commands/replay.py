@@ -1,0 +1,94 @@
+"""python -m llm replay RUN --step N [--json]: exactly what step N was trained on.
+
+The token ids and the text of each sequence of the batch, with the documents they come from. Needs the
+corpus, which must still be what the run began with.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llm.errors import UsageError
+
+if TYPE_CHECKING:
+    from llm.text.splits import TokenSplit
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a page for a person, or with --json one JSON object."""
+    from llm.commands.train import check_corpus
+    from llm.run.directory import RunDirectory
+    from llm.text.batches import TrainingBatches
+    from llm.text.shards import prepare
+
+    parser = argparse.ArgumentParser("python -m llm replay", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="step, from 1")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    chosen = parser.parse_args(arguments)
+    if chosen.step < 1:
+        raise UsageError(f"--step {chosen.step}: expected 1 or more; step 1 is the first update")
+    run = RunDirectory(Path(chosen.run))
+    config = run.read_config()
+    corpus = prepare(config.data, config.tokenizer)
+    check_corpus(run, corpus)
+    batches = TrainingBatches(
+        corpus.train,
+        context_length=config.model.context_length,
+        batch_size=config.training.batch_size,
+        seed=config.run.seed,
+    )
+    index = chosen.step - 1
+    sequences = [
+        {
+            "row": row,
+            "ids": ids.tolist(),
+            "text": corpus.tokenizer.decode(ids),
+            "documents": list(documents(corpus.train, int(start), len(ids))),
+        }
+        for row, (start, ids) in enumerate(
+            zip(batches.window_starts(index), batches[index], strict=True)
+        )
+    ]
+    if chosen.json:
+        print(json.dumps({"step": chosen.step, "sequences": sequences}))
+    else:
+        for sequence in sequences:
+            print(_page(chosen.step, sequence))
+    return 0
+
+
+def documents(split: "TokenSplit", start: int, length: int) -> Iterator[dict[str, Any]]:
+    """The documents of a window of the split taken as a ring: name, offset in it, tokens."""
+    done = 0
+    while done < length:
+        position = (start + done) % len(split)
+        name, offset = split.document_at(position)
+        tokens = _run_length(split, position, min(length - done, len(split) - position))
+        yield {"document": name, "offset": offset, "tokens": tokens}
+        done += tokens
+
+
+def _run_length(split: "TokenSplit", position: int, limit: int) -> int:
+    """How many of the `limit` tokens from a position on are of its document, by bisection."""
+    first = split.document_at(position)[1] - position
+    low, high = 1, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        place = position + middle - 1
+        if split.document_at(place)[1] - place == first:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _page(step: int, sequence: dict[str, Any]) -> str:
+    sources = "\n".join(
+        f"  {part['document']} from token {part['offset']}: {part['tokens']} tokens"
+        for part in sequence["documents"]
+    )
+    head = f"step {step}, sequence {sequence['row']}"
+    return f"{head}\n{sources}\n  ids {sequence['ids']}\n{sequence['text']}\n"

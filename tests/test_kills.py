@@ -1,0 +1,29 @@
+"""No run is lost: 25 seeded kills, and every loss and parameter as if there had been none."""
+
+from kills import train_under_kills
+from runs import losses, params_sha256, run_process, write_config
+
+KILLS, SEED, STEPS = 25, 0, 400
+
+SETTINGS = {
+    "training": {"steps": STEPS, "eval_every": 10},
+    "checkpoint": {"every": 5, "keep": 2},
+    "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
+    "sample": {"max_new_tokens": 0},
+}
+
+
+def test_a_run_survives_25_kills_bit_for_bit(tmp_path):
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder in (unbroken, broken):
+        folder.mkdir()
+    code, output = run_process(write_config(unbroken, **SETTINGS))
+    assert code == 0, output
+    hit = train_under_kills(
+        write_config(broken, **SETTINGS), broken / "run", KILLS, SEED
+    )
+    assert hit.total() == KILLS
+    assert losses(broken / "run") == losses(unbroken / "run")
+    assert params_sha256(broken / "run", STEPS) == params_sha256(unbroken / "run", STEPS)
+    left = {path.name for path in (broken / "run" / "checkpoints").iterdir()}
+    assert all(name.isdecimal() for name in left), left
