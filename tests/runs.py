@@ -51,15 +51,20 @@ def train(config: Path, *flags: str) -> int:
     return main([str(config), *flags])
 
 
-def train_process(config: Path, *flags: str, fault: str = "", **options) -> subprocess.Popen:
-    """`python train.py` as a person runs it, on one CPU device."""
+def train_process(
+    config: Path, *flags: str, fault: str = "", under: tuple[str, ...] = ()
+) -> subprocess.Popen:
+    """`python train.py` as a person runs it, on one CPU device; `under` a command such as nice."""
     environment = {**os.environ, "XLA_FLAGS": ""}
     environment.pop("LLM_FAULT", None)
     if fault:
         environment["LLM_FAULT"] = fault
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), str(config), *flags],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
+        [*under, sys.executable, str(ROOT / "train.py"), str(config), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 

@@ -264,3 +264,63 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     code = process.wait(timeout=60)
     process.communicate()
     assert code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
+def test_a_backend_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatch):
+    """With a step that adds a fresh number each time; the honest step passes."""
+    import llm.training.loop as loop
+
+    config = write_config(tmp_path, run={"deterministic": True}, training={"steps": 2})
+    honest = loop.make_train_step
+
+    def dishonest(*arguments):
+        step, calls = honest(*arguments), []
+
+        def run(state, tokens):
+            calls.append(1)
+            state, metrics = step(state, tokens)
+            return state, {**metrics, "loss": metrics["loss"] + len(calls)}
+
+        return run
+
+    monkeypatch.setattr(loop, "make_train_step", dishonest)
+    with pytest.raises(UsageError, match="step 1 taken twice"):
+        train(config)
+    monkeypatch.setattr(loop, "make_train_step", honest)
+    assert train(config) == 0
+
+
+def test_a_model_is_opened_while_its_steps_are_deleted(copy, monkeypatch):
+    """A trainer that removes the step just chosen: the reader goes on to the other."""
+    from llm.run import model
+
+    root = copy / "run" / "checkpoints"
+    verify = model.verify_files
+
+    def vanishing(folder):
+        if folder.name == str(STEPS):
+            shutil.rmtree(folder)
+        return verify(folder)
+
+    monkeypatch.setattr(model, "verify_files", vanishing)
+    steps = sorted(int(path.name) for path in root.iterdir())
+    assert model.open_model(copy / "run").step == steps[-2]
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux's prlimit")
+def test_a_file_size_limit_in_a_save_loses_nothing(unbroken_process, tmp_path):
+    """A real limit of the system, reached while Orbax writes step 8."""
+    from llm.run.checkpoint import verify_files
+
+    config = write_config(tmp_path)
+    code, output = run_process(config, fault="checkpoint.before_copy:step=8:kill")
+    assert code == -signal.SIGKILL, output
+    limited = train_process(config, under=("prlimit", "--fsize=40000"))
+    output, _ = limited.communicate(timeout=300)
+    assert limited.returncode == 4, output
+    assert "no room for a checkpoint" in output
+    assert "Traceback" not in output
+    verify_files(tmp_path / "run" / "checkpoints" / "4")
+    code, output = run_process(config)
+    assert code == 0, output
+    assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")

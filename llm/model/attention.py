@@ -74,7 +74,7 @@ def attention_weights(
 
 def causal_mask(length: int) -> jax.Array:
     """bool [1, T, T]: position t sees positions s <= t."""
-    return jnp.tril(jnp.ones((1, length, length), dtype=bool), 1)
+    return jnp.tril(jnp.ones((1, length, length), dtype=bool))
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:

@@ -310,12 +310,13 @@ class Checkpoints:
 
 
 def _orbax() -> Any:
-    """Imported when it is needed, which takes most of a second; it warns of what we do on purpose."""
+    """Imported when it is needed, which takes most of a second."""
     import logging
 
     import orbax.checkpoint as ocp
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # It warns of what is done here on purpose, and logs the errors that it then raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     return ocp
 
 

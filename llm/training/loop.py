@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from llm.config import Config
-from llm.errors import CheckpointError, NonFiniteError, StoppedError
+from llm.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from llm.faults import fault_point
 from llm.model.flops import mfu
 from llm.model.gpt import ModelSpec
@@ -151,6 +152,13 @@ def _check_restored(job: Job, state: TrainState, folder: Any) -> None:
     check_receipt(job.spec, state.params, receipt, job.corpus.tokenizer.sha256, str(folder))
 
 
+def _same_bits(a: jax.Array, b: jax.Array) -> bool:
+    return all(
+        np.asarray(one.data).tobytes() == np.asarray(other.data).tobytes()
+        for one, other in zip(a.addressable_shards, b.addressable_shards, strict=True)
+    )
+
+
 class Loop:
     """Trains from a state to the last step. One object for one start of the program."""
 
@@ -181,6 +189,8 @@ class Loop:
         """
         if self._step and self._is_due(self._settings.eval_every):
             self._evaluate()  # a stop may have come between a save and its evaluation
+        if self._job.config.run.deterministic and self._step < self._settings.steps:
+            self._check_repeats()
         batches = self._job.batches().iterate(self._step)
         try:
             for tokens_BT in batches:
@@ -196,6 +206,26 @@ class Loop:
         if self._stop.requested and self._step < self._settings.steps:
             self._leave()
         self._finish()
+
+    def _check_repeats(self) -> None:
+        """Take the next step twice from the same state and compare every bit.
+
+        Raises:
+          UsageError: they differ: this backend does not repeat itself.
+        """
+        tokens_BT = self._job.batches()[self._step]
+        copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # the step takes its buffers
+        results = [
+            self._train_step(copy(self._state), shard_batch(self._job.mesh, tokens_BT, BATCH_AXES))
+            for _ in range(2)
+        ]
+        groups = [jax.tree.leaves((to_groups(state), metrics)) for state, metrics in results]
+        if not all(_same_bits(a, b) for a, b in zip(*groups, strict=True)):
+            raise UsageError(
+                f"run.deterministic: step {self._step + 1} taken twice from the same state gave two "
+                "results; this backend does not repeat itself bit for bit. Set run.deterministic = "
+                "false to train all the same"
+            )
 
     def _train(self, tokens_BT: np.ndarray) -> None:
         """Dispatch one step, then read the metrics of the one before."""
