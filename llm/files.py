@@ -42,13 +42,16 @@ def flush_folder(folder: Path) -> None:
 
 def is_disk_full(error: BaseException) -> bool:
     """No space, no quota left, or a file larger than is allowed, in whatever library's words."""
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return True
-    text = str(error)
-    return any(os.strerror(code) in text for code in _DISK_FULL)
+    return bool(disk_full_reason(error))
 
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+def disk_full_reason(error: BaseException) -> str:
+    """Which of them, in the system's words; "" when it is something else."""
+    code = error.errno if isinstance(error, OSError) else None
+    reasons = {full: os.strerror(full) for full in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
+    if code in reasons:
+        return reasons[code]
+    return next((reason for reason in reasons.values() if reason in str(error)), "")
 
 
 def free_bytes(folder: Path) -> int:

@@ -3,8 +3,9 @@
     python tests/make_goldens.py        (needs the `oracles` extra: torch, transformers)
 
 Each file holds `config` (the text of config.json), `tokens` (int32 [B, T]), `logits` (float32
-[B, T, V], computed by transformers), and under `weights/` every array of the state dict. The weights
-are drawn large, in float16 to keep the files small, so that each part of a model shows in its logits.
+[B, T, V], computed by transformers), and under `weights/` every array of the state dict. The
+weights are drawn large, so that each part of a model shows in its logits, and in float16 to keep the
+files small.
 """
 
 import json
@@ -29,7 +30,9 @@ MODELS = {
         llama_config(num_key_value_heads=2, rope_theta=500.0, tie_word_embeddings=False)
     ),
     "llama_multi_head": lambda: transformers.LlamaForCausalLM(
-        llama_config(num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+        llama_config(
+            num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+        )
     ),
 }
 
@@ -47,7 +50,7 @@ def randomise(model, seed):
     random = np.random.default_rng(seed)
     for name, parameter in model.named_parameters():
         values = 0.3 * random.normal(size=parameter.shape)
-        values += 1.0 if "norm" in name or "ln_" in name and name.endswith("weight") else 0.0
+        values += 1.0 if "norm" in name or ("ln_" in name and name.endswith("weight")) else 0.0
         parameter.data = torch.from_numpy(values.astype(np.float16).astype(np.float32))
     if model.config.tie_word_embeddings:
         model.tie_weights()

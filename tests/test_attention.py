@@ -78,9 +78,9 @@ def test_gradient_equals_central_differences_in_float64(position):
 
 @jax.jit
 def _gradients(query, key, value, visible, weights):
-    return jax.grad(
-        lambda *arrays: jnp.sum(weights * attend(*arrays, visible)), argnums=(0, 1, 2)
-    )(query, key, value)
+    return jax.grad(lambda *arrays: jnp.sum(weights * attend(*arrays, visible)), argnums=(0, 1, 2))(
+        query, key, value
+    )
 
 
 def test_weights_equal_float64_numpy_and_are_those_that_attend_mixes_with():
@@ -147,9 +147,7 @@ def test_rotated_products_depend_on_distance_alone():
     query, key = (jnp.float32(random.normal(size=(1, 1, 1, 8))) for _ in range(2))
 
     def product(query_at, key_at):
-        ends = [
-            rotate(x, jnp.array([[at]]), 100.0) for x, at in ((query, query_at), (key, key_at))
-        ]
+        ends = [rotate(x, jnp.array([[at]]), 100.0) for x, at in ((query, query_at), (key, key_at))]
         return float(jnp.sum(ends[0] * ends[1]))
 
     for distance in (0, 3, 11):

@@ -12,7 +12,8 @@ import pytest
 
 from llm.errors import UsageError
 from llm.text import cache
-from llm.text.cache import built_once, cache_root, is_disk_full, write_atomic
+from llm.files import is_disk_full, write_atomic
+from llm.text.cache import built_once, cache_root
 
 ROOT = Path(__file__).parents[1]
 

@@ -171,7 +171,7 @@ def test_a_full_disk_says_what_is_needed_and_what_there_is(tmp_path, monkeypatch
     save(checkpoints, 1)
     monkeypatch.setenv("LLM_FAULT", "checkpoint.before_manifest:enospc")
     checkpoints.save(2, groups(2), receipt)
-    with pytest.raises(CheckpointError, match=r"it needs .*\(\d+ bytes\), .* can be written"):
+    with pytest.raises(CheckpointError, match=r"it needs .*\(\d+ bytes\), .* are free"):
         checkpoints.wait()
     verify_files(tmp_path / "1")
     assert [path.name for path in tmp_path.iterdir()] == ["1"]

@@ -39,8 +39,10 @@ def test_transformers_counts_the_same():
 
 
 def test_an_untied_head_counts_and_padding_does_not():
-    spec = ModelSpec(ModelConfig(n_layer=1, n_head=1, d_model=8, d_ff=8, context_length=4,
-                                 tie_embeddings=False, bias=False, vocab_multiple=100), 7)  # fmt: skip
+    spec = ModelSpec(
+        ModelConfig(n_layer=1, n_head=1, d_model=8, d_ff=8, context_length=4, tie_embeddings=False,
+                    bias=False, vocab_multiple=100), 7,
+    )  # fmt: skip
     embeddings, head, positions = 7 * 8, 8 * 7, 4 * 8
     block = 4 * 8 * 8 + 2 * 8 * 8 + 2 * 8
     assert parameter_count(spec) == embeddings + head + positions + block + 8

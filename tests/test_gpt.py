@@ -59,7 +59,9 @@ def params_of(spec):
     """Weights far from their start, so that each part shows: N(0, 0.3^2), scales around 1."""
     random = np.random.default_rng(0)
     return {
-        name: jnp.asarray(0.3 * random.normal(size=leaf.shape) + name.endswith("scale"), jnp.float32)
+        name: jnp.asarray(
+            0.3 * random.normal(size=leaf.shape) + name.endswith("scale"), jnp.float32
+        )
         for name, leaf in abstract_params(spec).items()
     }
 
@@ -108,7 +110,9 @@ def reference(spec, params, tokens, weights=None):
 
 def reference_norm(config, p, name, x):
     if config.norm == "layernorm":
-        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_epsilon)
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(
+            x.var(-1, keepdims=True) + config.norm_epsilon
+        )
     else:
         x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon)
     return x * p[f"{name}.scale"] + p.get(f"{name}.bias", 0.0)

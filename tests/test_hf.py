@@ -49,7 +49,9 @@ def random_params(config):
     """Weights large enough for each part of the model to show in its logits."""
     random = np.random.default_rng(0)
     return {
-        name: jnp.asarray(0.3 * random.normal(size=leaf.shape) + name.endswith("scale"), jnp.float32)
+        name: jnp.asarray(
+            0.3 * random.normal(size=leaf.shape) + name.endswith("scale"), jnp.float32
+        )
         for name, leaf in abstract_params(ModelSpec(config, VOCAB)).items()
     }
 

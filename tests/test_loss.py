@@ -41,9 +41,7 @@ def run(example, options, chunks):
     arguments = (jnp.float32(hidden), jnp.float32(head), jnp.int32(targets))
     weights = jnp.float32(mask / mask.sum())
     return jax.value_and_grad(
-        lambda hidden, head: tuple(
-            head_loss(hidden, head, arguments[2], weights, options, chunks)
-        ),
+        lambda hidden, head: tuple(head_loss(hidden, head, arguments[2], weights, options, chunks)),
         argnums=(0, 1),
         has_aux=True,
     )(*arguments[:2])

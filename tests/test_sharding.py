@@ -43,7 +43,9 @@ def logits_on(spec, **axes):
     params = jax.jit(initialise, static_argnums=0, out_shardings=shardings)(spec, jax.random.key(0))
     tokens = shard_batch(mesh, TOKENS, ("batch", "sequence"))
     with jax.set_mesh(mesh):
-        return np.asarray(jax.jit(lambda params, tokens: bind(spec, params)(tokens))(params, tokens))
+        return np.asarray(
+            jax.jit(lambda params, tokens: bind(spec, params)(tokens))(params, tokens)
+        )
 
 
 @pytest.mark.parametrize(

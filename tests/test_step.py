@@ -163,9 +163,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
     params = dict(state.params)
     params["final_norm.scale"] = params["final_norm.scale"].at[0].set(jnp.nan)
     before = jax.device_get(to_groups(dataclasses.replace(state, params=params)))
-    step = compiled_step(
-        SPEC, OPTIMIZER, TrainingConfig(steps=10, batch_size=BATCH), one_device()
-    )
+    step = compiled_step(SPEC, OPTIMIZER, TrainingConfig(steps=10, batch_size=BATCH), one_device())
     batch = shard_batch(one_device(), tokens(0), BATCH_AXES)
     after, metrics = step(dataclasses.replace(state, params=params), batch)
     assert not metrics["finite"]

@@ -1,8 +1,8 @@
-"""python sample.py RUN [--prompt TEXT ...]: continue texts, and show the probability of every token.
+"""python sample.py RUN [--prompt TEXT ...]: continue texts, show the probability of every token.
 
-Text goes to stdout as it is written, prompt included: what stdout receives of a sample is the `text` of its
-end record and a newline. With several samples a line on stderr names each. All samples are
-computed together and shown one after the other.
+Text goes to stdout as it is written, prompt included: what stdout receives of a sample is the
+`text` of its end record and a newline. With several samples a line on stderr names each. All
+samples are computed together and shown one after the other.
 """
 
 import argparse
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llm.run.model import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
-# Rows of one batch; more samples take several. The cache of 32 full contexts of GPT-2 124M is 2.4 GB.
+# Rows of one batch; more samples take several. 32 full contexts of GPT-2 124M need 2.4 GB of cache.
 MAX_ROWS = 32
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_samples")
 
@@ -79,7 +79,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="files to continue, each as it is, with its last newline")
     add("--max-new-tokens", type=int, metavar="N", help="tokens to write after the prompt")
     cold = parser.add_mutually_exclusive_group()
-    cold.add_argument("--temperature", type=float, metavar="T", help="divides the logits; 0: greedy")
+    cold.add_argument("--temperature", type=float, metavar="T", 
+                      help="divides the logits; 0: greedy")
     cold.add_argument("--greedy", action="store_true", help="always the likeliest token")
     add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
     add("--top-p", type=float, metavar="P", help="keep the likeliest tokens that reach this mass")
@@ -248,5 +249,6 @@ def _stdin_has_text() -> bool:
         return False
     if select.select([descriptor], [], [], 0.0)[0]:
         return True
-    print("standard input is open but silent, so it is not read; to wait for it, give -", file=sys.stderr)
+    note = "standard input is open but silent, so it is not read; to wait for it, give -"
+    print(note, file=sys.stderr)
     return False

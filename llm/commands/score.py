@@ -1,8 +1,8 @@
 """python -m llm score RUN --file F | --text T | -: the probability of every token of given texts.
 
 Says on stderr how well the model predicts them and where it does worst; with --json as one JSON
-object on stdout. A text longer than the context is read through windows (see llm/inference/score.py).
-The first token of a text has nothing before it and is not counted.
+object on stdout. A text longer than the context is read through windows (--stride). The first token
+of a text has nothing before it and is not counted.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "longer (half of the context)")
     add_record_flags(parser)
     add("--format", choices=["records", "openai"], default="records",
-        help="what --probs writes: records, or one JSON object in the shape of OpenAI's completions")
+        help="what --probs writes: records, or one JSON object shaped as OpenAI's completions")
     add("--full", metavar="FILE", help="write the whole distribution at every token (.npz: ids_I "
         "int32 [T] and logprobs_I float32 [T - 1, vocabulary] of text I)")
     add("--json", action="store_true", help="print the summary as one JSON object")
@@ -202,54 +202,6 @@ def write_full(path: Path, scorer: "Scorer", texts: "Sequence[Ids]") -> None:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
-def openai_completion(
-    samples: "Sequence[Sequence[Record]]", model: str, created: int
-) -> dict[str, Any]:
-    """Token records of each text as OpenAI's completion with echo and logprobs.
-
-    Tokens that are not UTF-8 by themselves are spelled `bytes:\\xNN`, as OpenAI does, so that two
-    alternatives never share a key.
-    """
-    choices = []
-    for index, records in enumerate(samples):
-        tops = [
-            {_openai_name(entry): entry["logprob"] for entry in record["top"]}
-            if record["logprob"] is not None
-            else None
-            for record in records
-        ]
-        choices.append(
-            {
-                "text": "".join(record["text"] for record in records),
-                "index": index,
-                "logprobs": {
-                    "tokens": [_openai_name(record) for record in records],
-                    "token_logprobs": [record["logprob"] for record in records],
-                    "top_logprobs": tops,
-                    "text_offset": [record["text_offset"] for record in records],
-                },
-                "finish_reason": "length",
-            }
-        )
-    tokens = sum(len(records) for records in samples)
-    return {
-        "id": "score",
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": choices,
-        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
-    }
-
-
-def _openai_name(entry: dict[str, Any]) -> str:
-    try:
-        bytes(entry["bytes"]).decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
-    return entry["token"]
-
-
 def _records_wanted(options: argparse.Namespace) -> bool:
     return bool(options.probs or options.html or paints(options))
 
@@ -258,6 +210,7 @@ def _run(
     options: argparse.Namespace, opened: "OpenedModel", scorer: "Scorer", texts: "Sequence[Ids]"
 ) -> Summary:
     """Score everything, write what was asked for."""
+    from llm.inference.completions import openai_completion
     from llm.inference.records import RecordBuilder, numerics_of
 
     builder, summary = RecordBuilder(opened.tokenizer), Summary()
@@ -279,7 +232,8 @@ def _run(
             for _ in records:
                 pass
         if options.format == "openai" and file is not None and kept is not None:
-            _write_openai(file, kept, opened)
+            completion = openai_completion(kept, opened.run, int(time.time()))
+            file.write(json.dumps(completion, allow_nan=False) + "\n")
     if options.html and kept is not None:
         from llm.inference.view import write_page
 
@@ -303,19 +257,8 @@ def _records(
         summary.add(tokens, opened.tokenizer)
 
 
-def _write_openai(file: Any, records: "Sequence[Record]", opened: "OpenedModel") -> None:
-    samples: list[list[Record]] = []
-    for record in records:
-        if record["type"] == "token":
-            while len(samples) <= record["sample"]:
-                samples.append([])
-            samples[record["sample"]].append(record)
-    completion = openai_completion(samples, opened.run, int(time.time()))
-    file.write(json.dumps(completion, allow_nan=False) + "\n")
-
-
 def _report(options: argparse.Namespace, opened: "OpenedModel", summary: Summary) -> None:
-    result = checkpoint_of(opened) | summary.as_json()
+    result: dict[str, Any] = checkpoint_of(opened) | summary.as_json()
     if options.json:
         print(json.dumps(result, allow_nan=False))
         return

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llm.errors import UsageError
 
@@ -52,7 +52,7 @@ def paint(records: "Iterable[Record]") -> None:
         sys.stdout.flush()
 
 
-def checkpoint_of(opened: "OpenedModel") -> dict[str, object]:
+def checkpoint_of(opened: "OpenedModel") -> dict[str, Any]:
     """What a run record says of the checkpoint."""
     return {"run": opened.run, "step": opened.step, "params_sha256": opened.params_sha256}
 

@@ -1,173 +1,340 @@
-"""Prefill and cached decoding, compiled: two programs that continue a batch of texts on the device.
+"""Continue texts: requests in, tokens with their probabilities out, as they are drawn.
 
-`prefill_piece` runs a piece of all prompts, padded on the right, through the model and into the
-key/value cache. `decode_chunk` draws up to CHUNK tokens of every row in one call, the cache in
-place and nothing sent to the host in between, and returns early when all rows have ended.
+    decoder = Decoder.create(spec, params, tokenizer)
+    for progress in decoder.generate([Request(ids, sampling, max_new_tokens=100)]):
+        print("".join(token.text for token in progress.tokens), end="")
 
-What it is not: texts, stop strings or requests, which live on the host: generate.py.
+Requests of one call share the batch and nothing else: each has its own prompt length, settings,
+seed, stop rules and listed rivals, and gets the tokens that it would get alone, up to the rounding of
+matrix products, which may depend on the batch's size. The host reads one chunk of tokens while the
+device computes the next. Every size is rounded up to a power of two, so that few programs are
+compiled.
 
-    B rows  P positions of a piece  D model width  V vocabulary  W watched ids
+A sample ends, in this order, by
+    stop          a stop string is complete (found on the host, see transcript.py)
+    end_of_text   the tokenizer's end of text was drawn; that token has its record and no text
+    length        max_new_tokens are drawn
+    context       prompt and drawn tokens fill context_length
+
+What it is not: a server; it serves one batch from beginning to end.
+
+    B rows, rounded up  T prompt position  W watched ids
 """
 
 import dataclasses
-import functools
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llm.inference.distribution import (
-    Described,
-    describe,
-    describe_positions,
-    log_probabilities,
+from llm.errors import NonFiniteError, UsageError
+from llm.inference.distribution import NOT_FINITE, Described, Prediction, to_host
+from llm.inference.filters import RowSettings, Sampling
+from llm.inference.programs import (
+    CHUNK,
+    DecodeState,
+    Drawn,
+    decode_chunk,
+    empty,
+    for_decoding,
+    prefill_piece,
 )
-from llm.inference.filters import CANDIDATES, Candidates, RowSettings, apply_filters, draw
-from llm.model.gpt import KVCache, ModelSpec, Params, bind
+from llm.inference.transcript import StopStrings, Token, Transcript
+from llm.model.gpt import ModelSpec, Params
+from llm.text.tokenizer import Ids, Tokenizer
 
-# Steps of the largest chunk: the size of its buffers on the device.
-CHUNK = 32
+# Positions of the longest piece of a prompt: its attention scores are B N 256 S numbers.
+PIECE = 256
+# A chunk grows while it takes less than this, so that text streams at a steady pace from a model of
+# any speed, and a stop string found on the host wastes little.
+CHUNK_SECONDS = 0.1
+
+TokenIds = Sequence[int] | Ids
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
-                   data_fields=["cache", "hidden_BD", "active_B", "left_B"])
 @dataclass(frozen=True)
-class DecodeState:
-    """What a decode step continues from.
+class Request:
+    """One text to continue.
 
-    hidden_BD: what the head reads to score the next token.
-    active_B: rows that still draw.
-    left_B: int32, tokens that each row may still draw.
+    Attributes:
+      prompt: token ids, at least one and at most context_length.
+      index: the i of "sample i is a function of seed and i".
+      stop: strings that end the sample; they are cut from its text.
+      top: how many rivals each Prediction lists; None: no predictions, which is faster.
+      watch: ids that each Prediction lists whatever their rank.
     """
 
-    cache: KVCache
-    hidden_BD: jax.Array
-    active_B: jax.Array
-    left_B: jax.Array
+    prompt: TokenIds
+    sampling: Sampling = Sampling()
+    index: int = 0
+    max_new_tokens: int = 200
+    stop: Sequence[str] = ()
+    top: int | None = None
+    watch: Sequence[int] = ()
 
 
-class Drawn(NamedTuple):
-    """What a step drew: int32 ids, log-probabilities in the distribution drawn from, and what
-    the model said (None where no row asked)."""
+@dataclass(frozen=True)
+class Progress:
+    """New final tokens of one row. The first of a row holds its whole prompt; the one with a
+    finish ("stop", "end_of_text", "length" or "context") is its last."""
 
-    ids: jax.Array
-    sampling_logprobs: jax.Array
-    described: Described | None
+    row: int
+    tokens: list[Token]
+    finish: str | None
 
 
-def for_decoding(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
-    """The same model with parameters laid out for reading them once a token.
+class Batch(NamedTuple):
+    """A batch of requests as arrays, its sizes rounded up.
 
-    A tied head becomes a matrix of its own: [1, D] x [V, D]^T runs at a tenth of the speed of
-    [1, D] x [D, V] on XLA's CPU backend (GPT-2 124M: 39 against 23 ms a token, 2-core EPYC, jax 0.12).
-    Matrices are cast to the compute dtype here instead of at every step. Embeddings are
-    summed in float32 before the cast, and a step reads few of their rows: they stay.
+    tokens_BT: the prompts, zeros on the right; T is a multiple of the piece.
     """
-    config = spec.config.model_copy(update={"tie_embeddings": False})
-    prepared = {name: _to_compute_dtype(spec, name, weight) for name, weight in params.items()}
-    if spec.config.tie_embeddings:
-        head = jax.jit(lambda weight: weight.T.astype(spec.compute_dtype))
-        prepared["head.weight"] = head(params["embed.weight"])
-    return dataclasses.replace(spec, config=config), prepared
+
+    tokens_BT: np.ndarray
+    lengths_B: np.ndarray
+    left_B: np.ndarray
+    settings: RowSettings
+    watch_BW: np.ndarray
+    top: int | None
 
 
-def _to_compute_dtype(spec: ModelSpec, name: str, weight: jax.Array) -> jax.Array:
-    reads_all = weight.ndim > 1 and not name.startswith("embed.")
-    return weight.astype(spec.compute_dtype) if reads_all else weight
+@dataclass(frozen=True)
+class Decoder:
+    """A model ready to continue texts."""
 
+    spec: ModelSpec
+    params: Params
+    tokenizer: Tokenizer
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(spec: ModelSpec, batch_size: int, capacity: int) -> tuple[KVCache, jax.Array]:
-    hidden_BD = jnp.zeros((batch_size, spec.config.d_model), spec.compute_dtype)
-    return KVCache.create(spec, batch_size, capacity), hidden_BD
+    @classmethod
+    def create(cls, spec: ModelSpec, params: Params, tokenizer: Tokenizer) -> "Decoder":
+        """Prepare the parameters once, for any number of `generate` calls."""
+        return cls(*for_decoding(spec, params), tokenizer)
 
+    def check(self, request: Request) -> None:
+        """Raise a UsageError for a request that cannot be served."""
+        length, limit = len(request.prompt), self.spec.config.context_length
+        if not length:
+            raise UsageError("a prompt needs at least one token")
+        if length > limit:
+            raise UsageError(
+                f"the prompt has {length} tokens, the model's context holds {limit}; shorten the "
+                f"prompt by {length - limit} tokens"
+            )
+        if "" in request.stop:
+            raise UsageError("a stop string is empty: it would stop before the first token")
+        for name, ids in (("prompt", request.prompt), ("watch", request.watch)):
+            outside = [int(id_) for id_ in ids if not 0 <= id_ < self.spec.vocab_size]
+            if outside:
+                raise UsageError(
+                    f"{name} has the token id {outside[0]}; ids go from 0 to "
+                    f"{self.spec.vocab_size - 1}"
+                )
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=(2, 3))
-def prefill_piece(
-    spec: ModelSpec,
-    params: Params,
-    cache: KVCache,
-    hidden_BD: jax.Array,
-    tokens_BP: jax.Array,
-    targets_BP: jax.Array,
-    lengths_B: jax.Array,
-    settings: RowSettings,
-    watch_BW: jax.Array,
-    *,
-    top: int | None,
-) -> tuple[KVCache, jax.Array, Described | None]:
-    """One piece of all prompts into the cache.
+    def generate(self, requests: Sequence[Request]) -> Iterator[Progress]:
+        """Continue all requests together; each row's tokens come in order as they are final.
 
-    Returns:
-      the cache; hidden_BD with the rows whose prompt ends in this piece filled in; what the model
-      said of targets_BP, the tokens one place further on (what lies beyond a prompt is noise).
-    """
-    model = bind(spec, params)
-    P = tokens_BP.shape[1]
-    last_B = lengths_B - 1 - cache.length_B
-    extended_BPD, cache = model.extend(tokens_BP, cache)
-    ends_here_B = (last_B >= 0) & (last_B < P)
-    picked_BD = jnp.take_along_axis(extended_BPD, jnp.clip(last_B, 0, P - 1)[:, None, None], axis=1)[:, 0]
-    hidden_BD = jnp.where(ends_here_B[:, None], picked_BD, hidden_BD)
-    if top is None:
-        return cache, hidden_BD, None
-    described = describe_positions(model, extended_BPD, targets_BP, watch_BW, top, settings)
-    return cache, hidden_BD, described
+        Raises:
+          UsageError: see `check`.
+          NonFiniteError: the model's logits are NaN or infinite.
+        """
+        for request in requests:
+            self.check(request)
+        rows = [_Row(request, self.tokenizer, self.spec) for request in requests]
+        batch = self._batch(requests)
+        state, described = self._prefill(batch)
+        for index, row in enumerate(rows):
+            tokens = row.begin(jax.tree.map(lambda x, b=index: x[b], described))
+            yield Progress(index, tokens, row.finish)
+        for drawn in self._chunks(batch, state, rows):
+            for index, row in enumerate(rows):
+                progress = row.read(index, drawn)
+                if progress is not None:
+                    yield progress
 
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
-def decode_chunk(
-    spec: ModelSpec,
-    params: Params,
-    state: DecodeState,
-    settings: RowSettings,
-    watch_BW: jax.Array,
-    alive_B: jax.Array,
-    steps: jax.Array,
-    end_of_text: jax.Array,
-    *,
-    top: int | None,
-) -> tuple[DecodeState, Drawn, jax.Array]:
-    """Up to `steps` <= CHUNK tokens of every row; fewer when no row is left.
-
-    Returns:
-      the state; what was drawn, [CHUNK, B, ...], rows that have ended being noise; the steps done.
-    """
-    model = bind(spec, params)
-
-    def step(state: DecodeState) -> tuple[DecodeState, Drawn]:
-        logprobs_BV = log_probabilities(model, state.hidden_BD)
-        candidates = Candidates.of(logprobs_BV, max(CANDIDATES, top or 0))
-        filtered = apply_filters(logprobs_BV, candidates, settings)
-        lengths_B = state.cache.length_B
-        ids_B = draw(filtered, settings, lengths_B)
-        described = None
-        if top is not None:
-            described = describe(logprobs_BV, ids_B, watch_BW, top, candidates, filtered)
-        return _advance(state, ids_B), Drawn(ids_B, filtered.logprob(ids_B), described)
-
-    def _advance(state: DecodeState, ids_B: jax.Array) -> DecodeState:
-        lengths_B, left_B = state.cache.length_B, state.left_B - 1
-        hidden_B1D, cache = model.extend(ids_B[:, None], state.cache)
-        lengths_B = jnp.where(state.active_B, lengths_B + 1, lengths_B)
-        has_room_B = (left_B > 0) & (lengths_B < spec.config.context_length)
-        return DecodeState(
-            cache=dataclasses.replace(cache, length_B=lengths_B),
-            hidden_BD=hidden_B1D[:, 0],
-            active_B=state.active_B & (ids_B != end_of_text) & has_room_B,
-            left_B=left_B,
+    def _batch(self, requests: Sequence[Request]) -> Batch:
+        B = round_up(len(requests))
+        padding = [Request([0], max_new_tokens=0)] * (B - len(requests))
+        rows = [*requests, *padding]
+        lengths_B = np.array([len(row.prompt) for row in rows], np.int32)
+        width = round_up(int(lengths_B.max()), at_least=16)
+        tokens_BT = np.zeros((B, width), np.int32)
+        watched = round_up(max(len(row.watch) for row in rows), at_least=4)
+        watch_BW = np.zeros((B, watched), np.int32)
+        for b, row in enumerate(rows):
+            tokens_BT[b, : lengths_B[b]] = row.prompt
+            watch_BW[b, : len(row.watch)] = row.watch
+        tops = [row.top for row in requests if row.top is not None]
+        return Batch(
+            tokens_BT=tokens_BT,
+            lengths_B=lengths_B,
+            left_B=np.array([row.max_new_tokens for row in rows], np.int32),
+            settings=RowSettings.stack([row.sampling for row in rows], [row.index for row in rows]),
+            watch_BW=watch_BW,
+            top=min(self.spec.vocab_size, round_up(max(tops), at_least=16)) if tops else None,
         )
 
-    def body(carry):
-        done, state, drawn = carry
-        state, new = step(state)
-        return done + 1, state, jax.tree.map(lambda all_, one: all_.at[done].set(one), drawn, new)
+    def _prefill(self, batch: Batch) -> tuple[DecodeState, Described | None]:
+        """The state after all prompts, and what the model said of their tokens: [B, T, ...]."""
+        B, T = batch.tokens_BT.shape
+        piece = min(T, PIECE)
+        context = self.spec.config.context_length
+        longest = min(context, int((batch.lengths_B + batch.left_B).max()))
+        cache, hidden_BD = empty(self.spec, B, round_up(max(longest, T), at_least=64))
+        described = []
+        for start in range(0, int(batch.lengths_B.max()), piece):
+            inputs_BP = batch.tokens_BT[:, start : start + piece]
+            targets_BP = batch.tokens_BT[:, start + 1 : start + piece + 1]
+            targets_BP = np.pad(targets_BP, ((0, 0), (0, piece - targets_BP.shape[1])))
+            cache, hidden_BD, part = prefill_piece(
+                self.spec, self.params, cache, hidden_BD, inputs_BP, targets_BP, batch.lengths_B,
+                batch.settings, batch.watch_BW, top=batch.top,
+            )
+            described.append(jax.device_get(part))
+        active_B = (batch.left_B > 0) & (batch.lengths_B < context)
+        cache = dataclasses.replace(cache, length_B=jnp.asarray(batch.lengths_B))
+        state = DecodeState(cache, hidden_BD, jnp.asarray(active_B), jnp.asarray(batch.left_B))
+        if batch.top is None:
+            return state, None
+        return state, jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *described)
 
-    state = dataclasses.replace(state, active_B=state.active_B & alive_B)
-    shapes = jax.eval_shape(step, state)[1]
-    drawn = jax.tree.map(lambda x: jnp.zeros((CHUNK, *x.shape), x.dtype), shapes)
-    done, state, drawn = jax.lax.while_loop(
-        lambda carry: (carry[0] < steps) & jnp.any(carry[1].active_B), body, (0, state, drawn)
-    )
-    return state, drawn, done
+    def _chunks(self, batch: Batch, state: DecodeState, rows: Sequence["_Row"]) -> Iterator[Drawn]:
+        """Drawn numpy arrays [steps, B, ...] until every row has ended.
+
+        One chunk ahead: while the caller reads a chunk, the device computes the next.
+        """
+        end_of_text = _end_of_text(self.tokenizer)
+        alive_B = np.zeros(len(batch.lengths_B), bool)
+        steps, waiting = 1, None
+        while any(row.finish is None for row in rows):
+            alive_B = alive_B.copy()  # the device may still be reading the last one
+            alive_B[: len(rows)] = [row.finish is None for row in rows]
+            started = time.perf_counter()
+            state, *following = decode_chunk(
+                self.spec, self.params, state, batch.settings, batch.watch_BW, alive_B, steps,
+                end_of_text, top=batch.top,
+            )
+            if waiting is not None:
+                yield _read(*waiting)
+            if time.perf_counter() - started < CHUNK_SECONDS:
+                steps = min(2 * steps, CHUNK)
+            waiting = following
+
+
+class _Row:
+    """The host's side of one request: its text, its stop rules and its end."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, spec: ModelSpec):
+        self.request = request
+        self.finish: str | None = None
+        self._transcript = Transcript(tokenizer)
+        self._stops = StopStrings(request.stop)
+        self._end_of_text = _end_of_text(tokenizer)
+        self._room = spec.config.context_length - len(request.prompt)
+        self._drawn = 0
+
+    def begin(self, described: Described | None) -> list[Token]:
+        """The prompt's tokens; `described` [T, ...] at t is of the token at t + 1."""
+        prompt = self.request.prompt
+        predictions = self._predictions(described, len(prompt) - 1, None)
+        tokens = [
+            self._transcript.add(int(id_), "prompt", prediction)
+            for id_, prediction in zip(prompt, [None, *predictions], strict=True)
+        ]
+        self.finish = self._end(None)
+        if self.finish:
+            tokens[-1] = self._transcript.close(tokens[-1])
+        return tokens
+
+    def read(self, row: int, drawn: Drawn) -> Progress | None:
+        """What a chunk brought to this row; None when that is nothing new."""
+        if self.finish is not None:
+            return None
+        steps = self._steps_of(drawn.ids[:, row])
+        ids, logprobs = drawn.ids[:steps, row], drawn.sampling_logprobs[:steps, row]
+        described = jax.tree.map(lambda x: x[:, row], drawn.described)
+        predictions = self._predictions(described, steps, logprobs)
+        if not np.isfinite(logprobs).all():
+            raise NonFiniteError(NOT_FINITE)
+        tokens: list[Token] = []
+        for id_, prediction in zip(ids.tolist(), predictions, strict=True):
+            tokens += self._add(id_, prediction)
+            if self.finish is not None:
+                break
+        return Progress(row, tokens, self.finish) if tokens or self.finish else None
+
+    def _steps_of(self, ids: np.ndarray) -> int:
+        """How many of a chunk's ids the device drew before this row ended; the rest is noise."""
+        steps = min(len(ids), self.request.max_new_tokens - self._drawn, self._room - self._drawn)
+        ends = np.flatnonzero(ids[:steps] == self._end_of_text)
+        return int(ends[0]) + 1 if ends.size else steps
+
+    def _add(self, id_: int, prediction: Prediction | None) -> list[Token]:
+        self._drawn += 1
+        token = self._transcript.add(id_, "generated", prediction)
+        released, stopped = self._stops.add(token)
+        self.finish = "stop" if stopped else self._end(id_)
+        if self.finish is not None and not stopped:
+            released += self._stops.release()
+            released[-1] = self._transcript.close(released[-1])
+        return released
+
+    def _end(self, id_: int | None) -> str | None:
+        if id_ == self._end_of_text:
+            return "end_of_text"
+        if self._drawn == self.request.max_new_tokens:
+            return "length"
+        return "context" if self._drawn == self._room else None
+
+    def _predictions(
+        self, described: Described | None, count: int, drawn: np.ndarray | None
+    ) -> Sequence[Prediction | None]:
+        """Of the first `count` tokens; None each where nobody asked.
+
+        Args:
+          drawn: their sampling log-probabilities; None for tokens that were given.
+        """
+        if described is None or self.request.top is None:
+            return [None] * count
+        described = jax.tree.map(lambda x: x[:count], described)
+        return to_host(described, drawn, self.request.top, self.request.watch)
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:
+    """The ids to continue from: at least one, because a model scores only what follows something.
+
+    The empty text is an end of text, as between two documents in training: token 0 of the prompt,
+    with its name, no bytes and no text. Without one it is a newline.
+
+    Raises:
+      UsageError: the text is empty and the tokenizer has neither.
+    """
+    if text:
+        return tokenizer.encode(text)
+    if tokenizer.end_of_text is not None:
+        return np.array([tokenizer.end_of_text], np.int32)
+    try:
+        return tokenizer.encode("\n")
+    except UsageError:
+        raise UsageError(
+            f"the prompt is empty, and the tokenizer {tokenizer.name!r} has neither an end of text "
+            "nor a newline to start from; give a prompt of at least one character"
+        ) from None
+
+
+def round_up(size: int, at_least: int = 1) -> int:
+    """The next power of two, at least so much; 0 stays 0."""
+    return max(at_least, 1 << (size - 1).bit_length()) if size else 0
+
+
+def _end_of_text(tokenizer: Tokenizer) -> int:
+    """Its id, or one that no token has."""
+    return -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
+
+
+def _read(drawn: Drawn, done: jax.Array) -> Drawn:
+    drawn, done = jax.device_get((drawn, done))
+    return jax.tree.map(lambda x: x[:done], drawn)

@@ -3,8 +3,8 @@
     logprob_v = z_v - log sum_u exp(z_u)          entropy = - sum_v p_v log p_v
     rank_v    = 1 + #{u : logprob_u > logprob_v} + #{u < v : logprob_u = logprob_v}
 
-All from the float32 log-softmax of the raw logits over the real vocabulary. Sampling (filters.py) reads
-it and cannot change it: a barrier keeps the compiler from computing it in two ways.
+All from the float32 log-softmax of the raw logits over the real vocabulary. Sampling (filters.py)
+reads it and cannot change it: a barrier keeps the compiler from computing it in two ways.
 
 Decoding (one position of each row) and scoring (many) describe their tokens by the same function,
 so a number has one meaning whatever surface shows it.
@@ -37,8 +37,8 @@ CHUNK_LOGITS = 2**22
 
 @functools.partial(
     jax.tree_util.register_dataclass, meta_fields=[],
-    data_fields=["logprob", "rank", "entropy", "kept_mass", "kept_tokens", "top_ids", "top_logprobs",
-                 "watch_logprobs", "watch_ranks"],
+    data_fields=["logprob", "rank", "entropy", "kept_mass", "kept_tokens", "top_ids",
+                 "top_logprobs", "watch_logprobs", "watch_ranks"],
 )
 @dataclasses.dataclass(frozen=True)
 class Described:
@@ -214,7 +214,8 @@ def to_host(
     """
     if not (np.isfinite(described.logprob).all() and np.isfinite(described.entropy).all()):
         raise NonFiniteError(NOT_FINITE)
-    drawn = [None] * len(described.logprob) if sampling_logprobs is None else sampling_logprobs.tolist()
+    nothing = [None] * len(described.logprob)
+    drawn = nothing if sampling_logprobs is None else sampling_logprobs.tolist()
     columns = zip(
         described.logprob.tolist(), described.rank.tolist(), described.entropy.tolist(), drawn,
         described.kept_mass.tolist(), described.kept_tokens.tolist(),
@@ -230,5 +231,5 @@ def to_host(
         # Padded watch columns lie beyond len(watch): zip ends before them.
         watched = zip(watch_ranks, watch_logprobs, watch, strict=False)
         rivals += [Rival(id_, p, rank) for rank, p, id_ in sorted(set(watched)) if rank > top]
-        predictions.append(Prediction(*numbers, rivals=tuple(rivals)))
+        predictions.append(Prediction(*numbers, tuple(rivals)))
     return predictions

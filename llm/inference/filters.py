@@ -2,9 +2,9 @@
 
     q_v  =  p_v^(1/temperature) / sum over the kept      where v is kept, 0 elsewhere
 
-Tokens stand in one total order: likelier first, ties by lower id. Each filter keeps a prefix of it,
-so the kept set is exact and "kept" is the same as rank <= kept_tokens. The filters, in the order and with
-the definitions of Hugging Face `transformers` (generation/logits_process.py):
+Tokens stand in one total order: likelier first, ties by lower id. Each filter keeps a prefix of
+it, so the kept set is exact and "kept" is the same as rank <= kept_tokens. The filters, in the
+order and with the definitions of Hugging Face `transformers` (generation/logits_process.py):
 
     temperature  divides the logits; 0 is greedy: the likeliest token alone
     top_k        the first k
@@ -15,8 +15,8 @@ Every number is an array over rows: requests with different settings share one c
 
 What it is not: it never touches the log-probabilities that are reported.
 
-Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration"
-(top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling".
+Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text
+Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p).
 
     R rows  V vocabulary  C candidates  M blocks of the vocabulary
 """
@@ -36,8 +36,8 @@ from llm.config import SamplingConfig
 # backend, the top 256 of them 0.11 ms, the top 1024 0.38 ms (2-core EPYC, jax 0.12). What the
 # candidates do not settle is found by bisection, about 1 ms.
 CANDIDATES = 256
-# A draw picks a block of this many tokens, then a token in it: V / 256 + 256 noise values instead of
-# V, which on the same machine cost 1 ms a token.
+# A draw picks a block of this many tokens, then a token in it: V / 256 + 256 noise values instead
+# of V, which on the same machine cost 1 ms a token.
 BLOCK = 256
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -74,18 +74,18 @@ class RowSettings:
 
     @classmethod
     def stack(cls, rows: Sequence[Sampling], indices: Sequence[int]) -> "RowSettings":
-        """One row for each Sampling; `indices` are the i of "sample i is a function of seed and i"."""
+        """One row for each Sampling; `indices` are the i of "sample i is a function of seed, i"."""
         # Below the smallest normal float32 the device would divide by zero.
         greedy = np.array([row.temperature < _TINY for row in rows])
         temperatures = np.array([min(row.temperature, 1e38) for row in rows], np.float32)
         top_ks = np.array([min(row.top_k, 2**31 - 1) for row in rows], np.int32)
         seeds = np.array([_split_seed(row.seed) for row in rows], np.uint32)
         return cls(
-            temperature_R=np.where(greedy, np.float32(1), temperatures),
-            top_k_R=np.where(greedy, np.int32(1), top_ks),
-            top_p_R=np.array([row.top_p for row in rows], np.float32),
-            min_p_R=np.array([row.min_p for row in rows], np.float32),
-            key_R2=np.asarray(_fold_in(seeds, np.array(indices, np.uint32))),
+            temperature_R=jnp.asarray(np.where(greedy, np.float32(1), temperatures)),
+            top_k_R=jnp.asarray(np.where(greedy, np.int32(1), top_ks)),
+            top_p_R=jnp.asarray([row.top_p for row in rows], jnp.float32),
+            min_p_R=jnp.asarray([row.min_p for row in rows], jnp.float32),
+            key_R2=_fold_in(seeds, np.array(indices, np.uint32)),
         )
 
     def repeat(self, times: int) -> "RowSettings":
@@ -297,7 +297,7 @@ def _up_to(gap_RV: jax.Array, last_gap_R1: jax.Array, last_id_R1: jax.Array) -> 
 
 
 @jax.jit
-def _fold_in(seeds_R2: jax.Array, indices_R: jax.Array) -> jax.Array:
+def _fold_in(seeds_R2: jax.typing.ArrayLike, indices_R: jax.typing.ArrayLike) -> jax.Array:
     def fold(seed_2, index):
         key = jax.random.wrap_key_data(seed_2, impl="threefry2x32")
         return jax.random.key_data(jax.random.fold_in(key, index))

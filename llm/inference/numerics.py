@@ -4,9 +4,7 @@ In float32 the two agree to 1e-4 nats, and tests hold it. In bfloat16 the bound 
 so it is measured and written into the run record.
 """
 
-from collections.abc import Sequence
-
-from llm.inference.decode import Decoder, Request
+from llm.inference.decode import Decoder, Request, TokenIds
 from llm.inference.filters import Sampling
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, Params
@@ -15,7 +13,7 @@ PROBE_TOKENS = 16
 
 
 def cached_minus_full(
-    spec: ModelSpec, params: Params, decoder: Decoder, prompt: Sequence[int]
+    spec: ModelSpec, params: Params, decoder: Decoder, prompt: TokenIds
 ) -> float:
     """The largest |difference| in nats over a prompt and a greedy continuation of it.
 

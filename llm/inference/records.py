@@ -4,21 +4,21 @@ r"""Token-probability records: what the model said about every token, as JSON li
     token   one for each token, prompt included, in order
     end     after the tokens of each sample: how it ended, and its sums
 
-Natural logarithms; strict JSON in ASCII, without NaN or infinity, so any JSON reader and any way of splitting
-lines will do. Integers and floats are the model's own, not rounded.
+Natural logarithms; strict JSON in ASCII, without NaN or infinity, so any JSON reader and any way of
+splitting lines will do. Numbers are the model's own, not rounded.
 
 Promises beside those of the fields:
 
-- Concatenating `bytes` gives the bytes of all the sample's tokens; concatenating `text` gives the end
-  record's `text`. That is the text of all those bytes, U+FFFD standing for what is not UTF-8 (a
-  character that the sample's end left open is flushed by its last token), cut where a stop string
-  begins: the tokens that spell it have their records, with the `text` that stays.
+- Concatenating `bytes` gives the bytes of all the sample's tokens; concatenating `text` gives the
+  end record's `text`. That is the text of all those bytes, U+FFFD standing for what is not UTF-8
+  (a character that the sample's end left open is flushed by its last token), cut where a stop
+  string begins: the tokens that spell it have their records, with the `text` that stays.
 - `top` holds the run's `top` likeliest tokens, then watched ones that are not among them, all in
   rank order. A token is kept by sampling where its rank is at most `kept_tokens`.
-- An empty prompt appears as the end of text that stands in its place: token 0 of the prompt, with its
-  name, `bytes` [] and `text` "". The first token of a sample has nothing before it: its numbers are null
-  and its `top` is empty.
-- Where nothing is drawn (`sampling` null), everything is kept: kept_mass 1, kept_tokens the vocabulary.
+- An empty prompt appears as the end of text that stands in its place: token 0 of the prompt, with
+  its name, `bytes` [] and `text` "". The first token of a sample has nothing before it: its numbers
+  are null and its `top` is empty.
+- Where nothing is drawn (`sampling` null), all is kept: kept_mass 1, kept_tokens the vocabulary.
 - The end record counts the generated tokens of a sample, and of a scored text all tokens but the
   first: `tokens`, `sum_logprob`, `perplexity` = exp(-sum_logprob / tokens) and `bits_per_byte` =
   -sum_logprob / (ln 2 * bytes of these tokens); the last two are null where there is nothing to
@@ -113,7 +113,8 @@ class RecordBuilder:
             "byte_offset": token.byte_offset,
             "utf8": token.utf8,
         }
-        return record | (_NO_NUMBERS if token.prediction is None else self._numbers(token.prediction))
+        said = token.prediction
+        return record | (_NO_NUMBERS if said is None else self._numbers(said))
 
     def end(self, sample: int, tokens: "Sequence[Token]", finish: str, counted: str) -> Record:
         """How a sample ended, and its sums.
@@ -141,9 +142,14 @@ class RecordBuilder:
         top = []
         for rival in prediction.rivals:
             name, data = self._spelling(rival.id)
-            kept = rival.rank <= kept_tokens
             top.append(
-                {"id": rival.id, "token": name, "bytes": data, "logprob": rival.logprob, "kept": kept}
+                {
+                    "id": rival.id,
+                    "token": name,
+                    "bytes": data,
+                    "logprob": rival.logprob,
+                    "kept": rival.rank <= kept_tokens,
+                }
             )
         drawn = prediction.sampling_logprob
         return {
@@ -164,7 +170,7 @@ class RecordBuilder:
         return self._spellings[id_]
 
 
-_NO_NUMBERS = {
+_NO_NUMBERS: Record = {
     "logprob": None, "rank": None, "entropy": None, "sampling_logprob": None, "kept_mass": None,
     "kept_tokens": None, "top": [],
 }  # fmt: skip

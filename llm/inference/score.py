@@ -2,18 +2,18 @@
 
     total nats = - sum_t log P(x_t | x_<t)        (the training loss on these tokens, not divided)
 
-A text longer than the context is read through windows. The first window predicts all its tokens; each
-later one moves on by `stride` tokens and predicts those only, so every token is predicted once, with at
-least context_length - stride + 1 tokens before it, or all there are. A small stride gives more
-context and costs context_length / stride times the work.
+A text longer than the context is read through windows. The first window predicts all its tokens;
+each later one moves on by `stride` tokens and predicts those only, so every token is predicted once,
+with at least context_length - stride + 1 tokens before it, or all there are. A small stride gives
+more context and costs context_length / stride times the work. With context 4 and stride 2:
 
-    stride 2, context 4     tokens   a b c d e f g
-    window 1 reads a b c d, predicts   b c d e
-    window 2 reads   c d e f, predicts         f g     (e f are read again, g is the next token)
+    window 1   reads a b c d      and predicts   b c d e
+    window 2   reads     c d e f  and predicts         f g
 
 What it is not: sampling; nothing is drawn. Numbers differ from cached decoding by rounding only.
 
-Source of the strided evaluation: Baevski & Auli 2019, "Adaptive Input Representations", section 5.5.
+Source of the strided evaluation: Baevski & Auli 2019, "Adaptive Input Representations for Neural
+Language Modeling".
 
     B windows of a batch  T inputs of a window  K predicted positions, the last of T  V vocabulary
     W watched ids
@@ -25,7 +25,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm.errors import UsageError
@@ -49,6 +48,7 @@ BATCH_TOKENS = 8192
 # Windows collected before the first is computed, so that windows of one size share a batch.
 GROUP_WINDOWS = 256
 
+TokenIds = Sequence[int] | Ids
 Scored = tuple[Ids, list[Prediction | None]]
 
 
@@ -98,7 +98,7 @@ class Scorer:
                 f"watch has the token id {outside[0]}; ids go from 0 to {self.spec.vocab_size - 1}"
             )
 
-    def score(self, texts: Iterable[Sequence[int]]) -> Iterator[list[Prediction | None]]:
+    def score(self, texts: Iterable[TokenIds]) -> Iterator[list[Prediction | None]]:
         """For each text, in order, a Prediction for each of its tokens; None for the first.
 
         Args:
@@ -110,7 +110,7 @@ class Scorer:
             yield predictions
 
     def tokens(
-        self, texts: Iterable[Sequence[int]], tokenizer: Tokenizer
+        self, texts: Iterable[TokenIds], tokenizer: Tokenizer
     ) -> Iterator[list[Token]]:
         """As `score`, with each token's place and text."""
         for ids, predictions in self._score(texts):
@@ -123,7 +123,7 @@ class Scorer:
                 tokens[-1] = transcript.close(tokens[-1])
             yield tokens
 
-    def distributions(self, ids: Sequence[int]) -> np.ndarray:
+    def distributions(self, ids: TokenIds) -> np.ndarray:
         """The whole distribution at every token of one text but the first.
 
         Returns:
@@ -148,7 +148,7 @@ class Scorer:
             first, end = end + 1, min(end + stride, last)
             yield Window(ids[end - context : end + 1], first, end - first + 1, context, stride)
 
-    def _score(self, texts: Iterable[Sequence[int]]) -> Iterator[Scored]:
+    def _score(self, texts: Iterable[TokenIds]) -> Iterator[Scored]:
         group: list[tuple[Ids, list[Window]]] = []
         for text in texts:
             ids = np.asarray(text, np.int32)
@@ -170,10 +170,10 @@ class Scorer:
                 batch = members[start : start + rows]
                 described = self._describe([window for _, window in batch])
                 for b, (text, window) in enumerate(batch):
-                    of_window = jax.tree.map(lambda x, b=b, w=window: x[b][predicted_slice(w)], described)
-                    predictions = to_host(of_window, None, self._top(), self.watch)
+                    row = (b, predicted_slice(window))
+                    of_window = jax.tree.map(lambda x, row=row: x[row], described)
                     place = slice(window.first, window.first + window.predicted)
-                    scored[text][1][place] = predictions
+                    scored[text][1][place] = to_host(of_window, None, self._top(), self.watch)
         yield from scored
 
     def _describe(self, windows: Sequence[Window]) -> Described:

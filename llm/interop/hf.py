@@ -1,7 +1,7 @@
 """GPT-2 and Llama weights to and from a Hugging Face model folder (config.json, *.safetensors).
 
-One table per architecture pairs the names of a transformers state dict with ours. Moving a weight is
-at most a transpose, a split and the padding of the vocabulary, so a round trip changes no bit.
+One table per architecture pairs the names of a transformers state dict with ours. Moving a weight
+is at most a transpose, a split and the padding of the vocabulary, so a round trip changes no bit.
 
 What it is not: it does not convert tokenizers, and it carries no dropout, which belongs to training
 and not to the function. A model that ModelConfig cannot express is refused by the name of the
@@ -82,7 +82,9 @@ def from_hf(folder: str | Path) -> tuple[ModelConfig, int, Arrays]:
     params: Arrays = {}
     for weight in _present(architecture, spec):
         if weight.theirs not in tensors:
-            raise CheckpointError(f"{folder} holds no weight {weight.theirs}, which config.json needs")
+            raise CheckpointError(
+                f"{folder} holds no weight {weight.theirs}, which config.json needs"
+            )
         params.update(_to_ours(weight, tensors.pop(weight.theirs), spec))
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -265,13 +267,15 @@ def _rope_theta(described: Description) -> float:
     }
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UsageError(f"rope scaling of type {kind!r} cannot be represented; supported: 'default'")
+        raise UsageError(
+            f"rope scaling of type {kind!r} cannot be represented; supported: 'default'"
+        )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise UsageError(
             f"partial_rotary_factor = {rope['partial_rotary_factor']} cannot be represented: the "
             f"whole head is rotated here"
         )
-    return rope.get("rope_theta", described.get("rope_theta", 10000.0))
+    return float(rope.get("rope_theta", described.get("rope_theta", 10000.0)))
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:
@@ -347,7 +351,7 @@ _EXPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def _model_type_for(config: ModelConfig) -> str:
-    """The architecture that is exactly this model, or a UsageError naming what keeps it from each."""
+    """The architecture that is exactly this model, or a UsageError with what keeps it from each."""
     reasons = []
     for model_type, allowed in _EXPORTED.items():
         wrong = [
@@ -374,7 +378,9 @@ def _model_config(**settings: Any) -> ModelConfig:
 def _choice(described: Description, name: str, default: str, choices: Mapping[str, str]) -> str:
     found = described.get(name, default)
     if found not in choices:
-        raise UsageError(f"{name} = {found!r} cannot be represented; supported: {', '.join(choices)}")
+        raise UsageError(
+            f"{name} = {found!r} cannot be represented; supported: {', '.join(choices)}"
+        )
     return choices[found]
 
 
@@ -455,7 +461,8 @@ def _to_ours(weight: Weight, array: np.ndarray, spec: ModelSpec) -> Arrays:
     params, axes = abstract_params(spec), logical_axes(spec)
     widths = [_real_shape(spec, axes[name], params[name].shape)[-1] for name in weight.ours]
     array = array.T if weight.transposed else array
-    expected = (*_real_shape(spec, axes[weight.ours[0]], params[weight.ours[0]].shape)[:-1], sum(widths))
+    rows = _real_shape(spec, axes[weight.ours[0]], params[weight.ours[0]].shape)[:-1]
+    expected = (*rows, sum(widths))
     if array.shape != expected:
         raise CheckpointError(
             f"weight {weight.theirs} has shape {list(array.shape)}, but config.json needs "

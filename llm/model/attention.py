@@ -2,9 +2,9 @@
 
     attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + M) V,    M = 0 where s <= t, -inf elsewhere
 
-Sources: Vaswani et al. 2017, "Attention Is All You Need", equation 1; Shazeer 2019, "Fast Transformer
-Decoding" (multi-query) and Ainslie et al. 2023, "GQA" (grouped-query); Su et al. 2021, "RoFormer"
-(rotary positions).
+Sources: Vaswani et al. 2017, "Attention Is All You Need", equation 1; Shazeer 2019, "Fast
+Transformer Decoding" (multi-query) and Ainslie et al. 2023, "GQA" (grouped-query); Su et al. 2021,
+"RoFormer" (rotary positions).
 
     B batch  T query position  S key position  K key/value heads  G query heads per key/value head
     N = K G query heads  H head size
@@ -92,9 +92,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
 
 

@@ -8,15 +8,15 @@
 The probability of a text is the product of its next-token probabilities,
 log P(x) = sum_t log P(x_t | x_<t), and P(x_t | x_<t) = softmax(logits at t - 1).
 
-What it is not: it does not train, draw or read anything. Parameters live outside, as a flat dictionary
-of float32 arrays (`Params`); `bind` puts them into the modules where a model is run.
+What it is not: it does not train, draw or read anything. Parameters live outside, as a flat
+dictionary of float32 arrays (`Params`); `bind` puts them into the modules where a model is run.
 
-Sources: Radford et al. 2019 (GPT-2: pre-norm blocks, initialisation); Zhang & Sennrich 2019 (RMSNorm);
-Shazeer 2020 (SwiGLU); So et al. 2021 (squared ReLU); Dehghani et al. 2023 (QK-norm); Gemma team
-2024 (logit soft cap). Attention's own sources are in attention.py.
+Sources: Radford et al. 2019 (GPT-2: pre-norm blocks, initialisation); Zhang & Sennrich 2019
+(RMSNorm); Shazeer 2020 (SwiGLU); So et al. 2021 (squared ReLU); Dehghani et al. 2023 (QK-norm);
+Gemma team 2024 (logit soft cap). Attention's own sources are in attention.py.
 
-    B batch  T position  D model width  N heads  K key/value heads  H head size  F feed-forward width
-    V vocabulary (padded inside this file)  L layers  S cache capacity
+    B batch  T position  D model width  N heads  K key/value heads  H head size
+    F feed-forward width  V vocabulary (padded inside this file)  L layers  S cache capacity
 """
 
 import collections
@@ -40,7 +40,7 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Everything that fixes the model's function besides its parameters. Hashable: static in jit."""
+    """Everything that fixes the model's function but its parameters. Hashable: static in jit."""
 
     config: ModelConfig
     vocab_size: int
@@ -55,8 +55,9 @@ class ModelSpec:
         return -(-self.vocab_size // multiple) * multiple
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
-                   data_fields=["keys", "values", "length_B"])
+@functools.partial(
+    jax.tree_util.register_dataclass, meta_fields=[], data_fields=["keys", "values", "length_B"]
+)
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Keys and values of the tokens seen so far, one pair of arrays a layer.
@@ -103,8 +104,9 @@ def matmul(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
 class Linear(nnx.Module):
     """y = x W + b, with W stored [in, out]."""
 
-    def __init__(self, axes: tuple[str, str], shape: tuple[int, int], *, std: float, bias: bool,
-                 dtype: str):
+    def __init__(
+        self, axes: tuple[str, str], shape: tuple[int, int], *, std: float, bias: bool, dtype: str
+    ):
         self.dtype = dtype
         self.weight = drawn(axes, shape, std)
         self.bias = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
@@ -124,8 +126,9 @@ def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Arra
     dtype = linears[0].dtype
     joined = jnp.concatenate([linear.weight[...] for linear in linears], axis=1).astype(dtype)
     y = matmul(x_BTD, joined)
-    if linears[0].bias is not None:
-        y = y + jnp.concatenate([linear.bias[...] for linear in linears]).astype(dtype)[None, None]
+    biases = [linear.bias[...] for linear in linears if linear.bias is not None]
+    if biases:
+        y = y + jnp.concatenate(biases).astype(dtype)[None, None]
     widths = [linear.weight.shape[1] for linear in linears]
     ends = list(itertools.accumulate(widths))
     return jnp.split(y, ends[:-1], axis=-1)
@@ -216,8 +219,14 @@ class Attention(nnx.Module):
         """Every position of x looks at itself and what is before it in x."""
         query, key, value = self.project(x_BTD, positions_BT)
         query = constrain(query, "batch", "sequence", "heads", None)
-        mixed_BTNH = attend(query, key, value, causal_mask(x_BTD.shape[1]),
-                            dropout=self.config.dropout, dropout_key=dropout_key)
+        mixed_BTNH = attend(
+            query,
+            key,
+            value,
+            causal_mask(x_BTD.shape[1]),
+            dropout=self.config.dropout,
+            dropout_key=dropout_key,
+        )
         return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1))
 
     def weights(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -227,7 +236,7 @@ class Attention(nnx.Module):
         return jax.lax.collapse(weights_BKGTS, 1, 3)
 
     def extend(self, x_BTD, positions_BT, keys_BSKH, values_BSKH) -> tuple[jax.Array, ...]:
-        """As __call__, also looking at cached positions; returns the longer cache with the output."""
+        """As __call__, also looking at cached positions; the output, and the longer cache."""
         query, key, value = self.project(x_BTD, positions_BT)
         rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
         keys_BSKH = keys_BSKH.at[rows_B1, positions_BT].set(key)
@@ -307,8 +316,11 @@ class GPT(nnx.Module):
         )
         if not config.tie_embeddings:
             self.head = Linear(
-                ("embed", "vocab"), (config.d_model, spec.padded_vocab_size),
-                std=config.init_std, bias=False, dtype=spec.compute_dtype,
+                ("embed", "vocab"),
+                (config.d_model, spec.padded_vocab_size),
+                std=config.init_std,
+                bias=False,
+                dtype=spec.compute_dtype,
             )
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
@@ -364,15 +376,17 @@ class GPT(nnx.Module):
         positions_BT = cache.length_B[:, None] + jnp.arange(T)[None, :]
         x_BTD = self.embed(tokens_BT, positions_BT)
         keys, values = [], []
-        for block, keys_BSKH, values_BSKH in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x_BTD, keys_BSKH, values_BSKH = block.extend(x_BTD, positions_BT, keys_BSKH, values_BSKH)
+        for layer, block in enumerate(self.blocks):
+            x_BTD, keys_BSKH, values_BSKH = block.extend(
+                x_BTD, positions_BT, cache.keys[layer], cache.values[layer]
+            )
             keys.append(keys_BSKH)
             values.append(values_BSKH)
         longer = KVCache(tuple(keys), tuple(values), cache.length_B + T)
         return self.final_norm(x_BTD), longer
 
     def head_weight(self) -> jax.Array:
-        """W_head [D, padded vocabulary] in the compute dtype; the embedding's transpose when tied."""
+        """W_head [D, padded vocabulary] in the compute dtype; E^T when tied."""
         if self.spec.config.tie_embeddings:
             return self.embed.weight[...].T.astype(self.spec.compute_dtype)
         return self.head.weight[...].astype(self.spec.compute_dtype)

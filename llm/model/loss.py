@@ -76,8 +76,8 @@ def head_loss(
 
         objective = sum_bt w_bt [ (1 - e) nll_bt + e mean_v(-log p_btv) + z (log Z_bt)^2 ]
 
-    The positions are taken in `chunks` parts, one after the other. When a gradient is asked for, each
-    part's is computed while its logits are at hand, so they are never computed twice.
+    The positions are taken in `chunks` parts, one after the other. When a gradient is asked for,
+    each part's is computed while its logits are at hand, so they are never computed twice.
     Differentiable in hidden and head, and through `objective` alone: nll and the weights carry no
     gradient.
 
@@ -88,8 +88,10 @@ def head_loss(
       weights_BT: float32; 0 masks a token out. For a mean over tokens, mask / number of tokens.
       chunks: a divisor of T; see `chunks_for`.
     """
+
     def add_chunk(total, chunk):
-        terms = _chunk_loss(_logits(chunk[0], head_DV), *chunk[1:], options)
+        hidden, targets, weights = chunk
+        terms = _chunk_loss(_logits(hidden, head_DV), targets, weights, options)
         return jax.tree.map(jnp.add, total, terms), None
 
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
@@ -109,9 +111,7 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
         # The two products below are the head's backward pass; in the compute dtype, as its forward.
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("BTV,DV->BTD", d_logits, head_DV)
-        d_head_DV += jnp.einsum(
-            "BTD,BTV->DV", hidden, d_logits, preferred_element_type=jnp.float32
-        )
+        d_head_DV += jnp.einsum("BTD,BTV->DV", hidden, d_logits, preferred_element_type=jnp.float32)
         total = LossTerms(total.objective + objective, total.nll + nll)
         return (total, d_head_DV), d_hidden
 
@@ -142,8 +142,8 @@ def chunks_for(batch_size: int, length: int, padded_vocab_size: int, chunk_lengt
     Args:
       batch_size: sequences on one device.
       length: positions T.
-      chunk_length: positions of a part when the caller has chosen; 0: as many as keep
-        the part's logits within CHUNK_LOGITS, and at most half of them, so that [B, T, V] never exists.
+      chunk_length: positions of a part when the caller has chosen; 0: as many as keep the part's
+        logits within CHUNK_LOGITS, and at most half of them, so that [B, T, V] never exists.
     """
     fitting = CHUNK_LOGITS // (batch_size * padded_vocab_size)
     longest = chunk_length or max(1, min(fitting, length // 2))
@@ -169,9 +169,7 @@ def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> Los
 
 
 def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    logits_BTV = jnp.einsum(
-        "BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32
-    )
+    logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
     return constrain(logits_BTV, "batch", "sequence", "vocab")
 
 
@@ -181,6 +179,7 @@ def _split(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
     Strided, so that each part keeps the sharding of T: contiguous parts would each lie on a few
     devices of the mesh's context axis, with the others idle.
     """
+
     def split(x):
         B, T = x.shape[:2]
         return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *x.shape[2:]), 2, 0)

@@ -64,7 +64,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
 
 
-def check_divisible(mesh: Mesh, model: ModelConfig, padded_vocab_size: int, batch_size: int) -> None:
+def check_divisible(
+    mesh: Mesh, model: ModelConfig, padded_vocab_size: int, batch_size: int
+) -> None:
     """Every divided size must be a multiple of its mesh axis.
 
     Args:
@@ -129,6 +131,8 @@ def shard_batch(mesh: Mesh, rows_BT: np.ndarray, logical_axes: Sequence[str | No
     return jax.make_array_from_process_local_data(sharding_of(mesh, logical_axes), rows_BT)
 
 
-def tree_shardings(mesh: Mesh, axes: Mapping[str, tuple[str | None, ...]]) -> dict[str, NamedSharding]:
+def tree_shardings(
+    mesh: Mesh, axes: Mapping[str, tuple[str | None, ...]]
+) -> dict[str, NamedSharding]:
     """name -> sharding for every weight."""
     return {name: sharding_of(mesh, names) for name, names in axes.items()}

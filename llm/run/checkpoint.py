@@ -27,7 +27,14 @@ import numpy as np
 
 from llm.errors import CheckpointError
 from llm.faults import fault_point
-from llm.files import flush_folder, flush_tree, free_bytes, is_disk_full, readable_bytes
+from llm.files import (
+    disk_full_reason,
+    flush_folder,
+    flush_tree,
+    free_bytes,
+    is_disk_full,
+    readable_bytes,
+)
 
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
@@ -296,7 +303,8 @@ class Checkpoints:
 
     def _explain(self, failure: BaseException, step: int | None) -> CheckpointError:
         if is_disk_full(failure):
-            return CheckpointError(_no_room(self.root, self._needed, free_bytes(self.root)))
+            why = disk_full_reason(failure)
+            return CheckpointError(_no_room(self.root, self._needed, free_bytes(self.root), why))
         if isinstance(failure, CheckpointError):
             return failure
         reason = f"{type(failure).__name__}: {failure}".split("\n")[0][:500]
@@ -330,10 +338,10 @@ def _total_bytes(groups: Groups) -> int:
     return sum(array.size * array.dtype.itemsize for group in groups.values() for array in group.values())
 
 
-def _no_room(root: Path, needed: int, free: int) -> str:
+def _no_room(root: Path, needed: int, free: int, why: str = "") -> str:
     return (
-        f"no room for a checkpoint in {root}: it needs {readable_bytes(needed)} ({needed} bytes), "
-        f"{readable_bytes(free)} ({free} bytes) can be written; the steps before it are whole: free "
+        f"no room for a checkpoint in {root}{f' ({why})' if why else ''}: it needs {readable_bytes(needed)} ({needed} bytes), "
+        f"{readable_bytes(free)} ({free} bytes) are free; the steps before it are whole: free "
         "some space (or lower checkpoint.keep) and run the same command again"
     )
 

@@ -7,15 +7,15 @@ building the same thing at once: the second waits, then uses what the first buil
 """
 
 import contextlib
-import errno
 import fcntl
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llm.errors import UsageError
+from llm.files import flush_folder, flush_tree
+from llm.runtime import cache_dir
 
 # Called with (what is being done, bytes done, bytes in all or None). What it raises stops the
 # work, and leaves nothing half-made.
@@ -28,7 +28,7 @@ def silent(_what: str, _done: int, _total: int | None) -> None:
 
 def cache_root(setting: str) -> Path:
     """`data.cache_dir`, else $LLM_CACHE_DIR, else ~/.cache/llm; created when it is missing."""
-    root = Path(setting or os.environ.get("LLM_CACHE_DIR") or "~/.cache/llm").expanduser()
+    root = cache_dir(setting)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,20 +59,12 @@ def built_once(final: Path, on_progress: Progress = silent) -> Iterator[Path | N
         partial.mkdir()
         try:
             yield partial
-            _flush(partial)
+            flush_tree(partial)
             partial.rename(final)
-            _flush_folder(final.parent)
+            flush_folder(final.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-def is_disk_full(error: Exception) -> bool:
-    """No space, no quota left, or a file larger than is allowed."""
-    return isinstance(error, OSError) and error.errno in _DISK_FULL
-
-
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _partial(final: Path) -> Path:
@@ -107,32 +99,3 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _flush(folder: Path) -> None:
-    for file in folder.iterdir():
-        with open(file, "rb") as opened:
-            os.fsync(opened.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file by one that is whole, or leave it as it was."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)

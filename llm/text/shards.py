@@ -26,8 +26,9 @@ import numpy as np
 
 from llm.config import DataConfig, TokenizerConfig
 from llm.errors import CheckpointError, DataError, UsageError
+from llm.files import is_disk_full
 from llm.text.bpe import PATTERN, TRAINING_CHARACTERS, train_bpe
-from llm.text.cache import Progress, built_once, cache_root, is_disk_full, silent
+from llm.text.cache import Progress, built_once, cache_root, silent
 from llm.text.documents import Document, ReadingReport, read_documents
 from llm.text.sources import Found, Origin, find_origins
 from llm.text.splits import TokenSplit, is_held_out, tail_boundary

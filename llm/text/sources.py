@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Literal
 
 from llm.errors import DataError, UsageError
-from llm.text.cache import Progress, built_once, is_disk_full, silent, write_atomic
+from llm.files import is_disk_full, write_atomic
+from llm.text.cache import Progress, built_once, silent
 
 ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import CheckpointError, DataError, UsageError
-from llm.text.cache import write_atomic
+from llm.files import write_atomic
 
 Ids = npt.NDArray[np.int32]
 

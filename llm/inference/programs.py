@@ -1,0 +1,180 @@
+"""The two compiled programs that continue a batch of texts: prefill and cached decoding.
+
+`prefill_piece` runs a piece of all prompts, padded on the right, through the model and into the
+key/value cache. `decode_chunk` draws up to CHUNK tokens of every row in one call, the cache in
+place and nothing sent to the host in between, and returns early when all rows have ended.
+
+What it is not: texts, stop strings or requests, which live on the host: decode.py.
+
+    B rows  P positions of a piece  D model width  V vocabulary  W watched ids
+"""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llm.inference.distribution import (
+    Described,
+    describe,
+    describe_positions,
+    log_probabilities,
+)
+from llm.inference.filters import CANDIDATES, Candidates, RowSettings, apply_filters, draw
+from llm.model.gpt import KVCache, ModelSpec, Params, bind
+
+# Steps of the largest chunk: the size of its buffers on the device.
+CHUNK = 32
+
+
+@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
+                   data_fields=["cache", "hidden_BD", "active_B", "left_B"])
+@dataclass(frozen=True)
+class DecodeState:
+    """What a decode step continues from.
+
+    hidden_BD: what the head reads to score the next token.
+    active_B: rows that still draw.
+    left_B: int32, tokens that each row may still draw.
+    """
+
+    cache: KVCache
+    hidden_BD: jax.Array
+    active_B: jax.Array
+    left_B: jax.Array
+
+
+class Drawn(NamedTuple):
+    """What a step drew: int32 ids, log-probabilities in the distribution drawn from, and what
+    the model said (None where no row asked)."""
+
+    ids: jax.Array
+    sampling_logprobs: jax.Array
+    described: Described | None
+
+
+def for_decoding(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
+    """The same model with parameters laid out for reading them once a token.
+
+    A tied head becomes a matrix of its own: XLA's CPU backend multiplies [1, D] x [V, D]^T at a
+    tenth of the speed of [1, D] x [D, V] (GPT-2 124M: 39 against 23 ms a token, 2-core EPYC,
+    jax 0.12). Matrices are cast to the compute dtype here instead of at every step. Embeddings
+    are summed in float32 before the cast, and a step reads few of their rows: they stay.
+    """
+    config = spec.config.model_copy(update={"tie_embeddings": False})
+    prepared = {name: _to_compute_dtype(spec, name, weight) for name, weight in params.items()}
+    if spec.config.tie_embeddings:
+        prepared["head.weight"] = _transposed(params["embed.weight"], spec.compute_dtype)
+    return dataclasses.replace(spec, config=config), prepared
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _transposed(weight_VD: jax.Array, dtype: str) -> jax.Array:
+    return weight_VD.T.astype(dtype)
+
+
+def _to_compute_dtype(spec: ModelSpec, name: str, weight: jax.Array) -> jax.Array:
+    reads_all = weight.ndim > 1 and not name.startswith("embed.")
+    return weight.astype(spec.compute_dtype) if reads_all else weight
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty(spec: ModelSpec, batch_size: int, capacity: int) -> tuple[KVCache, jax.Array]:
+    hidden_BD = jnp.zeros((batch_size, spec.config.d_model), spec.compute_dtype)
+    return KVCache.create(spec, batch_size, capacity), hidden_BD
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=(2, 3))
+def prefill_piece(
+    spec: ModelSpec,
+    params: Params,
+    cache: KVCache,
+    hidden_BD: jax.Array,
+    tokens_BP: jax.Array,
+    targets_BP: jax.Array,
+    lengths_B: jax.Array,
+    settings: RowSettings,
+    watch_BW: jax.Array,
+    *,
+    top: int | None,
+) -> tuple[KVCache, jax.Array, Described | None]:
+    """One piece of all prompts into the cache.
+
+    Returns:
+      the cache; hidden_BD with the rows whose prompt ends in this piece filled in; what the model
+      said of targets_BP, the tokens one place further on (what lies beyond a prompt is noise).
+    """
+    model = bind(spec, params)
+    P = tokens_BP.shape[1]
+    last_B = lengths_B - 1 - cache.length_B
+    extended_BPD, cache = model.extend(tokens_BP, cache)
+    ends_here_B = (last_B >= 0) & (last_B < P)
+    index_B11 = jnp.clip(last_B, 0, P - 1)[:, None, None]
+    picked_B1D = jnp.take_along_axis(extended_BPD, index_B11, axis=1)
+    hidden_BD = jnp.where(ends_here_B[:, None], picked_B1D[:, 0], hidden_BD)
+    if top is None:
+        return cache, hidden_BD, None
+    described = describe_positions(model, extended_BPD, targets_BP, watch_BW, top, settings)
+    return cache, hidden_BD, described
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=2)
+def decode_chunk(
+    spec: ModelSpec,
+    params: Params,
+    state: DecodeState,
+    settings: RowSettings,
+    watch_BW: jax.Array,
+    alive_B: jax.Array,
+    steps: jax.Array,
+    end_of_text: jax.Array,
+    *,
+    top: int | None,
+) -> tuple[DecodeState, Drawn, jax.Array]:
+    """Up to `steps` <= CHUNK tokens of every row; fewer when no row is left.
+
+    Returns:
+      the state; what was drawn, [CHUNK, B, ...], rows that have ended being noise; the steps done.
+    """
+    model = bind(spec, params)
+
+    def step(state: DecodeState) -> tuple[DecodeState, Drawn]:
+        logprobs_BV = log_probabilities(model, state.hidden_BD)
+        candidates = Candidates.of(logprobs_BV, max(CANDIDATES, top or 0))
+        filtered = apply_filters(logprobs_BV, candidates, settings)
+        lengths_B = state.cache.length_B
+        ids_B = draw(filtered, settings, lengths_B)
+        described = None
+        if top is not None:
+            described = describe(logprobs_BV, ids_B, watch_BW, top, candidates, filtered)
+        return _advance(state, ids_B), Drawn(ids_B, filtered.logprob(ids_B), described)
+
+    def _advance(state: DecodeState, ids_B: jax.Array) -> DecodeState:
+        lengths_B, left_B = state.cache.length_B, state.left_B - 1
+        hidden_B1D, cache = model.extend(ids_B[:, None], state.cache)
+        lengths_B = jnp.where(state.active_B, lengths_B + 1, lengths_B)
+        has_room_B = (left_B > 0) & (lengths_B < spec.config.context_length)
+        return DecodeState(
+            cache=dataclasses.replace(cache, length_B=lengths_B),
+            hidden_BD=hidden_B1D[:, 0],
+            active_B=state.active_B & (ids_B != end_of_text) & has_room_B,
+            left_B=left_B,
+        )
+
+    def body(carry):
+        done, state, drawn = carry
+        state, new = step(state)
+        return done + 1, state, jax.tree.map(lambda all_, one: all_.at[done].set(one), drawn, new)
+
+    state = dataclasses.replace(state, active_B=state.active_B & alive_B)
+    shapes = jax.eval_shape(step, state)[1]
+    drawn = jax.tree.map(lambda x: jnp.zeros((CHUNK, *x.shape), x.dtype), shapes)
+    done, state, drawn = jax.lax.while_loop(
+        lambda carry: (carry[0] < steps) & jnp.any(carry[1].active_B),
+        body,
+        (jnp.zeros((), jnp.int32), state, drawn),
+    )
+    return state, drawn, done
