@@ -76,7 +76,7 @@ class DataConfig(Section):
     cache_dir: str = setting(
         "", "where token shards and downloads are kept; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
-    workers: NonNegativeInt = setting(0, "processes that tokenise; 0: one for each core")
+    workers: NonNegativeInt = setting(0, "threads that tokenise; 0: one for each core")
 
     @pydantic.field_validator("validation")
     @classmethod
@@ -421,7 +421,8 @@ def _flag_shape(base: Config) -> Any:
         fields = []
         for key, info in type(settings).model_fields.items():
             # Only the bare type: tyro must not see pydantic's ranges.
-            annotation = Annotated[_bare_type(info.annotation), tyro.conf.arg(help=info.description)]
+            bare: Any = _bare_type(info.annotation)
+            annotation = Annotated[bare, tyro.conf.arg(help=info.description)]
             fields.append((key, annotation, dataclasses.field(default=getattr(settings, key))))
         kind = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
         kind.__doc__ = type(settings).__doc__

@@ -125,7 +125,16 @@ def _sample_records(model, prompt, count, number, sampling, top):
         if drawn is not None and token_id == model.end_of_text:
             finish = "end_of_text"
             break
+    text += _flush(decoder, records)
     return [*records, _end_record(number, records, text, finish)]
+
+
+def _flush(decoder, records) -> str:
+    """A character that the sample's end leaves open becomes U+FFFD in its last token."""
+    rest = decoder.decode(b"", final=True)
+    if rest:
+        records[-1] |= {"text": records[-1]["text"] + rest, "utf8": "bad"}
+    return rest
 
 
 def _filtered(logprobs, sampling):
@@ -237,5 +246,6 @@ def given(pieces: list[bytes]) -> list[dict]:
         record |= {"text_offset": len(text), "byte_offset": offset}
         text, offset = text + record["text"], offset + len(record["bytes"])
         records.append(record)
+    text += _flush(decoder, records)
     run = records_of(model, [])[0]
     return [run, *records, _end_record(0, records, text, "length")]

@@ -4,8 +4,8 @@
 
 Each file holds `config` (the text of config.json), `tokens` (int32 [B, T]), `logits` (float32
 [B, T, V], computed by transformers), and under `weights/` every array of the state dict. The
-weights are drawn large, so that each part of a model shows in its logits, and in float16 to keep the
-files small.
+weights are drawn large, so that each part of a model shows in its logits, and in float16 to keep
+the files small.
 """
 
 import json

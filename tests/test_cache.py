@@ -121,7 +121,7 @@ def test_an_atomic_write_is_whole_or_not_at_all(tmp_path, monkeypatch):
     def full(_fd):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_atomic(path, b"after")
     assert path.read_bytes() == b"before"

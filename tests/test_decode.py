@@ -10,8 +10,9 @@ import pytest
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference import decode
-from llm.inference.decode import Decoder, Request, encode_prompt, for_decoding, round_up
+from llm.inference.decode import Decoder, Request, encode_prompt, round_up
 from llm.inference.filters import Sampling
+from llm.inference.programs import for_decoding
 from llm.model.gpt import GPT, ModelSpec, bind, initialise, logical_axes
 from llm.model.sharding import make_mesh, tree_shardings
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -50,9 +51,8 @@ def full_logprobs(spec, params, ids):
     padded = np.zeros((1, CONTEXT), np.int32)
     padded[0, : len(ids)] = ids
     logits = np.asarray(_full_pass(spec, params, padded)[0, : len(ids)], np.float64)
-    return logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - (
-        logits.max(-1, keepdims=True)
-    )
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 _full_pass = jax.jit(lambda spec, params, ids: bind(spec, params)(ids), static_argnums=0)
@@ -128,7 +128,7 @@ def check_prediction(row, token):
 MIXED = [
     Request(PROMPT, Sampling(0.8, top_p=0.9, seed=1), 0, max_new_tokens=20, top=3, watch=WATCH),
     Request(PROMPT[:1], Sampling(0.0), 1, max_new_tokens=12, top=10, watch=WATCH[:1]),
-    Request(np.arange(30, 46), Sampling(1.2, top_k=5, seed=2), 7, max_new_tokens=25, top=0, watch=WATCH),
+    Request(range(30, 46), Sampling(1.2, 5, seed=2), 7, max_new_tokens=25, top=0, watch=WATCH),
 ]
 GREEDY = Request(PROMPT, Sampling(0.0), max_new_tokens=20, top=3, watch=WATCH)
 
@@ -178,7 +178,8 @@ def test_no_sampling_flag_changes_a_log_probability_by_a_bit(decoder):
     """Of each prompt token, and of the likeliest and the watched ones at every place."""
     settings = [
         Sampling(1.0), Sampling(0.3), Sampling(0.0), Sampling(3.0, top_k=2),
-        Sampling(1.0, top_p=0.1), Sampling(0.7, min_p=0.5), Sampling(1.0, top_k=100, top_p=0.99, seed=8),
+        Sampling(1.0, top_p=0.1), Sampling(0.7, min_p=0.5),
+        Sampling(1.0, top_k=100, top_p=0.99, seed=8),
     ]  # fmt: skip
 
     def said(sampling):

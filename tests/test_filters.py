@@ -53,7 +53,8 @@ def reference(logprobs, sampling):
 
 
 def drawable(probabilities):
-    """Without what is kept but less likely than float32 can say: at temperature 0.3 e^-26 is e^-87."""
+    """Without what is kept but less likely than float32 can say: at temperature 0.3 e^-26 is
+    e^-87."""
     return set(np.flatnonzero(probabilities > 1e-36).tolist())
 
 

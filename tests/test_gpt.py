@@ -223,9 +223,11 @@ def test_padding_that_reaches_over_the_capacity_is_dropped():
 
 @pytest.mark.parametrize("name", ["gpt2 untied, exact gelu", "llama", "no positions, multi-query"])
 def test_attention_is_causal_shown_by_gradients(name):
-    """Three criteria: d logits_t / d embedding_s is exactly zero for every s > t; it is not zero for
-    any s <= t; and both hold for every t. Distinct tokens and an untied head make the gradient with
-    respect to the embedding table that of the positions' own embeddings."""
+    """d logits_t / d embedding_s is exactly zero for every s > t, and not zero for any s <= t.
+
+    Distinct tokens and an untied head make the gradient with respect to the embedding table that of
+    the positions' own embeddings.
+    """
     spec = spec_of(name, tie_embeddings=False)
     params = params_of(spec)
     tokens = np.arange(LENGTH, dtype=np.int32)[None]
@@ -296,7 +298,7 @@ def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
     assert {array.dtype for array in (*cache.keys, *cache.values)} == {jnp.dtype(jnp.bfloat16)}
     logits = forward(spec, params, some_tokens())
     assert logits.dtype == jnp.float32
-    # bfloat16 keeps 8 bits; a dozen roundings in a row add up to a few per cent of a logit's spread.
+    # bfloat16 keeps 8 bits; a dozen roundings in a row add up to a few per cent of the spread.
     error = np.abs(np.asarray(logits) - logits_of("modern")).max()
     assert 1e-4 < error < 0.1 * np.std(logits_of("modern"))
     assert {leaf.dtype for leaf in abstract_params(spec).values()} == {jnp.dtype(jnp.float32)}
@@ -368,8 +370,8 @@ DROPOUT_RATE = 0.3
 def dropped(*ones, key, identity=()):
     """bool [B, T, D], where the output of a two-layer model is zero.
 
-    All its weights are zero but those named, so its stream is one everywhere but where something was
-    dropped, and its final RMSNorm keeps zeros.
+    All its weights are zero but those named, so its stream is one everywhere but where something
+    was dropped, and its final RMSNorm keeps zeros.
     """
     config = ModelConfig(**SMALL, positions="none", norm="rmsnorm", dropout=DROPOUT_RATE)
     spec = ModelSpec(config, VOCAB)
@@ -401,8 +403,8 @@ def test_dropout_reaches_embeddings_and_every_branch_each_with_a_draw_of_its_own
 
 
 def test_dropout_reaches_attention_weights():
-    """The first position looks at itself alone: its output is dropped there, head by head, and again
-    on the branch."""
+    """The first position looks at itself alone: there its output is dropped head by head, and then
+    feature by feature on the branch."""
     mask = dropped(
         "blocks.1.attention.value.bias", identity=["blocks.1.attention.out.weight"],
         key=jax.random.key(0),

@@ -48,7 +48,7 @@ def transcribe(tokenizer, ids, phase="generated"):
 SOME_BYTES = st.one_of(
     st.binary(max_size=5),
     st.text(alphabet="a\n\u00e9\u6797\U0001f469\u200d\ufffd\ufe0f", max_size=4).map(str.encode),
-    st.sampled_from([b"\xf0\x9f", b"\x91\xa9", b"\xe6", b"\x9e\x97", b"\xed\xa0\x80", b"\xc0", b""]),
+    st.sampled_from([b"\xf0\x9f", b"\x91\xa9", b"\xe6", b"\x9e\x97", b"\xed\xa0\x80", b"\xc0"]),
 )
 
 
@@ -120,7 +120,10 @@ def test_an_emoji_in_bytes_opens_continues_and_closes():
     assert [token.text for token in tokens if token.text] == ["a", *EMOJI, "\u6797"]
 
 
-@pytest.mark.parametrize("data", [b"\x80", b"\xff\xfe", b"\xe6\x9ea", b"\xf0\x9f\x91", b"ok\xed\xa0\x80"])
+INVALID = [b"\x80", b"\xff\xfe", b"\xe6\x9ea", b"\xf0\x9f\x91", b"ok\xed\xa0\x80"]
+
+
+@pytest.mark.parametrize("data", INVALID)
 def test_invalid_bytes_are_marked_and_named(data):
     records = records_of(ByteTokenizer(), list(data))
     assert "".join(r["text"] for r in records) == data.decode("utf-8", "replace")

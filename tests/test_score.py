@@ -193,10 +193,9 @@ def test_all_logits_never_exist_at_once(params):
     assert 1 <= length < T and T % length == 0
     spec = ModelSpec(SPEC.config, V)
     shapes = jax.eval_shape(lambda: initialise(spec, jax.random.key(0)))
+    targets, watch = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, 0), jnp.int32)
     jaxpr = jax.make_jaxpr(
-        lambda params, hidden: describe_positions(
-            bind(spec, params), hidden, jnp.zeros((B, T), jnp.int32), jnp.zeros((B, 0), jnp.int32), 3
-        )
+        lambda params, hidden: describe_positions(bind(spec, params), hidden, targets, watch, 3)
     )(shapes, jnp.zeros((B, T, 32)))
     sizes = [
         variable.aval.size
@@ -219,9 +218,9 @@ def all_jaxprs(jaxpr):
 
 
 def test_what_cannot_be_scored_says_why(params):
-    with pytest.raises(UsageError, match=f"stride = 33.*1 to {CONTEXT}"):
+    with pytest.raises(UsageError, match=rf"stride = 33.*1 to {CONTEXT}"):
         Scorer(SPEC, params, stride=33)
-    with pytest.raises(UsageError, match="257.*0 to 256"):
+    with pytest.raises(UsageError, match=r"257.*0 to 256"):
         Scorer(SPEC, params, watch=[257])
     broken = params | {"final_norm.scale": params["final_norm.scale"] * jnp.nan}
     with pytest.raises(NonFiniteError):

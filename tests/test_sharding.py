@@ -1,4 +1,4 @@
-"""One model on every mesh: the same logits, weights in their shards, and errors that give numbers."""
+"""One model on every mesh: the same logits, weights in their shards, errors that give numbers."""
 
 import functools
 

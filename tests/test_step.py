@@ -42,7 +42,8 @@ def created_state(spec, optimizer, mesh):
 
 
 def fresh_state(spec=SPEC, optimizer=OPTIMIZER, mesh=None):
-    """A copy, because a step takes its state's buffers."""
+    """A copy, because a step takes its state's buffers. Dropout changes nothing of a beginning."""
+    spec = dataclasses.replace(spec, config=spec.config.model_copy(update={"dropout": 0.0}))
     state = created_state(spec, optimizer, mesh or one_device())
     return jax.tree.map(jnp.copy, state)
 

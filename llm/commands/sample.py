@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="files to continue, each as it is, with its last newline")
     add("--max-new-tokens", type=int, metavar="N", help="tokens to write after the prompt")
     cold = parser.add_mutually_exclusive_group()
-    cold.add_argument("--temperature", type=float, metavar="T", 
+    cold.add_argument("--temperature", type=float, metavar="T",
                       help="divides the logits; 0: greedy")
     cold.add_argument("--greedy", action="store_true", help="always the likeliest token")
     add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")

@@ -33,6 +33,7 @@ def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
     started = time.time()
     config = configure(arguments)
+    prepare_process(deterministic=config.run.deterministic)
     run = RunDirectory(Path(config.run.dir))
     check_is_ours(run)
     changed = changes_on_resume(run.read_config(), config) if run.exists() else {}
@@ -42,7 +43,6 @@ def main(arguments: list[str]) -> int:
         with StopRequest() as stop, make_progress(config.logging.progress) as progress:
             if _is_finished(run, config, progress):
                 return 0
-            prepare_process(deterministic=config.run.deterministic)
             _train(config, run, changed, stop, progress, started)
     finally:
         lock.release()

@@ -5,9 +5,9 @@
         print("".join(token.text for token in progress.tokens), end="")
 
 Requests of one call share the batch and nothing else: each has its own prompt length, settings,
-seed, stop rules and listed rivals, and gets the tokens that it would get alone, up to the rounding of
-matrix products, which may depend on the batch's size. The host reads one chunk of tokens while the
-device computes the next. Every size is rounded up to a power of two, so that few programs are
+seed, stop rules and listed rivals, and gets the tokens that it would get alone, up to the rounding
+of matrix products, which may depend on the batch's size. The host reads one chunk of tokens while
+the device computes the next. Every size is rounded up to a power of two, so that few programs are
 compiled.
 
 A sample ends, in this order, by
@@ -55,6 +55,8 @@ CHUNK_SECONDS = 0.1
 
 TokenIds = Sequence[int] | Ids
 
+_PLAIN = Sampling()
+
 
 @dataclass(frozen=True)
 class Request:
@@ -69,7 +71,7 @@ class Request:
     """
 
     prompt: TokenIds
-    sampling: Sampling = Sampling()
+    sampling: Sampling = _PLAIN
     index: int = 0
     max_new_tokens: int = 200
     stop: Sequence[str] = ()
@@ -253,8 +255,9 @@ class _Row:
         """What a chunk brought to this row; None when that is nothing new."""
         if self.finish is not None:
             return None
-        steps = self._steps_of(drawn.ids[:, row])
-        ids, logprobs = drawn.ids[:steps, row], drawn.sampling_logprobs[:steps, row]
+        steps = self._steps_of(np.asarray(drawn.ids)[:, row])
+        ids = np.asarray(drawn.ids)[:steps, row]
+        logprobs = np.asarray(drawn.sampling_logprobs)[:steps, row]
         described = jax.tree.map(lambda x: x[:, row], drawn.described)
         predictions = self._predictions(described, steps, logprobs)
         if not np.isfinite(logprobs).all():

@@ -215,21 +215,29 @@ def to_host(
     if not (np.isfinite(described.logprob).all() and np.isfinite(described.entropy).all()):
         raise NonFiniteError(NOT_FINITE)
     nothing = [None] * len(described.logprob)
-    drawn = nothing if sampling_logprobs is None else sampling_logprobs.tolist()
-    columns = zip(
-        described.logprob.tolist(), described.rank.tolist(), described.entropy.tolist(), drawn,
-        described.kept_mass.tolist(), described.kept_tokens.tolist(),
-        described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist(),
-        described.watch_logprobs.tolist(), described.watch_ranks.tolist(), strict=True,
+    columns = (
+        described.logprob.tolist(),
+        described.rank.tolist(),
+        described.entropy.tolist(),
+        nothing if sampling_logprobs is None else sampling_logprobs.tolist(),
+        described.kept_mass.tolist(),
+        described.kept_tokens.tolist(),
+        _rivals(described, top, watch),
     )
-    predictions = []
-    for *numbers, top_ids, top_logprobs, watch_logprobs, watch_ranks in columns:
-        rivals = [
-            Rival(id_, logprob, rank)
-            for rank, (id_, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), start=1)
-        ]
-        # Padded watch columns lie beyond len(watch): zip ends before them.
-        watched = zip(watch_ranks, watch_logprobs, watch, strict=False)
-        rivals += [Rival(id_, p, rank) for rank, p, id_ in sorted(set(watched)) if rank > top]
-        predictions.append(Prediction(*numbers, tuple(rivals)))
-    return predictions
+    return list(map(Prediction, *columns))
+
+
+def _rivals(described: Described, top: int, watch: Sequence[int]) -> list[tuple[Rival, ...]]:
+    listed = [
+        [Rival(id_, logprob, rank) for rank, (id_, logprob) in enumerate(pairs, start=1)]
+        for pairs in map(
+            zip, described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist()
+        )
+    ]
+    if watch:
+        ranks, logprobs = described.watch_ranks.tolist(), described.watch_logprobs.tolist()
+        for rivals, ranks_W, logprobs_W in zip(listed, ranks, logprobs, strict=True):
+            # Padded columns lie beyond len(watch): zip ends before them.
+            watched = sorted(set(zip(ranks_W, logprobs_W, watch, strict=False)))
+            rivals += [Rival(id_, logprob, rank) for rank, logprob, id_ in watched if rank > top]
+    return [tuple(rivals) for rivals in listed]

@@ -1,7 +1,7 @@
 """How far cached decoding is from one pass over the whole text, measured on this model and machine.
 
-In float32 the two agree to 1e-4 nats, and tests hold it. In bfloat16 the bound depends on the model,
-so it is measured and written into the run record.
+In float32 the two agree to 1e-4 nats, and tests hold it. In bfloat16 the bound depends on the
+model, so it is measured and written into the run record.
 """
 
 from llm.inference.decode import Decoder, Request, TokenIds

@@ -193,7 +193,7 @@ class Sample {
   }
 
   cellNodes(start, tokens) {
-    const closed = !endsInsideCharacter(tokens.at(-1));
+    const closed = !["open", "continue"].includes(tokens.at(-1).utf8);
     const text = closed ? tokens.map((token) => token.text).join("") : "";
     const inner = (token) => (!text ? visible(token.token) : tokens.length === 1 ? visible(text) : []);
     const spans = tokens.map((token, i) => this.tokenNode(start + i, token, inner(token), !text));
@@ -305,6 +305,8 @@ function facts(run) {
     ["sampling", settings.join(", ") || "none, the text was given"],
     ["computed", computed[numerics?.path] ?? numerics?.path],
     ["on", numerics?.platform && `${numerics.platform}, ${numerics.compute_dtype}, JAX ${numerics.jax}`],
+    ["off a full pass by", numerics?.cached_minus_full_nats == null ? null
+      : `at most ${numerics.cached_minus_full_nats.toFixed(4)} nats`],
   ].filter(([, value]) => value).map(([term, value]) =>
     el("div", "", el("dt", "", term), el("dd", "", escaped(value))));
 }

@@ -3,9 +3,9 @@
     total nats = - sum_t log P(x_t | x_<t)        (the training loss on these tokens, not divided)
 
 A text longer than the context is read through windows. The first window predicts all its tokens;
-each later one moves on by `stride` tokens and predicts those only, so every token is predicted once,
-with at least context_length - stride + 1 tokens before it, or all there are. A small stride gives
-more context and costs context_length / stride times the work. With context 4 and stride 2:
+each later one moves on by `stride` tokens and predicts those only, so every token is predicted
+once, with at least context_length - stride + 1 tokens before it, or all there are. A small stride
+gives more context and costs context_length / stride times the work. With context 4 and stride 2:
 
     window 1   reads a b c d      and predicts   b c d e
     window 2   reads     c d e f  and predicts         f g

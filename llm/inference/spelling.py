@@ -27,7 +27,7 @@ class Cell:
     Attributes:
       start: index of the first token in its sample.
       tokens: their records.
-      closed: False where the sample ends inside a character.
+      closed: False where the last token's text is still to come.
     """
 
     start: int
@@ -53,7 +53,8 @@ def cells(tokens: Iterable[TokenRecord]) -> Iterator[Cell]:
             yield Cell(start, tuple(shared), closed=True)
             start, shared = start + len(shared), []
     if shared:
-        yield Cell(start, tuple(shared), closed=False)
+        # A sample that ends inside a character says so: its last token is bad, with U+FFFD for text.
+        yield Cell(start, tuple(shared), closed=shared[-1]["utf8"] == "bad")
 
 
 def ends_inside_character(token: TokenRecord) -> bool:

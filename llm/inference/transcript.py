@@ -1,8 +1,8 @@
 """The text of a growing sequence of tokens, and where a stop string cuts it.
 
 A token may end inside a character, so text comes from an incremental UTF-8 decoder: a token's
-`text` is what the decoder emits when the token's bytes arrive. Concatenated, the `text` of all tokens
-is the text of all their bytes.
+`text` is what the decoder emits when the token's bytes arrive. Concatenated, the `text` of all
+tokens is the text of all their bytes.
 
     utf8        before the token       after it
     ok          between characters     between characters

@@ -159,13 +159,13 @@ def _render(
         f'<dl class="facts" id="run">{_facts(run, run_before)}</dl></header>\n'
         f"{_toolbar(kind, vocab_size)}\n<main>\n"
         '<div id="samples">'
-        + "\n".join(sample_html(sample, kind, vocab_size, multiple) for sample in samples)
+        + "".join(sample_html(sample, kind, vocab_size, multiple) for sample in samples)
         + f'</div>\n<aside id="panel" aria-label="Details of a token">{_HINT}</aside>\n</main>\n'
         '<details id="all"><summary>All tokens as a table</summary></details>\n'
         f"{_GLOSSARY}\n"
         '<p id="say" class="unseen" role="status"></p>'
     )
-    data = {"kind": kind, "run": run, "before": run_before, **packed(samples, kind)}
+    data = {"kind": kind, "run": run, **packed(samples, kind)}
     choices = (_COLOUR_BY[kind], _SPACES, THEME)
     return document(title, body, kind=kind, choices=choices, scripts=("page.js",), data=data)
 
@@ -222,6 +222,8 @@ def _run_facts(run: Record) -> Iterator[tuple[str, str]]:
         yield "computed", _COMPUTED.get(path, path)
     if platform := numerics.get("platform"):
         yield "on", f"{platform}, {numerics.get('compute_dtype')}, JAX {numerics.get('jax')}"
+    if (bound := numerics.get("cached_minus_full_nats")) is not None:
+        yield "off a full pass by", f"at most {bound:.4f} nats"
 
 
 _COMPUTED = {"teacher_forced": "in one teacher-forced pass", "cached": "by cached decoding"}

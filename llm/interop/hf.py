@@ -261,7 +261,7 @@ def _read_llama(described: Description) -> ModelConfig:
 
 def _rope_theta(described: Description) -> float:
     """The base of the frequencies: in rope_parameters since transformers 5, at the top before."""
-    rope = {
+    rope: dict[str, Any] = {
         **(described.get("rope_scaling") or {}),
         **(described.get("rope_parameters") or {}),
     }
@@ -275,7 +275,8 @@ def _rope_theta(described: Description) -> float:
             f"partial_rotary_factor = {rope['partial_rotary_factor']} cannot be represented: the "
             f"whole head is rotated here"
         )
-    return float(rope.get("rope_theta", described.get("rope_theta", 10000.0)))
+    theta = rope.get("rope_theta", described.get("rope_theta"))
+    return 10000.0 if theta is None else float(theta)
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:

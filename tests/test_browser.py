@@ -1,0 +1,478 @@
+"""The pages in a browser: what a person points at, clicks and types, and what then can be seen.
+
+Needs Chromium, its driver and selenium; skipped where one of them is missing. Nothing is served:
+pages are opened from files.
+"""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from example_records import SAMPLING, NGram, given, sampled, scored, training_text
+
+from llm.inference.view import attention_page, diff_page, page
+
+selenium = pytest.importorskip("selenium")
+from selenium import webdriver  # noqa: E402
+from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
+from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.common.keys import Keys  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no Chromium with its driver")
+
+DIFF_TEXT = "def wrap(self, text):\n    return 道 + text\n"
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+        "disable-background-networking", "disable-component-update", "disable-sync",
+        "window-size=1300,900", f"user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def records():
+    return sampled(80)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, records):
+    folder = tmp_path_factory.mktemp("pages")
+    before, after = scored(DIFF_TEXT, doubt=30.0), scored(DIFF_TEXT, doubt=0.5)
+    contents = {
+        "tokens": page(records, title="Two samples"),
+        "empty": page([], title="Two samples"),
+        "one": page(records[: 1 + [r["type"] for r in records].index("end")], title="One"),
+        "diff": diff_page(before, after, title="Two checkpoints"),
+        "attention": attention_page(attention_weights(), list("abcdef"), title="Heads"),
+    }
+    for name, content in contents.items():
+        (folder / f"{name}.html").write_text(content, "utf-8")
+    return folder
+
+
+@pytest.fixture
+def open_page(browser, folder):
+    """Opens a page; afterwards nothing may have been complained about or loaded."""
+
+    def opened(name, content=None):
+        path = folder / f"{name}.html"
+        if content is not None:
+            path.write_text(content, "utf-8")
+        browser.get("about:blank")  # a change of the fragment alone would not load it again
+        browser.get(path.as_uri())
+        return browser
+
+    media(browser)
+    metrics(browser, 1300)
+    yield opened
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def attention_weights():
+    """Head (0, 0) looks at the token before, head (0, 1) at the first, layer 1 everywhere alike."""
+    weights = np.zeros((2, 2, 6, 6), np.float32)
+    for t in range(6):
+        weights[0, 0, t, max(t - 1, 0)] = weights[0, 1, t, 0] = 1.0
+        weights[1, :, t, : t + 1] = 1.0 / (t + 1)
+    return weights
+
+
+def media(browser, scheme="light"):
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+
+def metrics(browser, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
+def find(browser, selector):
+    return browser.find_element(By.CSS_SELECTOR, selector)
+
+
+def find_all(browser, selector):
+    return browser.find_elements(By.CSS_SELECTOR, selector)
+
+
+def hover(browser, selector):
+    ActionChains(browser).move_to_element(find(browser, selector)).perform()
+
+
+def press(browser, *keys):
+    ActionChains(browser).send_keys(*keys).perform()
+
+
+def panel(browser):
+    return find(browser, "#panel").text
+
+
+def shown(browser):
+    """The index of the token that the panel shows."""
+    return int(re.search(r"token ([\d,]+) of", panel(browser))[1].replace(",", "")) - 1
+
+
+def colour(browser, selector):
+    script = "return getComputedStyle(document.querySelector(arguments[0])).backgroundColor"
+    return browser.execute_script(script, selector)
+
+
+def tokens_of(records, sample):
+    return [r for r in records if r["type"] == "token" and r["sample"] == sample]
+
+
+def percentage(text):
+    return float(re.search(r"([\d.]+) %", text)[1]) / 100
+
+
+def test_hovering_shows_everything_about_a_token(open_page, records):
+    browser = open_page("tokens")
+    token = tokens_of(records, 0)[40]
+    hover(browser, "#s0t40")
+    text = panel(browser)
+    assert "generated, token 41 of" in text
+    assert f"id\n{token['id']}" in text
+    assert f"bytes\n{bytes(token['bytes']).hex(' ')}" in text
+    assert f"rank {token['rank']}" in text
+    assert f"entropy\n{token['entropy']:.2f} nats" in text
+    assert f"in {token['kept_tokens']} tokens" in text
+    big = find(browser, "#panel .score b").text
+    assert percentage(big) == pytest.approx(math.exp(token["logprob"]), rel=0.01)
+
+
+def test_bars_are_the_model_and_what_was_drawn_from(open_page, records):
+    browser = open_page("tokens")
+    index = next(
+        i for i, token in enumerate(tokens_of(records, 0))
+        if token["kept_tokens"] and 3 < token["kept_tokens"] < 9
+    )  # fmt: skip
+    tokens = tokens_of(records, 0)
+    hover(browser, f"#s0t{index}")
+    items = find_all(browser, "#panel .alternatives li")
+    logits = NGram(training_text()).logprobs([t["id"] for t in tokens[:index]])
+    drawn = np.exp(logits / SAMPLING["temperature"])
+    kept = {one["id"] for one in tokens[index]["top"] if one["kept"]}
+    drawn /= drawn[list(kept)].sum()
+    for item, one in zip(items, tokens[index]["top"], strict=False):
+        assert ("cut" in item.get_attribute("class").split()) == (one["id"] not in kept)
+        value = item.find_element(By.CSS_SELECTOR, ".value").text
+        if "<" not in value:
+            expected = pytest.approx(math.exp(one["logprob"]), rel=0.01, abs=1e-5)
+            assert percentage(value) == expected
+        if one["id"] in kept:
+            title = item.get_attribute("title").split("drawn with")[1]
+            assert percentage(title) == pytest.approx(drawn[one["id"]], rel=0.02)
+    widths = [item.find_element(By.CSS_SELECTOR, ".first").size["width"] for item in items[:2]]
+    logprobs = [one["logprob"] for one in tokens[index]["top"][:2]]
+    assert widths[1] / widths[0] == pytest.approx(math.exp(logprobs[1] - logprobs[0]), abs=0.03)
+
+
+def test_a_chosen_token_beyond_the_top_is_marked_at_its_rank(open_page, records):
+    browser = open_page("tokens")
+    index, token = next(
+        (i, token) for i, token in enumerate(tokens_of(records, 0)) if (token["rank"] or 0) > 10
+    )
+    hover(browser, f"#s0t{index}")
+    items = find_all(browser, "#panel .alternatives li")
+    assert len(items) == 11
+    chosen = [item for item in items if "chosen" in item.get_attribute("class")]
+    assert len(chosen) == 1 and chosen[0].text.startswith(str(token["rank"]))
+
+
+def test_a_click_keeps_a_token_and_escape_lets_go(open_page):
+    browser = open_page("tokens")
+    find(browser, "#s0t30").click()
+    hover(browser, "#s0t35")
+    assert shown(browser) == 30
+    press(browser, Keys.ESCAPE)
+    assert "Point at a token" in panel(browser)
+    hover(browser, "#s0t36")
+    assert shown(browser) == 36
+
+
+def test_arrow_keys_move_from_token_to_token_and_line_to_line(open_page):
+    browser = open_page("tokens")
+    find(browser, "#s0t30").click()
+    press(browser, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT)
+    assert shown(browser) == 31
+    bottom = "return document.getElementById('s0t' + arguments[0]).getClientRects()[0].bottom"
+    start = browser.execute_script(bottom, 31)
+    press(browser, Keys.ARROW_DOWN)
+    below = shown(browser)
+    assert below > 31 and browser.execute_script(bottom, below) > start
+    press(browser, Keys.ARROW_UP)
+    assert browser.execute_script(bottom, shown(browser)) == pytest.approx(start, abs=2)
+    press(browser, Keys.HOME)
+    assert shown(browser) == 0
+    assert find(browser, "#say").get_attribute("textContent").startswith(" , no probability")
+
+
+def test_the_choice_of_colour_recolours_the_text(open_page, records):
+    browser = open_page("tokens")
+    second = next(t for t in tokens_of(records, 0) if t["rank"] and 11 <= t["rank"] <= 100)
+    selector = f"#s0t{second['position']}"
+    seen = {}
+    for mode in "prsem":
+        find(browser, f"[for=by-{mode}]").click()
+        seen[mode] = colour(browser, selector)
+        keys = [key for key in find_all(browser, ".key") if key.is_displayed()]
+        assert [key.get_attribute("class").split()[1] for key in keys] == [f"key-{mode}"]
+    find(browser, "[for=by-r]").click()
+    swatch = next(s for s in find_all(browser, ".swatches span") if s.text.startswith("11"))
+    assert seen["r"] == swatch.value_of_css_property("background-color").replace(
+        "rgba", "rgb"
+    ).replace(", 1)", ")")
+    assert len(set(seen.values())) >= 3
+
+
+def test_dark_by_preference_and_by_the_switch(open_page):
+    browser = open_page("tokens")
+    light = colour(browser, "body")
+    media(browser, "dark")
+    dark = colour(browser, "body")
+    assert light != dark
+    find(browser, "[for=theme-light]").click()
+    assert colour(browser, "body") == light
+    media(browser, "light")
+    find(browser, "[for=theme-dark]").click()
+    assert colour(browser, "body") == dark
+
+
+def test_the_table_sorts_and_leads_back_to_the_text(open_page, records):
+    browser = open_page("tokens")
+    find(browser, "#all summary").click()
+    tokens = tokens_of(records, 0) + tokens_of(records, 1)
+    assert len(find_all(browser, "tbody tr")) == min(len(tokens), 300)
+    header = next(b for b in find_all(browser, "th button") if b.text.startswith("surprisal"))
+    header.click()
+    assert find(browser, "th[aria-sort=descending]").text == "surprisal"
+    column = "return [...document.querySelectorAll('tbody tr')].map(r => r.children[5].textContent)"
+    values = [float(v) for v in browser.execute_script(column) if v != "–"]
+    assert values == sorted(values, reverse=True)
+    hardest = max(tokens, key=lambda t: -(t["logprob"] or 0))
+    assert values[0] == pytest.approx(-hardest["logprob"], abs=0.01)
+    header.click()
+    values = [float(v) for v in browser.execute_script(column) if v != "–"]
+    assert values == sorted(values)
+    assert find(browser, "th[aria-sort=ascending]").text == "surprisal"
+    header.click()
+    find(browser, "tbody tr a").click()
+    assert shown(browser) == hardest["position"]
+    assert browser.current_url.endswith(f"#s{hardest['sample']}t{hardest['position']}")
+
+
+def test_the_strip_leads_to_a_position(open_page, records):
+    browser = open_page("tokens")
+    strip, count = find(browser, "#s0 .strip"), len(tokens_of(records, 0))
+    width = strip.size["width"]
+    offset = round(width * (25.5 / count - 0.5))
+    ActionChains(browser).move_to_element_with_offset(strip, offset, 0).click().perform()
+    assert shown(browser) == 25
+    assert strip.get_attribute("aria-valuenow") == "25"
+    press(browser, Keys.ARROW_RIGHT)
+    assert shown(browser) == 26
+
+
+def test_shared_characters_point_to_the_token_that_closes_them(open_page):
+    browser = open_page("tokens")
+    hover(browser, "#s1 .cell > b")
+    assert shown(browser) == 2
+    assert "part 3 of 3, together" in panel(browser)
+    hover(browser, "#s1t1")
+    assert shown(browser) == 1 and "bytes\n81" in panel(browser)
+
+
+def test_an_address_can_name_a_token(open_page, folder):
+    browser = open_page("tokens")
+    browser.get((folder / "tokens.html").as_uri() + "#s1t7")
+    assert shown(browser) == 7 and "on" in find(browser, "#s1t7").get_attribute("class").split()
+
+
+def test_records_added_one_by_one_make_the_same_page(open_page, browser, records):
+    parts = "return ['samples', 'run'].map(id => document.getElementById(id).innerHTML)"
+    metrics(browser, 600)  # without room for the panel no token is shown before one is asked for
+    open_page("tokens")
+    written = browser.execute_script(parts)
+    open_page("empty")
+    browser.execute_async_script(
+        "const [records, done] = arguments;"
+        "for (const record of records) tokenPage.addRecord(record);"
+        "requestAnimationFrame(() => requestAnimationFrame(done));",
+        json.loads(json.dumps(records), parse_float=lambda digits: round(float(digits), 4)),
+    )
+    added = browser.execute_script(parts)
+    open('/tmp/A','w').write(added[0]); open('/tmp/W','w').write(written[0])
+    assert added == written
+    assert find(browser, ".key-s .blind").get_attribute("textContent") == (
+        f"{math.log(records[0]['tokenizer']['vocab_size']):.1f}"
+    )
+
+
+def test_an_open_character_shows_its_bytes_until_it_is_closed(open_page):
+    run, *tokens = given([b"a", b"\xe4", b"\xb8", b"\x96"])[:5]
+    browser = open_page("empty")
+    seen = []
+    for record in [run, *tokens]:
+        browser.execute_script("tokenPage.addRecord(arguments[0])", record)
+        seen.append(browser.execute_script(
+            "return document.querySelector('.text')?.textContent ?? null"))  # fmt: skip
+    assert seen == [None, "a", r"a\xe4", r"a\xe4\xb8", "a世"]
+    assert len(find_all(browser, ".cell .t")) == 3
+
+
+def test_a_click_on_an_alternative_is_an_event_and_a_branch_can_be_cut(open_page, records):
+    browser = open_page("one")
+    browser.execute_script(
+        "tokenPage.branching = true; window.taken = [];"
+        "document.addEventListener('alternative', e => window.taken.push(e.detail))"
+    )
+    find(browser, "#s0t40").click()
+    find_all(browser, "#panel button.token")[1].click()
+    taken = browser.execute_script("return taken.map(d => [d.sample, d.index, d.alternative.id])")
+    token = tokens_of(records, 0)[40]
+    assert taken == [[0, 40, token["top"][1]["id"]]]
+    browser.execute_script("tokenPage.truncate(0, 40)")
+    text = "".join(t["text"] for t in tokens_of(records, 0)[:40])
+    assert find(browser, "#s0 .text").get_attribute("textContent") == text
+    browser.execute_script("tokenPage.addRecord(arguments[0])", token)
+    assert find(browser, "#s0t40").get_attribute("textContent") == token["text"]
+    browser.execute_script("tokenPage.reset()")
+    assert find(browser, "#samples").get_attribute("innerHTML") == ""
+
+
+def test_without_scripts_the_text_is_there_and_colours_switch(open_page, records):
+    driver = open_page("tokens")
+    driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        driver.refresh()
+        assert "Without JavaScript" in find(driver, "#panel").text
+        token = find(driver, "#s0t8")
+        assert token.is_displayed() and "rank" in token.get_attribute("title")
+        before = token.value_of_css_property("background-color")
+        find(driver, "[for=by-e]").click()
+        assert token.value_of_css_property("background-color") != before
+    finally:
+        driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_text_that_looks_like_a_script_does_not_run(open_page):
+    attack = [
+        b"</script><script>window.hacked=1</script>",
+        b"<img src=x onerror=window.hacked=1>",
+        b"\" onmouseover=\"window.hacked=1",
+        b"</div></section><b>",
+    ]  # fmt: skip
+    records = given(attack)
+    browser = open_page("attack", page(records, title=attack[0].decode()))
+    for index in range(len(attack)):
+        hover(browser, f"#s0t{index}")
+    find(browser, "#all summary").click()
+    assert browser.execute_script("return window.hacked ?? null") is None
+    assert find(browser, ".text").get_attribute("textContent") == b"".join(attack).decode()
+    assert [c.get_attribute("textContent") for c in find_all(browser, "td a")] == [
+        piece.decode() for piece in attack
+    ]
+
+
+def test_policy_stops_a_script_that_slipped_in(open_page, browser):
+    open_page("tokens")
+    script = "const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
+    browser.execute_script(script + "document.body.append(s)")
+    assert browser.execute_script("return window.hacked ?? null") is None
+    assert "Content Security Policy" in json.dumps(browser.get_log("browser"))
+
+
+def test_diff_page_shows_both_checkpoints_and_sorts_by_change(open_page):
+    before = [r for r in scored(DIFF_TEXT, doubt=30.0) if r["type"] == "token"]
+    after = [r for r in scored(DIFF_TEXT, doubt=0.5) if r["type"] == "token"]
+    change = [b["logprob"] - a["logprob"] for a, b in zip(before[1:], after[1:], strict=True)]
+    browser = open_page("diff")
+    hover(browser, "#s0t4")
+    first, second = re.findall(r"[\d.]+ %", find(browser, "#panel .score b").text)
+    assert percentage(first) == pytest.approx(math.exp(before[4]["logprob"]), rel=0.02)
+    assert percentage(second) == pytest.approx(math.exp(after[4]["logprob"]), rel=0.02)
+    find(browser, "#all summary").click()
+    next(b for b in find_all(browser, "th button") if b.text == "change").click()
+    column = "return [...document.querySelectorAll('tbody tr')].map(r => r.children[3].textContent)"
+    values = [float(v.replace("−", "-")) for v in browser.execute_script(column) if v != "–"]
+    assert values == pytest.approx(sorted(change, reverse=True), abs=0.0051)
+    colours = {}
+    for mode in "xqa":
+        find(browser, f"[for=by-{mode}]").click()
+        colours[mode] = colour(browser, "#s0t4")
+    assert len(set(colours.values())) == 3
+
+
+def test_attention_page_shows_where_a_head_looks(open_page):
+    browser = open_page("attention")
+    WebDriverWait(browser, 5).until(
+        lambda b: b.execute_script("return Boolean(window.attentionPage)")
+    )
+
+    def levels():
+        classes = [span.get_attribute("class") for span in find_all(browser, "#attended .t")]
+        return [int(re.search(r"w(\d+)", one)[1]) for one in classes]
+
+    find_all(browser, "#heads button")[0].click()
+    hover(browser, "#t3")
+    assert levels() == [0, 0, 24, 0, 0, 0]
+    find_all(browser, "#heads button")[1].click()
+    assert levels() == [24, 0, 0, 0, 0, 0]
+    assert "layer 0, head 1" in panel(browser)
+    find(browser, "[for=way-from]").click()
+    hover(browser, "#t0")
+    assert levels() == [24] * 6
+    find(browser, "[for=way-to]").click()
+    find(browser, "#layer option[value='1']").click()
+    find(browser, "#head option[value=mean]").click()
+    hover(browser, "#t3")
+    assert levels() == [12, 12, 12, 12, 0, 0]
+    find(browser, "#t3").click()
+    press(browser, Keys.ARROW_LEFT)
+    assert levels() == [round(24 / math.sqrt(3))] * 3 + [0] * 3
+    weights = [percentage(item.text) for item in find_all(browser, ".alternatives li")]
+    assert weights == pytest.approx([1 / 3] * 3, abs=0.004)
+
+
+@pytest.mark.parametrize("name", ["tokens", "diff", "attention"])
+def test_pages_fit_a_phone(open_page, browser, name):
+    metrics(browser, 390)
+    open_page(name)
+    width = "return document.documentElement.scrollWidth"
+    assert browser.execute_script(width) <= 390
+    if name != "attention":
+        find(browser, "#s0t8").click()
+        box = find(browser, "#panel").rect
+        assert browser.execute_script(width) <= 390 and box["width"] >= 380
+        find(browser, "#panel .close").click()
+        assert "Point at a token" in panel(browser)
+
+
+def test_everything_can_be_reached_by_the_keyboard(open_page):
+    browser = open_page("tokens")
+    reached = []
+    for _ in range(12):
+        press(browser, Keys.TAB)
+        active = browser.switch_to.active_element
+        reached.append(active.get_attribute("id") or active.get_attribute("class") or active.tag_name)
+    assert reached[:3] == ["by-p", "spaces-on", "theme-auto"]
+    assert {"strip", "text", "summary"} <= set(reached)
+    find(browser, "#s0 .text").send_keys(Keys.ARROW_RIGHT)
+    assert shown(browser) >= 0

@@ -1,0 +1,485 @@
+"""The page and the coloured terminal text: whole, in order, harmless, and in colours that can be read.
+
+The text of a page is read back with the standard library's HTML parser, and characters that must not
+be shown as they are compared with Python's own unicode_escape.
+"""
+
+import base64
+import hashlib
+import json
+import math
+import re
+import unicodedata
+import zlib
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from example_records import CHINESE, EMOJI, given, sampled, scored
+from hypothesis import example, settings
+from hypothesis import given as for_all
+from hypothesis import strategies as st
+
+from llm.errors import UsageError
+from llm.inference import scales
+from llm.inference.paint import paint_stream
+from llm.inference.view import attention_page, diff_page, page, paint_tokens, write_page
+
+NASTY = [
+    b"</script><script>alert(1)</script>",
+    b"<!--",
+    b"]]>&lt;&amp;",
+    b'" onmouseover="alert(2)',
+    b"{{7*7}}${7*7}",
+    "\u2028\u2029\u0085".encode(),
+    b"\x00\x01\x1b[31m\x07\x7f",
+    "\u202eevil\u202c \ufeff\u200b\u00ad".encode(),
+    "\U000e0041\ufffe".encode(),
+    b"\t\r\n  \n",
+    b"\\x41 \\u0041",
+]
+SPLIT = [b"a", b"\xe4", b"\xb8\x96", b" \xe7", b"\x95\x8c!", "👩‍🔬".encode(), b"\xf0\x9f", b"\x8c\x8d"]
+
+
+class Parsed(HTMLParser):
+    """What a page says without its scripts."""
+
+    def __init__(self, source: str):
+        super().__init__()
+        self.stack: list[tuple[str, dict]] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
+        self.text = self.title = ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in ("meta", "input", "br"):
+            self.stack.append((tag, dict(attributes)))
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "style":
+            self.styles.append("")
+
+    def handle_endtag(self, tag):
+        opened, _ = self.stack.pop()
+        assert opened == tag, f"<{opened}> is closed by </{tag}>"
+
+    def handle_data(self, data):
+        tag = self.stack[-1][0] if self.stack else ""
+        if tag == "script":
+            self.scripts[-1] += data
+        elif tag == "style":
+            self.styles[-1] += data
+        elif tag == "title":
+            self.title += data
+        elif any(attributes.get("class") == "text" for _, attributes in self.stack):
+            self.text += data
+
+    def tokens(self):
+        return [a for _, a in self.elements if "t" in a.get("class", "").split()]
+
+    def data(self):
+        return json.loads(self.scripts[0])
+
+
+def spelled(text: str) -> str:
+    """A text with whatever is invisible or dangerous as Python would spell it."""
+    return "".join(
+        c.encode("unicode_escape").decode()
+        if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t\u200c\u200d"
+        else c
+        for c in text
+    )
+
+
+def joined_text(records) -> str:
+    return "".join(record["text"] for record in records if record["type"] == "token")
+
+
+def tokens_of(records):
+    return [record for record in records if record["type"] == "token"]
+
+
+def packed_tokens(data) -> list[str]:
+    return [data["spellings"][row[0]][1] for sample in data["samples"] for row in sample["rows"]]
+
+
+def assert_self_contained(source: str) -> None:
+    parsed = Parsed(source)
+    for _, attributes in parsed.elements:
+        assert not set(attributes) & {"src", "href", "action", "srcset", "style", "onclick"}
+    assert len(parsed.scripts) == 2 and len(parsed.styles) == 1
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", parsed.styles[0])
+    assert not re.search(r"fetch\(|XMLHttpRequest|import\(|WebSocket", parsed.scripts[1])
+    policy = next(a["content"] for _, a in parsed.elements if "http-equiv" in a)
+    for directive, content in (("script", parsed.scripts[1]), ("style", parsed.styles[0])):
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert f"{directive}-src 'sha256-{digest}';" in policy
+    assert policy.startswith("default-src 'none';") and "connect-src 'none'" in policy
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return sampled(60)
+
+
+def test_page_is_self_contained(samples):
+    assert_self_contained(page(samples, title="t"))
+    assert_self_contained(page([], title="nothing yet"))
+
+
+def test_all_text_is_there_in_order_without_scripts(samples):
+    parsed = Parsed(page(samples, title="t"))
+    assert CHINESE[:10] in parsed.text and "👩‍🔬" in parsed.text
+    assert parsed.text == spelled(joined_text(samples))
+    assert [a["id"] for a in parsed.tokens()] == [
+        f"s{record['sample']}t{record['position']}" for record in tokens_of(samples)
+    ]
+
+
+@for_all(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=12))
+@example([piece.decode() for piece in NASTY])
+@example(["<script>", "alert(1)", "</script>", "\ud800"])
+@settings(max_examples=60, deadline=None)
+def test_any_text_stays_text(pieces):
+    records = given([piece.encode("utf-8", "surrogatepass") for piece in pieces])
+    for record, piece in zip(tokens_of(records), pieces, strict=True):
+        record |= {"text": piece, "token": piece, "utf8": "ok"}
+    title = "".join(pieces)
+    source = page(records, title=title)
+    source.encode()
+    parsed = Parsed(source)
+    assert parsed.text == spelled(title)
+    assert len(parsed.scripts) == 2 and parsed.title == spelled(title).replace("\n", r"\n").replace(
+        "\t", r"\t"
+    )
+    assert packed_tokens(parsed.data()) == pieces
+
+
+@for_all(st.lists(st.binary(min_size=1, max_size=5), min_size=1, max_size=20, unique=True))
+@example(NASTY)
+@example(SPLIT)
+@example([b"\xe4", b"\xb8"])
+@settings(max_examples=80, deadline=None)
+def test_any_bytes_make_a_page_and_safe_terminal_text(pieces):
+    records = given(pieces)
+    parsed = Parsed(page(records, title="t"))
+    assert len(parsed.tokens()) == len(pieces) and len(parsed.scripts) == 2
+    assert parsed.text == spelled(joined_text(records))
+    for environ in ({}, {"COLORTERM": "truecolor"}):
+        painted = paint_tokens(records, environ)
+        painted.encode()
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", painted)
+        assert {c for c in plain if unicodedata.category(c) in ("Cc", "Cf")} <= {*"\n\u200c\u200d"}
+
+
+def test_packed_records_are_the_records(samples):
+    data = Parsed(page(samples, title="t")).data()
+    assert data["run"] == samples[0]
+    rows = [row for sample in data["samples"] for row in sample["rows"]]
+    for record, row in zip(tokens_of(samples), rows, strict=True):
+        spelling, generated, text, utf8, columns, top, kept = row
+        assert data["spellings"][spelling][:2] == [record["id"], record["token"]]
+        assert generated == (record["phase"] == "generated")
+        assert (record["token"] if text == 0 else text) == record["text"]
+        assert ["ok", "open", "continue", "close", "bad"][utf8] == record["utf8"]
+        for name, value in zip(data["columns"], columns, strict=True):
+            assert value == pytest.approx(record[name], abs=5.1e-5)
+        assert [data["spellings"][n][0] for n in top[::2]] == [one["id"] for one in record["top"]]
+        assert top[1::2] == pytest.approx([one["logprob"] for one in record["top"]], abs=5.1e-5)
+        flags = [one["kept"] for one in record["top"]]
+        assert flags == {0: [None] * len(flags), 1: [True] * len(flags)}.get(
+            kept, [digit == "1" for digit in str(kept)]
+        )
+
+
+def test_bytes_that_are_no_text_are_packed_as_they_are():
+    data = Parsed(page(given(SPLIT), title="t")).data()
+    spellings = [data["spellings"][row[0]] for row in data["samples"][0]["rows"]]
+    found = [bytes.fromhex(s[2]) if len(s) == 3 else s[1].encode() for s in spellings]
+    assert found == SPLIT
+
+
+def test_tooltips_carry_id_probability_and_rank(samples):
+    tooltips = {a["id"]: a["title"] for a in Parsed(page(samples, title="t")).tokens()}
+    for record in tokens_of(samples):
+        tooltip = tooltips[f"s{record['sample']}t{record['position']}"]
+        assert f"id {record['id']} " in tooltip
+        if record["logprob"] is None:
+            assert "no probability" in tooltip
+            continue
+        shown = float(re.search(r"([\d.]+) %", tooltip)[1])
+        assert shown == pytest.approx(100 * math.exp(record["logprob"]), rel=0.06, abs=0.001)
+        assert f"rank {record['rank']}" in tooltip
+
+
+def test_tokens_that_share_a_character_are_bracketed_under_it():
+    source = page(given(SPLIT), title="t")
+    cells = re.findall(r'<span class="cell n\d"><b class="[^"]*">(.*?)</b><span>(.*?)</span></span>', source)
+    assert [re.sub("<.*?>", "", text) for text, _ in cells] == ["世", " 界!", "🌍"]
+    assert [tokens.count('class="t') for _, tokens in cells] == [2, 2, 2]
+
+
+def test_character_is_coloured_by_what_its_tokens_cost_together():
+    records = given([b"a", b"\xe4", b"\xb8\x96"])
+    for record, logprob in zip(tokens_of(records), (-1.0, -2.0, -0.5), strict=True):
+        record["logprob"] = logprob
+    level = round((1 - math.exp(-2.5 / 2)) * (scales.SEQUENTIAL_LEVELS - 1))
+    assert re.search(rf'<b class="p{level} ', page(records, title="t"))
+
+
+def test_tokens_without_text_are_shown_by_their_names():
+    assert Parsed(page(given([b"a", b""]), title="t")).text == "a<|endoftext|>"
+    unfinished = given([b"a", b"\xf0\x9f"])[:3]
+    unfinished[-1] |= {"text": "", "utf8": "open"}
+    assert Parsed(page(unfinished, title="t")).text == r"a\xf0\x9f"
+
+
+def test_first_token_has_no_level():
+    first, second = Parsed(page(scored("def f"), title="t")).tokens()[:2]
+    assert first["class"] == "t p- r- s- e- m-" and first["title"].endswith("no probability")
+    assert re.fullmatch(r"t p\d+ r\d+ s\d+ e\d+ m-", second["class"])
+
+
+def test_levels_of_rank_are_the_five_of_the_legend():
+    ranks = [1, 2, 10, 11, 100, 101, 1000, 1001, 50000]
+    assert [scales.rank_level(rank) // 6 for rank in ranks] == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_levels_reach_both_ends_and_never_beyond():
+    assert [scales.probability_level(x) for x in (0.0, 1e-9, -1e9)] == [0, 0, 24]
+    assert [scales.nats_level(x, 100) for x in (0.0, math.log(100), 99.0)] == [0, 24, 24]
+    assert [scales.change_level(x) for x in (-99.0, -3.0, 0.0, 3.0, 99.0)] == [0, 0, 8, 16, 16]
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1.0, for linear RGB.
+BLINDNESS = {
+    "none": np.eye(3),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.303900]],
+}  # fmt: skip
+
+
+def seen_linear(colours, blindness):
+    srgb = np.array(colours) / 255
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    return np.clip(linear @ np.array(BLINDNESS[blindness]).T, 0, 1)
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+@pytest.mark.parametrize("theme", scales.THEMES)
+def test_scales_are_ordered_by_lightness_for_every_eye(theme, blindness):
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    lightness = np.cbrt(seen_linear(scales.sequential(theme), blindness) @ weights)
+    steps = np.diff(lightness) * (1 if theme == "dark" else -1)
+    assert steps.min() > 0 and lightness.max() - lightness.min() > 0.55
+    ends = seen_linear(scales.diverging(theme), blindness)
+    middle = np.cbrt(ends @ weights)[8]
+    assert (np.abs(np.cbrt(ends @ weights)[[0, 16]] - middle) > 0.3).all()
+    # Likelier and less likely must not look alike either: they differ in blue against red.
+    blue_minus_red = np.cbrt(ends[:, 2]) - np.cbrt(ends[:, 0])
+    assert blindness == "tritanopia" or (np.diff(blue_minus_red[[3, 8, 13]]) > 0.05).all()
+
+
+@pytest.mark.parametrize("theme", scales.THEMES)
+def test_ink_can_be_read_on_every_level(theme):
+    for colour in scales.sequential(theme) + scales.diverging(theme):
+        luminance = seen_linear([colour], "none")[0] @ [0.2126, 0.7152, 0.0722]
+        ink = {"#000": 0.0, "#fff": 1.0}[scales.ink_on(colour)]
+        light, dark = max(ink, luminance), min(ink, luminance)
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_writing_replaces_the_file_as_a_whole(tmp_path, samples):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+    with pytest.raises(KeyError):
+        write_page([{"type": "token", "sample": 0}], path, title="t")
+    assert path.read_text() == "old"
+    write_page(samples, path, title="t")
+    assert path.read_text("utf-8") == page(samples, title="t")
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_page_that_cannot_be_written_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="missing.*page.html cannot be written"):
+        write_page([], tmp_path / "missing" / "page.html", title="t")
+
+
+def test_large_dumps_stay_small():
+    source = page(sampled(1000, 1), title="t")
+    assert len(source.encode()) < 400 * 1000
+
+
+TEXT = "def wrap(self, text):\n    return 道\n"
+
+
+def test_diff_page_shows_both_values_and_the_change():
+    before, after = scored(TEXT, doubt=30.0, step=200), scored(TEXT, doubt=0.5)
+    source = diff_page(before, after, title="t")
+    assert_self_contained(source)
+    parsed = Parsed(source)
+    assert parsed.text == TEXT
+    assert "200 &rarr; 2,000" in source
+    for shown, old, new in zip(parsed.tokens(), tokens_of(before), tokens_of(after), strict=True):
+        if old["logprob"] is None:
+            continue
+        values = re.findall(r"([\d.]+) %", shown["title"])
+        expected = [100 * math.exp(one["logprob"]) for one in (old, new)]
+        assert [float(v) for v in values] == pytest.approx(expected, rel=0.06, abs=0.001)
+        change = np.clip((new["logprob"] - old["logprob"]) / 3, -1, 1)
+        level = int(re.search(r"x(\d+)", shown["class"])[1])
+        assert level == pytest.approx(8 + 8 * change, abs=0.51)
+    rows = parsed.data()["samples"][0]["rows"]
+    assert rows[3][7][0] == pytest.approx(tokens_of(before)[3]["logprob"], abs=1e-4)
+
+
+def test_diff_page_leaves_the_records_as_they_were():
+    before, after = scored(TEXT), scored(TEXT)
+    copy = json.dumps(after)
+    diff_page(before, after, title="t")
+    assert json.dumps(after) == copy
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (TEXT.replace("text", "line"), r"part at token 5 of sample 0: the first has ' text'"),
+        (TEXT + "x", r"part at token \d+ of sample 0: the first ends after \d+ tokens, the second"),
+    ],
+)
+def test_diff_of_different_texts_says_where_they_part(other, message):
+    with pytest.raises(UsageError, match=message):
+        diff_page(scored(TEXT), scored(other), title="t")
+
+
+def test_diff_of_different_tokenizers_or_counts_is_a_usage_error(samples):
+    other = scored(TEXT)
+    other[0] = other[0] | {"tokenizer": other[0]["tokenizer"] | {"sha256": "ee" * 32}}
+    with pytest.raises(UsageError, match="different tokenizers"):
+        diff_page(scored(TEXT), other, title="t")
+    with pytest.raises(UsageError, match="the first dump holds 1 samples, the second 2"):
+        diff_page(scored(TEXT), samples, title="t")
+
+
+SGR = re.compile(r"\x1b\[([0-9;]*)m")
+
+
+def painted_characters(painted: str) -> list[tuple[str, str]]:
+    """Each character with the background that is on when a terminal meets it."""
+    background, found, at = "", [], 0
+    for match in [*SGR.finditer(painted), None]:
+        until = match.start() if match else len(painted)
+        found += [(character, background) for character in painted[at:until]]
+        if match:
+            at = match.end()
+            if match[1] == "0":
+                background = ""
+            elif match[1].startswith("48;"):
+                background = match[1].split(";38;")[0]
+    return found
+
+
+def body_of(painted: str, records) -> list[tuple[str, str]]:
+    """The characters after the legend and the sample's heading."""
+    characters = painted_characters(painted)
+    lines = "".join(c for c, _ in characters).split("\n")
+    start = sum(len(line) + 1 for line in lines[:3])
+    return characters[start:]
+
+
+def test_terminal_colours_a_character_by_the_token_that_closes_it():
+    records = scored("道可道\n")
+    palette = scales.sequential("dark")
+    body = body_of(paint_tokens(records, {"COLORTERM": "truecolor"}), records)
+    emitted = [(c, token) for token in tokens_of(records) for c in token["text"]]
+    assert [c for c, _ in body[:3]] == list("道可道")
+    for (shown, background), (character, token) in zip(body[:3], emitted, strict=False):
+        level = scales.probability_level(token["logprob"])
+        red, green, blue = palette[level]
+        assert token["utf8"] == "close" and shown == character
+        assert background == (f"48;2;{red};{green};{blue}" if level else "")
+
+
+def test_terminal_gets_256_colours_unless_it_knows_more():
+    records = scored(TEXT)
+    assert "48;2;" not in paint_tokens(records, {})
+    assert re.search(r"\x1b\[48;5;\d+;38;5;\d+m", paint_tokens(records, {"COLORTERM": ""}))
+    assert "48;5;" not in paint_tokens(records, {"COLORTERM": "24bit"})
+    light = paint_tokens(records, {"COLORTERM": "truecolor", "COLORFGBG": "0;15"})
+    assert light != paint_tokens(records, {"COLORTERM": "truecolor", "COLORFGBG": "15;0"})
+
+
+def test_no_colour_is_on_where_a_line_ends():
+    for character, background in painted_characters(paint_tokens(sampled(60), {})):
+        assert character != "\n" or background == ""
+
+
+def test_names_in_records_cannot_steer_the_terminal():
+    records = given([b"a"])
+    records[-1]["finish"] = "\x1b]0;owned\x07"
+    records[1] |= {"token": "\x1b[2J", "text": "\x1b[2J\r"}
+    painted = paint_tokens(records, {})
+    assert set(re.sub(SGR, "", painted)) & set("\x1b\x07\r") == set()
+    assert r"\x1b[2J\r" in re.sub(SGR, "", painted)
+
+
+def test_terminal_text_streams_as_records_come(samples):
+    seen = []
+
+    def watched():
+        for record in samples:
+            seen.append(record)
+            yield record
+
+    first_text = next(
+        len(seen) for part in paint_stream(watched(), {}) if "wrap" in re.sub(SGR, "", part)
+    )
+    assert first_text < 12
+    assert "".join(paint_stream(samples, {})) == paint_tokens(samples, {})
+
+
+def causal_weights(layers=2, heads=3, length=5):
+    scores = np.random.default_rng(0).normal(size=(layers, heads, length, length)) * 2
+    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def test_attention_page_carries_every_weight():
+    weights, tokens = causal_weights(), ["a", "</script>", r"\xe4", " b", "\n"]
+    source = attention_page(weights, tokens, title="<t>")
+    assert_self_contained(source)
+    parsed = Parsed(source)
+    assert parsed.text == "".join(tokens)
+    data = parsed.data()
+    stored = np.frombuffer(zlib.decompress(base64.b64decode(data["weights"])), np.uint8)
+    stored = stored.reshape(2, 3, 15)
+    rows, columns = np.tril_indices(5)
+    np.testing.assert_allclose((stored / 255.0) ** 2, weights[:, :, rows, columns], atol=0.004)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda w: w[0], "shape"),
+        (lambda w: w[..., :4], "shape"),
+        (lambda w: np.swapaxes(w, 2, 3), "above the diagonal"),
+        (lambda w: w * 0.9, "sum to one"),
+        (lambda w: w * np.nan, "between 0 and 1"),
+    ],
+)
+def test_attention_that_is_not_causal_attention_is_refused(spoil, message):
+    with pytest.raises(UsageError, match=message):
+        attention_page(spoil(causal_weights()), list("abcde"), title="t")
+
+
+def test_example_text_has_what_these_tests_are_about():
+    assert "\u200d" in EMOJI and len(CHINESE.encode()) == 3 * len(CHINESE) - 2
