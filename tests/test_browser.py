@@ -138,6 +138,10 @@ def tokens_of(records, sample):
     return [r for r in records if r["type"] == "token" and r["sample"] == sample]
 
 
+def with_page_precision(record):
+    return json.loads(json.dumps(record), parse_float=lambda digits: round(float(digits), 4))
+
+
 def percentage(text):
     return float(re.search(r"([\d.]+) %", text)[1]) / 100
 
@@ -312,13 +316,12 @@ def test_records_added_one_by_one_make_the_same_page(open_page, browser, records
     written = browser.execute_script(parts)
     open_page("empty")
     browser.execute_async_script(
-        "const [records, done] = arguments;"
-        "for (const record of records) tokenPage.addRecord(record);"
+        "const [lines, done] = arguments;"
+        "for (const line of lines) tokenPage.addRecord(JSON.parse(line));"
         "requestAnimationFrame(() => requestAnimationFrame(done));",
-        json.loads(json.dumps(records), parse_float=lambda digits: round(float(digits), 4)),
+        [json.dumps(with_page_precision(record)) for record in records],
     )
     added = browser.execute_script(parts)
-    open('/tmp/A','w').write(added[0]); open('/tmp/W','w').write(written[0])
     assert added == written
     assert find(browser, ".key-s .blind").get_attribute("textContent") == (
         f"{math.log(records[0]['tokenizer']['vocab_size']):.1f}"
@@ -471,7 +474,9 @@ def test_everything_can_be_reached_by_the_keyboard(open_page):
     for _ in range(12):
         press(browser, Keys.TAB)
         active = browser.switch_to.active_element
-        reached.append(active.get_attribute("id") or active.get_attribute("class") or active.tag_name)
+        reached.append(
+            active.get_attribute("id") or active.get_attribute("class") or active.tag_name
+        )
     assert reached[:3] == ["by-p", "spaces-on", "theme-auto"]
     assert {"strip", "text", "summary"} <= set(reached)
     find(browser, "#s0 .text").send_keys(Keys.ARROW_RIGHT)

@@ -47,7 +47,7 @@ def run(example, options, chunks):
     )(*arguments[:2])
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 8])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 8])
 @pytest.mark.parametrize("options", [PLAIN, ALL_OPTIONS], ids=["plain", "all options"])
 def test_loss_equals_float64_numpy(example, options, chunks):
     hidden, head, targets, mask = example
@@ -56,7 +56,7 @@ def test_loss_equals_float64_numpy(example, options, chunks):
     np.testing.assert_allclose([objective, nll], expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize("chunks", [1, 3, 4])
 @pytest.mark.parametrize("options", [PLAIN, ALL_OPTIONS], ids=["plain", "all options"])
 def test_gradient_equals_central_differences_in_float64(example, options, chunks):
     hidden, head, targets, mask = example
@@ -134,9 +134,10 @@ def all_jaxprs(jaxpr):
                 yield from all_jaxprs(inner)
 
 
-def test_chunks_divide_the_length_and_respect_the_choice():
+def test_chunks_divide_the_length_where_they_can_and_respect_the_choice():
     assert chunks_for(12, 64, 65) == 2
     assert chunks_for(8, 1024, 50304) * (2**24 // (8 * 50304)) >= 1024
     assert 64 % chunks_for(12, 64, 65, chunk_length=10) == 0
     assert chunks_for(12, 64, 65, chunk_length=16) == 4
     assert chunks_for(1, 1, 65) == 1
+    assert chunks_for(12, 257, 65) == 3

@@ -1,7 +1,7 @@
-"""The page and the coloured terminal text: whole, in order, harmless, and in colours that can be read.
+"""The page and the coloured terminal text: whole, in order, harmless, in colours that can be read.
 
-The text of a page is read back with the standard library's HTML parser, and characters that must not
-be shown as they are compared with Python's own unicode_escape.
+The text of a page is read back with the standard library's HTML parser; characters that must not be
+shown as they are, are compared with Python's own unicode_escape.
 """
 
 import base64
@@ -38,7 +38,16 @@ NASTY = [
     b"\t\r\n  \n",
     b"\\x41 \\u0041",
 ]
-SPLIT = [b"a", b"\xe4", b"\xb8\x96", b" \xe7", b"\x95\x8c!", "👩‍🔬".encode(), b"\xf0\x9f", b"\x8c\x8d"]
+SPLIT = [
+    b"a",
+    b"\xe4",
+    b"\xb8\x96",
+    b" \xe7",
+    b"\x95\x8c!",
+    "👩‍🔬".encode(),
+    b"\xf0\x9f",
+    b"\x8c\x8d",
+]
 
 
 class Parsed(HTMLParser):
@@ -218,7 +227,9 @@ def test_tooltips_carry_id_probability_and_rank(samples):
 
 def test_tokens_that_share_a_character_are_bracketed_under_it():
     source = page(given(SPLIT), title="t")
-    cells = re.findall(r'<span class="cell n\d"><b class="[^"]*">(.*?)</b><span>(.*?)</span></span>', source)
+    cells = re.findall(
+        r'<span class="cell n\d"><b class="[^"]*">(.*?)</b><span>(.*?)</span></span>', source
+    )
     assert [re.sub("<.*?>", "", text) for text, _ in cells] == ["世", " 界!", "🌍"]
     assert [tokens.count('class="t') for _, tokens in cells] == [2, 2, 2]
 
@@ -309,7 +320,7 @@ def test_writing_replaces_the_file_as_a_whole(tmp_path, samples):
 
 
 def test_page_that_cannot_be_written_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match="missing.*page.html cannot be written"):
+    with pytest.raises(UsageError, match=r"missing.page\.html cannot be written"):
         write_page([], tmp_path / "missing" / "page.html", title="t")
 
 
@@ -415,6 +426,20 @@ def test_terminal_gets_256_colours_unless_it_knows_more():
     assert "48;5;" not in paint_tokens(records, {"COLORTERM": "24bit"})
     light = paint_tokens(records, {"COLORTERM": "truecolor", "COLORFGBG": "0;15"})
     assert light != paint_tokens(records, {"COLORTERM": "truecolor", "COLORFGBG": "15;0"})
+
+
+@pytest.mark.parametrize(("paper", "direction"), [("0", 1), ("15", -1)])
+def test_the_256_colours_go_one_way_too(paper, direction):
+    records = given([b"a"] * 60)
+    for record, p in zip(tokens_of(records), np.linspace(1, 0.001, 60), strict=True):
+        record["logprob"] = math.log(p)
+    painted = paint_tokens(records, {"COLORFGBG": f"7;{paper}"})
+    body = painted[painted.index("sample 0") :]
+    cube = np.array([0, 95, 135, 175, 215, 255])
+    indexes = np.array([int(n) - 16 for n in re.findall(r"48;5;(\d+)", body)])
+    colours = cube[np.stack([indexes // 36, indexes // 6 % 6, indexes % 6], -1)]
+    luminance = seen_linear(colours, "none") @ [0.2126, 0.7152, 0.0722]
+    assert len(set(indexes)) == 12 and (np.diff(luminance) * direction >= 0).all()
 
 
 def test_no_colour_is_on_where_a_line_ends():

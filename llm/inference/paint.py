@@ -7,7 +7,7 @@ every other string of a record.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llm.inference import scales
@@ -119,32 +119,31 @@ def _palette(environ: Mapping[str, str]) -> list[str]:
     """For each level what sets background and ink; level 0 keeps the terminal's own."""
     # COLORFGBG is "foreground;background" in the 16 ANSI colours: 7 and 15 are the light ones.
     light = environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
-    truecolor = environ.get("COLORTERM", "").lower() in ("truecolor", "24bit")
-    colours = scales.sequential("light" if light else "dark")
-    code = _truecolor if truecolor else _nearest_of_256
-    return ["", *(_colour_pair(colour, code) for colour in colours[1:])]
+    theme = "light" if light else "dark"
+    if environ.get("COLORTERM", "").lower() in ("truecolor", "24bit"):
+        return ["", *(_truecolor_pair(colour) for colour in scales.sequential(theme)[1:])]
+    return ["", *(pair for index in _XTERM[theme] for pair in 2 * [_xterm_pair(index)])]
 
 
-def _colour_pair(colour: scales.RGB, code: Callable[[scales.RGB], str]) -> str:
-    ink = (0, 0, 0) if scales.ink_on(colour) == "#000" else (255, 255, 255)
-    return f"\x1b[48;{code(colour)};38;{code(ink)}m"
-
-
-def _truecolor(colour: scales.RGB) -> str:
-    return f"2;{colour[0]};{colour[1]};{colour[2]}"
-
-
-# Channels of the 6 x 6 x 6 cube that follows the first 16 of xterm's 256 colours.
+# Of xterm's 256 colours those that go the way of the scales, two levels each. The nearest ones
+# would not do: greys lie between the dark steps.
+_XTERM = {
+    "dark": (17, 18, 24, 30, 36, 42, 77, 113, 149, 184, 220, 226),
+    "light": (230, 229, 193, 157, 116, 80, 44, 38, 31, 25, 19, 18),
+}
 _CUBE = (0, 95, 135, 175, 215, 255)
 
 
-def _nearest_of_256(colour: scales.RGB) -> str:
-    red, green, blue = (_nearest_in_cube(channel) for channel in colour)
-    return f"5;{16 + 36 * red + 6 * green + blue}"
+def _truecolor_pair(colour: scales.RGB) -> str:
+    background = ";".join(map(str, colour))
+    ink = "0;0;0" if scales.ink_on(colour) == "#000" else "255;255;255"
+    return f"\x1b[48;2;{background};38;2;{ink}m"
 
 
-def _nearest_in_cube(channel: int) -> int:
-    return min(range(len(_CUBE)), key=lambda index: abs(_CUBE[index] - channel))
+def _xterm_pair(index: int) -> str:
+    red, green, blue = (_CUBE[(index - 16) // size % 6] for size in (36, 6, 1))
+    ink = 16 if scales.ink_on((red, green, blue)) == "#000" else 231
+    return f"\x1b[48;5;{index};38;5;{ink}m"
 
 
 def _sgr(attribute: int) -> str:

@@ -53,7 +53,7 @@ def cells(tokens: Iterable[TokenRecord]) -> Iterator[Cell]:
             yield Cell(start, tuple(shared), closed=True)
             start, shared = start + len(shared), []
     if shared:
-        # A sample that ends inside a character says so: its last token is bad, with U+FFFD for text.
+        # A finished sample that ends inside a character has U+FFFD as the text of its last token.
         yield Cell(start, tuple(shared), closed=shared[-1]["utf8"] == "bad")
 
 

@@ -4,17 +4,18 @@
 
 z are the logits at position t - 1. Losses are negative log-likelihoods in nats.
 
-    B batch  T position  D model width  V vocabulary  C chunks
+    B batch  T position  D model width  V vocabulary  C chunks  R shares of the batch
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llm.model.gpt import soft_cap
-from llm.model.sharding import constrain
+from llm.model.sharding import constrain, shares
 
 # Logits that exist at once in the loss: 64 MiB of float32. Below it the head's matrix products are
 # large enough for any backend; above it they would be the largest buffer of the step.
@@ -86,7 +87,7 @@ def head_loss(
       head_DV: GPT.head_weight(), padded vocabulary, in the compute dtype.
       targets_BT: int32 ids in [0, vocab_size).
       weights_BT: float32; 0 masks a token out. For a mean over tokens, mask / number of tokens.
-      chunks: a divisor of T; see `chunks_for`.
+      chunks: parts that T is taken in, see `chunks_for`; positions that fill up the last weigh 0.
     """
 
     def add_chunk(total, chunk):
@@ -99,8 +100,15 @@ def head_loss(
 
 
 def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chunks):
+    # Each device adds up the head's gradient over its own rows, and the devices' sums are added once,
+    # after the last chunk: one sum over all rows would be all-reduced, [D, V], in every chunk.
+    R = math.gcd(shares("batch"), hidden_BTD.shape[0])
+
+    def rows(x_BTF):
+        return x_BTF.reshape(R, -1, x_BTF.shape[-1])
+
     def add_chunk(carry, chunk):
-        total, d_head_DV = carry
+        total, d_head_RDV = carry
         hidden, targets, weights = chunk
         objective, pullback, nll = jax.vjp(
             lambda logits: _chunk_loss(logits, targets, weights, options),
@@ -111,15 +119,20 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
         # The two products below are the head's backward pass; in the compute dtype, as its forward.
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("BTV,DV->BTD", d_logits, head_DV)
-        d_head_DV += jnp.einsum("BTD,BTV->DV", hidden, d_logits, preferred_element_type=jnp.float32)
+        d_head_RDV += jnp.einsum(
+            "RTD,RTV->RDV", rows(hidden), rows(d_logits), preferred_element_type=jnp.float32
+        )
         total = LossTerms(total.objective + objective, total.nll + nll)
-        return (total, d_head_DV), d_hidden
+        return (total, d_head_RDV), d_hidden
 
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
-    start = (zero, jnp.zeros(head_DV.shape, jnp.float32))
+    no_gradient_RDV = constrain(
+        jnp.zeros((R, *head_DV.shape), jnp.float32), "batch", None, "vocab"
+    )
     parts = _split(chunks, hidden_BTD, targets_BT, weights_BT)
-    (terms, d_head_DV), d_hidden_CBTD = jax.lax.scan(add_chunk, start, parts)
-    return terms, (_join(d_hidden_CBTD), d_head_DV.astype(head_DV.dtype))
+    (terms, d_head_RDV), d_hidden_CBTD = jax.lax.scan(add_chunk, (zero, no_gradient_RDV), parts)
+    d_head_DV = constrain(d_head_RDV.sum(axis=0), "embed", "vocab").astype(head_DV.dtype)
+    return terms, (_join(d_hidden_CBTD, hidden_BTD.shape[1]), d_head_DV)
 
 
 def _head_loss_backward(options, chunks, gradients, cotangent):
@@ -137,7 +150,10 @@ head_loss.defvjp(_head_loss_forward, _head_loss_backward)
 
 
 def chunks_for(batch_size: int, length: int, padded_vocab_size: int, chunk_length: int = 0) -> int:
-    """Into how many parts `head_loss` should take T positions: the fewest that fit, dividing T.
+    """Into how many parts `head_loss` should take T positions: about the fewest that fit.
+
+    A divisor of T where one is near, so that no part is filled up. The fewest alone would pad where
+    it need not; a divisor alone would take a prime T one position at a time.
 
     Args:
       batch_size: sequences on one device.
@@ -147,7 +163,8 @@ def chunks_for(batch_size: int, length: int, padded_vocab_size: int, chunk_lengt
     """
     fitting = CHUNK_LOGITS // (batch_size * padded_vocab_size)
     longest = chunk_length or max(1, min(fitting, length // 2))
-    return next(n for n in range(1, length + 1) if length % n == 0 and length // n <= longest)
+    fewest = -(-length // longest)
+    return next((n for n in range(fewest, 2 * fewest) if length % n == 0), fewest)
 
 
 def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> LossTerms:
@@ -174,7 +191,7 @@ def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
 
 
 def _split(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, ...] -> [C, B, T/C, ...], every C-th position to a part.
+    """[B, T, ...] -> [C, B, T/C, ...], every C-th position to a part; T filled up with zeros.
 
     Strided, so that each part keeps the sharding of T: contiguous parts would each lie on a few
     devices of the mesh's context axis, with the others idle.
@@ -182,12 +199,14 @@ def _split(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
 
     def split(x):
         B, T = x.shape[:2]
-        return jnp.moveaxis(x.reshape(B, T // chunks, chunks, *x.shape[2:]), 2, 0)
+        if missing := -T % chunks:
+            x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, chunks, *x.shape[2:]), 2, 0)
 
     return tuple(split(x) for x in arrays_BT)
 
 
-def _join(parts_CBT: jax.Array) -> jax.Array:
+def _join(parts_CBT: jax.Array, length: int) -> jax.Array:
     """The inverse of _split."""
     C, B, T = parts_CBT.shape[:3]
-    return jnp.moveaxis(parts_CBT, 0, 2).reshape(B, C * T, *parts_CBT.shape[3:])
+    return jnp.moveaxis(parts_CBT, 0, 2).reshape(B, C * T, *parts_CBT.shape[3:])[:, :length]

@@ -118,12 +118,17 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_of(logical_axes))
 
 
-def is_divided(logical_axis: str) -> bool:
-    """Whether the mesh in context spreads this axis over more than one device."""
+def shares(logical_axis: str) -> int:
+    """Into how many parts the mesh in context divides this axis; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     names = LOGICAL_TO_MESH[logical_axis]
     names = (names,) if isinstance(names, str) else names or ()
-    return not mesh.empty and any(mesh.shape[name] > 1 for name in names)
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+
+
+def is_divided(logical_axis: str) -> bool:
+    """Whether the mesh in context spreads this axis over more than one device."""
+    return shares(logical_axis) > 1
 
 
 def shard_batch(mesh: Mesh, rows_BT: np.ndarray, logical_axes: Sequence[str | None]) -> jax.Array:
