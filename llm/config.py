@@ -17,8 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 from llm.errors import UsageError
 
@@ -61,8 +68,8 @@ class DataConfig(Section):
 
     source: Sources = setting(
         "stdlib",
-        "a path, folder, glob, URL (fetched once and cached), 'stdlib' (the source code of the Python "
-        "standard library), or 'hf:NAME' (a Hugging Face dataset, streamed); or a list of these",
+        "a path, folder, glob, URL (fetched once and cached), 'stdlib' (the source code of the "
+        "Python standard library), 'hf:NAME' (a Hugging Face dataset, streamed); or a list",
     )
     validation: str = setting(
         "documents:0.05",
@@ -101,7 +108,9 @@ class TokenizerConfig(Section):
         "'bytes' (256 and an end of text), 'characters' (those of the corpus), 'bpe' (trained on "
         "the corpus), or the name of a tiktoken encoding: gpt2, cl100k_base, o200k_base",
     )
-    vocab_size: PositiveInt = setting(4096, "tokens of a 'bpe' vocabulary; other kinds have their own")
+    vocab_size: PositiveInt = setting(
+        4096, "tokens of a 'bpe' vocabulary; other kinds have their own"
+    )
 
 
 class ModelConfig(Section):
@@ -119,7 +128,9 @@ class ModelConfig(Section):
     context_length: PositiveInt = setting(256, "tokens the model can see at once")
     positions: Literal["learned", "rotary", "none"] = setting("learned", "how position enters")
     rope_theta: PositiveFloat = setting(10000.0, "base of the rotary frequencies")
-    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each sub-layer")
+    norm: Literal["layernorm", "rmsnorm"] = setting(
+        "layernorm", "normalisation before each sub-layer"
+    )
     norm_epsilon: PositiveFloat = setting(1e-5, "added to the variance inside a norm")
     bias: bool = setting(True, "biases in linear layers and norms")
     activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"] = setting(
@@ -198,7 +209,8 @@ class TrainingConfig(Section):
     steps: PositiveInt = setting(5000, "optimizer steps in the whole run")
     batch_size: PositiveInt = setting(64, "sequences per step, over all devices")
     micro_batch_size: NonNegativeInt = setting(
-        0, "sequences per forward pass, over all devices; smaller accumulates gradients; 0: batch_size"
+        0,
+        "sequences per forward pass, over all devices; fewer accumulate gradients; 0: batch_size",
     )
     eval_every: NonNegativeInt = setting(250, "steps between evaluations; 0: only at the end")
     eval_batch_size: NonNegativeInt = setting(0, "sequences per evaluation batch; 0: batch_size")
@@ -282,7 +294,9 @@ class SamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = setting(
         1.0, "keep the likeliest tokens that reach this mass together"
     )
-    min_p: Probability = setting(0.0, "keep tokens at least this fraction as likely as the likeliest")
+    min_p: Probability = setting(
+        0.0, "keep tokens at least this fraction as likely as the likeliest"
+    )
     seed: int = setting(1337, "sample i is a function of seed and i alone")
 
 
@@ -325,7 +339,9 @@ class Config(Section):
         return self.model_copy(update={"model": self.model.resolved()})
 
 
-def load_config(path: str | Path | None, flags: Sequence[str] = (), program: str = "train.py") -> Config:
+def load_config(
+    path: str | Path | None, flags: Sequence[str] = (), program: str = "train.py"
+) -> Config:
     """Defaults, then the file, then the flags.
 
     Args:
@@ -398,8 +414,20 @@ def parse_flags(base: Config, flags: Sequence[str], program: str) -> dict[str, d
         return {}
     import tyro
 
-    shape = _flag_shape(base)
-    parsed = tyro.cli(shape, args=_spell_booleans(flags), prog=program, description=_HELP)
+    words = _spell_booleans(flags)
+    wants_help = bool({"-h", "--help"} & set(flags))
+    problem = None if wants_help else _flag_problem(base, words)
+    if problem:
+        raise UsageError(f"in the flags: {problem}")
+    # As --flag=value, because tyro takes a value that begins with a dash for a flag.
+    joined = [
+        word
+        for flag, values in _grouped(words)
+        for word in ([f"{flag}={values[0]}", *values[1:]] if values else [flag])
+    ]
+    parsed = tyro.cli(
+        _flag_shape(base), args=joined, prog=f"{program} CONFIG.toml", description=_HELP
+    )
     changed: dict[str, dict[str, Any]] = {}
     for section, settings in base:
         for key, value in settings:
@@ -434,6 +462,76 @@ def _bare_type(annotation: Any) -> Any:
     while typing.get_origin(annotation) is Annotated:
         annotation = typing.get_args(annotation)[0]
     return annotation
+
+
+def _flag_problem(base: Config, words: Sequence[str]) -> str | None:
+    """What is wrong with the first flag that cannot be read, or None.
+
+    Before tyro sees them: its own answer is a frame around several sentences. Ranges and
+    combinations are pydantic's, for files and flags alike.
+    """
+    kinds = {
+        f"{section}.{key}": _bare_type(info.annotation)
+        for section, settings in base
+        for key, info in type(settings).model_fields.items()
+    }
+    problems = (_problem_of(flag, values, kinds) for flag, values in _grouped(words))
+    return next(filter(None, problems), None)
+
+
+def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each flag with the words up to the next; words before the first flag belong to ""."""
+    groups: list[tuple[str, list[str]]] = [("", [])]
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            groups.append((flag, [value] if equals else []))
+        else:
+            groups[-1][1].append(word)
+    return groups if groups[0][1] else groups[1:]
+
+
+def _problem_of(flag: str, values: list[str], kinds: Mapping[str, Any]) -> str | None:
+    if not flag:
+        return f"unexpected word {values[0]!r}; settings are given as --section.key VALUE"
+    name = flag.removeprefix("--").replace("-", "_")
+    if kinds.get(name.replace(".no_", ".", 1)) is bool:
+        name = name.replace(".no_", ".", 1)
+        return f"{name} = {values[0]!r}: expected true or false" if values else None
+    if name not in kinds:
+        return f"unknown setting {flag}{_nearest_name(name.split('.'), as_flag=True)}"
+    kind = kinds[name]
+    if not values:
+        return f"{flag} has no value; expected {_type_name(kind)}"
+    if not _can_be(kind, values[0]):
+        return f"{name} = {values[0]!r}: expected {_type_name(kind)}"
+    if any(value.startswith("-") for value in values[1:]):
+        return f"{flag}: only the first of several values may begin with a dash"
+    if len(values) > 1 and not _takes_several(kind):
+        return f"{flag} takes one value; found {' '.join(map(repr, values))}"
+    return None
+
+
+def _takes_several(kind: Any) -> bool:
+    return any(typing.get_origin(part) is tuple for part in typing.get_args(kind))
+
+
+def _can_be(kind: Any, text: str) -> bool:
+    """Whether tyro can read this word as a value of this type."""
+    if typing.get_origin(kind) is Literal:
+        return text in typing.get_args(kind)
+    if kind in (int, float):
+        try:
+            kind(text)
+        except ValueError:
+            return False
+    return True
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "text")
 
 
 def _spell_booleans(flags: Sequence[str]) -> list[str]:
@@ -478,22 +576,40 @@ def _explain(problem: Any) -> str:
             return f"unknown setting {name}{_nearest_name(path)}"
         case "value_error":
             reason = str(problem["ctx"]["error"])
-            return reason if not name else f"{name} = {found!r}: {reason}" if len(path) > 1 else reason
+            return (
+                reason if not name else f"{name} = {found!r}: {reason}" if len(path) > 1 else reason
+            )
         case "model_type" | "dict_type":
             return f"{name} = {found!r}: expected a table, [{name}]"
     message = problem["msg"].removeprefix("Input should be ")
     return f"{name} = {found!r}: expected {message}"
 
 
-def _nearest_name(path: list[str]) -> str:
+def _nearest_name(path: list[str], *, as_flag: bool = False) -> str:
+    """A hint that ends the message: the right name most like the one found, or the sections."""
     sections = {section: list(type(settings).model_fields) for section, settings in Config()}
+    if path[0] in sections and len(path) == 1:
+        return f"; it is a section, with the settings {', '.join(sections[path[0]])}"
     if len(path) == 1:
-        near = difflib.get_close_matches(path[0], list(sections), 1)
+        keys = [f"{section}.{key}" for section in sections for key in sections[section]]
+        near = difflib.get_close_matches(path[0], [*sections, *keys], 1)
+        # A key without its section: n_layer for model.n_layer.
+        near = [key for key in keys if key.split(".")[1] == path[0]] or near
     else:
         names = [f"{section}.{key}" for section, keys in sections.items() for key in keys]
         here = difflib.get_close_matches(path[1], sections.get(path[0], []), 1)
-        near = [f"{path[0]}.{here[0]}"] if here else difflib.get_close_matches(".".join(path), names, 1)
-    return f"; did you mean {near[0]}?" if near else f"; sections are {', '.join(sections)}"
+        near = (
+            [f"{path[0]}.{here[0]}"]
+            if here
+            else difflib.get_close_matches(".".join(path), names, 1)
+        )
+    if not near:
+        return f"; sections are {', '.join(sections)}"
+    return (
+        f"; did you mean --{near[0].replace('_', '-')}?"
+        if as_flag
+        else f"; did you mean {near[0]}?"
+    )
 
 
 def _nearest_multiple(value: int, of: int) -> int:

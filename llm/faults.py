@@ -3,8 +3,8 @@
     LLM_FAULT="checkpoint.before_commit:step=20:kill" python train.py ...
 
 A fault is PLACE[:step=N]:ACTION; several are separated by commas. Without the variable nothing
-happens. Actions: kill (SIGKILL, nothing is cleaned up), term and int (the signals), enospc (no space
-left on device), raise (an unexpected error), nan (the caller makes its value NaN).
+happens. Actions: kill (SIGKILL, nothing is cleaned up), term and int (the signals), enospc (no
+space left on device), raise (an unexpected error), nan (the caller makes its value NaN).
 """
 
 import errno

@@ -1,5 +1,5 @@
 """Set before JAX is imported anywhere: 8 CPU devices, no silent broadcasting between ranks, and one
-store of compiled programs, so that tests, workers and the processes they start share compilations."""
+store of compiled programs, which tests, workers and the processes they start share."""
 
 import os
 from pathlib import Path

@@ -23,7 +23,8 @@ SETTINGS = {
 
 def write_corpus(folder: Path) -> Path:
     """A few thousand characters that a model can learn from."""
-    words = "the cat sat on the mat and the dog ran to the red hat".split()
+    words = ("the cat sat on the mat", "and the dog ran", "to the red hat")
+    words = " ".join(words).split()
     text = " ".join(words[(i * i + 3 * i) % len(words)] for i in range(1500))
     path = folder / "corpus.txt"
     path.write_text(text)
@@ -36,7 +37,9 @@ def write_config(folder: Path, **changes) -> Path:
 
     settings = {name: {**values, **changes.pop(name, {})} for name, values in SETTINGS.items()}
     settings["data"] = {
-        "source": str(write_corpus(folder)), "cache_dir": str(folder / "cache"), **settings["data"]
+        "source": str(write_corpus(folder)),
+        "cache_dir": str(folder / "cache"),
+        **settings["data"],
     }
     settings["run"] = {"dir": str(folder / "run"), **changes.pop("run", {})}
     path = folder / "config.toml"
@@ -82,4 +85,6 @@ def losses(run: Path) -> list[tuple]:
 
 
 def params_sha256(run: Path, step: int = STEPS) -> str:
-    return json.loads((run / "checkpoints" / str(step) / "receipt.json").read_text())["params_sha256"]
+    return json.loads((run / "checkpoints" / str(step) / "receipt.json").read_text())[
+        "params_sha256"
+    ]

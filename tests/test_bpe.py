@@ -1,5 +1,6 @@
 """A vocabulary trained here is the one that the textbook algorithm gives."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -25,7 +26,7 @@ def reference_merges(texts: list[str], merges: int) -> list[bytes]:
     for _ in range(merges):
         pairs: Counter = Counter()
         for word, count in words.items():
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 pairs[pair] += count
         (best, count), (_, second) = pairs.most_common(2)
         if count == second:

@@ -146,6 +146,14 @@ def percentage(text):
     return float(re.search(r"([\d.]+) %", text)[1]) / 100
 
 
+def test_the_page_opens_on_the_most_surprising_token_that_was_drawn(open_page, records):
+    generated = [r for r in records if r.get("phase") == "generated"]
+    hardest = min(generated, key=lambda r: r["logprob"])
+    browser = open_page("tokens")
+    selected = f"#s{hardest['sample']}t{hardest['position']}.on"
+    assert find_all(browser, selected) and shown(browser) == hardest["position"]
+
+
 def test_hovering_shows_everything_about_a_token(open_page, records):
     browser = open_page("tokens")
     token = tokens_of(records, 0)[40]
@@ -356,6 +364,14 @@ def test_a_click_on_an_alternative_is_an_event_and_a_branch_can_be_cut(open_page
     assert find(browser, "#s0 .text").get_attribute("textContent") == text
     browser.execute_script("tokenPage.addRecord(arguments[0])", token)
     assert find(browser, "#s0t40").get_attribute("textContent") == token["text"]
+    wide = [r for r in given([b"a", b"\xe4", b"\xb8", b"\x96", b"z"]) if r["type"] != "end"]
+    browser.execute_script(
+        "tokenPage.reset(); arguments[0].forEach(r => tokenPage.addRecord(r))", wide
+    )
+    browser.execute_script("tokenPage.truncate(0, 3)")
+    assert find(browser, ".text").get_attribute("textContent") == r"a\xe4\xb8"
+    browser.execute_script("arguments[0].forEach(r => tokenPage.addRecord(r))", wide[4:])
+    assert find(browser, ".text").get_attribute("textContent") == "a世z"
     browser.execute_script("tokenPage.reset()")
     assert find(browser, "#samples").get_attribute("innerHTML") == ""
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from llm.errors import UsageError
-from llm.text import cache
 from llm.files import is_disk_full, write_atomic
 from llm.text.cache import built_once, cache_root
 

@@ -1,4 +1,4 @@
-"""A checkpoint counts only when it is whole: every byte is checked, and nothing good is ever lost."""
+"""A checkpoint counts only when it is whole: every byte is checked, nothing good is lost."""
 
 import errno
 import json
@@ -133,9 +133,7 @@ def test_a_save_is_a_copy_that_the_next_steps_donation_cannot_reach(tmp_path):
     state = groups(7)
     expected = params_sha256({n: np.array(a) for n, a in state["params"].items()})
     checkpoints.save(7, state, receipt)
-    overwrite = jax.jit(
-        lambda params: jax.tree.map(lambda a: a * 0 - 1, params), donate_argnums=0
-    )
+    overwrite = jax.jit(lambda params: jax.tree.map(lambda a: a * 0 - 1, params), donate_argnums=0)
     for _ in range(3):
         state["params"] = overwrite(state["params"])
     checkpoints.wait()

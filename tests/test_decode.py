@@ -44,8 +44,6 @@ def decoder(gpt2):
     return gpt2[2]
 
 
-
-
 def full_logprobs(spec, params, ids):
     """float64 log-softmax of one full pass: [len(ids), V]; row t scores the token at t + 1."""
     padded = np.zeros((1, CONTEXT), np.int32)

@@ -19,9 +19,7 @@ def test_a_run_survives_25_kills_bit_for_bit(tmp_path):
         folder.mkdir()
     code, output = run_process(write_config(unbroken, **SETTINGS))
     assert code == 0, output
-    hit = train_under_kills(
-        write_config(broken, **SETTINGS), broken / "run", KILLS, SEED
-    )
+    hit = train_under_kills(write_config(broken, **SETTINGS), broken / "run", KILLS, SEED)
     assert hit.total() == KILLS
     assert losses(broken / "run") == losses(unbroken / "run")
     assert params_sha256(broken / "run", STEPS) == params_sha256(unbroken / "run", STEPS)

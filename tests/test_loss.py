@@ -1,11 +1,16 @@
 """The loss against float64 numpy, and its promise never to hold all logits at once."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm.config import MeshConfig
 from llm.model.loss import LossOptions, chunks_for, head_loss, token_log_likelihood
+from llm.model.sharding import make_mesh, sharding_of
 
 B, T, D, VOCAB, PADDED = 3, 8, 5, 7, 10
 PLAIN = LossOptions(VOCAB)
@@ -132,6 +137,47 @@ def all_jaxprs(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from all_jaxprs(inner)
+
+
+@pytest.mark.parametrize("axes", [{"data": 4, "fsdp": 2}, {"data": 2, "context": 4}], ids=str)
+def test_a_mesh_adds_up_the_heads_gradient_once_and_not_in_every_chunk(axes):
+    """In the compiled program, what is exchanged inside the loop over chunks is a few numbers."""
+    batch, length, width, vocab = 8, 16, 8, 64
+    mesh = make_mesh(MeshConfig(**axes))
+
+    def gradient(hidden, head, targets):
+        weights = jnp.ones((batch, length)) / (batch * length)
+        return jax.grad(
+            lambda *arrays: head_loss(*arrays, targets, weights, LossOptions(vocab), 4).objective,
+            argnums=(0, 1),
+        )(hidden, head)
+
+    def array(shape, dtype, *logical_axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding_of(mesh, logical_axes))
+
+    arguments = (
+        array((batch, length, width), jnp.float32, "batch", "sequence", None),
+        array((width, vocab), jnp.float32, "embed", "vocab"),
+        array((batch, length), jnp.int32, "batch", "sequence"),
+    )
+    with jax.set_mesh(mesh):
+        program = jax.jit(gradient).lower(*arguments).compile().as_text()
+    inside, outside = exchanged_elements(program)
+    assert max(outside) >= width * vocab // 8
+    assert max(inside, default=0) <= 2
+
+
+def exchanged_elements(program):
+    """Elements of each array that a collective gives, inside called computations and in main."""
+    inside, outside, where = [], [], []
+    for line in program.splitlines():
+        if line.endswith("{"):
+            where = outside if line.startswith("ENTRY") else inside
+        found = re.search(r" = (.*?) (all-|reduce-scatter|collective-)[a-z-]*\(", line)
+        if found:
+            shapes = re.findall(r"\[([\d,]*)\]", found.group(1))
+            where += [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+    return inside, outside
 
 
 def test_chunks_divide_the_length_where_they_can_and_respect_the_choice():

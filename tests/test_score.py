@@ -91,9 +91,7 @@ def test_generated_tokens_score_as_they_were_drawn(params):
     tokens = [token for progress in decoder.generate([request]) for token in progress.tokens]
     drawn = [token.prediction for token in tokens[1:]]
     [scored] = Scorer(SPEC, params).score([[token.id for token in tokens]])
-    np.testing.assert_allclose(
-        [said.logprob for said in drawn], logprobs_of(scored), atol=1e-4
-    )
+    np.testing.assert_allclose([said.logprob for said in drawn], logprobs_of(scored), atol=1e-4)
     assert [said.rank for said in drawn] == [said.rank for said in scored[1:]]
 
 

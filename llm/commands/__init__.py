@@ -1,4 +1,4 @@
-"""One file per command: what the shell calls. Commands put the parts together; nothing calls them."""
+"""One file per command: what the shell calls. Commands join the parts; nothing calls them."""
 
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 """python -m llm replay RUN --step N [--json]: exactly what step N was trained on.
 
-The token ids and the text of each sequence of the batch, with the documents they come from. Needs the
-corpus, which must still be what the run began with.
+The token ids and the text of each sequence of the batch, with the documents they come from. Needs
+the corpus, which must still be what the run began with.
 """
 
 import argparse

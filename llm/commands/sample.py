@@ -66,28 +66,53 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; flags may be spelled with - or _ between words."""
     parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, allow_abbrev=False,
+        prog="sample.py",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="What no flag says is as the run's `sample` section has it.",
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="run directory")
     add("stdin", metavar="-", nargs="?", choices=["-"], help="read a prompt from standard input")
-    add("--prompt", metavar="TEXT", nargs="+", action="extend", default=[],
-        help="texts to continue; empty: start from an end of text")
-    add("--prompt-file", metavar="FILE", nargs="+", action="extend", default=[],
-        help="files to continue, each as it is, with its last newline")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="texts to continue; empty: start from an end of text",
+    )
+    add(
+        "--prompt-file",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files to continue, each as it is, with its last newline",
+    )
     add("--max-new-tokens", type=int, metavar="N", help="tokens to write after the prompt")
     cold = parser.add_mutually_exclusive_group()
-    cold.add_argument("--temperature", type=float, metavar="T",
-                      help="divides the logits; 0: greedy")
+    cold.add_argument(
+        "--temperature", type=float, metavar="T", help="divides the logits; 0: greedy"
+    )
     cold.add_argument("--greedy", action="store_true", help="always the likeliest token")
     add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
     add("--top-p", type=float, metavar="P", help="keep the likeliest tokens that reach this mass")
-    add("--min-p", type=float, metavar="P",
-        help="keep tokens at least this fraction as likely as the likeliest")
-    add("--stop", metavar="TEXT", nargs="+", action="extend", default=[],
-        help="end a sample where one of these texts begins")
+    add(
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="keep tokens at least this fraction as likely as the likeliest",
+    )
+    add(
+        "--stop",
+        metavar="TEXT",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="end a sample where one of these texts begins",
+    )
     add("--seed", type=int, metavar="N", help="sample i is a function of seed and i alone")
     add("--num-samples", type=int, metavar="N", help="samples of each prompt")
     add_record_flags(parser)

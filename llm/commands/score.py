@@ -78,23 +78,44 @@ def main(arguments: list[str]) -> int:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line; flags may be spelled with - or _ between words."""
     parser = argparse.ArgumentParser(
-        prog="python -m llm score", description=__doc__, allow_abbrev=False,
+        prog="python -m llm score",
+        description=__doc__,
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("run", metavar="RUN", help="run directory")
     add("stdin", metavar="-", nargs="?", choices=["-"], help="score standard input")
-    add("--file", metavar="FILE", nargs="+", action="extend", default=[],
-        help="files to score, each a text of its own")
+    add(
+        "--file",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="files to score, each a text of its own",
+    )
     add("--text", metavar="TEXT", nargs="+", action="extend", default=[], help="texts to score")
-    add("--stride", type=int, metavar="N", default=0,
+    add(
+        "--stride",
+        type=int,
+        metavar="N",
+        default=0,
         help="tokens between the windows of a long text; smaller gives more context and takes "
-        "longer (half of the context)")
+        "longer (half of the context)",
+    )
     add_record_flags(parser)
-    add("--format", choices=["records", "openai"], default="records",
-        help="what --probs writes: records, or one JSON object shaped as OpenAI's completions")
-    add("--full", metavar="FILE", help="write the whole distribution at every token (.npz: ids_I "
-        "int32 [T] and logprobs_I float32 [T - 1, vocabulary] of text I)")
+    add(
+        "--format",
+        choices=["records", "openai"],
+        default="records",
+        help="what --probs writes: records, or one JSON object shaped as OpenAI's completions",
+    )
+    add(
+        "--full",
+        metavar="FILE",
+        help="write the whole distribution at every token (.npz: ids_I "
+        "int32 [T] and logprobs_I float32 [T - 1, vocabulary] of text I)",
+    )
     add("--json", action="store_true", help="print the summary as one JSON object")
     options = parser.parse_args([with_dashes(word) for word in arguments])
     check_record_flags(options)

@@ -24,10 +24,22 @@ def add_record_flags(parser: argparse.ArgumentParser) -> None:
     add("--probs", metavar="FILE", help="write the record of every token, JSON lines; - for stdout")
     add("--html", metavar="FILE", help="write the records as a page")
     add("--color", action="store_true", help="paint tokens by probability, on a terminal")
-    add("--top", type=int, metavar="N", default=DEFAULT_TOP,
-        help=f"alternatives in each record ({DEFAULT_TOP})")
-    add("--watch", type=int, metavar="ID", nargs="+", action="extend", default=[],
-        help="token ids that each record lists whatever their rank")
+    add(
+        "--top",
+        type=int,
+        metavar="N",
+        default=DEFAULT_TOP,
+        help=f"alternatives in each record ({DEFAULT_TOP})",
+    )
+    add(
+        "--watch",
+        type=int,
+        metavar="ID",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="token ids that each record lists whatever their rank",
+    )
 
 
 def check_record_flags(options: argparse.Namespace) -> None:

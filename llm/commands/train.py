@@ -59,7 +59,9 @@ def configure(arguments: list[str]) -> Config:
     path = words.pop(0) if words and not words[0].startswith("-") else None
     if path is None and not {"-h", "--help"} & set(words):
         known = ", ".join(sorted(map(str, Path("configs").glob("*.toml"))))
-        raise UsageError(f"no configuration file; usage: {USAGE}" + (f"; there are: {known}" if known else ""))
+        raise UsageError(
+            f"no configuration file; usage: {USAGE}" + (f"; there are: {known}" if known else "")
+        )
     config = load_config(path, words)
     if not config.run.dir:
         name = f"runs/{Path(path or 'run').stem}"
@@ -172,7 +174,7 @@ def check_corpus(run: RunDirectory, corpus: "TokenizedCorpus") -> None:
     check_unchanged(recorded["origins"], corpus.origins)
     raise DataError(
         f"the corpus of {run.path} was prepared in another way: expected fingerprint "
-        f"{recorded['fingerprint']}, found {corpus.fingerprint}; begin a new run with another run.dir"
+        f"{recorded['fingerprint']}, found {corpus.fingerprint}; set another run.dir"
     )
 
 

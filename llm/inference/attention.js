@@ -71,15 +71,20 @@ class AttentionPage {
   fillPanel(index, weights) {
     const order = weights.map((weight, other) => [weight, other])
       .filter(([weight]) => weight > 0).sort((a, b) => b[0] - a[0]).slice(0, 12);
-    const list = el("ol", "alternatives", ...order.map(([weight, other]) =>
+    const rows = order.map(([weight]) => ({ logprob: Math.log(weight), second: null }));
+    const full = axisFor(rows);
+    const list = el("ol", "alternatives", ...order.map(([weight, other], i) =>
       el("li", other === index ? "chosen" : "", el("span", "rank", String(other)),
-        el("span", "token", ...visible(this.tokens[other])), bars({ logprob: Math.log(weight), second: null }, 1),
+        el("span", "token", ...visible(this.tokens[other])),
+        bars(rows[i], full),
         el("span", "value", weightText(weight)))));
-    const said = `layer ${this.layer}, head ${this.head}: ` + (this.looking ? "it looks at" : "looked at by");
+    const direction = this.looking ? "it looks at" : "looked at by";
+    const said = `layer ${this.layer}, head ${this.head}: ${direction}`;
     byId("panel").replaceChildren(
       el("header", "", el("code", "big", ...visible(this.tokens[index])),
         el("p", "", `token ${index} of ${this.tokens.length}`)),
-      el("h3", "", said), list);
+      el("h3", "", said),
+      el("p", "axis", el("span", "", "0"), el("span", "", `${100 * full} %`)), list);
     byId("panel").classList.add("filled");
   }
 
@@ -87,9 +92,10 @@ class AttentionPage {
     this.pinned = true;
     this.show(index);
     this.spans[index].scrollIntoView({ block: "nearest" });
-    const [most] = this.tokens.map((_, other) => [this.weightOf(other), other]).sort((a, b) => b[0] - a[0]);
-    byId("say").textContent = `${escaped(this.tokens[index])}: most to ${escaped(this.tokens[most[1]])}, `
-      + weightText(most[0]);
+    const weights = this.tokens.map((_, other) => this.weightOf(other));
+    const most = weights.indexOf(Math.max(...weights));
+    byId("say").textContent = `${escaped(this.tokens[index])}: most with `
+      + `${escaped(this.tokens[most])}, ${weightText(weights[most])}`;
   }
 
   choose(layer, head) {
@@ -151,7 +157,8 @@ class AttentionPage {
   draw(canvas, size, layer, head) {
     canvas.width = canvas.height = size;
     const context = canvas.getContext("2d"), image = context.createImageData(size, size);
-    const bounds = Array.from({ length: size + 1 }, (_, i) => Math.floor((i * this.tokens.length) / size));
+    const bounds = Array.from({ length: size + 1 },
+      (_, i) => Math.floor((i * this.tokens.length) / size));
     for (let y = 0; y < size; y++) {
       for (let x = 0; x <= y; x++) {
         let most = 0;
@@ -161,7 +168,7 @@ class AttentionPage {
           }
         }
         const pixel = 4 * (y * size + x);
-        [image.data[pixel], image.data[pixel + 1], image.data[pixel + 2]] = this.colours[weightLevel(most)];
+        image.data.set(this.colours[weightLevel(most)], pixel);
         image.data[pixel + 3] = 255;
       }
     }
@@ -195,7 +202,9 @@ class AttentionPage {
     const chosen = () => this.choose(Number(byId("layer").value), headOf());
     byId("layer").addEventListener("change", chosen);
     byId("head").addEventListener("change", chosen);
-    for (const way of document.querySelectorAll("[name=way]")) way.addEventListener("change", chosen);
+    for (const way of document.querySelectorAll("[name=way]")) {
+      way.addEventListener("change", chosen);
+    }
     for (const theme of document.querySelectorAll("[name=theme]")) {
       theme.addEventListener("change", () => this.recolour());
     }

@@ -32,9 +32,7 @@ def openai_completion(records: Sequence[Record], model: str, created: int) -> di
         "object": "text_completion",
         "created": created,
         "model": model,
-        "choices": [
-            _choice(end, tokens[end["sample"]]) for end in records if end["type"] == "end"
-        ],
+        "choices": [_choice(end, tokens[end["sample"]]) for end in records if end["type"] == "end"],
         "usage": {
             "prompt_tokens": phases["prompt"],
             "completion_tokens": phases["generated"],

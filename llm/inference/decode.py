@@ -192,8 +192,16 @@ class Decoder:
             targets_BP = batch.tokens_BT[:, start + 1 : start + piece + 1]
             targets_BP = np.pad(targets_BP, ((0, 0), (0, piece - targets_BP.shape[1])))
             cache, hidden_BD, part = prefill_piece(
-                self.spec, self.params, cache, hidden_BD, inputs_BP, targets_BP, batch.lengths_B,
-                batch.settings, batch.watch_BW, top=batch.top,
+                self.spec,
+                self.params,
+                cache,
+                hidden_BD,
+                inputs_BP,
+                targets_BP,
+                batch.lengths_B,
+                batch.settings,
+                batch.watch_BW,
+                top=batch.top,
             )
             described.append(jax.device_get(part))
         active_B = (batch.left_B > 0) & (batch.lengths_B < context)
@@ -216,8 +224,15 @@ class Decoder:
             alive_B[: len(rows)] = [row.finish is None for row in rows]
             started = time.perf_counter()
             state, *following = decode_chunk(
-                self.spec, self.params, state, batch.settings, batch.watch_BW, alive_B, steps,
-                end_of_text, top=batch.top,
+                self.spec,
+                self.params,
+                state,
+                batch.settings,
+                batch.watch_BW,
+                alive_B,
+                steps,
+                end_of_text,
+                top=batch.top,
             )
             if waiting is not None:
                 yield _read(*waiting)

@@ -36,9 +36,19 @@ CHUNK_LOGITS = 2**22
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, meta_fields=[],
-    data_fields=["logprob", "rank", "entropy", "kept_mass", "kept_tokens", "top_ids",
-                 "top_logprobs", "watch_logprobs", "watch_ranks"],
+    jax.tree_util.register_dataclass,
+    meta_fields=[],
+    data_fields=[
+        "logprob",
+        "rank",
+        "entropy",
+        "kept_mass",
+        "kept_tokens",
+        "top_ids",
+        "top_logprobs",
+        "watch_logprobs",
+        "watch_ranks",
+    ],
 )
 @dataclasses.dataclass(frozen=True)
 class Described:

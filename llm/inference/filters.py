@@ -57,8 +57,11 @@ class Sampling:
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
-@functools.partial(jax.tree_util.register_dataclass, meta_fields=[],
-                   data_fields=["temperature_R", "top_k_R", "top_p_R", "min_p_R", "key_R2"])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    meta_fields=[],
+    data_fields=["temperature_R", "top_k_R", "top_p_R", "min_p_R", "key_R2"],
+)
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
     """The settings of each row. Greedy rows hold temperature 1 and top_k 1, which is the same.
@@ -198,9 +201,7 @@ def _within_top_k_and_top_p(
     return jax.lax.cond(
         jnp.all(settled_R),
         lambda: kept_RV,
-        lambda: jnp.where(
-            settled_R[:, None], kept_RV, _by_bisection(gap_RV, weights_RV, settings)
-        ),
+        lambda: jnp.where(settled_R[:, None], kept_RV, _by_bisection(gap_RV, weights_RV, settings)),
     )
 
 
@@ -233,9 +234,7 @@ def _prefix_among_candidates(
     return jnp.where(settled_R & (count_R < V), count_R, 0), settled_R
 
 
-def _by_bisection(
-    gap_RV: jax.Array, weights_RV: jax.Array, settings: RowSettings
-) -> jax.Array:
+def _by_bisection(gap_RV: jax.Array, weights_RV: jax.Array, settings: RowSettings) -> jax.Array:
     """bool [R, V] as `_within_top_k_and_top_p`, for any settings."""
     V = gap_RV.shape[-1]
     top_k_R = jnp.where(settings.top_k_R == 0, V, settings.top_k_R).astype(jnp.float32)

@@ -12,9 +12,7 @@ from llm.model.gpt import ModelSpec, Params
 PROBE_TOKENS = 16
 
 
-def cached_minus_full(
-    spec: ModelSpec, params: Params, decoder: Decoder, prompt: TokenIds
-) -> float:
+def cached_minus_full(spec: ModelSpec, params: Params, decoder: Decoder, prompt: TokenIds) -> float:
     """The largest |difference| in nats over a prompt and a greedy continuation of it.
 
     Args:
@@ -27,7 +25,10 @@ def cached_minus_full(
     (full,) = Scorer(spec, params).score([[token.id for token in tokens]])
     pairs = zip(tokens[1:], full[1:], strict=True)
     return max(
-        (abs(token.prediction.logprob - other.logprob) for token, other in pairs
-         if token.prediction and other),
+        (
+            abs(token.prediction.logprob - other.logprob)
+            for token, other in pairs
+            if token.prediction and other
+        ),
         default=0.0,
     )

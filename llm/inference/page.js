@@ -78,7 +78,9 @@ function percent(logprob) {
 const grouped = (value, digits = 0) => value.toLocaleString("en-US",
   { minimumFractionDigits: digits, maximumFractionDigits: digits });
 const nats = (value) => (value === null ? "–" : value.toFixed(2));
-const signed = (value) => (value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2));
+const signed = (value) =>
+  value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+const rankText = (rank) => (rank === null ? "–" : grouped(rank));
 const hex = (bytes) => bytes.map((byte) => byte.toString(16).padStart(2, "0")).join(" ");
 
 /** "1.1", "23", "4,500", "1.2 million": the n of "one in n". */
@@ -87,7 +89,8 @@ function oneIn(logprob) {
   if (n < 9.95) return n.toFixed(1);
   if (n < 1e6) return grouped(Number(n.toPrecision(2)));
   for (const [size, name] of [[1e12, "trillion"], [1e9, "billion"], [1e6, "million"]]) {
-    if (n >= size) return `${grouped(Number((n / size).toPrecision(2)), n < 9.95 * size ? 1 : 0)} ${name}`;
+    const digits = n < 9.95 * size ? 1 : 0;
+    if (n >= size) return `${grouped(Number((n / size).toPrecision(2)), digits)} ${name}`;
   }
 }
 
@@ -125,8 +128,11 @@ function visible(text) {
   return nodes;
 }
 
-const sequenceLength = (lead) =>
-  lead >= 0xc2 && lead < 0xe0 ? 2 : lead >= 0xe0 && lead < 0xf0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
+/** How many bytes a character has that begins with this byte; 0 for a byte that cannot. */
+function sequenceLength(lead) {
+  if (lead < 0xc2 || lead >= 0xf5) return 0;
+  return lead < 0xe0 ? 2 : lead < 0xf0 ? 3 : 4;
+}
 
 function endsInsideCharacter(token) {
   if (token.utf8 !== "bad") return token.utf8 === "open" || token.utf8 === "continue";
@@ -154,13 +160,14 @@ class Sample {
   makeSection() {
     const label = `Sample ${this.name}`;
     const text = el("div", "text");
-    for (const [key, value] of [["tabindex", 0], ["role", "group"], ["aria-label", `${label}, text`]]) {
-      text.setAttribute(key, value);
-    }
+    text.setAttribute("tabindex", 0);
+    text.setAttribute("role", "group");
+    text.setAttribute("aria-label", `${label}, text`);
     const strip = document.createElementNS(SVG, "svg");
     strip.setAttribute("class", "strip");
     strip.setAttribute("aria-hidden", "true");
-    const section = el("section", "sample", el("h2", "unseen", label), el("p", "end"), el("p", "note"), strip, text);
+    const section = el("section", "sample", el("h2", "unseen", label), el("p", "end"),
+      el("p", "note"), strip, text);
     section.id = `s${this.name}`;
     byId("samples").append(section);
     const headings = byId("samples").querySelectorAll("h2");
@@ -172,7 +179,7 @@ class Sample {
 
   add(record) {
     const index = this.tokens.length;
-    if (index && !endsInsideCharacter(this.tokens[index - 1])) this.cellStart = index;
+    if (!index || !endsInsideCharacter(this.tokens[index - 1])) this.cellStart = index;
     this.tokens.push(record);
     if (this.element(index)) return;
     for (let i = this.cellStart; i < index; i++) this.element(i).remove();
@@ -195,10 +202,12 @@ class Sample {
   cellNodes(start, tokens) {
     const closed = !["open", "continue"].includes(tokens.at(-1).utf8);
     const text = closed ? tokens.map((token) => token.text).join("") : "";
-    const inner = (token) => (!text ? visible(token.token) : tokens.length === 1 ? visible(text) : []);
+    const alone = tokens.length === 1;
+    const inner = (token) => (!text ? visible(token.token) : alone ? visible(text) : []);
     const spans = tokens.map((token, i) => this.tokenNode(start + i, token, inner(token), !text));
-    if (!text || tokens.length === 1) return spans;
-    const shared = el("b", levelsOf(joint(tokens), this.page.kind, this.page.vocabSize), ...visible(text));
+    if (!text || alone) return spans;
+    const levels = levelsOf(joint(tokens), this.page.kind, this.page.vocabSize);
+    const shared = el("b", levels, ...visible(text));
     return [el("span", `cell n${Math.min(tokens.length, 6)}`, shared, el("span", "", ...spans))];
   }
 
@@ -217,7 +226,8 @@ class Sample {
     const kept = this.tokens.slice(start, count);
     for (let i = this.tokens.length - 1; i >= start; i--) {
       const element = this.element(i);
-      (element.closest(".cell") ?? element).remove();
+      // A cell goes with the first of its tokens that is met.
+      (element?.closest(".cell") ?? element)?.remove();
       this.tokens.pop();
     }
     this.section.querySelector(".end").replaceChildren();
@@ -227,8 +237,9 @@ class Sample {
 
   end(record) {
     const line = this.section.querySelector(".end");
+    if (line.hasChildNodes()) return;
     const generated = this.tokens.some((token) => token.phase === "generated");
-    if (!line.hasChildNodes()) line.append(...endLine(record, generated ? "generated" : "predicted"));
+    line.append(...endLine(record, generated ? "generated" : "predicted"));
   }
 
   /** Surprisal by position, or in a diff the change, as one upright stroke a token. */
@@ -245,7 +256,8 @@ class Sample {
       "aria-valuemax": values.length - 1, "aria-valuenow": 0 };
     strip.removeAttribute("aria-hidden");
     for (const [key, value] of Object.entries(attributes)) strip.setAttribute(key, value);
-    this.section.querySelector(".note").textContent = `${name} by position, up to ${largest.toFixed(2)} nats`;
+    this.section.querySelector(".note").textContent =
+      `${name} by position, up to ${largest.toFixed(2)} nats`;
     for (const phase of ["prompt", "generated"]) {
       const path = document.createElementNS(SVG, "path");
       path.setAttribute("class", phase);
@@ -283,7 +295,8 @@ const summary = (token) => `${escaped(token.token)}, ${percent(token.logprob)}`
 
 function endLine(end, counted) {
   const decimal = (value) => (Math.abs(value) < 1e6 ? grouped(value, 2) : value.toExponential(2));
-  const parts = [["", grouped(end.tokens), ` tokens ${counted}`], ["finish: ", escaped(end.finish), ""]];
+  const parts = [["", grouped(end.tokens), ` tokens ${counted}`]];
+  parts.push(["finish: ", escaped(end.finish), ""]);
   if (end.perplexity !== null) parts.push(["perplexity ", decimal(end.perplexity), ""]);
   if (end.bits_per_byte !== null) parts.push(["bits per byte ", decimal(end.bits_per_byte), ""]);
   parts.push(["sum of log-probabilities ", decimal(end.sum_logprob), " nats"]);
@@ -293,9 +306,10 @@ function endLine(end, counted) {
 /** The run record as pairs of term and value. */
 function facts(run) {
   const { checkpoint = {}, tokenizer = {}, numerics = {}, sampling } = run;
-  const number = (value) => (Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(6))));
+  const short = (value) =>
+    typeof value !== "number" || Number.isInteger(value) ? value : Number(value.toPrecision(6));
   const settings = Object.entries(sampling ?? {}).filter(([, value]) => value !== null)
-    .map(([key, value]) => `${key.replaceAll("_", "-")} ${typeof value === "number" ? number(value) : value}`);
+    .map(([key, value]) => `${key.replaceAll("_", "-")} ${short(value)}`);
   const computed = { teacher_forced: "in one teacher-forced pass", cached: "by cached decoding" };
   return [
     ["run", checkpoint?.run],
@@ -304,7 +318,8 @@ function facts(run) {
     ["tokenizer", tokenizer?.name && `${tokenizer.name}, ${grouped(tokenizer.vocab_size)} tokens`],
     ["sampling", settings.join(", ") || "none, the text was given"],
     ["computed", computed[numerics?.path] ?? numerics?.path],
-    ["on", numerics?.platform && `${numerics.platform}, ${numerics.compute_dtype}, JAX ${numerics.jax}`],
+    ["on", numerics?.platform
+      && `${numerics.platform}, ${numerics.compute_dtype}, JAX ${numerics.jax}`],
     ["off a full pass by", numerics?.cached_minus_full_nats == null ? null
       : `at most ${numerics.cached_minus_full_nats.toFixed(4)} nats`],
   ].filter(([, value]) => value).map(([term, value]) =>
@@ -321,7 +336,8 @@ function panelFor(page, sample, index) {
   const levels = levelsOf(token, page.kind, page.vocabSize);
   const place = `${token.phase}, token ${grouped(index + 1)} of ${grouped(sample.tokens.length)}`;
   return [
-    el("header", "", el("code", `big ${levels}`, ...visible(token.token)), el("p", "", place), close),
+    el("header", "", el("code", `big ${levels}`, ...visible(token.token)), el("p", "", place),
+      close),
     diff ? scoresOfBoth(token) : scores(token),
     details(page, sample, index),
     ...(token.top.length ? [alternatives(page, sample, index)] : []),
@@ -333,8 +349,8 @@ function scores(token) {
     return el("p", "score", el("span", "", "The first token of a text has nothing before it that "
       + "could predict it: it has no probability."));
   }
-  return el("p", "score", el("b", "", percent(token.logprob)), el("span", "", `rank ${grouped(token.rank)}`),
-    el("span", "", `one in ${oneIn(token.logprob)}`));
+  return el("p", "score", el("b", "", percent(token.logprob)),
+    el("span", "", `rank ${grouped(token.rank)}`), el("span", "", `one in ${oneIn(token.logprob)}`));
 }
 
 function scoresOfBoth(token) {
@@ -363,14 +379,16 @@ function details(page, sample, index) {
       + (token.before ? "" : `, as ${oneIn(-token.entropy)} equal choices`)]);
   }
   if (token.kept_mass !== null && token.kept_tokens < page.vocabSize) {
-    rows.push(["kept mass", `${percent(Math.log(token.kept_mass))} in ${grouped(token.kept_tokens)} tokens`]);
+    rows.push(["kept mass",
+      `${percent(Math.log(token.kept_mass))} in ${grouped(token.kept_tokens)} tokens`]);
   }
   if (token.sampling_logprob !== null) {
     const effect = effectOfSampling(token);
     rows.push(["drawn with", `${percent(token.sampling_logprob)}, ${effect < 0 ? "÷" : "×"} `
       + oneIn(-Math.abs(effect))]);
   }
-  rows.push(["begins at", `character ${grouped(token.text_offset)}, byte ${grouped(token.byte_offset)}`]);
+  rows.push(["begins at",
+    `character ${grouped(token.text_offset)}, byte ${grouped(token.byte_offset)}`]);
   return el("dl", "", ...rows.map(([term, value]) =>
     el("div", "", el("dt", "", term), el("dd", "", value))));
 }
@@ -409,7 +427,8 @@ function alternatives(page, sample, index) {
   }));
   const drawn = rows.some((row) => row.second !== null), cut = rows.some((row) => row.cut);
   return el("section", "", el("h3", "", "What else it considered"),
-    el("p", "axis", el("span", "", "0"), el("span", "", `${100 * full} %`)), list, rest(rows, token, page),
+    el("p", "axis", el("span", "", "0"), el("span", "", `${100 * full} %`)), list,
+    rest(rows, page),
     el("p", "marks", el("span", "key-first", diff ? "after" : "model"),
       drawn ? el("span", "key-second", diff ? "before" : "drawn with") : "",
       cut ? el("span", "key-cut", "cut by sampling") : "",
@@ -436,15 +455,19 @@ function bars(row, full) {
 }
 
 function rowsOf(token, run) {
-  const row = (entry, rank) => ({ ...entry, rank: entry.id === token.id ? token.rank : rank,
-    chosen: entry.id === token.id, cut: entry.kept === false, second: drawnWith(entry, token, run) });
+  const row = (entry, rank) => {
+    const chosen = entry.id === token.id;
+    return { ...entry, rank: chosen ? token.rank : rank, chosen, cut: entry.kept === false,
+             second: drawnWith(entry, token, run) };
+  };
   // After the likeliest come the ids that somebody asked to watch; what rank they have is not said.
   const rows = token.top.map((entry, i) => row(entry, i < (run?.top ?? Infinity) ? i + 1 : null));
   if (!rows.some((entry) => entry.chosen) && token.logprob !== null) {
     const { id, bytes, logprob, rank, kept_tokens } = token;
     const kept = kept_tokens === null ? null : rank <= kept_tokens;
     const own = row({ id, token: token.token, bytes, logprob, kept }, rank);
-    const behind = rows.findIndex((one) => (one.rank === null ? one.logprob < logprob : one.rank > rank));
+    const behind = rows.findIndex((one) =>
+      one.rank === null ? one.logprob < logprob : one.rank > rank);
     rows.splice(behind < 0 ? rows.length : behind, 0, own);
   }
   return rows;
@@ -467,7 +490,7 @@ function rowsOfBoth(token, run) {
     second: before.get(row.id)?.logprob ?? null }));
 }
 
-function rest(rows, token, page) {
+function rest(rows, page) {
   const mass = 1 - rows.reduce((total, row) => total + Math.exp(row.logprob), 0);
   const count = page.vocabSize - rows.length;
   if (count < 1) return "";
@@ -480,7 +503,7 @@ const COLUMNS = {
   tokens: [
     ["probability", (t) => t.logprob, (t) => (t.logprob === null ? "–" : percent(t.logprob)), "p"],
     ["surprisal", (t) => negative(t.logprob), (t) => nats(negative(t.logprob)), "s"],
-    ["rank", (t) => t.rank, (t) => (t.rank === null ? "–" : grouped(t.rank)), "r"],
+    ["rank", (t) => t.rank, (t) => rankText(t.rank), "r"],
     ["entropy", (t) => t.entropy, (t) => nats(t.entropy), "e"],
     ["effect of sampling", effectOfSampling, (t) => signed(effectOfSampling(t)), "m"],
   ],
@@ -488,8 +511,8 @@ const COLUMNS = {
     ["change", (t) => changeOf(t), (t) => signed(changeOf(t)), "x"],
     ["before", (t) => t.before.logprob, (t) => percent(t.before.logprob), "q"],
     ["after", (t) => t.logprob, (t) => percent(t.logprob), "a"],
-    ["rank before", (t) => t.before.rank, (t) => (t.before.rank === null ? "–" : grouped(t.before.rank))],
-    ["rank after", (t) => t.rank, (t) => (t.rank === null ? "–" : grouped(t.rank))],
+    ["rank before", (t) => t.before.rank, (t) => rankText(t.before.rank)],
+    ["rank after", (t) => t.rank, (t) => rankText(t.rank)],
   ],
 };
 
@@ -508,8 +531,8 @@ class Table {
       ["id", (t) => t.id, (t) => String(t.id)],
       ...COLUMNS[this.page.kind],
     ];
-    return this.page.samples.size > 1 ? [["sample", (t, s) => s.name, (t, s) => String(s.name)], ...columns]
-      : columns;
+    if (this.page.samples.size === 1) return columns;
+    return [["sample", (t, s) => s.name, (t, s) => String(s.name)], ...columns];
   }
 
   build() {
@@ -528,7 +551,8 @@ class Table {
     this.more.addEventListener("click", () => this.appendRows());
     new IntersectionObserver(([seen]) => { if (seen.isIntersecting) this.appendRows(); })
       .observe(this.more);
-    const scroll = el("div", "scroll", el("table", "", el("thead", "", head), this.body), this.more);
+    const table = el("table", "", el("thead", "", head), this.body);
+    const scroll = el("div", "scroll", table, this.more);
     this.box.replaceChildren(this.box.querySelector("summary"), scroll);
     this.head = head;
     this.rows = [...this.page.samples.values()].flatMap((sample) =>
@@ -537,23 +561,22 @@ class Table {
   }
 
   sortBy(column) {
-    // Numbers are most telling from the top: what was hardest, what changed most.
-    const fresh = column !== this.order.column;
-    this.order = { column, down: fresh ? column > this.columns().findIndex(([name]) => name === "id")
-      && this.columns()[column][0] !== "probability" : !this.order.down };
+    // Most telling first: the least probable, but otherwise the largest.
+    const upwards = ["sample", "position", "token", "id", "probability", "before", "after"];
+    const again = column === this.order.column;
+    const down = again ? !this.order.down : !upwards.includes(this.columns()[column][0]);
+    this.order = { column, down };
     this.sort();
   }
 
   sort() {
-    const { column, down } = this.order, [name, key] = this.columns()[column];
+    const { column, down } = this.order, [, key] = this.columns()[column];
     const direction = down ? -1 : 1;
     for (const row of this.rows) row.key = key(row.token, row.sample, row.index);
-    if (name !== "position") {
-      this.rows.sort((a, b) => {
-        if (a.key === null || b.key === null) return (a.key === null) - (b.key === null);
-        return a.key < b.key ? -direction : a.key > b.key ? direction : 0;
-      });
-    } else this.rows.sort((a, b) => direction * (a.sample.name - b.sample.name || a.index - b.index));
+    this.rows.sort((a, b) => {
+      if (a.key === null || b.key === null) return (a.key === null) - (b.key === null);
+      return a.key < b.key ? -direction : a.key > b.key ? direction : 0;
+    });
     [...this.head.children].forEach((cell, i) => {
       if (i === column) cell.setAttribute("aria-sort", down ? "descending" : "ascending");
       else cell.removeAttribute("aria-sort");
@@ -679,7 +702,7 @@ class TokenPage {
     this.panel.replaceChildren(...this.hint);
   }
 
-  /** Which token an element of the page belongs to; a shared character to the one that closes it. */
+  /** Which token an element belongs to; a shared character to the one that closes it. */
   tokenAt(target) {
     const element = target.closest?.(".t")
       ?? [...(target.closest?.(".cell")?.querySelectorAll(".t") ?? [])].at(-1);
@@ -786,13 +809,13 @@ class TokenPage {
 
   /** Where there is room for the panel, it opens on the token that says most. */
   showMostTelling() {
-    const weight = (token) => Math.abs((this.kind === "diff" ? changeOf(token) : token.logprob) ?? 0)
-      + (token.phase === "generated" ? 1e6 : 0);
+    const size = (token) => (this.kind === "diff" ? changeOf(token) : token.logprob) ?? 0;
+    const weight = (token) => Math.abs(size(token)) + (token.phase === "generated" ? 1e6 : 0);
     let best = null;
     for (const sample of this.samples.values()) {
-      sample.tokens.forEach((token, index) => {
-        if (!best || weight(token) > weight(best.sample.tokens[best.index])) best = { sample, index };
-      });
+      for (const [index, token] of sample.tokens.entries()) {
+        if (!best || weight(token) > best.weight) best = { sample, index, weight: weight(token) };
+      }
     }
     if (best) this.show(best.sample, best.index);
   }
@@ -845,5 +868,6 @@ let tokenPage = null;
 if (byId("samples")) {
   tokenPage = globalThis.tokenPage = new TokenPage(pageData.kind);
   for (const record of unpack(pageData)) tokenPage.addRecord(record);
-  if (!tokenPage.followHash() && matchMedia("(min-width: 62rem)").matches) tokenPage.showMostTelling();
+  const hasRoom = matchMedia("(min-width: 62rem)").matches;
+  if (!tokenPage.followHash() && hasRoom) tokenPage.showMostTelling();
 }

@@ -109,9 +109,7 @@ class Scorer:
         for _, predictions in self._score(texts):
             yield predictions
 
-    def tokens(
-        self, texts: Iterable[TokenIds], tokenizer: Tokenizer
-    ) -> Iterator[list[Token]]:
+    def tokens(self, texts: Iterable[TokenIds], tokenizer: Tokenizer) -> Iterator[list[Token]]:
         """As `score`, with each token's place and text."""
         for ids, predictions in self._score(texts):
             transcript = Transcript(tokenizer)

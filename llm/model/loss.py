@@ -4,7 +4,8 @@
 
 z are the logits at position t - 1. Losses are negative log-likelihoods in nats.
 
-    B batch  T position  D model width  V vocabulary  C chunks  R shares of the batch
+    B batch  T position  D model width  V vocabulary  C chunks
+    R, S shares of the batch and of the sequence over the mesh
 """
 
 import functools
@@ -100,15 +101,17 @@ def head_loss(
 
 
 def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chunks):
-    # Each device adds up the head's gradient over its own rows, and the devices' sums are added once,
-    # after the last chunk: one sum over all rows would be all-reduced, [D, V], in every chunk.
-    R = math.gcd(shares("batch"), hidden_BTD.shape[0])
+    """head_loss, and its gradient for an objective of weight one.
 
-    def rows(x_BTF):
-        return x_BTF.reshape(R, -1, x_BTF.shape[-1])
+    Each device adds up the head's gradient over its own rows, and the devices' sums are added once,
+    after the last chunk: a sum over all rows would be all-reduced, [D, V], in every chunk.
+    """
+    parts = _split(chunks, hidden_BTD, targets_BT, weights_BT)
+    R = math.gcd(shares("batch"), parts[0].shape[1])
+    S = math.gcd(shares("sequence"), parts[0].shape[2])
 
     def add_chunk(carry, chunk):
-        total, d_head_RDV = carry
+        total, d_head_RSDV = carry
         hidden, targets, weights = chunk
         objective, pullback, nll = jax.vjp(
             lambda logits: _chunk_loss(logits, targets, weights, options),
@@ -119,19 +122,20 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
         # The two products below are the head's backward pass; in the compute dtype, as its forward.
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("BTV,DV->BTD", d_logits, head_DV)
-        d_head_RDV += jnp.einsum(
-            "RTD,RTV->RDV", rows(hidden), rows(d_logits), preferred_element_type=jnp.float32
+        d_head_RSDV += jnp.einsum(
+            "RSTD,RSTV->RSDV",
+            _by_device(R, S, hidden),
+            _by_device(R, S, d_logits),
+            preferred_element_type=jnp.float32,
         )
         total = LossTerms(total.objective + objective, total.nll + nll)
-        return (total, d_head_RDV), d_hidden
+        return (total, d_head_RSDV), d_hidden
 
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
-    no_gradient_RDV = constrain(
-        jnp.zeros((R, *head_DV.shape), jnp.float32), "batch", None, "vocab"
-    )
-    parts = _split(chunks, hidden_BTD, targets_BT, weights_BT)
-    (terms, d_head_RDV), d_hidden_CBTD = jax.lax.scan(add_chunk, (zero, no_gradient_RDV), parts)
-    d_head_DV = constrain(d_head_RDV.sum(axis=0), "embed", "vocab").astype(head_DV.dtype)
+    none_RSDV = jnp.zeros((R, S, *head_DV.shape), jnp.float32)
+    start = (zero, constrain(none_RSDV, "batch", "sequence", None, "vocab"))
+    (terms, d_head_RSDV), d_hidden_CBTD = jax.lax.scan(add_chunk, start, parts)
+    d_head_DV = constrain(d_head_RSDV.sum(axis=(0, 1)), "embed", "vocab").astype(head_DV.dtype)
     return terms, (_join(d_hidden_CBTD, hidden_BTD.shape[1]), d_head_DV)
 
 
@@ -204,6 +208,13 @@ def _split(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
         return jnp.moveaxis(x.reshape(B, -1, chunks, *x.shape[2:]), 2, 0)
 
     return tuple(split(x) for x in arrays_BT)
+
+
+def _by_device(R: int, S: int, x_BTF: jax.Array) -> jax.Array:
+    """[B, T, F] -> [R, S, rows, F]: the positions that one device holds, as rows of one matrix."""
+    B, T, F = x_BTF.shape
+    x_RSBTF = x_BTF.reshape(R, B // R, S, T // S, F).swapaxes(1, 2)
+    return x_RSBTF.reshape(R, S, -1, F)
 
 
 def _join(parts_CBT: jax.Array, length: int) -> jax.Array:

@@ -9,7 +9,7 @@ named by a bare number is complete. An old step is renamed to `STEP.deleting` be
 a step that does not verify to `STEP.damaged`. So a kill at any instant leaves the steps there were.
 Order is by step, never by time.
 
-Orbax: https://orbax.readthedocs.io. It has no checksum of its own for array data, hence the manifest.
+Orbax: https://orbax.readthedocs.io. It has no checksum of its own for arrays, hence the manifest.
 """
 
 import contextlib
@@ -66,7 +66,9 @@ def verify_files(folder: Path) -> None:
     saved = _read_json(folder / MANIFEST)
     files = saved.get("files") if isinstance(saved, dict) else None
     if not isinstance(files, dict) or saved.get("sha256") != _sha256_of_json(files):
-        raise CheckpointError(f"{folder / MANIFEST} is not the manifest that was saved: it is damaged")
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not the manifest that was saved: it is damaged"
+        )
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     for name, expected in files.items():
         if name not in found:
@@ -134,7 +136,7 @@ def params_sha256(params: Mapping[str, Any]) -> str:
 
 
 def set_aside(root: Path, step: int) -> Path:
-    """Rename a step that cannot be trusted, so that it is never offered again but can be studied."""
+    """Rename a step that cannot be trusted, so that it is never offered but can be studied."""
     for number in range(1000):
         aside = root / (f"{step}.damaged" + (f".{number}" if number else ""))
         if not aside.exists():
@@ -171,7 +173,10 @@ class Checkpoints:
         """Remove what a dead process left half-written or half-deleted."""
         self.root.mkdir(parents=True, exist_ok=True)
         for path in self.root.iterdir():
-            if path.name.endswith((".partial", ".deleting")) or ".orbax-checkpoint-tmp" in path.name:
+            if (
+                path.name.endswith((".partial", ".deleting"))
+                or ".orbax-checkpoint-tmp" in path.name
+            ):
                 shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
@@ -215,7 +220,7 @@ class Checkpoints:
         thread.start()
 
     def check_for_errors(self) -> None:
-        """Raise what a background save failed with; call each step, so that it is noticed at once."""
+        """Raise what a background save failed with; call it each step."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
             step = self._job.step if self._job else None
@@ -335,12 +340,15 @@ def _host_copy(groups: Groups) -> Groups:
 
 
 def _total_bytes(groups: Groups) -> int:
-    return sum(array.size * array.dtype.itemsize for group in groups.values() for array in group.values())
+    return sum(
+        array.size * array.dtype.itemsize for group in groups.values() for array in group.values()
+    )
 
 
 def _no_room(root: Path, needed: int, free: int, why: str = "") -> str:
     return (
-        f"no room for a checkpoint in {root}{f' ({why})' if why else ''}: it needs {readable_bytes(needed)} ({needed} bytes), "
+        f"no room for a checkpoint in {root}{f' ({why})' if why else ''}: it needs "
+        f"{readable_bytes(needed)} ({needed} bytes), "
         f"{readable_bytes(free)} ({free} bytes) are free; the steps before it are whole: free "
         "some space (or lower checkpoint.keep) and run the same command again"
     )

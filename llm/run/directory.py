@@ -1,6 +1,6 @@
 """A run directory: where things lie, who holds it, and what happened in it.
 
-    config.toml           all settings, resolved; written last, so that it marks a complete beginning
+    config.toml           all settings, resolved; written last: it marks a whole beginning
     run.json              provenance: what was trained on, and every start
     tokenizer/            everything to encode and decode offline
     metrics.jsonl         llm/run/metrics.py
@@ -70,7 +70,9 @@ class RunDirectory:
     def read_config(self) -> Config:
         """The settings of the run as they were resolved."""
         if not self.exists():
-            raise UsageError(f"{self.path} is not a run directory: it has no config.toml{self._near()}")
+            raise UsageError(
+                f"{self.path} is not a run directory: it has no config.toml{self._near()}"
+            )
         return validate(read_toml(self.config), where=str(self.config))
 
     def write_config(self, config: Config) -> None:
@@ -98,7 +100,7 @@ class RunDirectory:
 class RunLock:
     """Keeps a second process out of a run directory.
 
-    The kernel lets go of the lock when its holder dies, so that one left behind by a dead process is
+    The kernel lets go of the lock when its holder dies, so that one left by a dead process is
     simply taken over. The file's content only tells a person who holds it.
     """
 
@@ -147,7 +149,9 @@ def check_is_ours(run: RunDirectory) -> None:
       UsageError: naming what was found.
     """
     if run.path.exists() and not run.path.is_dir():
-        raise UsageError(f"run.dir = {run.path} is a file; expected a folder, or a name for a new one")
+        raise UsageError(
+            f"run.dir = {run.path} is a file; expected a folder, or a name for a new one"
+        )
     if run.exists() or not run.path.is_dir():
         return
     ours = {"run.lock", "run.json", "tokenizer", "metrics.jsonl"}
@@ -196,9 +200,13 @@ def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]
     if now_.run.allow_change:
         refused -= may_be_allowed
     if refused:
-        raise UsageError(_refusal(before, {name: changed[name] for name in refused}, may_be_allowed))
+        raise UsageError(
+            _refusal(before, {name: changed[name] for name in refused}, may_be_allowed)
+        )
     return {
-        name: values for name, values in changed.items() if name not in ("run.dir", "run.allow_change")
+        name: values
+        for name, values in changed.items()
+        if name not in ("run.dir", "run.allow_change")
     }
 
 
@@ -252,7 +260,11 @@ def describe_start(
         "process": os.getpid(),
         "code_sha256": code_sha256(),
         "versions": versions(),
-        "devices": {"count": len(devices), "kind": devices[0].device_kind, "platform": devices[0].platform},
+        "devices": {
+            "count": len(devices),
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+        },
         "mesh": dict(mesh),
         "changed": {name: list(values) for name, values in changed.items()},
     }

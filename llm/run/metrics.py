@@ -99,8 +99,8 @@ class Metrics:
         self._file = None
         if self.lost == 1:
             print(
-                f"warning: {self._path} cannot be written ({error.strerror}); training goes on, and "
-                "the lines that are lost are counted",
+                f"warning: {self._path} cannot be written ({error.strerror}); training goes on, "
+                "and the lines that are lost are counted",
                 file=sys.stderr,
             )
 

@@ -54,8 +54,8 @@ def compute_dtype(choice: str) -> str:
 def open_model(run_dir: str | Path, step: int | None = None) -> OpenedModel:
     """The model of a run at `step`, or at its newest step that verifies.
 
-    Reads complete steps only, so that a process that trains here at the same time cannot be met half
-    way; a step that it deletes meanwhile is passed over for a newer one.
+    Reads complete steps only, so that a process that trains here at the same time cannot be met
+    half way; a step that it deletes meanwhile is passed over for a newer one.
 
     Raises:
       UsageError: not a run, or no such step.
@@ -64,7 +64,9 @@ def open_model(run_dir: str | Path, step: int | None = None) -> OpenedModel:
     run = RunDirectory(Path(run_dir))
     config = run.read_config()
     tokenizer = load_tokenizer(run.tokenizer)
-    spec = ModelSpec(config.model, tokenizer.vocab_size, compute_dtype(config.training.compute_dtype))
+    spec = ModelSpec(
+        config.model, tokenizer.vocab_size, compute_dtype(config.training.compute_dtype)
+    )
     tried: set[int] = set()
     problems: list[str] = []
     while (chosen := _choose(run, step, tried)) is not None:
@@ -96,8 +98,8 @@ def _choose(run: RunDirectory, step: int | None, tried: set[int]) -> int | None:
 def _none_good(run: RunDirectory, step: int | None, problems: list[str]) -> str:
     if not problems:
         return (
-            f"{run.path} has no checkpoint yet; train until the first is saved (checkpoint.every, or "
-            "stop with Ctrl-C, which saves)"
+            f"{run.path} has no checkpoint yet; train until the first is saved (checkpoint.every, "
+            "or stop with Ctrl-C, which saves)"
         )
     which = "no checkpoint can be trusted" if step is None else f"step {step} cannot be trusted"
     return f"in {run.path} {which}:\n  " + "\n  ".join(problems)
@@ -119,7 +121,12 @@ def _restore_params(spec: ModelSpec, folder: Path) -> dict[str, jax.Array]:
 
 
 def _opened(
-    run: RunDirectory, config: Config, tokenizer: Tokenizer, spec: ModelSpec, params: Params, step: int
+    run: RunDirectory,
+    config: Config,
+    tokenizer: Tokenizer,
+    spec: ModelSpec,
+    params: Params,
+    step: int,
 ) -> OpenedModel:
     folder = run.checkpoints / str(step)
     receipt: dict[str, Any] = read_receipt(folder)

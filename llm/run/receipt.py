@@ -1,8 +1,8 @@
 """The receipt of a checkpoint: what its parameters predict for a few fixed tokens.
 
 Log-probabilities are computed when the checkpoint is saved, from the parameters in the device's
-memory, and again whenever it is opened, from what was read. They differ when anything on the way does:
-the arrays, the tokenizer, a setting of the model. Always in float32 at the highest precision of the
+memory, and again whenever it is opened, from what was read. They differ when anything on the way
+does: the arrays, the tokenizer, a setting of the model. Always in float32 at the highest precision of the
 matrix units, so that any machine can recompute what another one saved.
 """
 
@@ -84,7 +84,7 @@ def check_receipt(
         raise CheckpointError(
             f"{where} is not the model that was saved: it gives its receipt's tokens a mean "
             f"log-probability of {found.mean():.6f} nats, expected {saved.mean():.6f} (largest "
-            f"difference {difference:.3g}, tolerated {TOLERANCE_NATS}); config.toml or the checkpoint "
-            "was changed: restore it from a copy"
+            f"difference {difference:.3g}, tolerated {TOLERANCE_NATS}); config.toml or the "
+            "checkpoint was changed: restore it from a copy"
         )
     return difference

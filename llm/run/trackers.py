@@ -39,7 +39,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise UsageError(
-                "logging.tensorboard needs the package tensorboardX: install the extra 'tensorboard'"
+                "logging.tensorboard needs tensorboardX: install the extra 'tensorboard'"
             ) from None
         self._writer = SummaryWriter(str(run.path / "tensorboard"))
 

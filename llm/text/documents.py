@@ -205,7 +205,7 @@ def _rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[s
     # It logs what it then raises, and what it raises is answered here.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if origin.kind == "hub":
-        name, config, split = (origin.location.split(":") + ["", ""])[:3]
+        name, config, split = [*origin.location.split(":"), "", ""][:3]
         options: dict[str, Any] = {"name": config or None, "revision": origin.sha256}
         path, split = name, split or "train"
     else:

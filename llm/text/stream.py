@@ -68,7 +68,7 @@ class _HashedFile:
     """A file that hashes what is written to it."""
 
     def __init__(self, path: Path):
-        self._file: BinaryIO = open(path, "wb")
+        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (held until close)
         self._digest = hashlib.sha256()
         self.name = path.name
         self.bytes = 0

@@ -1,7 +1,7 @@
 """The loop around the step: data in, metrics out, saves, evaluations, samples, and a clean stop.
 
-It dispatches step n and then reads the metrics of step n - 1, so that the device never waits for the
-host. A due save is handed to the background before an evaluation begins.
+It dispatches step n and then reads the metrics of step n - 1, so that the device never waits for
+the host. A due save is handed to the background before an evaluation begins.
 
 What it is not: it knows no mathematics (step.py) and no file formats (llm/run/).
 """
@@ -124,7 +124,7 @@ def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], N
         except CheckpointError as error:
             aside = set_aside(checkpoints.root, step)
             damaged.append(aside.name)
-            say(f"WARNING: the checkpoint of step {step} is damaged and set aside as {aside}: {error}")
+            say(f"WARNING: the checkpoint of step {step} is damaged, set aside as {aside}: {error}")
             continue
         abstract = abstract_state(job.spec, optimizer, job.mesh)
         shapes = to_groups(abstract)
@@ -134,7 +134,7 @@ def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], N
         return state
     if damaged:
         raise CheckpointError(
-            f"no checkpoint in {checkpoints.root} can be trusted (set aside: {', '.join(damaged)}); "
+            f"no checkpoint in {checkpoints.root} can be trusted (aside: {', '.join(damaged)}); "
             "restore one from a copy, or begin again with another run.dir"
         )
     return create_state(job.spec, optimizer, job.config.run.seed, job.mesh)
@@ -169,9 +169,7 @@ class Loop:
         self._settings = job.config.training
         self._state = state
         self._step = int(state.step)
-        self._train_step = make_train_step(
-            job.spec, job.config.optimizer, self._settings, job.mesh
-        )
+        self._train_step = make_train_step(job.spec, job.config.optimizer, self._settings, job.mesh)
         self._evaluation_step = make_evaluation_step(job.spec, job.mesh)
         self._pending: _Pending | None = None
         self._clock = time.perf_counter()
@@ -222,7 +220,7 @@ class Loop:
         groups = [jax.tree.leaves((to_groups(state), metrics)) for state, metrics in results]
         if not all(_same_bits(a, b) for a, b in zip(*groups, strict=True)):
             raise UsageError(
-                f"run.deterministic: step {self._step + 1} taken twice from the same state gave two "
+                f"run.deterministic: step {self._step + 1} taken twice from one state gave two "
                 "results; this backend does not repeat itself bit for bit. Set run.deterministic = "
                 "false to train all the same"
             )

@@ -39,7 +39,7 @@ def learning_rate_factor(config: OptimizerConfig, steps: int, step: jax.Array) -
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients to updates at the peak learning rate; the step multiplies by `learning_rate_factor`.
+    """Gradients to updates at the peak rate; the step multiplies by `learning_rate_factor`.
 
     Keeping the schedule out of the optimizer's state lets a resumed run change its length, and
     lets the update number, not a count of updates that were not skipped, set the learning rate.

@@ -1,7 +1,7 @@
 """TrainState: everything that one step hands to the next, born on the mesh.
 
-    params ── float32 master weights, flat and named         step ── updates done
-    opt_state ── optax's, laid out as its weights            key ── root of all randomness
+params ── float32 master weights, flat and named         step ── updates done
+opt_state ── optax's, laid out as its weights            key ── root of all randomness
 """
 
 import dataclasses

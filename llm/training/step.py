@@ -1,6 +1,6 @@
 """One optimizer step, pure: (state, tokens) -> (state, metrics). No files, no clock, no globals.
 
-    B sequences per step  T positions  A micro-batches
+B sequences per step  T positions  A micro-batches
 """
 
 import dataclasses

@@ -1,0 +1,97 @@
+"""What a process sets before JAX starts, and where it keeps what it prepares."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llm.runtime import cache_dir, keep_freed_memory, prepare_process
+
+VARIABLES = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "TF_CPP_MIN_LOG_LEVEL",
+    "XLA_FLAGS",
+)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The variables unset, and put back afterwards."""
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "to be put back")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_the_cache_is_the_setting_then_the_variable_then_the_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("LLM_CACHE_DIR", raising=False)
+    assert cache_dir() == tmp_path / "home" / ".cache" / "llm"
+    monkeypatch.setenv("LLM_CACHE_DIR", "~/elsewhere")
+    assert cache_dir() == tmp_path / "home" / "elsewhere"
+    assert cache_dir(str(tmp_path)) == tmp_path
+
+
+def test_compiled_programs_are_kept_in_the_cache(environment, tmp_path):
+    environment.setenv("LLM_CACHE_DIR", str(tmp_path))
+    prepare_process()
+    assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / "xla"
+    assert float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) < 1.0
+
+
+def test_what_the_user_set_stays(environment):
+    for name in VARIABLES[:3]:
+        environment.setenv(name, "7")
+    prepare_process()
+    assert [os.environ[name] for name in VARIABLES[:3]] == ["7"] * 3
+
+
+def test_deterministic_adds_to_the_users_flags(environment):
+    prepare_process()
+    assert "XLA_FLAGS" not in os.environ
+    environment.setenv("XLA_FLAGS", "--xla_users_own=1")
+    prepare_process(deterministic=True)
+    assert os.environ["XLA_FLAGS"].split() == [
+        "--xla_users_own=1",
+        "--xla_gpu_deterministic_ops=true",
+    ]
+
+
+def test_preparing_imports_no_jax():
+    program = "import sys; from llm.runtime import prepare_process; prepare_process(); "
+    program += "sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    """Buffers of 64 MiB, freed and allocated again, touch their pages for the first time once."""
+    program = """
+import ctypes, resource, sys
+from llm.runtime import keep_freed_memory
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "mallopt"):
+    sys.exit(0)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes, libc.free.argtypes = [ctypes.c_size_t], [ctypes.c_void_p]
+size = 64 << 20
+def faults_of_a_buffer():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    buffer = libc.malloc(size)
+    ctypes.memset(buffer, 1, size)
+    libc.free(buffer)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+keep_freed_memory()
+first, second = faults_of_a_buffer(), faults_of_a_buffer()
+assert second < 100 < first or first < 100, (first, second)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_keeping_memory_is_linux_only(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("llm.runtime.ctypes.CDLL", lambda *_: pytest.fail("touched the C library"))
+    keep_freed_memory()
