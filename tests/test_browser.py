@@ -113,7 +113,19 @@ def find_all(browser, selector):
 
 
 def hover(browser, selector):
-    ActionChains(browser).move_to_element(find(browser, selector)).perform()
+    # From elsewhere: a pointer that is there already enters nothing.
+    heading, target = find(browser, "h1"), find(browser, selector)
+    ActionChains(browser).move_to_element(heading).move_to_element(target).perform()
+
+
+def eventually(browser, condition):
+    """What follows a click as an event of its own may take a moment on a busy machine."""
+    WebDriverWait(browser, 10, poll_frequency=0.05).until(lambda _: condition())
+
+
+def open_table(browser):
+    find(browser, "#all summary").click()
+    eventually(browser, lambda: find_all(browser, "tbody tr"))
 
 
 def press(browser, *keys):
@@ -269,7 +281,7 @@ def test_dark_by_preference_and_by_the_switch(open_page):
 
 def test_the_table_sorts_and_leads_back_to_the_text(open_page, records):
     browser = open_page("tokens")
-    find(browser, "#all summary").click()
+    open_table(browser)
     tokens = tokens_of(records, 0) + tokens_of(records, 1)
     assert len(find_all(browser, "tbody tr")) == min(len(tokens), 300)
     header = next(b for b in find_all(browser, "th button") if b.text.startswith("surprisal"))
@@ -286,7 +298,7 @@ def test_the_table_sorts_and_leads_back_to_the_text(open_page, records):
     assert find(browser, "th[aria-sort=ascending]").text == "surprisal"
     header.click()
     find(browser, "tbody tr a").click()
-    assert shown(browser) == hardest["position"]
+    eventually(browser, lambda: shown(browser) == hardest["position"])
     assert browser.current_url.endswith(f"#s{hardest['sample']}t{hardest['position']}")
 
 
@@ -314,7 +326,8 @@ def test_shared_characters_point_to_the_token_that_closes_them(open_page):
 def test_an_address_can_name_a_token(open_page, folder):
     browser = open_page("tokens")
     browser.get((folder / "tokens.html").as_uri() + "#s1t7")
-    assert shown(browser) == 7 and "on" in find(browser, "#s1t7").get_attribute("class").split()
+    eventually(browser, lambda: shown(browser) == 7)
+    assert "on" in find(browser, "#s1t7").get_attribute("class").split()
 
 
 def test_records_added_one_by_one_make_the_same_page(open_page, browser, records):
@@ -402,7 +415,7 @@ def test_text_that_looks_like_a_script_does_not_run(open_page):
     browser = open_page("attack", page(records, title=attack[0].decode()))
     for index in range(len(attack)):
         hover(browser, f"#s0t{index}")
-    find(browser, "#all summary").click()
+    open_table(browser)
     assert browser.execute_script("return window.hacked ?? null") is None
     assert find(browser, ".text").get_attribute("textContent") == b"".join(attack).decode()
     assert [c.get_attribute("textContent") for c in find_all(browser, "td a")] == [
@@ -427,7 +440,7 @@ def test_diff_page_shows_both_checkpoints_and_sorts_by_change(open_page):
     first, second = re.findall(r"[\d.]+ %", find(browser, "#panel .score b").text)
     assert percentage(first) == pytest.approx(math.exp(before[4]["logprob"]), rel=0.02)
     assert percentage(second) == pytest.approx(math.exp(after[4]["logprob"]), rel=0.02)
-    find(browser, "#all summary").click()
+    open_table(browser)
     next(b for b in find_all(browser, "th button") if b.text == "change").click()
     column = "return [...document.querySelectorAll('tbody tr')].map(r => r.children[3].textContent)"
     values = [float(v.replace("−", "-")) for v in browser.execute_script(column) if v != "–"]
@@ -441,9 +454,7 @@ def test_diff_page_shows_both_checkpoints_and_sorts_by_change(open_page):
 
 def test_attention_page_shows_where_a_head_looks(open_page):
     browser = open_page("attention")
-    WebDriverWait(browser, 5).until(
-        lambda b: b.execute_script("return Boolean(window.attentionPage)")
-    )
+    eventually(browser, lambda: browser.execute_script("return Boolean(window.attentionPage)"))
 
     def levels():
         classes = [span.get_attribute("class") for span in find_all(browser, "#attended .t")]

@@ -261,6 +261,7 @@ def test_finish_reasons_at_the_edges(decoder):
 
     assert finish(CONTEXT - 3, 3) == ("length", CONTEXT)
     assert finish(CONTEXT - 3, 4) == ("context", CONTEXT)
+    assert finish(CONTEXT - 3, 10**12) == ("context", CONTEXT)
     assert finish(CONTEXT, 5) == ("context", CONTEXT)
     assert finish(4, 0) == ("length", 4)
 

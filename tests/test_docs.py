@@ -111,7 +111,8 @@ def _is_file(name: str) -> bool:
 
 def commands(text: str) -> list[list[str]]:
     """Words of every `python ...` line of shell blocks, transcripts and indented blocks."""
-    lines = re.findall(r"^(?:    |\$ )?(python (?!-c)[^`\n]*)$", text, re.M)
+    joined = re.sub(r"\\\n\s*", "", text)
+    lines = re.findall(r"^(?:    |\$ )?(python (?!-c)[^`\n]*)$", joined, re.M)
     spans = [span for span in backticked(text) if span.startswith("python ")]
     return [shlex.split(line, comments=True)[1:] for line in [*lines, *spans]]
 

@@ -161,6 +161,7 @@ class Decoder:
         B = round_up(len(requests))
         padding = [Request([0], max_new_tokens=0)] * (B - len(requests))
         rows = [*requests, *padding]
+        context = self.spec.config.context_length
         lengths_B = np.array([len(row.prompt) for row in rows], np.int32)
         width = round_up(int(lengths_B.max()), at_least=16)
         tokens_BT = np.zeros((B, width), np.int32)
@@ -173,7 +174,7 @@ class Decoder:
         return Batch(
             tokens_BT=tokens_BT,
             lengths_B=lengths_B,
-            left_B=np.array([row.max_new_tokens for row in rows], np.int32),
+            left_B=np.array([min(row.max_new_tokens, context) for row in rows], np.int32),
             settings=RowSettings.stack([row.sampling for row in rows], [row.index for row in rows]),
             watch_BW=watch_BW,
             top=min(self.spec.vocab_size, round_up(max(tops), at_least=16)) if tops else None,
