@@ -2,8 +2,8 @@
 
 Log-probabilities are computed when the checkpoint is saved, from the parameters in the device's
 memory, and again whenever it is opened, from what was read. They differ when anything on the way
-does: the arrays, the tokenizer, a setting of the model. Always in float32 at the highest precision of
-the matrix units, so that any machine can recompute what another one saved.
+does: the arrays, the tokenizer, a setting of the model. Always in float32 at the highest precision
+of the matrix units, so that any machine can recompute what another one saved.
 """
 
 import functools
