@@ -20,6 +20,7 @@ GOLDENS = sorted((Path(__file__).parent / "goldens").glob("*.npz"))
 VOCAB = 29
 
 GPT2 = ModelConfig(n_layer=2, n_head=3, d_model=24, context_length=16, vocab_multiple=64)
+EXACT_GELU = GPT2.model_copy(update={"activation": "gelu", "tie_embeddings": False})
 LLAMA = ModelConfig(
     n_layer=2, n_head=4, n_kv_head=2, d_model=24, d_ff=40, context_length=16, positions="rotary",
     norm="rmsnorm", activation="swiglu", bias=False, rope_theta=500.0, tie_embeddings=False,
@@ -97,7 +98,7 @@ def test_importing_and_exporting_again_changes_no_bit(tmp_path, path):
     assert described["architectures"] == original["architectures"]
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, EXACT_GELU, LLAMA], ids=["gpt2", "exact gelu", "llama"])
 def test_exporting_and_importing_again_changes_no_bit_but_the_padding(tmp_path, config):
     params = random_params(config)
     to_hf(config, VOCAB, params, tmp_path)
@@ -120,7 +121,7 @@ def test_the_number_of_parameters_is_gpt2s():
     assert sum(int(np.prod(leaf.shape)) for leaf in shapes.values()) == 124_439_808
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2, EXACT_GELU, LLAMA], ids=["gpt2", "exact gelu", "llama"])
 def test_transformers_opens_an_exported_model_and_gives_the_same_logits(tmp_path, config):
     torch, transformers = torch_and_transformers()
     params = random_params(config)
