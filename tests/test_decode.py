@@ -159,9 +159,10 @@ def test_sample_i_is_the_same_among_any_number_of_samples(decoder):
 def test_a_longer_prompt_of_its_own_words_goes_on_in_the_same_way(decoder):
     """Noise belongs to the position in the text, so a sample can be continued from any place."""
     [(whole, _)] = collect(decoder, [MIXED[0]])
-    begun = dataclasses.replace(MIXED[0], prompt=ids_of(whole)[:10], max_new_tokens=15)
+    begun = dataclasses.replace(MIXED[0], prompt=ids_of(whole)[:8], max_new_tokens=6)
     [(continued, _)] = collect(decoder, [begun])
-    assert ids_of(continued) == ids_of(whole)
+    assert len(whole) >= 14
+    assert ids_of(continued) == ids_of(whole)[:14]
 
 
 def test_asking_for_numbers_does_not_change_what_is_drawn(decoder):
