@@ -91,7 +91,7 @@ def test_a_small_corpus_gives_fewer_tokens_than_asked():
 
 
 def test_a_vocabulary_without_all_bytes_is_refused():
-    with pytest.raises(UsageError, match="tokenizer.vocab_size = 256: expected at least 257"):
+    with pytest.raises(UsageError, match=r"tokenizer.vocab_size = 256: expected at least 257"):
         train_bpe(CORPUS, 256)
 
 

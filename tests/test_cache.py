@@ -146,5 +146,5 @@ def test_the_cache_is_the_setting_or_the_environments(tmp_path, monkeypatch):
 
 def test_a_cache_that_cannot_be_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="set data.cache_dir to a folder that can be written"):
+    with pytest.raises(UsageError, match=r"set data.cache_dir to a folder that can be written"):
         cache_root(str(tmp_path / "file" / "cache"))

@@ -144,7 +144,7 @@ def test_a_character_cut_off_by_the_end_has_a_place(write, monkeypatch):
 
 
 def test_utf16_is_recognised(write):
-    with pytest.raises(DataError, match="at offset 0 .it begins like UTF-16."):
+    with pytest.raises(DataError, match=r"at offset 0 .it begins like UTF-16."):
         read([write("a.txt", "text".encode("utf-16"))])
 
 
@@ -234,7 +234,7 @@ def test_an_empty_table_has_no_documents(write):
 
 
 def test_rows_that_are_no_json_are_an_error_of_the_data(write):
-    with pytest.raises(DataError, match="rows.jsonl cannot be read by `datasets`: JSON parse"):
+    with pytest.raises(DataError, match=r"rows.jsonl cannot be read by `datasets`: JSON parse"):
         read([write("rows.jsonl", '{"text": "x"}\n{"te', "rows")])
 
 

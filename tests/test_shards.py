@@ -329,7 +329,7 @@ def test_an_unknown_tokenizer_is_refused_before_anything_is_read(make):
 
 def test_shards_of_another_tokenizer_are_refused(make, corpus):
     prepared = make(corpus, "characters", validation="none")
-    with pytest.raises(DataError, match="expected the tokenizer bytes .*, found characters"):
+    with pytest.raises(DataError, match=r"expected the tokenizer bytes .*, found characters"):
         open_corpus(prepared.folder, ByteTokenizer())
 
 

@@ -119,13 +119,13 @@ def test_json_files_of_a_folder_are_documents(tmp_path, cache):
 
 
 def test_a_missing_file_is_answered_with_near_names(corpus, cache):
-    with pytest.raises(DataError, match="no file or folder .*bb.txt; there is .*/b.txt") as caught:
+    with pytest.raises(DataError, match=r"no file or folder .*bb.txt; there is .*/b.txt") as caught:
         find_origins(str(corpus / "bb.txt"), cache)
     assert caught.value.exit_code == 3
 
 
 def test_a_missing_folder_is_answered_with_near_names(corpus, cache):
-    with pytest.raises(DataError, match="there is .*/corpus/sub"):
+    with pytest.raises(DataError, match=r"there is .*/corpus/sub"):
         find_origins(str(corpus / "sib" / "a.md"), cache)
 
 
@@ -207,7 +207,7 @@ def test_an_unchanged_corpus_passes(corpus, cache, recorded):
 
 def test_a_changed_file_is_named_with_both_hashes(corpus, cache, recorded):
     (corpus / "b.txt").write_text("bees")
-    with pytest.raises(DataError, match="b.txt") as caught:
+    with pytest.raises(DataError, match=r"b.txt") as caught:
         check_unchanged(recorded, find_origins(str(corpus), cache).origins)
     message = str(caught.value)
     assert f"expected 3 bytes with sha256 {sha256(b'bee')}" in message
@@ -217,11 +217,11 @@ def test_a_changed_file_is_named_with_both_hashes(corpus, cache, recorded):
 
 def test_a_file_that_is_gone_or_new_is_named(corpus, cache, recorded):
     (corpus / "c.txt").write_text("sea")
-    with pytest.raises(DataError, match="c.txt is new"):
+    with pytest.raises(DataError, match=r"c.txt is new"):
         check_unchanged(recorded, find_origins(str(corpus), cache).origins)
     (corpus / "c.txt").unlink()
     (corpus / "b.txt").unlink()
-    with pytest.raises(DataError, match="b.txt is gone"):
+    with pytest.raises(DataError, match=r"b.txt is gone"):
         check_unchanged(recorded, find_origins(str(corpus), cache).origins)
 
 
@@ -230,7 +230,7 @@ def test_the_first_of_two_files_with_one_name_is_compared_too(corpus, cache, tmp
     both = [str(corpus / "b.txt"), str(tmp_path / "b.txt")]
     recorded = [asdict(origin) for origin in find_origins(both, cache).origins]
     (corpus / "b.txt").write_text("changed")
-    with pytest.raises(DataError, match="corpus/b.txt"):
+    with pytest.raises(DataError, match=r"corpus/b.txt"):
         check_unchanged(recorded, find_origins(both, cache).origins)
 
 
@@ -349,5 +349,5 @@ def test_the_hub_out_of_reach_uses_the_last_revision_seen(cache, monkeypatch):
     monkeypatch.setattr(sources, "hub_revision", no_network)
     (again,) = find_origins("hf:someone/data:en:train", cache).origins
     assert again == origin
-    with pytest.raises(DataError, match="'other' could not be fetched: no network. Offline"):
+    with pytest.raises(DataError, match=r"'other' could not be fetched: no network. Offline"):
         find_origins("hf:other", cache)

@@ -92,7 +92,7 @@ def test_a_split_longer_than_a_window_passes():
 
 def test_a_context_longer_than_the_text_is_a_usage_error_with_both_numbers():
     with pytest.raises(
-        UsageError, match="context_length = 1024 needs 1025 tokens.* has 1024;"
+        UsageError, match=r"context_length = 1024 needs 1025 tokens.* has 1024;"
     ) as e:
         check_window(split_of(1024), 1024)
     assert "the longest that works is 1023" in str(e.value) and e.value.exit_code == 2

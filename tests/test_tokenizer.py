@@ -170,7 +170,7 @@ def test_an_unseen_character_is_shown_with_its_place(unseen):
 
 
 def test_half_a_surrogate_pair_is_no_character(tokenizer):
-    with pytest.raises(UnseenCharacterError, match="U\\+D83D.*index 2"):
+    with pytest.raises(UnseenCharacterError, match=r"U\+D83D.*index 2"):
         tokenizer.encode("ab\ud83d")
 
 

@@ -158,7 +158,7 @@ def test_without_any_good_checkpoint_training_does_not_begin_again(copy):
 def test_settings_that_make_another_model_are_refused_with_a_diff(copy):
     with pytest.raises(UsageError, match=r"model.n_layer: the run has 2, this command has 3"):
         train(copy / "config.toml", "--model.n-layer", "3")
-    with pytest.raises(UsageError, match="--run.allow-change"):
+    with pytest.raises(UsageError, match=r"--run.allow-change"):
         train(copy / "config.toml", "--optimizer.learning-rate", "0.02", "--training.steps", "20")
     train(
         copy / "config.toml", "--optimizer.learning-rate", "0.02", "--training.steps", "13",
