@@ -39,7 +39,7 @@ class PlainProgress:
 
     def __init__(self, silent: bool = False):
         self._silent = silent
-        self._last = 0.0
+        self._last = time.monotonic()
         self._started: tuple[float, int] | None = None
 
     def __enter__(self) -> Self:
