@@ -166,8 +166,8 @@ def tree(text: str) -> dict[str, str]:
 
 @functools.cache
 def files() -> list[str]:
-    """Files of the repository: tracked ones, and new ones that git does not ignore."""
-    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    """Files of the repository. What a person keeps beside them, a cache or a sample, is theirs."""
+    listing = ["git", "ls-files", "--cached"]
     result = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         pytest.skip("not a git checkout")
