@@ -1,6 +1,7 @@
-"""Writing files so that a crash leaves either the old content or the new, never half of it."""
+"""Files written so that a crash leaves the old content or the new, never half; space; the time."""
 
 import contextlib
+import datetime
 import errno
 import os
 import shutil
@@ -66,3 +67,8 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def now() -> str:
+    """The time for people, in UTC; nothing is ever ordered by it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

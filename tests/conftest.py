@@ -1,8 +1,12 @@
 """Set before JAX is imported anywhere: 8 CPU devices, no silent broadcasting between ranks, and one
-store of compiled programs, which tests, workers and the processes they start share."""
+store of compiled programs, which tests, workers and the processes they start share. And the whole
+runs that several files of tests look at."""
 
 import os
+import shutil
 from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -15,3 +19,34 @@ os.environ.setdefault(
     str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"),
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory):
+    """The folder of a run that nothing disturbed: config.toml, run/, cache/, corpus.txt."""
+    from runs import train, write_config
+
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert train(write_config(folder)) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unbroken_process(tmp_path_factory):
+    """As `unbroken`, by a process on one device, whose sums are in another order."""
+    from runs import run_process, write_config
+
+    folder = tmp_path_factory.mktemp("process")
+    code, output = run_process(write_config(folder))
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def copy(unbroken, tmp_path):
+    """A copy of `unbroken` to break: its config names the original's corpus and the copy's run."""
+    shutil.copytree(unbroken / "run", tmp_path / "run")
+    config = tmp_path / "config.toml"
+    text = (unbroken / "config.toml").read_text()
+    config.write_text(text.replace(str(unbroken / "run"), str(tmp_path / "run")))
+    return tmp_path

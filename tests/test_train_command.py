@@ -15,24 +15,6 @@ from llm.errors import CheckpointError, DataError, NonFiniteError, RunLockedErro
 from llm.run.directory import RunDirectory, RunLock
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """The folder of a run that nothing disturbed: config.toml, run/, cache/."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    assert train(write_config(folder)) == 0
-    return folder
-
-
-@pytest.fixture
-def copy(unbroken, tmp_path):
-    """A copy of it to break. Its config names the original's corpus and the copy's run."""
-    shutil.copytree(unbroken / "run", tmp_path / "run")
-    config = tmp_path / "config.toml"
-    text = (unbroken / "config.toml").read_text()
-    config.write_text(text.replace(str(unbroken / "run"), str(tmp_path / "run")))
-    return tmp_path
-
-
 def test_a_run_writes_what_the_design_promises(unbroken):
     run = unbroken / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -82,15 +64,6 @@ def test_a_run_that_is_lengthened_goes_on_and_records_it(copy):
     start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
     assert start["from_step"] == STEPS
     assert start["changed"] == {"training.steps": [STEPS, 14]}
-
-
-@pytest.fixture(scope="module")
-def unbroken_process(tmp_path_factory):
-    """As `unbroken`, by a process on one device, whose sums are in another order."""
-    folder = tmp_path_factory.mktemp("process")
-    code, output = run_process(write_config(folder))
-    assert code == 0, output
-    return folder
 
 
 @pytest.mark.parametrize("place", ["step:step=6", "checkpoint.before_commit:step=8"])

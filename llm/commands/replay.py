@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object."""
-    from llm.commands.train import check_corpus
     from llm.run.directory import RunDirectory
+    from llm.run.provenance import batch_size_at, check_corpus
     from llm.text.batches import TrainingBatches
     from llm.text.shards import prepare
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     batches = TrainingBatches(
         corpus.train,
         context_length=config.model.context_length,
-        batch_size=config.training.batch_size,
+        batch_size=batch_size_at(run, config, chosen.step),
         seed=config.run.seed,
     )
     index = chosen.step - 1

@@ -3,27 +3,26 @@
 The same command twice means resume; of a finished run it says so.
 """
 
-import dataclasses
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.config import Config, load_config
-from llm.errors import UsageError
+from llm.errors import CheckpointError, UsageError
+from llm.faults import fault_point
 from llm.run.directory import (
     RunDirectory,
     RunLock,
     changes_on_resume,
     check_is_ours,
-    describe_start,
-    now,
+    explained,
 )
 from llm.run.progress import Progress, make_progress
 from llm.run.stop import StopRequest
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.text.shards import TokenizedCorpus
     from llm.training.loop import Job, Outputs, Sampler
 
 USAGE = "python train.py CONFIG.toml [--section.key VALUE ...]"
@@ -31,7 +30,7 @@ USAGE = "python train.py CONFIG.toml [--section.key VALUE ...]"
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    started = time.time()
+    started = time.monotonic()
     config = configure(arguments)
     prepare_process(deterministic=config.run.deterministic)
     run = RunDirectory(Path(config.run.dir))
@@ -137,11 +136,13 @@ def _make_job(config: Config, run: RunDirectory, stop: StopRequest, progress: Pr
     from llm.model.gpt import ModelSpec
     from llm.model.sharding import check_divisible, make_mesh
     from llm.run.model import compute_dtype
+    from llm.run.provenance import check_corpus
     from llm.text.shards import prepare
     from llm.text.splits import check_window
     from llm.training.loop import Job
 
     def on_progress(what: str, done: int, total: int | None) -> None:
+        fault_point("prepare")
         stop.check("the text is not prepared yet")
         progress.prepare(what, done, total)
 
@@ -163,21 +164,6 @@ def _make_job(config: Config, run: RunDirectory, stop: StopRequest, progress: Pr
     return Job(config, spec, mesh, corpus)
 
 
-def check_corpus(run: RunDirectory, corpus: "TokenizedCorpus") -> None:
-    """The text must be what the run began with."""
-    from llm.errors import DataError
-    from llm.text.sources import check_unchanged
-
-    recorded = run.read_provenance()["data"]
-    if recorded["fingerprint"] == corpus.fingerprint:
-        return
-    check_unchanged(recorded["origins"], corpus.origins)
-    raise DataError(
-        f"the corpus of {run.path} was prepared in another way: expected fingerprint "
-        f"{recorded['fingerprint']}, found {corpus.fingerprint}; set another run.dir"
-    )
-
-
 def _make_outputs(config: Config, run: RunDirectory, progress: Progress) -> "Outputs":
     from llm.run.checkpoint import Checkpoints
     from llm.run.metrics import Metrics
@@ -191,34 +177,11 @@ def _make_outputs(config: Config, run: RunDirectory, progress: Progress) -> "Out
 
 def _begin(run: RunDirectory, job: "Job") -> None:
     """Everything that the run needs to be opened later; config.toml last."""
-    from llm.model.flops import flops_per_token, parameter_count
+    from llm.run.provenance import describe_run
 
-    corpus = job.corpus
-    corpus.tokenizer.save(run.tokenizer)
-    run.write_provenance(
-        {
-            "schema": 1,
-            "name": run.name,
-            "created": now(),
-            "model": {
-                "parameters": parameter_count(job.spec),
-                "flops_per_token": flops_per_token(job.spec),
-                "vocab_size": job.spec.vocab_size,
-                "compute_dtype": job.spec.compute_dtype,
-            },
-            "data": {
-                "fingerprint": corpus.fingerprint,
-                "tokenizer_sha256": corpus.tokenizer.sha256,
-                "train_tokens": len(corpus.train),
-                "validation_tokens": len(corpus.validation),
-                "documents": corpus.documents,
-                "text_bytes": corpus.text_bytes,
-                "replaced": corpus.replaced,
-                "origins": [dataclasses.asdict(origin) for origin in corpus.origins],
-            },
-            "starts": [],
-        }
-    )
+    with explained(run.tokenizer):
+        job.corpus.tokenizer.save(run.tokenizer)
+    run.write_provenance(describe_run(run, job.spec, job.corpus))
     run.write_config(job.config)
 
 
@@ -226,6 +189,8 @@ def _record_start(
     run: RunDirectory, job: "Job", outputs: "Outputs", step: int, changed: dict[str, Any]
 ) -> None:
     """Append this start to run.json, with the steps that a crash made us do again."""
+    from llm.run.provenance import describe_start
+
     redone = [row for row in outputs.metrics.rewind(step) if row["kind"] == "train"]
     best = outputs.metrics.best_evaluation()
     outputs.checkpoints.best = best[0] if best else None
@@ -243,7 +208,10 @@ def _record_start(
 
 def _record_end(run: RunDirectory, loop: Any, started: float) -> None:
     """How long this start took to its first step: what a restart costs beside the redone steps."""
-    if loop.first_step_at is not None:
+    if loop.first_step_at is None:
+        return
+    # For the sake of a statistic no error on its way out may be lost.
+    with contextlib.suppress(CheckpointError, UsageError):
         record = run.read_provenance()
         record["starts"][-1]["seconds_to_first_step"] = round(loop.first_step_at - started, 3)
         run.write_provenance(record)

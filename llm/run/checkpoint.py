@@ -208,8 +208,9 @@ class Checkpoints:
         def work() -> None:
             try:
                 if alone:
-                    self._write(partial, arrays)
-                self._writer().wait_until_finished()
+                    self._write_alone(partial, arrays)
+                else:
+                    self._writer().wait_until_finished()
                 if jax.process_index() == 0:
                     self._commit(step, partial, arrays, make_receipt)
             except BaseException as error:
@@ -249,6 +250,20 @@ class Checkpoints:
             ocp = _orbax()
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         return self._checkpointer
+
+    def _write_alone(self, partial: Path, arrays: Groups) -> None:
+        """`_write`, waited for; once more where Orbax ran out of time.
+
+        It measures its limits by the wall clock (0.12.8), so that a clock that is set forward in
+        the middle of a save looks like a disk that hangs.
+        """
+        try:
+            self._write(partial, arrays)
+            self._writer().wait_until_finished()
+        except TimeoutError:
+            self._checkpointer = None
+            self._write(partial, arrays)
+            self._writer().wait_until_finished()
 
     def _write(self, partial: Path, arrays: Groups) -> None:
         ocp = _orbax()

@@ -10,23 +10,19 @@
 Nothing here depends on where the directory lies: it may be moved, copied, a link or relative.
 """
 
-import datetime
+import contextlib
 import fcntl
 import json
 import os
-import platform
 import socket
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from llm.config import Config, differences, read_toml, to_toml, validate
 from llm.errors import CheckpointError, RunLockedError, UsageError
-from llm.files import write_atomic
-
-SCHEMA = 1
+from llm.files import free_bytes, is_disk_full, now, write_atomic
 
 
 @dataclass(frozen=True)
@@ -76,7 +72,9 @@ class RunDirectory:
         return validate(read_toml(self.config), where=str(self.config))
 
     def write_config(self, config: Config) -> None:
-        write_atomic(self.config, to_toml(config).encode())
+        """Raises: see `explained`."""
+        with explained(self.config):
+            write_atomic(self.config, to_toml(config).encode())
 
     def read_provenance(self) -> dict[str, Any]:
         """run.json as it was written."""
@@ -89,12 +87,35 @@ class RunDirectory:
             ) from None
 
     def write_provenance(self, record: Mapping[str, Any]) -> None:
-        write_atomic(self.provenance, json.dumps(record, indent=1).encode() + b"\n")
+        """Raises: see `explained`."""
+        with explained(self.provenance):
+            write_atomic(self.provenance, json.dumps(record, indent=1).encode() + b"\n")
 
     def _near(self) -> str:
         parent = self.path.parent if self.path.parent.is_dir() else Path()
         runs = sorted(str(folder.parent) for folder in parent.glob("*/config.toml"))[:5]
         return f"; there is {', '.join(runs)}" if runs else ""
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What the system says about writing a file of a run, as an error for people.
+
+    Raises:
+      CheckpointError: there is no room.
+      UsageError: it cannot be written for another reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise CheckpointError(
+                f"no room for {path} ({error.strerror}); {free_bytes(path.parent)} bytes are free. "
+                "What was saved is whole: free some space and run the same command again"
+            ) from None
+        raise UsageError(
+            f"{path} cannot be written: {error.strerror}; set run.dir to a folder that can be"
+        ) from None
 
 
 class RunLock:
@@ -226,56 +247,3 @@ def _refusal(
         remedy += ", or add --run.allow-change to take them from here on (it is recorded)"
     where = before.run.dir or "the run directory"
     return "\n".join([f"{where} holds a run with other settings:", *lines, f"  {remedy}"])
-
-
-def now() -> str:
-    """The time for people, in UTC; nothing is ever ordered by it."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Of everything that decides a number."""
-    import importlib.metadata
-
-    import jax
-
-    found = {"python": platform.python_version(), "jax": jax.__version__}
-    for name in ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def describe_start(
-    *, step: int, mesh: Mapping[str, int], devices: Sequence[Any], changed: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One entry of run.json's list of starts."""
-    return {
-        "time": now(),
-        "from_step": step,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "host": socket.gethostname(),
-        "process": os.getpid(),
-        "code_sha256": code_sha256(),
-        "versions": versions(),
-        "devices": {
-            "count": len(devices),
-            "kind": devices[0].device_kind,
-            "platform": devices[0].platform,
-        },
-        "mesh": dict(mesh),
-        "changed": {name: list(values) for name, values in changed.items()},
-    }
-
-
-def code_sha256() -> str:
-    """Of this package's own source, so that two runs can tell whether the code was the same."""
-    import hashlib
-
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()

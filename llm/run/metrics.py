@@ -7,8 +7,10 @@
 Losses are nats per token. A number that is not finite is null, with "finite": false beside it.
 """
 
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import IO, Any
 
 from llm.faults import fault_point
 from llm.files import write_atomic
+from llm.run.directory import explained
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -38,7 +41,7 @@ class Metrics:
 
     def __init__(self, path: Path):
         self._path = path
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self.rows: list[dict[str, Any]] = []
         self.lost = 0
 
@@ -52,7 +55,8 @@ class Metrics:
         self.rows = list(kept.values())
         text = "".join(_line(row) for row in self.rows)
         if self._path.exists() and text != self._path.read_text(errors="replace"):
-            write_atomic(self._path, text.encode())
+            with explained(self._path):
+                write_atomic(self._path, text.encode())
         return [row for row in rows if row["step"] > step]
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -61,17 +65,22 @@ class Metrics:
         self.rows.append(row)
         try:
             action = fault_point("metrics.write", row["step"])
-            if self._file is None:
-                self._file = open(self._path, "a")  # noqa: SIM115 (held until close)
-            line = _line(row)
-            if action == "torn":
-                self._file.write(line[: len(line) // 2])
-                self._file.flush()
-                fault_point("metrics.torn")
-            self._file.write(line)
-            self._file.flush()
+            self._append(_line(row).encode(), action)
         except OSError as error:
             self._warn(error)
+
+    def _append(self, line: bytes, action: str | None) -> None:
+        """The whole line or, on a full disk, none of it."""
+        if self._file is None:
+            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (held until close)
+        size = self._file.seek(0, os.SEEK_END)
+        if action == "torn":
+            self._file.write(line[: len(line) // 2])
+            fault_point("metrics.torn")
+        written = self._file.write(line)
+        if written < len(line):
+            self._file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def best_evaluation(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest validation loss."""
@@ -87,16 +96,11 @@ class Metrics:
 
     def close(self) -> None:
         if self._file is not None:
-            try:
-                self._file.close()
-            except OSError as error:
-                self._warn(error)
+            self._file.close()
             self._file = None
 
     def _warn(self, error: OSError) -> None:
         self.lost += 1
-        # A file whose buffer could not be written would fail again on the same bytes.
-        self._file = None
         if self.lost == 1:
             print(
                 f"warning: {self._path} cannot be written ({error.strerror}); training goes on, "

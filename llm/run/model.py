@@ -75,13 +75,18 @@ def open_model(run_dir: str | Path, step: int | None = None) -> OpenedModel:
         try:
             verify_files(folder)
             params = _restore_params(spec, folder)
-        except (CheckpointError, OSError, ValueError) as error:
-            if folder.exists():
-                problems.append(str(error))
-                if step is None:
-                    warnings.warn(f"step {chosen} is passed over: {error}", stacklevel=2)
+            receipt = read_receipt(folder)
+        except Exception as error:
+            # Whatever a reader of files says when they go away meanwhile.
+            if not folder.exists():
+                continue
+            if not isinstance(error, CheckpointError | OSError | ValueError):
+                raise
+            problems.append(str(error))
+            if step is None:
+                warnings.warn(f"step {chosen} is passed over: {error}", stacklevel=2)
             continue
-        return _opened(run, config, tokenizer, spec, params, chosen)
+        return _opened(run, config, tokenizer, spec, params, chosen, receipt)
     raise CheckpointError(_none_good(run, step, problems))
 
 
@@ -127,9 +132,9 @@ def _opened(
     spec: ModelSpec,
     params: Params,
     step: int,
+    receipt: dict[str, Any],
 ) -> OpenedModel:
     folder = run.checkpoints / str(step)
-    receipt: dict[str, Any] = read_receipt(folder)
     sha256 = params_sha256({name: np.asarray(array) for name, array in params.items()})
     if sha256 != receipt["params_sha256"]:
         raise CheckpointError(

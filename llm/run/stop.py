@@ -1,40 +1,70 @@
 """Ctrl-C and SIGTERM: the first asks the run to stop at its next safe point, a second ends it."""
 
+import contextlib
 import os
 import signal
-import sys
-from types import FrameType
+import socket
+import threading
 
 from llm.errors import StoppedError
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 class StopRequest:
-    """Installed for as long as a run lasts; `requested` turns true at the first signal."""
+    """Installed for as long as a run lasts; `requested` turns true at the first signal.
+
+    Python runs a signal's handler between two of its own instructions, so not while one call
+    compiles for minutes or waits for a device that hangs. The interpreter also writes each signal
+    to a pipe at once; a thread reads it, so that a second signal ends the process even then.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: dict[int, object] = {}
+        self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        self._descriptor_before = signal.set_wakeup_fd(
+            self._writer.fileno(), warn_on_full_buffer=False
+        )
+        for number in _SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._descriptor_before)
+        self._writer.close()
 
     def check(self, what_is_lost: str) -> None:
         """Raise when a stop was asked for, where there is nothing to save."""
         if self.requested:
             raise StoppedError(f"stopped on request; {what_is_lost}: the same command goes on")
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
-        if self.requested:
-            # At once: no handlers, no flushing. What was saved is whole whatever happens now.
-            os.write(2, b"\nstopped at once on a second signal\n")
-            os._exit(128 + number)
-        self.requested = True
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing this step, then saving; again to stop at once\n".encode())
-        sys.stderr.flush()
+    def _receive(self, _number: int, _frame: object) -> None:
+        self.requested = True  # seen at once by whatever the main thread does next
+
+    def _watch(self) -> None:
+        """In its own thread: one byte comes for each signal, none when the run is over."""
+        received = 0
+        with self._reader:
+            while data := self._reader.recv(1):
+                if data[0] not in _SIGNALS:
+                    continue
+                received += 1
+                if received > 1:
+                    # No handlers, no flushing. What was saved is whole whatever happens now.
+                    _say("stopped at once on a second signal")
+                    os._exit(128 + data[0])
+                self.requested = True
+                name = signal.Signals(data[0]).name
+                _say(f"{name}: finishing this step, then saving; again to stop at once")
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, f"\n{text}\n".encode())

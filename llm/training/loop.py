@@ -257,7 +257,7 @@ class Loop:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         if self.first_step_at is None:
-            self.first_step_at = time.time()
+            self.first_step_at = time.monotonic()
         tokens = self._settings.batch_size * self._job.spec.config.context_length
         self._tokens += tokens
         applied = values["finite"] and not values["spike"]

@@ -47,11 +47,13 @@ def make_train_step(
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         updates = jax.tree.map(lambda update: factor * update, updates)
-        finite = jnp.isfinite(loss.objective) & jnp.isfinite(grad_norm)
+        params = optax.apply_updates(state.params, updates)
+        # The weights too: an update that is finite can still carry one out of float32's range.
+        finite = jnp.isfinite(loss.objective) & jnp.isfinite(grad_norm) & all_finite(params)
         spike = is_spike(loss.nll, state.loss_history, training.spike_zscore)
         updated = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             opt_state=opt_state,
             key=state.key,
             loss_history=state.loss_history.at[state.step % HISTORY].set(loss.nll),
@@ -138,6 +140,11 @@ def _objective(
     chunks = chunks_for(rows_per_device, T, spec.padded_vocab_size, training.loss_chunk)
     terms = head_loss(hidden_BTD, model.head_weight(), targets_BT, weights_BT, options, chunks)
     return terms.objective, terms
+
+
+def all_finite(params: Params) -> jax.Array:
+    """Whether no weight is NaN or infinite."""
+    return jnp.stack([jnp.isfinite(weight).all() for weight in params.values()]).all()
 
 
 def is_spike(loss: jax.Array, history: jax.Array, zscore: float) -> jax.Array:

@@ -1,0 +1,132 @@
+"""What a run was made of and when it was started: the content of run.json.
+
+schema, name, created
+model                 parameters, FLOPs per token, vocabulary, compute dtype
+data                  fingerprint, hashes of tokenizer and sources, counts
+starts                one entry for each start: from which step, versions, devices, what changed,
+                      steps done again after a crash and the seconds that they had taken
+"""
+
+import dataclasses
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm.config import Config
+from llm.errors import DataError
+from llm.files import now
+from llm.model.flops import flops_per_token, parameter_count
+from llm.model.gpt import ModelSpec
+from llm.run.directory import RunDirectory
+from llm.text.shards import TokenizedCorpus
+from llm.text.sources import check_unchanged
+
+SCHEMA = 1
+
+
+def describe_run(run: RunDirectory, spec: ModelSpec, corpus: TokenizedCorpus) -> dict[str, Any]:
+    """run.json of a run that has not been started yet."""
+    return {
+        "schema": SCHEMA,
+        "name": run.name,
+        "created": now(),
+        "model": {
+            "parameters": parameter_count(spec),
+            "flops_per_token": flops_per_token(spec),
+            "vocab_size": spec.vocab_size,
+            "compute_dtype": spec.compute_dtype,
+        },
+        "data": {
+            "fingerprint": corpus.fingerprint,
+            "tokenizer_sha256": corpus.tokenizer.sha256,
+            "train_tokens": len(corpus.train),
+            "validation_tokens": len(corpus.validation),
+            "documents": corpus.documents,
+            "text_bytes": corpus.text_bytes,
+            "replaced": corpus.replaced,
+            "origins": [dataclasses.asdict(origin) for origin in corpus.origins],
+        },
+        "starts": [],
+    }
+
+
+def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:
+    """The text must be what the run began with.
+
+    Raises:
+      DataError: naming what changed.
+    """
+    recorded = run.read_provenance()["data"]
+    if recorded["fingerprint"] == corpus.fingerprint:
+        return
+    check_unchanged(recorded["origins"], corpus.origins)
+    raise DataError(
+        f"the corpus of {run.path} was prepared in another way: expected fingerprint "
+        f"{recorded['fingerprint']}, found {corpus.fingerprint}; set another run.dir"
+    )
+
+
+def batch_size_at(run: RunDirectory, config: Config, step: int) -> int:
+    """Sequences in the batch of a step, counted from 1: it may have changed on the way.
+
+    The last start before that step decides, and the changes recorded since are undone.
+    """
+    size = config.training.batch_size
+    for start in reversed(run.read_provenance()["starts"]):
+        if start["from_step"] < step:
+            break
+        if "training.batch_size" in start["changed"]:
+            size = start["changed"]["training.batch_size"][0]
+    return size
+
+
+def versions() -> dict[str, str]:
+    """Of everything that decides a number."""
+    import importlib.metadata
+
+    import jax
+
+    found = {"python": platform.python_version(), "jax": jax.__version__}
+    for name in ("jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tiktoken"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def describe_start(
+    *, step: int, mesh: Mapping[str, int], devices: Sequence[Any], changed: Mapping[str, Any]
+) -> dict[str, Any]:
+    """One entry of run.json's list of starts."""
+    return {
+        "time": now(),
+        "from_step": step,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "code_sha256": code_sha256(),
+        "versions": versions(),
+        "devices": {
+            "count": len(devices),
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+        },
+        "mesh": dict(mesh),
+        "changed": {name: list(values) for name, values in changed.items()},
+    }
+
+
+def code_sha256() -> str:
+    """Of this package's own source, so that two runs can tell whether the code was the same."""
+    import hashlib
+
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()

@@ -1,0 +1,470 @@
+"""What can happen to a run, one by one: on a real small disk, by real signals, with a clock that
+jumps, beside a reader. Crashes and kills are in test_train_command.py and test_kills.py."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from runs import (
+    ROOT,
+    STEPS,
+    losses,
+    params_sha256,
+    run_process,
+    train,
+    train_process,
+    write_config,
+)
+
+import llm.training.loop
+from llm.errors import CheckpointError, DataError, NonFiniteError, UsageError
+from llm.run.checkpoint import Checkpoints, read_receipt, saved_steps, verify_files
+from llm.run.metrics import Metrics, read_metrics
+from llm.run.model import open_model
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function: an empty file system of so many KiB; needs the right to mount one."""
+    with contextlib.ExitStack() as stack:
+
+        def mount(kib, options=""):
+            folder = tmp_path / f"disk-{kib}"
+            folder.mkdir()
+            size = f"size={kib}k{options}"
+            command = ["mount", "-t", "tmpfs", "-o", size, "none", str(folder)]
+            if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+                pytest.skip("may not mount a file system")
+            stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=False)
+            return folder
+
+        yield mount
+
+
+def fill(folder, leave_bytes=0):
+    """Write until only so much room is left."""
+    ballast = folder / "ballast"
+    with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while shutil.disk_usage(folder).free > leave_bytes:
+            file.write(b"x" * 4096)
+    return ballast
+
+
+def without_traceback(output):
+    assert "Traceback" not in output, output
+    return output
+
+
+# A disk that is full.
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(
+    unbroken_process, tmp_path, small_disk
+):
+    """On a disk that fills up after step 4: exit 4 with both numbers, and nothing lost."""
+    disk = small_disk(4096)
+    config = write_config(tmp_path, run={"dir": str(disk / "run")})
+    code, output = run_process(config, fault="checkpoint.before_copy:step=8:kill")
+    assert code == -signal.SIGKILL, output
+    ballast = fill(disk, leave_bytes=60_000)
+    code, output = run_process(config)
+    assert code == 4, output
+    assert re.search(
+        r"no room for a checkpoint .* it needs .*\(\d+ bytes\), .*\(\d+ bytes\)", output
+    )
+    without_traceback(output)
+    verify_files(disk / "run" / "checkpoints" / "4")
+    ballast.unlink()
+    code, output = run_process(config)
+    assert code == 0, output
+    assert losses(disk / "run") == losses(unbroken_process / "run")
+    assert params_sha256(disk / "run") == params_sha256(unbroken_process / "run")
+
+
+def test_a_disk_without_a_byte_left_is_said_at_the_start(copy, small_disk, capsys):
+    disk = small_disk(4096)
+    shutil.copytree(copy / "run", disk / "run")
+    fill(disk)
+    flags = ["--run.dir", str(disk / "run"), "--training.steps", "14"]
+    with pytest.raises(CheckpointError, match=r"no room for .*run.json .* bytes are free"):
+        train(copy / "config.toml", *flags)
+    verify_files(disk / "run" / "checkpoints" / str(STEPS))
+    assert len(json.loads((disk / "run" / "run.json").read_text())["starts"]) == 1
+
+
+def test_metrics_that_do_not_fit_are_counted_and_no_line_is_torn(small_disk, capsys):
+    disk = small_disk(64)
+    metrics = Metrics(disk / "metrics.jsonl")
+    row = {"kind": "train", "loss": 1.0, "text": "x" * 3000}
+    metrics.write({**row, "step": 1})
+    ballast = fill(disk)
+    for step in range(2, 30):
+        metrics.write({**row, "step": step})
+    lost = metrics.lost
+    assert 20 < lost < 29
+    assert capsys.readouterr().err.count("cannot be written") == 1
+    ballast.unlink()
+    metrics.write({**row, "step": 30})
+    metrics.close()
+    lines = (disk / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
+    assert steps == [*range(1, 30 - lost), 30]
+
+
+def test_shards_that_do_not_fit_leave_nothing_half_made(tmp_path, small_disk):
+    disk = small_disk(32)
+    (tmp_path / "long.txt").write_text("the cat sat on the mat " * 4000)
+    config = write_config(
+        tmp_path, data={"source": str(tmp_path / "long.txt"), "cache_dir": str(disk)}
+    )
+    with pytest.raises(DataError, match=r"(?i)(space|room).* \d+"):
+        train(config)
+    assert not list(disk.rglob("*.bin"))
+    assert train(config, "--data.cache-dir", str(tmp_path / "cache")) == 0
+
+
+# Signals.
+
+
+@pytest.mark.parametrize("place", ["prepare:term", "checkpoint.after_write:step=8:int"])
+def test_a_signal_while_text_is_prepared_or_a_step_saved(unbroken_process, tmp_path, place):
+    config = write_config(tmp_path)
+    code, output = run_process(config, fault=place)
+    assert code == 75, output
+    without_traceback(output)
+    code, output = run_process(config)
+    assert code == 0, output
+    assert losses(tmp_path / "run") == losses(unbroken_process / "run")
+    assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
+
+
+def test_a_signal_while_the_step_compiles(unbroken_process, tmp_path):
+    """The run says "starting", then compiles; a signal there waits for the first step."""
+    config = write_config(tmp_path, logging={"progress": "plain"})
+    process = train_process(config)
+    seen = ""
+    while "starting" not in seen:
+        line = process.stdout.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 75, seen + output
+    without_traceback(output)
+    assert max(saved_steps(tmp_path / "run" / "checkpoints"), default=0) < STEPS
+    code, output = run_process(config)
+    assert code == 0, output
+    assert losses(tmp_path / "run") == losses(unbroken_process / "run")
+
+
+def test_a_second_signal_ends_a_process_that_python_cannot_interrupt():
+    """One call that runs for hours without coming back to the interpreter, as a compiler may."""
+    program = (
+        "import hashlib, sys\n"
+        "from llm.run.stop import StopRequest\n"
+        "with StopRequest():\n"
+        "    print('in', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGTERM)
+    lines = iter(process.stderr.readline, "")
+    assert any("SIGTERM: finishing this step" in line for line in lines)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "stopped at once" in process.stderr.read()
+
+
+# Numbers that are no numbers.
+
+
+def spoiled_step(monkeypatch, steps, **said):
+    """The honest step, but at these steps it leaves the weights alone and says `said`."""
+    honest = llm.training.loop.make_train_step
+
+    def make(*arguments):
+        step = honest(*arguments)
+
+        def run(state, tokens):
+            number = int(state.step) + 1
+            kept = jax.tree.map(lambda leaf: leaf.copy(), state.params) if number in steps else None
+            after, metrics = step(state, tokens)
+            if kept is None:
+                return after, metrics
+            said_now = {name: jax.numpy.asarray(value) for name, value in said.items()}
+            return dataclasses.replace(after, params=kept), {**metrics, **said_now}
+
+        return run
+
+    monkeypatch.setattr(llm.training.loop, "make_train_step", make)
+
+
+def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    bad = {"finite": False, "loss": np.float32(np.nan)}
+    config = write_config(tmp_path, training={"on_nonfinite": "skip", "max_skipped": 3})
+    spoiled_step(monkeypatch, {3, 4, 6, 7, 8}, **bad)
+    with pytest.raises(NonFiniteError, match=r"step 8: loss nan.*the last 3 updates were skipped"):
+        train(config)
+    assert capsys.readouterr().err.count("this update was skipped") == 4
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rows = {row["step"]: row for row in rows if row["kind"] == "train"}
+    assert [step for step, row in rows.items() if row.get("finite") is False] == [3, 4, 6, 7, 8]
+    assert rows[3]["loss"] is None
+    assert list((tmp_path / "run").glob("nonfinite-step-8.npz"))
+    opened = open_model(tmp_path / "run")
+    assert all(np.isfinite(weight).all() for weight in opened.params.values())
+
+
+def test_a_loss_spike_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    config = write_config(tmp_path, training={"spike_zscore": 4.0})
+    spoiled_step(monkeypatch, {5}, spike=True)
+    assert train(config) == 0
+    assert "step 5: loss" in capsys.readouterr().err
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("spike")] == [5]
+
+
+# The checkpoint is not what it says.
+
+
+def resaved(folder, change):
+    """The step's parameters changed, saved anew with a manifest and a hash that fit them."""
+    from llm.run import checkpoint
+
+    groups = {}
+    for group in checkpoint.GROUPS:
+        ocp = checkpoint._orbax()
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            groups[group] = dict(reader.restore((folder / group).resolve()))
+    groups["params"] = change(groups["params"])
+    receipt = read_receipt(folder)
+    step = int(folder.name)
+    shutil.rmtree(folder)
+    checkpoints = Checkpoints(folder.parent, keep=9)
+    said = {name: receipt[name] for name in ("tokens", "logprobs", "tokenizer_sha256")}
+    checkpoints.save(step, groups, lambda _sha256: said)
+    checkpoints.wait()
+    checkpoints.close()
+
+
+def swapped(one, other):
+    def change(params):
+        return {**params, one: params[other], other: params[one]}
+
+    return change
+
+
+def permuted_shards(params):
+    """As if the shards of two devices had been put together in the wrong order."""
+    weight = params["blocks.0.mlp.up.weight"]
+    return {**params, "blocks.0.mlp.up.weight": np.roll(weight, weight.shape[1] // 2, axis=1)}
+
+
+def rounded(params):
+    import ml_dtypes
+
+    return {n: np.asarray(w).astype(ml_dtypes.bfloat16).astype("f4") for n, w in params.items()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swapped("blocks.0.attention.key.weight", "blocks.0.attention.query.weight"),
+        permuted_shards,
+        rounded,
+    ],
+    ids=["another config", "sharding", "dtype"],
+)
+def test_weights_that_are_not_those_saved_disagree_with_the_receipt(copy, change):
+    """Hashes fit, the model does not: only what it predicts gives it away."""
+    resaved(copy / "run" / "checkpoints" / str(STEPS), change)
+    both_numbers = r"mean log-probability of -\d+\.\d+ nats, expected -\d+\.\d+"
+    with pytest.raises(CheckpointError, match=both_numbers):
+        open_model(copy / "run")
+    with pytest.raises(CheckpointError, match=both_numbers):
+        train(copy / "config.toml", "--training.steps", "14")
+
+
+@pytest.mark.parametrize("replaced", [0, 1], ids=["larger", "of the same size"])
+def test_another_tokenizer_is_not_the_checkpoints(copy, replaced):
+    """Another character in the place of one, or one more; each tokenizer is whole by itself."""
+    from llm.text.tokenizer import CharacterTokenizer, load_tokenizer
+
+    folder = copy / "run" / "tokenizer"
+    characters = load_tokenizer(folder).definition()["characters"]
+    shutil.rmtree(folder)
+    CharacterTokenizer(characters[replaced:] + "~").save(folder)
+    with pytest.raises(CheckpointError, match="trained with the tokenizer"):
+        open_model(copy / "run")
+
+
+# Text.
+
+
+def test_bytes_that_are_not_utf8_are_named_or_replaced_and_counted(tmp_path, unbroken):
+    data = (unbroken / "corpus.txt").read_bytes()
+    (tmp_path / "bad.txt").write_bytes(data[:100] + b"\xff" + data[100:200] + b"\xc3" + data[200:])
+    config = write_config(tmp_path, data={"source": str(tmp_path / "bad.txt")})
+    with pytest.raises(DataError, match=r"bad.txt.*\b100\b") as error:
+        train(config)
+    assert error.value.exit_code == 3
+    assert train(config, "--data.errors", "replace") == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["replaced"] == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"the cat"], ids=["empty", "shorter than a window"])
+def test_too_little_text_is_said_with_numbers(tmp_path, content):
+    (tmp_path / "little.txt").write_bytes(content)
+    config = write_config(tmp_path, data={"source": str(tmp_path / "little.txt")})
+    with pytest.raises(DataError) as error:
+        train(config)
+    assert content == b"" or re.search(r"\b\d+ tokens.*\b1[67]\b", str(error.value)), error.value
+
+
+def test_shards_that_changed_since_the_run_began_are_named(tmp_path):
+    config = write_config(tmp_path)
+    train(config)
+    (shard,) = (tmp_path / "cache").rglob("*.bin")
+    content = bytearray(shard.read_bytes())
+    content[7] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{shard.name}.*expected.*found"):
+        train(config, "--training.steps", "14")
+
+
+# Where and when.
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken, monkeypatch):
+    config = write_config(tmp_path, mesh={"data": 2, "fsdp": 2, "tensor": 2})
+    monkeypatch.setenv("LLM_FAULT", "step:step=7:raise")
+    with pytest.raises(RuntimeError):
+        train(config)
+    monkeypatch.delenv("LLM_FAULT")
+    flags = ["--mesh.data", "1", "--mesh.fsdp", "4", "--mesh.tensor", "1", "--mesh.context", "2"]
+    assert train(config, *flags) == 0
+    ours, theirs = losses(tmp_path / "run"), losses(unbroken / "run")
+    assert [row[:2] for row in ours] == [row[:2] for row in theirs]
+    np.testing.assert_allclose([row[2] for row in ours], [row[2] for row in theirs], rtol=1e-5)
+
+
+def test_a_clock_that_jumps_changes_nothing(copy, unbroken, monkeypatch):
+    """The newest step looks the oldest, and time runs backwards while training goes on."""
+    shutil.rmtree(copy / "run" / "checkpoints" / str(STEPS))
+    older, newer = saved_steps(copy / "run" / "checkpoints")
+    for step, seconds in ((older, 4e9), (newer, 0)):
+        os.utime(copy / "run" / "checkpoints" / str(step), (seconds, seconds))
+    honest, saving = time.time, []
+
+    def jumping():
+        """Thirty years back from the start; forward again in the middle of the save of step 12."""
+        if threading.current_thread().name == f"checkpoint-{STEPS}":
+            saving.append(None)
+        return honest() - (1e9 if len(saving) < 4 else 0)
+
+    monkeypatch.setattr(time, "time", jumping)
+    train(copy / "config.toml")
+    start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
+    assert start["from_step"] == newer
+    assert len(saving) > 4
+    assert 0 < start["seconds_to_first_step"] < 1e6
+    assert losses(copy / "run") == losses(unbroken / "run")
+    assert params_sha256(copy / "run") == params_sha256(unbroken / "run")
+
+
+def test_a_read_only_run_is_refused_before_anything_compiles_and_can_be_read(
+    copy, small_disk, monkeypatch
+):
+    disk = small_disk(4096)
+    shutil.copytree(copy / "run", disk / "run")
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    monkeypatch.setattr(llm.training.loop, "make_train_step", lambda *_: pytest.fail("compiled"))
+    flags = ["--run.dir", str(disk / "run"), "--training.steps", "14"]
+    with pytest.raises(UsageError, match="cannot be written: Read-only file system"):
+        train(copy / "config.toml", *flags)
+    assert open_model(disk / "run").step == STEPS
+
+
+def test_the_lock_of_a_dead_process_is_taken_over(copy):
+    lock = copy / "run" / "run.lock"
+    lock.write_text("process 1 on another-host, since 1970-01-01T00:00:00+00:00\n")
+    train(copy / "config.toml", "--training.steps", "13")
+    assert losses(copy / "run")[-1][1] == 13
+    assert f"process {os.getpid()} on" in lock.read_text()
+
+
+# What Orbax leaves behind when a step that it reads goes away.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_reader_beside_a_trainer_sees_whole_steps_only(tmp_path):
+    """Every step is saved and the one before deleted, while this process opens the model again
+    and again."""
+    config = write_config(
+        tmp_path,
+        training={"steps": 150, "eval_every": 0},
+        checkpoint={"every": 1, "keep": 1},
+        optimizer={"learning_rate": 1e-3, "min_learning_rate": 1e-4},
+        data={"validation": "none"},
+    )
+    process = train_process(config)
+    opened = []
+    while process.poll() is None:
+        if saved_steps(tmp_path / "run" / "checkpoints"):
+            opened.append(open_model(tmp_path / "run").step)
+        else:
+            time.sleep(0.01)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert opened == sorted(opened)
+    assert len(set(opened)) >= 3, opened
+
+
+def test_a_save_that_failed_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+    """Each step waits for the save to have failed; the first one after it must notice."""
+    honest = Checkpoints.save
+
+    def save_and_join(self, *arguments):
+        honest(self, *arguments)
+        self._job.thread.join()
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_join)
+    monkeypatch.setenv("LLM_FAULT", "checkpoint.after_write:step=4:raise")
+    with pytest.raises(CheckpointError, match="checkpoint of step 4 could not be saved"):
+        train(write_config(tmp_path))
+    assert losses(tmp_path / "run")[-1][1] <= 5
+
+
+def test_evaluation_never_stands_between_a_due_save_and_the_disk(tmp_path, monkeypatch):
+    """The evaluation that is due at step 4 as well waits for the save, which must have begun."""
+    begun = []
+    honest = llm.training.loop.Loop._evaluate
+
+    def evaluate(self):
+        checkpoints = self._outputs.checkpoints
+        if self._step == 4:
+            checkpoints._job.thread.join()
+            begun.append(saved_steps(checkpoints.root))
+        return honest(self)
+
+    monkeypatch.setattr(llm.training.loop.Loop, "_evaluate", evaluate)
+    train(write_config(tmp_path, training={"eval_every": 4}))
+    assert begun == [[4]]
