@@ -173,6 +173,24 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+def test_a_finite_gradient_that_carries_a_weight_out_of_range_is_masked():
+    """Only the decay of a huge weight overflows, one of the vocabulary's padding."""
+    optimizer = OPTIMIZER.model_copy(update={"weight_decay": 1e3, "warmup_steps": 0})
+    state = fresh_state(optimizer=optimizer)
+    params = {
+        **state.params,
+        "embed.weight": state.params["embed.weight"].at[SPEC.vocab_size + 1].set(3e38),
+    }
+    before = jax.device_get(params)
+    step = compiled_step(SPEC, optimizer, TrainingConfig(steps=10, batch_size=BATCH), one_device())
+    batch = shard_batch(one_device(), tokens(0), BATCH_AXES)
+    after, metrics = step(dataclasses.replace(state, params=params), batch)
+    assert np.isfinite(metrics["loss"])
+    assert np.isfinite(metrics["grad_norm"])
+    assert not metrics["finite"]
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(dict(after.params)))
+
+
 def test_a_state_survives_the_way_through_named_groups():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     optimizer = make_optimizer(OptimizerConfig(kind="muon"))
