@@ -11,9 +11,13 @@ COMMANDS = {
     "train": ("train", "pretrain from a configuration file, or resume"),
     "sample": ("sample", "write text and the probability of every token"),
     "score": ("score", "the probability of every token of given text"),
+    "eval": ("eval", "run tasks of lm-evaluation-harness"),
+    "serve": ("serve", "an HTTP server: OpenAI's completions, and a live page"),
     "replay": ("replay", "the exact batch that a step was trained on"),
     "diff": ("diff", "where two runs part, and what differs between them"),
     "verify": ("verify", "check a run's checkpoints: manifest, parameters, receipt"),
+    "import-hf": ("import_hf", "make a run of a Hugging Face model"),
+    "export-hf": ("export_hf", "make a Hugging Face model of a run"),
 }
 
 

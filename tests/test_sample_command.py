@@ -13,15 +13,18 @@ import pytest
 
 import llm.commands.sample
 import llm.commands.score
+import llm.inference.attention
+import llm.inference.samples
 import llm.run.model
 from llm.commands import run_command
-from llm.commands.sample import in_order
 from llm.commands.score import worst_passages
 from llm.config import Config, ModelConfig, SamplingConfig
 from llm.errors import UsageError
+from llm.inference.attention_view import attention_page
 from llm.inference.decode import Progress
 from llm.inference.records import read_records
-from llm.model.gpt import ModelSpec, initialise
+from llm.inference.samples import continued, in_order
+from llm.model.gpt import ModelSpec, bind, initialise
 from llm.run.model import OpenedModel
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -270,6 +273,16 @@ def test_rows_come_one_after_the_other():
     assert ordered == [(0, "a"), (0, "A"), (1, "b"), (1, "B"), (2, "c")]
 
 
+def test_samples_of_several_batches_are_numbered_through(monkeypatch):
+    class Alone:
+        def generate(self, requests):
+            yield from (Progress(row, [one], "length") for row, one in enumerate(requests))
+
+    monkeypatch.setattr(llm.inference.samples, "MAX_ROWS", 2)
+    numbered = [(p.row, *p.tokens) for p in continued(Alone(), list("abcde"))]
+    assert numbered == list(enumerate("abcde"))
+
+
 def test_score_sums_what_its_records_say(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
     long = "It was a bright cold day in April, and the clocks were striking. " * 2
@@ -318,13 +331,54 @@ def test_score_writes_whole_distributions_and_openais_shape(tmp_path, capsys):
     assert choice["text"] == text
     assert logprobs["tokens"] == ["h", "bytes:\\xc3", "bytes:\\xa9", "!"]
     assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
-    assert [len(top) for top in logprobs["top_logprobs"][1:]] == [3, 3, 3]
+    for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True):
+        assert token in top and len(top) in (3, 4)  # the token itself, also where it is not likely
     arrays = np.load(full)
     assert arrays["ids_0"].tolist() == list(text.encode())
     assert arrays["logprobs_0"].shape == (3, 257) and arrays["logprobs_1"].shape == (1, 257)
     np.testing.assert_allclose(np.exp(arrays["logprobs_0"]).sum(-1), 1.0, atol=1e-5)
     picked = arrays["logprobs_0"][range(3), arrays["ids_0"][1:]]
     np.testing.assert_allclose(picked, logprobs["token_logprobs"][1:], atol=1e-5)
+
+
+def test_score_writes_where_each_head_looks(tmp_path, model, capsys):
+    arrays, text = tmp_path / "attention.npz", "<b>h\u00e9 says h\u00e9</b>"
+    assert score("--text", text, "z", "--attention", arrays) == 0
+    written, opened = np.load(arrays), model["model"]
+    assert set(written) == {"ids_0", "attention_0", "ids_1", "attention_1"}
+    ids, weights = written["ids_0"], written["attention_0"]
+    assert bytes(ids.tolist()) == text.encode()
+    assert weights.dtype == np.float32 and weights.shape == (1, 2, len(ids), len(ids))
+    np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
+    assert not np.triu(weights, 1).any() and written["attention_1"].tolist() == [[[[1.0]]] * 2]
+    alone = bind(opened.spec, opened.params).attention_weights(ids[None])
+    np.testing.assert_allclose(weights, alone[:, 0], atol=1e-5)
+    page = tmp_path / "attention.html"
+    assert score("--text", text, "--attention", arrays, "--attention-html", page) == 0
+    np.testing.assert_array_equal(np.load(arrays)["attention_0"], weights)
+    shown = attention_page(
+        weights,
+        [opened.tokenizer.token_name(id_) for id_ in ids.tolist()],
+        title="Attention of mine, step 7",
+    )
+    assert page.read_text() == shown and "<b>h" not in shown
+    capsys.readouterr()
+
+
+def test_attention_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatch, capsys):
+    # 2 heads x 60 x 60 x 4 bytes; a page carries its lower triangles, 2 x 60 x 61 / 2.
+    monkeypatch.setattr(llm.inference.attention, "LARGEST_BYTES", 28799)
+    target = ("--text", "x" * 60, "--attention", tmp_path / "x.npz")
+    assert score(*target) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in ("28.1 KiB", "1 layers x 2 heads", "59 tokens")), error
+    monkeypatch.setattr(llm.inference.attention, "LARGEST_BYTES", 28800)
+    assert score(*target) == 0
+    monkeypatch.setattr(llm.inference.attention_view, "MOST_PAGE_WEIGHTS", 3659)
+    capsys.readouterr()
+    assert score(*target, "--attention-html", tmp_path / "x.html") == 2
+    error = capsys.readouterr().err
+    assert "3,660 weights" in error and "--attention FILE.npz" in error, error
 
 
 def test_score_reads_files_and_standard_input(tmp_path, monkeypatch, capsys):
@@ -348,6 +402,10 @@ def test_score_reads_files_and_standard_input(tmp_path, monkeypatch, capsys):
         (["--text", "ab", "--format", "openai"], ["--probs"]),
         (["--file", "no/such/file"], ["no/such/file"]),
         (["--text", "ab", "--full", "no/such/folder/x.npz"], ["no/such/folder"]),
+        (["--text", "ab", "--attention", "no/such/folder/x.npz"], ["no/such/folder"]),
+        (["--text", "ab", "--attention-html", "no/such/folder/x"], ["no/such/folder"]),
+        (["--text", "ab", "x" * 70, "--attention", "x.npz"], ["--text", "70", "64", "6 tokens"]),
+        (["--text", "ab", "cd", "--attention-html", "x.html"], ["one text", "2", "--attention"]),
     ],
     ids=lambda value: " ".join(value)[:24],
 )

@@ -19,7 +19,6 @@ from llm.commands.texts import (
     add_record_flags,
     as_text,
     check_record_flags,
-    checkpoint_of,
     open_records,
     paint,
     paints,
@@ -28,16 +27,15 @@ from llm.commands.texts import (
     written,
 )
 from llm.config import SamplingConfig, validate
+from llm.inference.samples import continued, decoding_numerics, make_requests, overlay
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.inference.decode import Decoder, Progress, Request
+    from llm.inference.decode import Decoder, Request
     from llm.inference.records import Record, RecordBuilder
     from llm.run.model import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
-# Rows of one batch; more samples take several. 32 full contexts of GPT-2 124M need 2.4 GB of cache.
-MAX_ROWS = 32
 _SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_samples")
 
 
@@ -52,11 +50,19 @@ def main(arguments: list[str]) -> int:
     from llm.run.model import open_model
 
     opened = open_model(options.run, options.step)
-    settings = overlay(opened.config.sample, flags)
+    settings = overlay(opened.config.sample, flags, where="the flags")
     prompts = [*options.prompt, *(as_text(data, opened.tokenizer, name) for name, data in files)]
     prompts += stdin_prompts(options.stdin, not prompts, opened.tokenizer)
     decoder = Decoder.create(opened.spec, opened.params, opened.tokenizer)
-    requests = make_requests(options, settings, prompts or [settings.prompt], opened.tokenizer)
+    shows_numbers = options.probs or options.html or paints(options)
+    requests = make_requests(
+        settings,
+        prompts or [settings.prompt],
+        opened.tokenizer,
+        stop=options.stop,
+        top=options.top if shows_numbers else None,
+        watch=options.watch,
+    )
     for request in requests:
         decoder.check(request)
     _run(options, settings, opened, decoder, requests)
@@ -131,37 +137,6 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     return flags
 
 
-def overlay(section: SamplingConfig, flags: dict[str, Any]) -> SamplingConfig:
-    """The run's section with the flags in place of what they say."""
-    return validate({"sample": section.model_dump() | flags}, where="the flags").sample
-
-
-def make_requests(
-    options: argparse.Namespace,
-    settings: SamplingConfig,
-    prompts: Sequence[str],
-    tokenizer: "Tokenizer",
-) -> "list[Request]":
-    """num_samples requests for each prompt; sample j of any prompt draws with noise (seed, j)."""
-    from llm.inference.decode import Request, encode_prompt
-    from llm.inference.filters import Sampling
-
-    shows_numbers = options.probs or options.html or paints(options)
-    return [
-        Request(
-            prompt=ids,
-            sampling=Sampling.of(settings),
-            index=index,
-            max_new_tokens=settings.max_new_tokens,
-            stop=tuple(options.stop),
-            top=options.top if shows_numbers else None,
-            watch=tuple(options.watch),
-        )
-        for ids in (encode_prompt(tokenizer, prompt) for prompt in prompts)
-        for index in range(settings.num_samples)
-    ]
-
-
 def _run(
     options: argparse.Namespace,
     settings: SamplingConfig,
@@ -170,17 +145,11 @@ def _run(
     requests: "Sequence[Request]",
 ) -> None:
     from llm.inference.filters import Sampling
-    from llm.inference.records import RecordBuilder, numerics_of
+    from llm.inference.records import RecordBuilder
 
     builder = RecordBuilder(opened.tokenizer)
-    numerics = numerics_of(opened.spec, opened.params, "cached")
-    if requests[0].top is not None and opened.spec.compute_dtype != "float32":
-        from llm.inference.numerics import cached_minus_full
-
-        numerics["cached_minus_full_nats"] = cached_minus_full(
-            opened.spec, opened.params, decoder, requests[0].prompt
-        )
-    first = builder.run(checkpoint_of(opened), Sampling.of(settings), numerics, options.top)
+    numerics = decoding_numerics(opened.spec, opened.params, decoder, requests[0])
+    first = builder.run(opened.checkpoint, Sampling.of(settings), numerics, options.top)
     kept: list[Record] | None = [] if options.html else None
     with ExitStack() as stack:
         file = open_records(options.probs, stack)
@@ -201,32 +170,14 @@ def _records(
 ) -> "Iterator[Record]":
     """The records of all samples, in order, as soon as each is final."""
     yield first
-    for start in range(0, len(requests), MAX_ROWS):
-        group = requests[start : start + MAX_ROWS]
-        tokens = []
-        for progress in in_order(decoder.generate(group), len(group)):
-            sample = start + progress.row
-            for token in progress.tokens:
-                yield builder.token(sample, token)
-            tokens += progress.tokens
-            if progress.finish is not None:
-                yield builder.end(sample, tokens, progress.finish, counted="generated")
-                tokens = []
-
-
-def in_order(progresses: "Iterable[Progress]", rows: int) -> "Iterator[Progress]":
-    """The same, one row after the other: what comes early waits for its turn."""
-    waiting: list[list[Progress]] = [[] for _ in range(rows)]
-    current = 0
-    for progress in progresses:
-        waiting[progress.row].append(progress)
-        while current < rows and waiting[current]:
-            ended = waiting[current][-1].finish is not None
-            yield from waiting[current]
-            waiting[current] = []
-            if not ended:
-                break
-            current += 1
+    tokens = []
+    for progress in continued(decoder, requests):
+        for token in progress.tokens:
+            yield builder.token(progress.row, token)
+        tokens += progress.tokens
+        if progress.finish is not None:
+            yield builder.end(progress.row, tokens, progress.finish, counted="generated")
+            tokens = []
 
 
 def show(records: "Iterable[Record]", samples: int, *, painted: bool) -> None:

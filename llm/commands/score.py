@@ -11,7 +11,7 @@ import math
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,6 @@ from llm.commands.texts import (
     as_text,
     check_record_flags,
     check_writable,
-    checkpoint_of,
     open_records,
     paint,
     paints,
@@ -34,6 +33,8 @@ from llm.errors import UsageError
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from llm.inference.records import Record, RecordBuilder
     from llm.inference.score import Scorer
     from llm.inference.transcript import Token
@@ -66,11 +67,14 @@ def main(arguments: list[str]) -> int:
             "nothing to score: no text has two tokens, and the first token of a text has nothing "
             "before it to predict it from"
         )
+    check_attention_texts(options, opened, texts, [name for name, _ in sources])
     top = options.top if _records_wanted(options) else 0
     scorer = Scorer(opened.spec, opened.params, top, tuple(options.watch), options.stride)
     summary = _run(options, opened, scorer, texts)
     if options.full:
-        write_full(Path(options.full), scorer, texts)
+        write_arrays(Path(options.full), full_arrays(scorer, texts))
+    if options.attention or options.attention_html:
+        write_attention(options, opened, texts)
     _report(options, opened, summary)
     return 0
 
@@ -116,10 +120,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="write the whole distribution at every token (.npz: ids_I "
         "int32 [T] and logprobs_I float32 [T - 1, vocabulary] of text I)",
     )
+    add(
+        "--attention",
+        metavar="FILE",
+        help="write where each head looks (.npz: ids_I int32 [T] and attention_I float32 [layers, "
+        "heads, T, T] of text I; row t is of the token that looks, rows sum to one)",
+    )
+    add("--attention-html", metavar="FILE", help="write the same of one text as a page")
     add("--json", action="store_true", help="print the summary as one JSON object")
     options = parser.parse_args([with_dashes(word) for word in arguments])
     check_record_flags(options)
-    check_writable(options.full)
+    for path in (options.full, options.attention, options.attention_html):
+        check_writable(path)
     if options.stride < 0:
         raise UsageError(f"--stride {options.stride}: expected 1 or more tokens")
     if options.json and options.probs == "-":
@@ -208,19 +220,74 @@ def worst_passages(surprisals: Sequence[float]) -> list[tuple[int, int]]:
     return chosen
 
 
-def write_full(path: Path, scorer: "Scorer", texts: "Sequence[Ids]") -> None:
-    """The whole distribution of each text, one text in memory at a time."""
+def write_arrays(path: Path, arrays: "Iterable[tuple[str, np.ndarray]]") -> None:
+    """An .npz file of named arrays, one of them in memory at a time."""
     import numpy as np
 
     try:
         with zipfile.ZipFile(path, "w") as archive:
-            for index, ids in enumerate(texts):
-                arrays = {f"ids_{index}": ids, f"logprobs_{index}": scorer.distributions(ids)}
-                for name, array in arrays.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                        np.lib.format.write_array(file, array)
+            for name, array in arrays:
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def full_arrays(scorer: "Scorer", texts: "Sequence[Ids]") -> "Iterator[tuple[str, np.ndarray]]":
+    """What --full writes: the whole distribution of each text."""
+    for index, ids in enumerate(texts):
+        yield f"ids_{index}", ids
+        yield f"logprobs_{index}", scorer.distributions(ids)
+
+
+def check_attention_texts(
+    options: argparse.Namespace,
+    opened: "OpenedModel",
+    texts: "Sequence[Ids]",
+    names: Sequence[str],
+) -> None:
+    """Raise a UsageError, before anything is computed, for texts whose attention is not written."""
+    if not (options.attention or options.attention_html):
+        return
+    from llm.inference.attention import check_attention
+
+    if options.attention_html and len(texts) > 1:
+        raise UsageError(
+            f"--attention-html shows one text, and {len(texts)} were given; score one, or take all "
+            "of them as arrays with --attention FILE.npz"
+        )
+    for ids, name in zip(texts, names, strict=True):
+        check_attention(opened.spec, ids, name)
+    if options.attention_html:
+        from llm.inference.attention_view import check_page_size
+
+        model = opened.spec.config
+        check_page_size(model.n_layer, model.n_head, len(texts[0]))
+
+
+def write_attention(
+    options: argparse.Namespace, opened: "OpenedModel", texts: "Sequence[Ids]"
+) -> None:
+    """Where each head looks: all texts as arrays, one text as a page."""
+    from llm.inference.attention import attention_of
+    from llm.inference.attention_view import write_attention_page
+
+    weights: Iterable[np.ndarray] = (attention_of(opened.spec, opened.params, i) for i in texts)
+    if options.attention_html:
+        weights = list(weights)  # of one text
+        write_attention_page(
+            weights[0],
+            [opened.tokenizer.token_name(id_) for id_ in texts[0].tolist()],
+            Path(options.attention_html),
+            title=f"Attention of {opened.run}, step {opened.step}",
+        )
+    if options.attention:
+        arrays = (
+            pair
+            for index, (ids, array) in enumerate(zip(texts, weights, strict=True))
+            for pair in ((f"ids_{index}", ids), (f"attention_{index}", array))
+        )
+        write_arrays(Path(options.attention), arrays)
 
 
 def _records_wanted(options: argparse.Namespace) -> bool:
@@ -240,7 +307,7 @@ def _run(
             summary.add(tokens, opened.tokenizer)
         return summary
     numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
-    first = builder.run(checkpoint_of(opened), None, numerics, options.top)
+    first = builder.run(opened.checkpoint, None, numerics, options.top)
     needs_all = options.html or options.format == "openai"
     kept: list[Record] | None = [] if needs_all else None
     with ExitStack() as stack:
@@ -279,7 +346,7 @@ def _records(
 
 
 def _report(options: argparse.Namespace, opened: "OpenedModel", summary: Summary) -> None:
-    result: dict[str, Any] = checkpoint_of(opened) | summary.as_json()
+    result: dict[str, Any] = opened.checkpoint | summary.as_json()
     if options.json:
         print(json.dumps(result, allow_nan=False))
         return

@@ -5,16 +5,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from llm.errors import UsageError
+from llm.inference.samples import DEFAULT_TOP
 
 if TYPE_CHECKING:
     from llm.inference.records import Record
-    from llm.run.model import OpenedModel
     from llm.text.tokenizer import Tokenizer
-
-DEFAULT_TOP = 10
 
 
 def add_record_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +60,6 @@ def paint(records: "Iterable[Record]") -> None:
     for part in paint_stream(records):
         sys.stdout.write(part)
         sys.stdout.flush()
-
-
-def checkpoint_of(opened: "OpenedModel") -> dict[str, Any]:
-    """What a run record says of the checkpoint."""
-    return {"run": opened.run, "step": opened.step, "params_sha256": opened.params_sha256}
 
 
 def written(

@@ -10,11 +10,13 @@ explanation of what the model predicts: values and everything after them decide 
 import base64
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.errors import UsageError
+from llm.files import write_atomic
 from llm.inference.document import THEME, Choice, document, escape, visible
 
 # L layers  N heads  T query position  S key position
@@ -22,6 +24,38 @@ Weights = npt.NDArray[np.float32]
 
 # Rows sum to one in float32; in bfloat16 they may miss it by about 2^-8.
 _ROW_SUM_TOLERANCE = 0.01
+# One byte each, before compression. GPT-2 124M over its whole context has 75 million of them: a
+# page of 58 MB that opens in 8 s (headless Chromium, 2-core EPYC). A string of JavaScript ends at
+# 512 MB.
+MOST_PAGE_WEIGHTS = 2**27
+
+
+def write_attention_page(
+    weights: Weights, tokens: Sequence[str], path: Path, *, title: str
+) -> None:
+    """Write `attention_page` to a file, which is replaced as a whole or left as it was.
+
+    Raises:
+      UsageError: as `attention_page`, or the file cannot be written.
+    """
+    content = attention_page(weights, tokens, title=title).encode()
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_page_size(layers: int, heads: int, tokens: int) -> None:
+    """Raise a UsageError for more weights than a browser can show."""
+    count = layers * heads * tokens * (tokens + 1) // 2
+    if count > MOST_PAGE_WEIGHTS:
+        fitting = int((2 * MOST_PAGE_WEIGHTS / (layers * heads)) ** 0.5) - 1
+        raise UsageError(
+            f"a page of the attention of {layers} layers x {heads} heads over {tokens:,} tokens "
+            f"would carry {count:,} weights; expected at most {MOST_PAGE_WEIGHTS:,}, which is "
+            f"{fitting:,} tokens: give a shorter text, or take the arrays with `python -m llm "
+            "score --attention FILE.npz`"
+        )
 
 
 def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> str:
@@ -39,6 +73,7 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
     weights = np.asarray(weights, np.float32)
     _check(weights, len(tokens))
     layers, heads, length, _ = weights.shape
+    check_page_size(layers, heads, length)
     spans = "".join(
         f'<span class="t" id="t{index}">{visible(token)}</span>'
         for index, token in enumerate(tokens)

@@ -12,7 +12,7 @@ from typing import Any
 
 from llm.inference.records import Record
 
-_FINISH = {"length": "length", "context": "length", "stop": "stop", "end_of_text": "stop"}
+FINISH = {"length": "length", "context": "length", "stop": "stop", "end_of_text": "stop"}
 
 
 def openai_completion(records: Sequence[Record], model: str, created: int) -> dict[str, Any]:
@@ -45,20 +45,31 @@ def _choice(end: Record, tokens: Sequence[Record]) -> dict[str, Any]:
     return {
         "text": end["text"],
         "index": end["sample"],
-        "logprobs": {
-            "tokens": [_spelling(token) for token in tokens],
-            "token_logprobs": [token["logprob"] for token in tokens],
-            "top_logprobs": [_alternatives(token) for token in tokens],
-            "text_offset": [token["text_offset"] for token in tokens],
-        },
-        "finish_reason": _FINISH[end["finish"]],
+        "logprobs": logprobs_of(tokens),
+        "finish_reason": FINISH[end["finish"]],
     }
 
 
-def _alternatives(token: Record) -> dict[str, float] | None:
+def logprobs_of(tokens: Sequence[Record], count: int | None = None) -> dict[str, list[Any]]:
+    """The `logprobs` of a choice that has these tokens.
+
+    Args:
+      count: how many of the likeliest to list, where the records list more.
+    """
+    return {
+        "tokens": [_spelling(token) for token in tokens],
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": [_alternatives(token, count) for token in tokens],
+        "text_offset": [token["text_offset"] for token in tokens],
+    }
+
+
+def _alternatives(token: Record, count: int | None) -> dict[str, float] | None:
+    """The likeliest and, as OpenAI has it, the token itself where it is not among them."""
     if token["logprob"] is None:
         return None
-    return {_spelling(entry): entry["logprob"] for entry in token["top"]}
+    listed = {_spelling(entry): entry["logprob"] for entry in token["top"][:count]}
+    return listed | {_spelling(token): token["logprob"]}
 
 
 def _spelling(entry: Record) -> str:

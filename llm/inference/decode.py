@@ -16,14 +16,15 @@ A sample ends, in this order, by
     length        max_new_tokens are drawn
     context       prompt and drawn tokens fill context_length
 
-What it is not: a server; it serves one batch from beginning to end.
+What it is not: a server; it serves one batch from beginning to end. engine.py lets rows join and
+leave, with the same programs and the same Row.
 
     B rows, rounded up  T prompt position  W watched ids
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -103,6 +104,9 @@ class Batch(NamedTuple):
     top: int | None
 
 
+Prefill = Generator[None, None, tuple[DecodeState, Described | None]]
+
+
 @dataclass(frozen=True)
 class Decoder:
     """A model ready to continue texts."""
@@ -145,11 +149,12 @@ class Decoder:
         """
         for request in requests:
             self.check(request)
-        rows = [_Row(request, self.tokenizer, self.spec) for request in requests]
-        batch = self._batch(requests)
-        state, described = self._prefill(batch)
+        rows = [Row(request, self.tokenizer, self.spec) for request in requests]
+        batch = self.batch(requests)
+        longest = min(self.spec.config.context_length, int((batch.lengths_B + batch.left_B).max()))
+        state, described = exhaust(self.prefill(batch, round_up(longest, at_least=64)))
         for index, row in enumerate(rows):
-            tokens = row.begin(jax.tree.map(lambda x, b=index: x[b], described))
+            tokens = row.begin(of_row(described, index))
             yield Progress(index, tokens, row.finish)
         for drawn in self._chunks(batch, state, rows):
             for index, row in enumerate(rows):
@@ -157,13 +162,18 @@ class Decoder:
                 if progress is not None:
                     yield progress
 
-    def _batch(self, requests: Sequence[Request]) -> Batch:
+    def batch(self, requests: Sequence[Request], at_least: int = 16) -> Batch:
+        """The requests as arrays.
+
+        Args:
+          at_least: positions of the narrowest array of prompts, a power of two.
+        """
         B = round_up(len(requests))
         padding = [Request([0], max_new_tokens=0)] * (B - len(requests))
         rows = [*requests, *padding]
         context = self.spec.config.context_length
         lengths_B = np.array([len(row.prompt) for row in rows], np.int32)
-        width = round_up(int(lengths_B.max()), at_least=16)
+        width = round_up(int(lengths_B.max()), at_least)
         tokens_BT = np.zeros((B, width), np.int32)
         watched = round_up(max(len(row.watch) for row in rows), at_least=4)
         watch_BW = np.zeros((B, watched), np.int32)
@@ -180,13 +190,19 @@ class Decoder:
             top=min(self.spec.vocab_size, round_up(max(tops), at_least=16)) if tops else None,
         )
 
-    def _prefill(self, batch: Batch) -> tuple[DecodeState, Described | None]:
-        """The state after all prompts, and what the model said of their tokens: [B, T, ...]."""
+    def prefill(self, batch: Batch, capacity: int, piece: int = 0) -> Prefill:
+        """All prompts into a new cache, piece by piece; it pauses while the device computes each.
+
+        Args:
+          capacity: positions of the cache; at least the width of the prompts is taken.
+          piece: positions of a piece; 0: PIECE, or all where the prompts are shorter.
+        Returns:
+          the state after the prompts, and what the model said of their tokens: [B, T, ...].
+        """
         B, T = batch.tokens_BT.shape
-        piece = min(T, PIECE)
-        context = self.spec.config.context_length
-        longest = min(context, int((batch.lengths_B + batch.left_B).max()))
-        cache, hidden_BD = empty(self.spec, B, round_up(max(longest, T), at_least=64))
+        piece = piece or min(T, PIECE)
+        state = empty(self.spec, self.params, B, max(capacity, T))
+        cache, hidden_BD = state.cache, state.hidden_BD
         described = []
         for start in range(0, int(batch.lengths_B.max()), piece):
             inputs_BP = batch.tokens_BT[:, start : start + piece]
@@ -204,45 +220,52 @@ class Decoder:
                 batch.watch_BW,
                 top=batch.top,
             )
+            yield
             described.append(jax.device_get(part))
-        active_B = (batch.left_B > 0) & (batch.lengths_B < context)
+        active_B = (batch.left_B > 0) & (batch.lengths_B < self.spec.config.context_length)
         cache = dataclasses.replace(cache, length_B=jnp.asarray(batch.lengths_B))
         state = DecodeState(cache, hidden_BD, jnp.asarray(active_B), jnp.asarray(batch.left_B))
         if batch.top is None:
             return state, None
         return state, jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *described)
 
-    def _chunks(self, batch: Batch, state: DecodeState, rows: Sequence["_Row"]) -> Iterator[Drawn]:
+    def chunk(
+        self, batch: Batch, state: DecodeState, alive_B: np.ndarray, steps: int
+    ) -> tuple[DecodeState, Drawn, jax.Array]:
+        """Start `decode_chunk` of these rows; the device may still be computing when it returns."""
+        return decode_chunk(
+            self.spec,
+            self.params,
+            state,
+            batch.settings,
+            batch.watch_BW,
+            alive_B,
+            steps,
+            _end_of_text(self.tokenizer),
+            top=batch.top,
+        )
+
+    def _chunks(self, batch: Batch, state: DecodeState, rows: Sequence["Row"]) -> Iterator[Drawn]:
         """Drawn numpy arrays [steps, B, ...] until every row has ended.
 
         One chunk ahead: while the caller reads a chunk, the device computes the next.
         """
-        end_of_text = _end_of_text(self.tokenizer)
         alive_B = np.zeros(len(batch.lengths_B), bool)
-        steps, waiting = 1, None
+        steps = 1
+        waiting: tuple[Drawn, jax.Array] | None = None
         while any(row.finish is None for row in rows):
             alive_B = alive_B.copy()  # the device may still be reading the last one
             alive_B[: len(rows)] = [row.finish is None for row in rows]
             started = time.perf_counter()
-            state, *following = decode_chunk(
-                self.spec,
-                self.params,
-                state,
-                batch.settings,
-                batch.watch_BW,
-                alive_B,
-                steps,
-                end_of_text,
-                top=batch.top,
-            )
+            state, drawn, done = self.chunk(batch, state, alive_B, steps)
             if waiting is not None:
-                yield _read(*waiting)
+                yield read_drawn(*waiting)
             if time.perf_counter() - started < CHUNK_SECONDS:
                 steps = min(2 * steps, CHUNK)
-            waiting = following
+            waiting = drawn, done
 
 
-class _Row:
+class Row:
     """The host's side of one request: its text, its stop rules and its end."""
 
     def __init__(self, request: Request, tokenizer: Tokenizer, spec: ModelSpec):
@@ -354,6 +377,21 @@ def _end_of_text(tokenizer: Tokenizer) -> int:
     return -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
 
 
-def _read(drawn: Drawn, done: jax.Array) -> Drawn:
+def of_row(described: Described | None, row: int) -> Described | None:
+    """[B, T, ...] -> [T, ...]"""
+    return jax.tree.map(lambda x: x[row], described)
+
+
+def exhaust(prefill: Prefill) -> tuple[DecodeState, Described | None]:
+    """What a prefill returns, without doing anything in its pauses."""
+    while True:
+        try:
+            next(prefill)
+        except StopIteration as end:
+            return end.value
+
+
+def read_drawn(drawn: Drawn, done: jax.Array) -> Drawn:
+    """What a chunk drew, on the host, as soon as the device has it: [steps, B, ...]."""
     drawn, done = jax.device_get((drawn, done))
     return jax.tree.map(lambda x: x[:done], drawn)

@@ -68,10 +68,25 @@ def for_decoding(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
     are summed in float32 before the cast, and a step reads few of their rows: they stay.
     """
     config = spec.config.model_copy(update={"tie_embeddings": False})
+    params = _off_the_mesh(params)
     prepared = {name: _to_compute_dtype(spec, name, weight) for name, weight in params.items()}
     if spec.config.tie_embeddings:
         prepared["head.weight"] = _transposed(params["embed.weight"], spec.compute_dtype)
     return dataclasses.replace(spec, config=config), prepared
+
+
+def _off_the_mesh(params: Params) -> Params:
+    """Weights that lie on one device as arrays of that device alone.
+
+    On a mesh of one, XLA names the shardings of what it returns as it likes, so a state that goes
+    round would be compiled for twice.
+    """
+    devices = _devices(params)
+    return jax.device_put(params, devices.pop()) if len(devices) == 1 else params
+
+
+def _devices(params: Params) -> set[jax.Device]:
+    return {device for weight in params.values() for device in weight.devices()}
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -84,10 +99,41 @@ def _to_compute_dtype(spec: ModelSpec, name: str, weight: jax.Array) -> jax.Arra
     return weight.astype(spec.compute_dtype) if reads_all else weight
 
 
+def empty(spec: ModelSpec, params: Params, batch_size: int, capacity: int) -> DecodeState:
+    """Rows without text that draw nothing, on the device of the parameters."""
+    state = _empty(spec, batch_size, capacity)
+    devices = _devices(params)
+    # Arrays that are bound to a device and arrays that are not are compiled for apart.
+    return jax.device_put(state, devices.pop()) if len(devices) == 1 else state
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def empty(spec: ModelSpec, batch_size: int, capacity: int) -> tuple[KVCache, jax.Array]:
-    hidden_BD = jnp.zeros((batch_size, spec.config.d_model), spec.compute_dtype)
-    return KVCache.create(spec, batch_size, capacity), hidden_BD
+def _empty(spec: ModelSpec, batch_size: int, capacity: int) -> DecodeState:
+    return DecodeState(
+        cache=KVCache.create(spec, batch_size, capacity),
+        hidden_BD=jnp.zeros((batch_size, spec.config.d_model), spec.compute_dtype),
+        active_B=jnp.zeros(batch_size, bool),
+        left_B=jnp.zeros(batch_size, jnp.int32),
+    )
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def place_rows(target: DecodeState, source: DecodeState, places_B: jax.Array) -> DecodeState:
+    """`target` with row b of `source` in its row places_B[b], for each b whose place it has.
+
+    A row of the cache is replaced whole, zeros beyond the source's capacity: what a row before it
+    left there is masked, but a NaN times a weight of zero is a NaN. Beyond the target's capacity it
+    is cut: the caller knows that nothing of the row's text lies there.
+    """
+
+    def place(to, from_):
+        if to.ndim > 2:
+            S = to.shape[1]
+            from_ = from_[:, :S]
+            from_ = jnp.pad(from_, ((0, 0), (0, S - from_.shape[1]), (0, 0), (0, 0)))
+        return to.at[places_B].set(from_, mode="drop")
+
+    return jax.tree.map(place, target, source)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="top", donate_argnums=(2, 3))

@@ -1,7 +1,13 @@
-"""Open what a run learnt: the newest checkpoint that verifies, ready to predict."""
+"""Open what a run learnt: the newest checkpoint that verifies, ready to predict.
+
+A model is spread over the devices as it is read, so that it may be larger than one of them:
+`predicting_mesh`. Whoever predicts with it needs to know nothing of that.
+"""
 
 import dataclasses
+import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,7 @@ import numpy as np
 from llm.config import Config, MeshConfig
 from llm.errors import CheckpointError, UsageError
 from llm.model.gpt import ModelSpec, Params, abstract_params, logical_axes
-from llm.model.sharding import make_mesh, tree_shardings
+from llm.model.sharding import Mesh, make_mesh, tree_shardings
 from llm.run.checkpoint import (
     params_sha256,
     read_receipt,
@@ -43,6 +49,11 @@ class OpenedModel:
     run: str
     path: Path
 
+    @property
+    def checkpoint(self) -> dict[str, Any]:
+        """What a run record says of it."""
+        return {"run": self.run, "step": self.step, "params_sha256": self.params_sha256}
+
 
 def compute_dtype(choice: str) -> str:
     """training.compute_dtype with "auto" decided: bfloat16 on accelerators, float32 on CPU."""
@@ -51,8 +62,13 @@ def compute_dtype(choice: str) -> str:
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def open_model(run_dir: str | Path, step: int | None = None) -> OpenedModel:
+def open_model(
+    run_dir: str | Path, step: int | None = None, devices: Sequence[jax.Device] | None = None
+) -> OpenedModel:
     """The model of a run at `step`, or at its newest step that verifies.
+
+    Args:
+      devices: what to spread it over; None: all accelerators of this machine, or its CPU.
 
     Reads complete steps only, so that a process that trains here at the same time cannot be met
     half way; a step that it deletes meanwhile is passed over for a newer one.
@@ -67,6 +83,7 @@ def open_model(run_dir: str | Path, step: int | None = None) -> OpenedModel:
     spec = ModelSpec(
         config.model, tokenizer.vocab_size, compute_dtype(config.training.compute_dtype)
     )
+    mesh = predicting_mesh(spec, devices if devices is not None else _own_devices())
     tried: set[int] = set()
     problems: list[str] = []
     while (chosen := _choose(run, step, tried)) is not None:
@@ -74,7 +91,7 @@ def open_model(run_dir: str | Path, step: int | None = None) -> OpenedModel:
         folder = run.checkpoints / str(chosen)
         try:
             verify_files(folder)
-            params = _restore_params(spec, folder)
+            params = _restore_params(spec, folder, mesh)
             receipt = read_receipt(folder)
         except Exception as error:
             # Whatever a reader of files says when they go away meanwhile.
@@ -110,13 +127,28 @@ def _none_good(run: RunDirectory, step: int | None, problems: list[str]) -> str:
     return f"in {run.path} {which}:\n  " + "\n  ".join(problems)
 
 
-def _restore_params(spec: ModelSpec, folder: Path) -> dict[str, jax.Array]:
-    """Spread over this machine's devices along the width where that divides, else on one device."""
+def _own_devices() -> list[jax.Device]:
+    """This process's, but one CPU: the CPU "devices" of a test share one memory."""
     devices = jax.local_devices()
-    shares = len(devices) if spec.config.d_model % len(devices) == 0 else 1
-    # On CPU the "devices" of a test share one memory: spreading over them would only cost.
-    shares = 1 if devices[0].platform == "cpu" else shares
-    mesh = make_mesh(MeshConfig(data=1, fsdp=shares), devices[:shares])
+    return devices[:1] if devices[0].platform == "cpu" else devices
+
+
+def predicting_mesh(spec: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of as many of the devices as the model's sizes can be divided over.
+
+    First over heads, MLP columns and vocabulary (the tensor axis), because that divides the
+    key/value cache and attention as well; what is left, over the width of the weights (fsdp). No
+    device then gathers a weight: XLA sums the devices' partial products, and only activations
+    travel.
+    """
+    config, count = spec.config, len(devices)
+    columns = math.gcd(config.n_kv_head, config.d_ff, spec.padded_vocab_size, count)
+    width = math.gcd(config.d_model, count // columns)
+    mesh = MeshConfig(data=1, fsdp=width, tensor=columns)
+    return make_mesh(mesh, devices[: columns * width])
+
+
+def _restore_params(spec: ModelSpec, folder: Path, mesh: Mesh) -> dict[str, jax.Array]:
     shardings = tree_shardings(mesh, logical_axes(spec))
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
