@@ -2,6 +2,8 @@
 /* The page of token probabilities, from records that may come one at a time.
 
    tokenPage.addRecord(record)     a run, token or end record, as in the JSONL file
+                                   (a token that was drawn under another run record than the last
+                                   may carry its own, as `run`)
    tokenPage.truncate(name, n)     keep the first n tokens of a sample, to take another branch
    tokenPage.reset()               forget everything, for a new run record
    tokenPage.branching = true      alternatives become buttons; a click on one dispatches the event
@@ -182,22 +184,29 @@ class Sample {
     if (!index || !endsInsideCharacter(this.tokens[index - 1])) this.cellStart = index;
     this.tokens.push(record);
     if (this.element(index)) return;
-    for (let i = this.cellStart; i < index; i++) this.element(i).remove();
+    for (let i = this.cellStart; i < index; i++) this.erase(i);
     this.appendCell(this.cellStart);
     this.stale = true;
+  }
+
+  /** A cell goes with the first of its tokens that is met. */
+  erase(index) {
+    const element = this.element(index);
+    (element?.closest(".cell") ?? element)?.remove();
   }
 
   appendCell(start) {
     const tokens = this.tokens.slice(start), phase = tokens[0].phase;
     let part = this.text.lastElementChild;
     if (part?.className !== phase) {
-      if (part && !part.hasChildNodes()) part.remove();
       part = el("span", phase);
       this.text.append(part);
-      this.section.classList.toggle("mixed", this.text.children.length > 1);
+      this.markMixed();
     }
     part.append(...this.cellNodes(start, tokens));
   }
+
+  markMixed() { this.section.classList.toggle("mixed", this.text.children.length > 1); }
 
   cellNodes(start, tokens) {
     const closed = !["open", "continue"].includes(tokens.at(-1).utf8);
@@ -225,11 +234,11 @@ class Sample {
     while (start > 0 && endsInsideCharacter(this.tokens[start - 1])) start--;
     const kept = this.tokens.slice(start, count);
     for (let i = this.tokens.length - 1; i >= start; i--) {
-      const element = this.element(i);
-      // A cell goes with the first of its tokens that is met.
-      (element?.closest(".cell") ?? element)?.remove();
+      this.erase(i);
       this.tokens.pop();
     }
+    for (const part of [...this.text.children]) if (!part.hasChildNodes()) part.remove();
+    this.markMixed();
     this.section.querySelector(".end").replaceChildren();
     for (const record of kept) this.add(record);
     this.stale = true;
@@ -334,15 +343,17 @@ function panelFor(page, sample, index) {
   close.type = "button";
   close.setAttribute("aria-label", "Close");
   const levels = levelsOf(token, page.kind, page.vocabSize);
-  const place = `${token.phase}, token ${grouped(index + 1)} of ${grouped(sample.tokens.length)}`;
   return [
-    el("header", "", el("code", `big ${levels}`, ...visible(token.token)), el("p", "", place),
-      close),
+    el("header", "", el("code", `big ${levels}`, ...visible(token.token)),
+      el("p", "place", placeOf(sample, index)), close),
     diff ? scoresOfBoth(token) : scores(token),
     details(page, sample, index),
     ...(token.top.length ? [alternatives(page, sample, index)] : []),
   ];
 }
+
+const placeOf = ({ tokens }, index) =>
+  `${tokens[index].phase}, token ${grouped(index + 1)} of ${grouped(tokens.length)}`;
 
 function scores(token) {
   if (token.logprob === null) {
@@ -407,7 +418,8 @@ function sharedCell(sample, index) {
     (or, in a diff, what they had before). */
 function alternatives(page, sample, index) {
   const token = sample.tokens[index], diff = page.kind === "diff";
-  const rows = diff ? rowsOfBoth(token, page.run) : rowsOf(token, page.run);
+  const run = token.run ?? page.run;
+  const rows = diff ? rowsOfBoth(token, run) : rowsOf(token, run);
   const full = axisFor(rows);
   const list = el("ol", "alternatives", ...rows.map((row) => {
     const name = el(page.branching ? "button" : "span", "token", ...visible(row.token));
@@ -644,8 +656,11 @@ class TokenPage {
   }
 
   truncate(name, count) {
-    this.let_go();
+    const { sample, index } = this.shown ?? {};
+    if (sample?.name === name && index >= count) this.let_go();
     this.samples.get(name)?.truncate(count);
+    // What is shown may share a character that was drawn again.
+    if (this.shown && !sample.element(index).classList.contains("on")) this.show(sample, index);
     this.drawSoon();
   }
 
@@ -668,8 +683,14 @@ class TokenPage {
         sample.stale = false;
       }
       if (this.table.box.open) this.table.build();
-      if (this.shown) this.shown.sample.moveCursor(this.shown.index);
+      if (this.shown) this.followShown(this.shown);
     });
+  }
+
+  followShown({ sample, index }) {
+    sample.moveCursor(index);
+    const place = this.panel.querySelector(".place");
+    if (place) place.textContent = placeOf(sample, index);
   }
 
   show(sample, index) {

@@ -5,8 +5,7 @@ it can be read, and coloured by another number, without JavaScript; page.js adds
 strip's clicks, the table and the keys from the same records, which the page carries in a packed
 form. Numbers are rounded to four decimals there; the JSONL file is the exact source.
 
-What it is not: where the records come from (records.py), or a server. A server's live page is
-`page` of the records so far; its script hands further ones to `tokenPage.addRecord`.
+What it is not: where the records come from (records.py). A server's live page is in live_view.py.
 
 Text in a record is a stranger's: it is escaped wherever it is written.
 """
@@ -157,16 +156,16 @@ def _render(
     body = (
         f"<header><h1>{escape(title)}</h1>\n"
         f'<dl class="facts" id="run">{_facts(run, run_before)}</dl></header>\n'
-        f"{_toolbar(kind, vocab_size)}\n<main>\n"
+        f"{toolbar(kind, vocab_size)}\n<main>\n"
         '<div id="samples">'
         + "".join(sample_html(sample, kind, vocab_size, multiple) for sample in samples)
         + f'</div>\n<aside id="panel" aria-label="Details of a token">{_HINT}</aside>\n</main>\n'
         '<details id="all"><summary>All tokens as a table</summary></details>\n'
-        f"{_GLOSSARY}\n"
+        f"{GLOSSARY}\n"
         '<p id="say" class="unseen" role="status"></p>'
     )
     data = {"kind": kind, "run": run, **packed(samples, kind)}
-    choices = (_COLOUR_BY[kind], _SPACES, THEME)
+    choices = (COLOUR_BY[kind], SPACES, THEME)
     return document(title, body, kind=kind, choices=choices, scripts=("page.js",), data=data)
 
 
@@ -177,7 +176,7 @@ _HINT = (
     "rank. The colours can still be switched.</p></noscript>"
 )
 
-_GLOSSARY = """<details id="glossary"><summary>What the numbers mean</summary><dl>
+GLOSSARY = """<details id="glossary"><summary>What the numbers mean</summary><dl>
 <dt>probability</dt><dd>What the model gave this token, before any sampling setting: the softmax of
 its raw scores over the whole vocabulary. Training maximises the logarithm of it.</dd>
 <dt>surprisal</dt><dd>&minus;ln of the probability, in nats. 0 is certain; ln&nbsp;V is what a blind
@@ -198,8 +197,8 @@ be as hard.</dd></dl></details>"""
 def _facts(run: Record | None, before: Record | None) -> str:
     """The run record as a list of terms; a value that differs between two runs is shown twice."""
     pairs = []
-    old = dict(_run_facts(before)) if before else {}
-    for term, value in _run_facts(run) if run else ():
+    old = dict(run_facts(before)) if before else {}
+    for term, value in run_facts(run) if run else ():
         shown = escape(value)
         if before and old.get(term) != value:
             shown = f"{escape(old.get(term, ''))} &rarr; {shown}"
@@ -207,7 +206,7 @@ def _facts(run: Record | None, before: Record | None) -> str:
     return "".join(pairs)
 
 
-def _run_facts(run: Record) -> Iterator[tuple[str, str]]:
+def run_facts(run: Record) -> Iterator[tuple[str, str]]:
     if name := _path(run, "checkpoint", "run"):
         yield "run", str(name)
     if (step := _path(run, "checkpoint", "step")) is not None:
@@ -251,7 +250,7 @@ def _path(record: Record | None, *keys: str) -> Any:
     return value
 
 
-_COLOUR_BY = {
+COLOUR_BY = {
     "tokens": Choice(
         "by",
         "Colour by",
@@ -265,15 +264,15 @@ _COLOUR_BY = {
     ),
     "diff": Choice("by", "Colour by", {"x": "change", "q": "before", "a": "after"}),
 }
-_SPACES = Choice("spaces", "Spaces", {"on": "marked", "off": "plain"})
+SPACES = Choice("spaces", "Spaces", {"on": "marked", "off": "plain"})
 
 
-def _toolbar(kind: str, vocab_size: int) -> str:
-    keys = "".join(_key(letter, vocab_size) for letter in _COLOUR_BY[kind].options)
+def toolbar(kind: str, vocab_size: int) -> str:
+    keys = "".join(_key(letter, vocab_size) for letter in COLOUR_BY[kind].options)
     return (
-        f'<div class="bar">{_COLOUR_BY[kind].labels()}'
+        f'<div class="bar">{COLOUR_BY[kind].labels()}'
         f'<div class="keys" role="group" aria-label="Colour scale">{keys}</div>'
-        f"{_SPACES.labels()}{THEME.labels()}</div>"
+        f"{SPACES.labels()}{THEME.labels()}</div>"
     )
 
 
