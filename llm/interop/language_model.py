@@ -1,0 +1,470 @@
+"""A trained model in Python: the probability of every token of texts, given and drawn.
+
+    lm = llm.load("runs/mine")
+    lm.score("It was a bright cold day").logprobs
+    lm.generate("def ", max_new_tokens=50, seed=1).text
+
+The numbers are those of the commands: `lm.score(...)` writes the records of `python -m llm score
+--probs`, `lm.generate(...)` those of `python sample.py --probs` with the same settings.
+
+What it is not: a server of requests that come one by one (server.py).
+
+    L layers  N heads  T tokens of a text  V vocabulary
+"""
+
+import difflib
+import functools
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+import jax
+import numpy as np
+
+from llm.config import Config, SamplingConfig
+from llm.errors import UsageError
+from llm.inference.attention import attention_of
+from llm.inference.decode import Decoder, Request
+from llm.inference.filters import Sampling
+from llm.inference.records import RecordBuilder, numerics_of
+from llm.inference.samples import (
+    DEFAULT_TOP,
+    continued,
+    decoding_numerics,
+    make_requests,
+    overlay,
+)
+from llm.inference.score import Scorer
+from llm.inference.transcript import Token
+from llm.interop.results import (
+    Floats,
+    Generation,
+    Origin,
+    Results,
+    Score,
+    ScoredToken,
+    scored_token,
+)
+from llm.model.gpt import ModelSpec
+from llm.run.model import OpenedModel, open_model
+from llm.text.tokenizer import Ids, Tokenizer
+
+
+class ScoringArguments(TypedDict, total=False):
+    """What `score` may be told.
+
+    Attributes:
+      top: alternatives of each token (10).
+      watch: token ids that are listed whatever their rank.
+      stride: tokens between the windows of a text longer than the context; smaller gives more
+        context and takes longer (half of the context).
+    """
+
+    top: int
+    watch: Sequence[int]
+    stride: int
+
+
+class SamplingArguments(TypedDict, total=False):
+    """What `generate` and `stream` may be told; what is not, is as the run's `sample` section says.
+
+    Attributes:
+      max_new_tokens: tokens to write after the prompt.
+      temperature: divides the logits; 0 is greedy.
+      greedy: always the likeliest token, as temperature 0.
+      top_k: keep the k likeliest tokens; 0: all.
+      top_p: keep the likeliest tokens that reach this mass together.
+      min_p: keep tokens at least this fraction as likely as the likeliest.
+      seed: sample i of a prompt is a function of seed and i alone.
+      stop: a text, or several, that end a sample where they begin.
+      top: alternatives of each token (10).
+      watch: token ids that are listed whatever their rank.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    greedy: bool
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int
+    stop: str | Sequence[str]
+    top: int
+    watch: Sequence[int]
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class LanguageModel:
+    """The model of a run at one of its steps; `llm.load` opens it.
+
+    Attributes:
+      opened: the checkpoint in memory, its parameters spread over the devices that it was given.
+    """
+
+    opened: OpenedModel
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        step: int | None = None,
+        devices: int | Sequence[jax.Device] | None = None,
+    ) -> "LanguageModel":
+        """See `llm.load`."""
+        if not isinstance(run, str | Path):
+            raise UsageError(f"run = {run!r}: expected the path of a run directory")
+        if step is not None:
+            _check_integer("step", step, at_least=0)
+        return cls(open_model(run, step, _devices(devices)))
+
+    @property
+    def run(self) -> str:
+        """Name of the run."""
+        return self.opened.run
+
+    @property
+    def step(self) -> int:
+        """Updates that the model was trained for."""
+        return self.opened.step
+
+    @property
+    def config(self) -> Config:
+        """All settings of the run."""
+        return self.opened.config
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What the model is made of."""
+        return self.opened.spec
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own."""
+        return self.opened.tokenizer
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the model can see at once."""
+        return self.spec.config.context_length
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """How many numbers were trained."""
+        return sum(int(np.prod(weight.shape)) for weight in self.opened.params.values())
+
+    def __repr__(self) -> str:
+        devices = next(iter(self.opened.params.values())).devices()
+        platform = next(iter(devices)).platform
+        return (
+            f"LanguageModel(run={self.run!r}, step={self.step}, {self.parameters:,} parameters, "
+            f"context {self.context_length:,}, vocabulary {self.spec.vocab_size:,} "
+            f"({self.tokenizer.name}), {len(devices)} x {platform}, {self.spec.compute_dtype})"
+        )
+
+    def encode(self, text: str) -> Ids:
+        """int32 [T] token ids.
+
+        Raises:
+          UsageError: a character that the tokenizer has no token for.
+        """
+        return self.tokenizer.encode(_text("text", text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return self.tokenizer.decode(self._ids("ids", ids))
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
+        self, text: str, **arguments: Unpack[ScoringArguments]
+    ) -> Score: ...
+
+    @overload
+    def score(
+        self, text: Iterable[str], **arguments: Unpack[ScoringArguments]
+    ) -> Results[Score]: ...
+
+    def score(
+        self, text: str | Iterable[str], **arguments: Unpack[ScoringArguments]
+    ) -> Score | Results[Score]:
+        """The probability of every token of a text, or of each of several.
+
+        Arguments are those of ScoringArguments: top, watch, stride. A text longer than the context
+        is read through windows, and each of its tokens predicted once.
+
+        Raises:
+          UsageError: the message says what was found and what was expected.
+          NonFiniteError: the model gives no probabilities.
+        """
+        _check_names("score", arguments, ScoringArguments)
+        ids = [self.tokenizer.encode(one) for one in _texts("text", text)]
+        top = _check_integer("top", arguments.get("top", DEFAULT_TOP), at_least=0)
+        watch = self._ids("watch", arguments.get("watch", ()))
+        stride = _check_integer("stride", arguments.get("stride", 0), at_least=0)
+        scorer = Scorer(self.spec, self.opened.params, top, watch, stride)
+
+        def describe() -> dict[str, Any]:
+            numerics = numerics_of(self.spec, self.opened.params, "teacher_forced")
+            return self._builder.run(self.opened.checkpoint, None, numerics, top)
+
+        origin = self._origin("Scored by", describe)
+        results = Results(
+            Score("length", origin, tuple(tokens)) for tokens in scorer.tokens(ids, self.tokenizer)
+        )
+        return results[0] if isinstance(text, str) else results
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: str | None = None,
+        *,
+        num_samples: None = None,
+        **arguments: Unpack[SamplingArguments],
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: str | None = None,
+        *,
+        num_samples: int,
+        **arguments: Unpack[SamplingArguments],
+    ) -> Results[Generation]: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Iterable[str],
+        *,
+        num_samples: int | None = None,
+        **arguments: Unpack[SamplingArguments],
+    ) -> Results[Generation]: ...
+
+    def generate(
+        self,
+        prompt: str | Iterable[str] | None = None,
+        *,
+        num_samples: int | None = None,
+        **arguments: Unpack[SamplingArguments],
+    ) -> Generation | Results[Generation]:
+        """Continue a text, or each of several, with the probability of every token.
+
+        Arguments are those of SamplingArguments: max_new_tokens, temperature, greedy, top_k, top_p,
+        min_p, seed, stop, top, watch.
+
+        Args:
+          prompt: None: the prompt of the run's `sample` section. An empty one starts from an end of
+            text.
+          num_samples: samples of each prompt, as a list. Without it one prompt gives one result,
+            whatever the run's section says.
+        Raises:
+          UsageError: the message says what was found and what was expected.
+          NonFiniteError: the model gives no probabilities.
+        """
+        count = 1 if num_samples is None else num_samples
+        settings, requests = self._requests("generate", prompt, arguments, count)
+        tokens: list[Token] = []
+        results: Results[Generation] = Results()
+        origin = self._sampling_origin(settings, requests, arguments)
+        for progress in continued(self._decoder, requests):
+            tokens += progress.tokens
+            if progress.finish is not None:
+                results.append(Generation(progress.finish, origin, tuple(tokens)))
+                tokens = []
+        one = num_samples is None and (prompt is None or isinstance(prompt, str))
+        return results[0] if one else results
+
+    def stream(
+        self, prompt: str | None = None, **arguments: Unpack[SamplingArguments]
+    ) -> Generator[ScoredToken, None, Generation]:
+        """The drawn tokens of `generate` as soon as each is final.
+
+            for token in lm.stream("def "):
+                print(token.text, end="", flush=True)
+
+        Wrong arguments are answered at once, not at the first token. The generator returns the
+        whole Generation (`result = yield from lm.stream(...)`); what nobody asks for further is not
+        computed.
+        """
+        if prompt is not None:
+            _text("prompt", prompt)
+        settings, requests = self._requests("stream", prompt, arguments, 1)
+        return self._stream(requests, self._sampling_origin(settings, requests, arguments))
+
+    def _stream(
+        self, requests: Sequence[Request], origin: Origin
+    ) -> Generator[ScoredToken, None, Generation]:
+        tokens: list[Token] = []
+        finish = ""
+        for progress in continued(self._decoder, requests):
+            tokens += progress.tokens
+            finish = progress.finish or finish
+            for token in progress.tokens:
+                if token.phase == "generated":
+                    yield scored_token(token, self.tokenizer)
+        return Generation(finish, origin, tuple(tokens))
+
+    def distribution(self, text: str) -> Floats:
+        """What the model says of all tokens at every place of a text but the first.
+
+        Returns:
+          float32 [T - 1, V] log-probabilities: row t is of the token at t + 1, given those before.
+          A text longer than the context is read through windows, as `score` does.
+        """
+        scorer = Scorer(self.spec, self.opened.params)
+        return scorer.distributions(self.tokenizer.encode(_text("text", text)))
+
+    def attention(self, text: str) -> Floats:
+        """Where each head looks: the weights of one pass over a text.
+
+        Returns:
+          float32 [L, N, T, T]: [l, n, t, s] is how much head n of layer l takes from token s when
+          it computes its output for token t. Rows sum to one, and are zero for s > t.
+        Raises:
+          UsageError: the text is longer than the context, or the weights are too many to be held.
+        """
+        ids = self.tokenizer.encode(_text("text", text))
+        return attention_of(self.spec, self.opened.params, ids)
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder.create(self.spec, self.opened.params, self.tokenizer)
+
+    @functools.cached_property
+    def _builder(self) -> RecordBuilder:
+        return RecordBuilder(self.tokenizer)
+
+    def _origin(self, doing: str, describe: Any) -> Origin:
+        title = f"{doing} {self.run}, step {self.step}"
+        return Origin(self.tokenizer, self._builder, title, describe)
+
+    def _requests(
+        self,
+        method: str,
+        prompt: str | Iterable[str] | None,
+        arguments: SamplingArguments,
+        num_samples: int,
+    ) -> tuple[SamplingConfig, list[Request]]:
+        """The arguments of `generate` or `stream`, checked."""
+        _check_names(method, arguments, SamplingArguments)
+        _check_integer("num_samples", num_samples, at_least=1)
+        given = {name: _plain(arguments[name]) for name in _SETTINGS if name in arguments}  # type: ignore[literal-required]
+        if _flag("greedy", arguments.get("greedy", False)):
+            if "temperature" in given:
+                raise UsageError(
+                    f"greedy=True and temperature={given['temperature']!r} say two things; give one"
+                )
+            given["temperature"] = 0.0
+        given["num_samples"] = _plain(num_samples)
+        section = self.config.sample
+        settings = overlay(section, given, where=f"the arguments of {method}")
+        stop = arguments.get("stop", ())
+        requests = make_requests(
+            settings,
+            _texts("prompt", section.prompt if prompt is None else prompt),
+            self.tokenizer,
+            stop=_texts("stop", stop),
+            top=_top(arguments),
+            watch=self._ids("watch", arguments.get("watch", ())),
+        )
+        for request in requests:
+            self._decoder.check(request)
+        return settings, requests
+
+    def _sampling_origin(
+        self, settings: SamplingConfig, requests: Sequence[Request], arguments: SamplingArguments
+    ) -> Origin:
+        def describe() -> dict[str, Any]:
+            numerics = decoding_numerics(self.spec, self.opened.params, self._decoder, requests[0])
+            drawn = Sampling.of(settings)
+            return self._builder.run(self.opened.checkpoint, drawn, numerics, _top(arguments))
+
+        return self._origin("Samples from", describe)
+
+    def _ids(self, name: str, ids: Iterable[int]) -> tuple[int, ...]:
+        """Token ids of this vocabulary, as plain integers."""
+        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+            raise UsageError(f"{name} = {ids!r}: expected a list of token ids")
+        plain = tuple(_check_integer(f"{name}[{i}]", id_) for i, id_ in enumerate(ids))
+        outside = [id_ for id_ in plain if not 0 <= id_ < self.spec.vocab_size]
+        if outside:
+            raise UsageError(
+                f"{name} has the token id {outside[0]}; ids go from 0 to {self.spec.vocab_size - 1}"
+            )
+        return plain
+
+
+_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+
+
+def _top(arguments: SamplingArguments) -> int:
+    return _check_integer("top", arguments.get("top", DEFAULT_TOP), at_least=0)
+
+
+def _check_names(method: str, arguments: Mapping[str, Any], known: Any) -> None:
+    """Raise a UsageError for an argument that there is not."""
+    names = [*(["num_samples"] if method == "generate" else []), *known.__annotations__]
+    for name in arguments:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(
+                f"{method} has no argument {name!r}; {hint}it takes {', '.join(names)}"
+            )
+
+
+def _check_integer(name: str, value: Any, at_least: int | None = None) -> int:
+    plain = _plain(value)
+    if type(plain) is not int:
+        raise UsageError(f"{name} = {value!r}: expected an integer, found {type(value).__name__}")
+    if at_least is not None and plain < at_least:
+        raise UsageError(f"{name} = {plain}: expected {at_least} or more")
+    return plain
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} = {value!r}: expected True or False")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as the number that it is."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes | bytearray):
+        raise UsageError(
+            f"{name} is {type(value).__name__}, expected str: decode it, for example with "
+            "data.decode('utf-8'), or, for a model of the 'bytes' tokenizer and data that may not "
+            "be UTF-8, with data.decode('utf-8', 'surrogateescape')"
+        )
+    raise UsageError(f"{name} = {value!r}: expected str, found {type(value).__name__}")
+
+
+def _texts(name: str, value: Any) -> list[str]:
+    """One text or several, as a list."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray):
+        return [_text(f"{name}[{index}]", one) for index, one in enumerate(value)]
+    return [_text(name, value)]
+
+
+def _devices(devices: Any) -> Sequence[jax.Device] | None:
+    """The first so many of this machine's devices, or those that were given."""
+    if devices is None:
+        return None
+    if isinstance(devices, Sequence) and devices and not isinstance(devices, str):
+        wrong = [device for device in devices if not isinstance(device, jax.Device)]
+        if wrong:
+            raise UsageError(f"devices has {wrong[0]!r}; expected devices of jax.local_devices()")
+        return devices
+    count, there = _check_integer("devices", devices, at_least=1), jax.local_devices()
+    if count > len(there):
+        raise UsageError(
+            f"devices = {count}: this machine has {len(there)} ({there[0].platform}); expected at "
+            "most as many"
+        )
+    return there[:count]

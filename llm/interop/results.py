@@ -1,0 +1,380 @@
+"""Texts with the probability of each of their tokens, as a Python program wants them.
+
+    result.tokens, result.logprobs      typed tokens, and their numbers as numpy arrays
+    result.records(), result.write(F)   token-probability records, as the commands write them
+    result.html(), result.write_html(F) the page; a notebook shows it by itself
+    result.to_pandas()                  one row a token
+
+All of them are views of one thing, the tokens that the model read or drew. The first token of a
+text has nothing before it that could predict it: its numbers are None in a token, NaN in an array,
+and no sum counts it.
+
+What it is not: the model (language_model.py).
+"""
+
+import abc
+import html
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.errors import UsageError
+from llm.files import write_atomic
+from llm.inference.records import TOKEN_FIELDS, Record, RecordBuilder, to_line
+from llm.inference.transcript import Token
+from llm.inference.view import page, write_page
+from llm.text.tokenizer import Ids, Tokenizer
+
+if TYPE_CHECKING:
+    import pandas
+
+    from llm.inference.distribution import Prediction
+
+Floats = npt.NDArray[np.float32]
+
+# A page of more tokens than this would make a notebook file of tens of megabytes.
+MOST_SHOWN_TOKENS = 10_000
+_FRAME_PIXELS = 560
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """One of the tokens that could have stood at a place.
+
+    Attributes:
+      token: its spelling for people, as in a record.
+      bytes: what it stands for; b"" for special tokens.
+      logprob: log-softmax of the model's raw logits, nats.
+      rank: 1 + how many tokens are likelier.
+      kept: whether sampling could have drawn it; True where nothing is drawn.
+    """
+
+    id: int
+    token: str
+    bytes: bytes
+    logprob: float
+    rank: int
+    kept: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token, its place in a text and what the model said of it; fields as in a token record.
+
+    Attributes:
+      text: what it adds to the text; "" inside a character. `token` is its spelling.
+      logprob: log of the model's probability, nats, whatever is drawn. With rank, entropy,
+        kept_mass and kept_tokens None for the first token of a text.
+      sampling_logprob: log of the probability that it was drawn with; None for a given token.
+      top: alternatives in rank order; empty for the first token of a text.
+    """
+
+    phase: str
+    position: int
+    id: int
+    token: str
+    bytes: bytes
+    text: str
+    text_offset: int
+    byte_offset: int
+    utf8: str
+    logprob: float | None
+    rank: int | None
+    entropy: float | None
+    sampling_logprob: float | None
+    kept_mass: float | None
+    kept_tokens: int | None
+    top: tuple[Alternative, ...] = field(repr=False)
+
+    @property
+    def probability(self) -> float | None:
+        """exp(logprob)"""
+        return None if self.logprob is None else math.exp(self.logprob)
+
+
+def scored_token(token: Token, tokenizer: Tokenizer) -> ScoredToken:
+    """A token of a transcript, with its spelling and its numbers side by side."""
+    said = token.prediction
+    return ScoredToken(
+        phase=token.phase,
+        position=token.position,
+        id=token.id,
+        token=tokenizer.token_name(token.id),
+        bytes=tokenizer.token_bytes(token.id),
+        text=token.text,
+        text_offset=token.text_offset,
+        byte_offset=token.byte_offset,
+        utf8=token.utf8,
+        logprob=said.logprob if said else None,
+        rank=said.rank if said else None,
+        entropy=said.entropy if said else None,
+        sampling_logprob=said.sampling_logprob if said else None,
+        kept_mass=said.kept_mass if said else None,
+        kept_tokens=said.kept_tokens if said else None,
+        top=_alternatives(said, tokenizer) if said else (),
+    )
+
+
+def _alternatives(said: "Prediction", tokenizer: Tokenizer) -> tuple[Alternative, ...]:
+    return tuple(
+        Alternative(
+            rival.id,
+            tokenizer.token_name(rival.id),
+            tokenizer.token_bytes(rival.id),
+            rival.logprob,
+            rival.rank,
+            kept=rival.rank <= said.kept_tokens,
+        )
+        for rival in said.rivals
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What the results of one call share.
+
+    Attributes:
+      title: heading of their page.
+      describe: makes their run record, when somebody wants it: it may cost a pass of the model.
+    """
+
+    tokenizer: Tokenizer
+    builder: RecordBuilder
+    title: str
+    describe: Callable[[], Record]
+
+    @cached_property
+    def record(self) -> Record:
+        """The run record."""
+        return self.describe()
+
+
+class Shown(abc.ABC):
+    """What can be written as records, read as a page and taken as a table."""
+
+    @abc.abstractmethod
+    def records(self) -> list[Record]:
+        """A run record, then the token and end records of each text (docs/design.md)."""
+
+    @abc.abstractmethod
+    def _title(self) -> str: ...
+
+    @abc.abstractmethod
+    def _length(self) -> int:
+        """Tokens in all."""
+
+    def write(self, path: str | Path) -> None:
+        """Write the records as JSON lines; a file that is there is replaced.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
+        content = "".join(map(to_line, self.records())).encode("ascii")
+        try:
+            write_atomic(Path(path), content)
+        except OSError as error:
+            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+    def html(self) -> str:
+        """The page, one self-contained HTML document."""
+        return page(self.records(), title=self._title())
+
+    def write_html(self, path: str | Path) -> None:
+        """Write the page; a file that is there is replaced.
+
+        Raises:
+          UsageError: it cannot be written.
+        """
+        write_page(self.records(), Path(path), title=self._title())
+
+    def _repr_html_(self) -> str | None:
+        """What a notebook shows: the page in a frame. None, and so its repr, for a long text."""
+        return framed(self.html()) if self._length() <= MOST_SHOWN_TOKENS else None
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """One row a token: the fields of its record, `bytes` as bytes; missing where null.
+
+        Raises:
+          UsageError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise UsageError(
+                "to_pandas needs pandas, which is not installed: pip install pandas"
+            ) from None
+        rows = [record for record in self.records() if record["type"] == "token"]
+        frame = pandas.DataFrame(rows, columns=TOKEN_FIELDS[1:])
+        frame["bytes"] = [bytes(row["bytes"]) for row in rows]
+        floats = dict.fromkeys(("logprob", "entropy", "sampling_logprob", "kept_mass"), "float64")
+        return frame.astype(floats | {"rank": "Int64", "kept_tokens": "Int64"})
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Result(Shown):
+    """One text, with what the model says of each of its tokens.
+
+    Attributes:
+      finish: how it ended, as in an end record.
+      origin: what it shares with the other results of its call.
+      read: its tokens as the model read or drew them; `tokens` are the same, for people.
+    """
+
+    finish: str
+    origin: Origin
+    read: tuple[Token, ...]
+
+    # Whose tokens the sums count: the phase of a record.
+    _counted = "prompt"
+
+    @cached_property
+    def tokens(self) -> tuple[ScoredToken, ...]:
+        """All tokens in order, the first with None for its numbers."""
+        return tuple(scored_token(token, self.origin.tokenizer) for token in self.read)
+
+    @cached_property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(token.text for token in self.read)
+
+    @cached_property
+    def ids(self) -> Ids:
+        """int32 [T]"""
+        return np.array([token.id for token in self.read], np.int32)
+
+    @cached_property
+    def logprobs(self) -> Floats:
+        """float32 [T] in nats: logprobs[t] is of tokens[t]. logprobs[0] is NaN: nothing predicts
+        the first token. `-np.nansum(logprobs)` are the nats of all tokens that are predicted."""
+        predictions = [token.prediction for token in self.read]
+        return np.array([said.logprob if said else np.nan for said in predictions], np.float32)
+
+    @property
+    def total_nats(self) -> float:
+        """-sum of the logprobs that are counted (not the first's); see the class."""
+        return 0.0 - self._end["sum_logprob"]
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(total_nats / tokens counted); None for no tokens, or beyond a float."""
+        return self._end["perplexity"]
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """total_nats / (ln 2 * bytes of the tokens counted); None for no bytes."""
+        return self._end["bits_per_byte"]
+
+    def records(self, sample: int = 0) -> list[Record]:
+        """A run record, the token records and an end record; `sample` numbers the text."""
+        return [self.origin.record, *self._of_sample(sample)]
+
+    def _of_sample(self, sample: int) -> list[Record]:
+        builder = self.origin.builder
+        tokens = [builder.token(sample, token) for token in self.read]
+        return [*tokens, builder.end(sample, self.read, self.finish, self._counted)]
+
+    @cached_property
+    def _end(self) -> Record:
+        return self.origin.builder.end(0, self.read, self.finish, self._counted)
+
+    def _title(self) -> str:
+        return self.origin.title
+
+    def _length(self) -> int:
+        return len(self.read)
+
+
+class Score(Result):
+    """A given text. Sums count all its tokens but the first, which nothing predicts."""
+
+    def __repr__(self) -> str:
+        per_byte = self.bits_per_byte
+        return (
+            f"Score({_shortened(self.text)}, {len(self.read):,} tokens, "
+            f"{self.total_nats:.2f} nats"
+            + (f", {per_byte:.4f} bits per byte)" if per_byte is not None else ")")
+        )
+
+
+class Generation(Result):
+    """A prompt and its continuation. Sums count the tokens that were drawn.
+
+    `tokens`, `ids`, `logprobs` and `text` begin with the prompt, as records do; the end of text
+    that stands in the place of an empty prompt is the first token, and has no text. `finish` is
+    "length", "stop", "end_of_text" or "context". A stop string is cut from the texts; the tokens
+    that spell it are there.
+    """
+
+    _counted = "generated"
+
+    @cached_property
+    def new_tokens(self) -> tuple[ScoredToken, ...]:
+        """Those that were drawn."""
+        return tuple(token for token in self.tokens if token.phase == "generated")
+
+    @cached_property
+    def new_text(self) -> str:
+        """What they add to the prompt's text."""
+        return "".join(token.text for token in self.read if token.phase == "generated")
+
+    def __repr__(self) -> str:
+        drawn = sum(token.phase == "generated" for token in self.read)
+        return f"Generation({_shortened(self.text)}, {drawn:,} new tokens, finish={self.finish!r})"
+
+
+R = TypeVar("R", bound=Result)
+
+
+class Results(list[R], Shown, Generic[R]):
+    """A list of results that is also shown as a whole; records number the texts from 0."""
+
+    def records(self) -> list[Record]:
+        """One run record, then the token and end records of each text.
+
+        Raises:
+          UsageError: the results are not of one checkpoint, read or drawn in one way.
+        """
+        if not self:
+            return []
+        first, *others = [result.origin for result in self]
+        if any(other is not first and other.record != first.record for other in others):
+            raise UsageError(
+                "these results are of different checkpoints or settings, and one file of records "
+                "has one run record; write each of them by itself"
+            )
+        of_samples = (result._of_sample(sample) for sample, result in enumerate(self))
+        return [first.record, *(record for records in of_samples for record in records)]
+
+    def _title(self) -> str:
+        return self[0].origin.title if self else "No texts"
+
+    def _length(self) -> int:
+        return sum(len(result.read) for result in self)
+
+
+def framed(document: str) -> str:
+    """A document as a frame that stands in another page.
+
+    Sandboxed: its style and script end at the frame, it has no access to the page around it, and
+    nothing of that page reaches into it.
+    """
+    # A frame's links are relative to the page around it, even `#token`. Before the document's
+    # policy, which forbids a base.
+    based = document.replace("<head>", '<head><base href="about:srcdoc">', 1)
+    # In ASCII: read in another encoding than it was written, the script would not have its hash.
+    escaped = html.escape(based).encode("ascii", "xmlcharrefreplace").decode()
+    return (
+        f'<iframe sandbox="allow-scripts" srcdoc="{escaped}" width="100%" '
+        f'height="{_FRAME_PIXELS}" style="border:0;resize:vertical;overflow:auto" '
+        'title="Token probabilities"></iframe>'
+    )
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
