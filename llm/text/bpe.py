@@ -55,7 +55,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
         show_progress=False,
     )
     model.train_from_iterator(_first(texts, TRAINING_CHARACTERS), trainer)
-    byte_of = _byte_of_symbol()
+    byte_of = byte_of_symbol()
     ranks = {bytes(byte_of[c] for c in token): id_ for token, id_ in model.get_vocab().items()}
     return BytePairTokenizer("bpe", PATTERN, ranks, {END_OF_TEXT: len(ranks)})
 
@@ -68,7 +68,7 @@ def _first(texts: Iterable[str], characters: int) -> Iterable[str]:
         characters -= len(text)
 
 
-def _byte_of_symbol() -> dict[str, int]:
+def byte_of_symbol() -> dict[str, int]:
     """GPT-2's printable stand-in for each byte -> the byte (its encoder.py, bytes_to_unicode)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,0 +1,62 @@
+"""python -m llm export-hf RUN FOLDER: a Hugging Face model of a checkpoint, GPT-2 or Llama.
+
+Writes config.json and model.safetensors, which transformers' from_pretrained opens with the same
+logits, and tokenizer/, which import-hf reads. The model must be one of these two architectures to
+the letter; what keeps it from being one is named. The tokenizer is not converted: transformers
+has GPT-2's under the name "gpt2".
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm.commands.import_hf import whole_folder
+from llm.runtime import prepare_process
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in docs/design.md; errors are raised as LLMError."""
+    options = parse(arguments)
+    prepare_process()  # before JAX is imported, as it is below
+
+    from llm.interop.hf import to_hf
+    from llm.run.model import open_model
+
+    opened = open_model(options.run, options.step)
+    tokenizer = opened.tokenizer
+    with whole_folder(Path(options.folder)) as partial:
+        to_hf(
+            opened.spec.config,
+            opened.spec.vocab_size,
+            opened.params,
+            partial,
+            end_of_text=tokenizer.end_of_text,
+        )
+        tokenizer.save(partial / "tokenizer")
+        model_type = json.loads((partial / "config.json").read_bytes())["model_type"]
+    if options.json:
+        print(json.dumps({**opened.checkpoint, "folder": options.folder, "model_type": model_type}))
+    print(
+        f"{options.folder} holds step {opened.step} of {opened.run} as a {model_type} model; open "
+        f"it: transformers.AutoModelForCausalLM.from_pretrained({options.folder!r})",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llm export-hf",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="run directory")
+    add("folder", metavar="FOLDER", help="folder to make")
+    add("--step", type=int, metavar="N", help="checkpoint to use; by default the newest")
+    add("--json", action="store_true", help="print what was made as one JSON object")
+    return parser.parse_args(arguments)
