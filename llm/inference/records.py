@@ -55,7 +55,8 @@ END_FIELDS = (
     "type", "sample", "finish", "tokens", "sum_logprob", "perplexity", "bits_per_byte", "text",
 )  # fmt: skip
 _FIELDS = {"run": RUN_FIELDS, "token": TOKEN_FIELDS, "end": END_FIELDS}
-_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+# Records are trees that this file builds: looking for circles in them would take half of the time.
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":"), check_circular=False).encode
 
 
 class RecordBuilder:
