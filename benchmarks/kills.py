@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import conftest  # noqa: F401  (sets the environment before JAX is imported)
 from kills import train_under_kills
-from runs import losses, params_sha256, run_process, write_config
+from runs import losses, params_sha256, run_process, starts, write_config
 
 
 def main() -> int:
@@ -44,9 +44,11 @@ def main() -> int:
         seconds = time.monotonic() - start
         equal = losses(broken / "run") == losses(unbroken / "run")
         same = params_sha256(broken / "run", steps) == params_sha256(unbroken / "run", steps)
+        redone = [start["redone_steps"] for start in starts(broken / "run")]
     for place, count in sorted(hit.items()):
         print(f"{count:5}  {place}")
     print(f"{hit.total():5}  kills in {seconds:.0f} s, {steps} steps")
+    print(f"{sum(redone)} steps done again, at most {max(redone)} after one kill (saves every 5)")
     print(f"losses equal: {equal}; parameters equal: {same}")
     return 0 if equal and same else 1
 

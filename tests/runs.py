@@ -88,3 +88,8 @@ def params_sha256(run: Path, step: int = STEPS) -> str:
     return json.loads((run / "checkpoints" / str(step) / "receipt.json").read_text())[
         "params_sha256"
     ]
+
+
+def starts(run: Path) -> list[dict]:
+    """What run.json says of each start."""
+    return json.loads((run / "run.json").read_text())["starts"]

@@ -1,13 +1,13 @@
 """No run is lost: 25 seeded kills, and every loss and parameter as if there had been none."""
 
 from kills import train_under_kills
-from runs import losses, params_sha256, run_process, write_config
+from runs import losses, params_sha256, run_process, starts, write_config
 
-KILLS, SEED, STEPS = 25, 0, 400
+KILLS, SEED, STEPS, EVERY = 25, 0, 400, 5
 
 SETTINGS = {
     "training": {"steps": STEPS, "eval_every": 10},
-    "checkpoint": {"every": 5, "keep": 2},
+    "checkpoint": {"every": EVERY, "keep": 2},
     "optimizer": {"learning_rate": 1e-3, "min_learning_rate": 1e-4},
     "sample": {"max_new_tokens": 0},
 }
@@ -23,5 +23,7 @@ def test_a_run_survives_25_kills_bit_for_bit(tmp_path):
     assert hit.total() == KILLS
     assert losses(broken / "run") == losses(unbroken / "run")
     assert params_sha256(broken / "run", STEPS) == params_sha256(unbroken / "run", STEPS)
+    # The steps since the last save, and those that ran while one was being written.
+    assert max(start["redone_steps"] for start in starts(broken / "run")) <= 2 * EVERY
     left = {path.name for path in (broken / "run" / "checkpoints").iterdir()}
     assert all(name.isdecimal() for name in left), left
