@@ -222,6 +222,11 @@ class TrainingConfig(Section):
     loss_chunk: NonNegativeInt = setting(
         0, "positions whose logits exist at once in the loss; 0: chosen by vocabulary and batch"
     )
+    scan_layers: bool = setting(
+        False,
+        "compile one block and loop over the layers, so that compiling takes as long for "
+        "any number of them; the checkpoint is the same",
+    )
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop", "when loss or gradients are not finite: stop (exit 5), or skip that update"
     )

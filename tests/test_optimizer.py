@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llm.config import OptimizerConfig
+from llm.model.stack import unstack
 from llm.training.optimizer import learning_rate_factor, make_optimizer
 
 STEPS = 100
@@ -129,3 +130,26 @@ def test_muon_moves_hidden_matrices_by_an_orthogonal_matrix_and_the_rest_by_adam
     adamw = run_updates(muon.model_copy(update={"kind": "adamw"}), params, gradients)
     for name in ("embed.weight", "blocks.0.mlp.up.bias"):
         np.testing.assert_array_equal(moved[name], adamw[name])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_stacked_weights_get_the_updates_of_single_ones(kind):
+    """Norms of a stack have two dimensions and are still neither decayed nor Muon's."""
+    config = OptimizerConfig(
+        kind=kind, learning_rate=0.01, muon_learning_rate=0.02, weight_decay=0.1
+    )
+    random = np.random.default_rng(0)
+    shapes = {
+        "embed.weight": (7, 4),
+        "blocks.*.mlp.up.weight": (3, 4, 6),
+        "blocks.*.mlp.down.weight": (3, 6, 4),
+        "blocks.*.mlp.up.bias": (3, 6),
+        "blocks.*.mlp_norm.scale": (3, 4),
+    }
+    stacked = {name: jnp.float32(random.normal(size=shape)) for name, shape in shapes.items()}
+    gradients = [jax.tree.map(jnp.float32, g) for g in random_gradients(stacked, 3)]
+    moved = unstack(run_updates(config, stacked, gradients))
+    singles = run_updates(config, unstack(stacked), [unstack(g) for g in gradients])
+    assert moved.keys() == singles.keys()
+    for name, value in singles.items():
+        np.testing.assert_allclose(moved[name], value, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -163,10 +163,10 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
     state = fresh_state()
     params = dict(state.params)
     params["final_norm.scale"] = params["final_norm.scale"].at[0].set(jnp.nan)
-    before = jax.device_get(to_groups(dataclasses.replace(state, params=params)))
+    before = jax.device_get(to_groups(dataclasses.replace(state, weights=params)))
     step = compiled_step(SPEC, OPTIMIZER, TrainingConfig(steps=10, batch_size=BATCH), one_device())
     batch = shard_batch(one_device(), tokens(0), BATCH_AXES)
-    after, metrics = step(dataclasses.replace(state, params=params), batch)
+    after, metrics = step(dataclasses.replace(state, weights=params), batch)
     assert not metrics["finite"]
     after = jax.device_get(to_groups(after))
     assert before["training"].pop("step") + 1 == after["training"].pop("step")
@@ -184,7 +184,7 @@ def test_a_finite_gradient_that_carries_a_weight_out_of_range_is_masked():
     before = jax.device_get(params)
     step = compiled_step(SPEC, optimizer, TrainingConfig(steps=10, batch_size=BATCH), one_device())
     batch = shard_batch(one_device(), tokens(0), BATCH_AXES)
-    after, metrics = step(dataclasses.replace(state, params=params), batch)
+    after, metrics = step(dataclasses.replace(state, weights=params), batch)
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(metrics["grad_norm"])
     assert not metrics["finite"]

@@ -33,8 +33,10 @@ from flax import nnx
 from llm.config import ModelConfig
 from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
 from llm.model.sharding import constrain, is_divided
+from llm.model.stack import is_stacked, layer_names
 
-# Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights.
+# Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights. Inside
+# training the blocks may be stacked, "blocks.*.attention.query.weight" (stack.py).
 Params = dict[str, jax.Array]
 
 
@@ -304,13 +306,23 @@ class Block(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """Token ids in, a score for each possible next token out."""
+    """Token ids in, a score for each possible next token out.
 
-    def __init__(self, spec: ModelSpec):
+    Args:
+      stacked: hold one Block, whose weights are those of all layers [L, ...]. Such a model is for
+        training: it computes `hidden`, and neither extends a cache nor shows attention weights.
+    """
+
+    def __init__(self, spec: ModelSpec, *, stacked: bool = False):
         config = spec.config
         self.spec = spec
+        self.stacked = stacked
         self.embed = Embed(spec)
-        self.blocks = nnx.List([Block(spec) for _ in range(config.n_layer)])
+        self.blocks: Any = (
+            nnx.Dict({"*": Block(spec)})
+            if stacked
+            else nnx.List([Block(spec) for _ in range(config.n_layer)])
+        )
         self.final_norm = Norm(
             config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias
         )
@@ -338,10 +350,29 @@ class GPT(nnx.Module):
         x_BTD, positions_BT = self._embedded(tokens_BT)
         if dropout_key is not None:
             x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
-        for layer, block in enumerate(self.blocks, start=1):
+        return self.final_norm(self._through_blocks(x_BTD, positions_BT, dropout_key))
+
+    def _through_blocks(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """Block after block; where they are stacked, by a loop whose body is compiled once."""
+
+        def through(block: Block, x_BTD: jax.Array, layer: int | jax.Array) -> jax.Array:
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
-            x_BTD = block(x_BTD, positions_BT, dropout_key=key)
-        return self.final_norm(x_BTD)
+            return block(x_BTD, positions_BT, dropout_key=key)
+
+        if not self.stacked:
+            for layer, block in enumerate(self.blocks, start=1):
+                x_BTD = through(block, x_BTD, layer)
+            return x_BTD
+        graph, weights_L = nnx.split(self.blocks["*"])
+
+        def body(x_BTD, layer_and_weights):
+            layer, weights = layer_and_weights
+            return through(nnx.merge(graph, weights), x_BTD, layer), None
+
+        layers = jnp.arange(1, self.spec.config.n_layer + 1)
+        return jax.lax.scan(body, x_BTD, (layers, weights_L))[0]
 
     def _embedded(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x_0 of a text from its beginning, and its positions."""
@@ -410,30 +441,44 @@ def residual_std(config: ModelConfig) -> float:
     return 0.0 if config.zero_init_projections else config.init_std * (2 * config.n_layer) ** -0.5
 
 
-def initialise(spec: ModelSpec, key: jax.Array) -> Params:
+def initialise(spec: ModelSpec, key: jax.Array, *, stacked: bool = False) -> Params:
     """Fresh float32 parameters; each is a pure function of the key, its name and its shape.
 
-    Weights of one shape are drawn by one loop: a draw takes 0.3 s to compile, and 12 layers have 50
-    (jax 0.12, 2-core EPYC, busy: 10.8 s drawn apart, 3.7 s so).
+    Stacked, each layer has what it has alone. Weights of one shape are drawn by one loop: a draw
+    takes 0.3 s to compile, and 12 layers have 50 (jax 0.12, 2-core EPYC, busy: 10.8 s drawn apart,
+    3.7 s so).
     """
-    flat = {_name(path): variable for path, variable in nnx.to_flat_state(nnx.state(GPT(spec)))}
-    params = {name: variable.get_value() for name, variable in flat.items()}
-    stds = {name: variable.get_metadata("std", 0.0) for name, variable in flat.items()}
-    by_shape: dict[tuple[int, ...], list[str]] = collections.defaultdict(list)
-    for name, weight in params.items():
-        if stds[name]:
-            by_shape[weight.shape].append(name)
-    for shape, names in by_shape.items():
-        hashes = jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)
-        draws = jax.lax.map(lambda key, shape=shape: jax.random.normal(key, shape), keys)
-        params |= {name: stds[name] * draw for name, draw in zip(names, draws, strict=True)}
+    state = nnx.state(GPT(spec, stacked=stacked))
+    flat = {_name(path): variable for path, variable in nnx.to_flat_state(state)}
+    params: Params = {}
+    by_shape: dict[tuple[int, ...], dict[str, float]] = collections.defaultdict(dict)
+    for name, variable in flat.items():
+        value, std = variable.get_value(), variable.get_metadata("std", 0.0)
+        layers = (spec.config.n_layer,) if is_stacked(name) else ()
+        params[name] = jnp.broadcast_to(value, layers + value.shape)
+        if std:
+            by_shape[value.shape][name] = std
+    for shape, stds in by_shape.items():
+        params |= _draw(key, shape, stds, spec.config.n_layer)
     return params
+
+
+def _draw(key: jax.Array, shape: tuple[int, ...], stds: dict[str, float], layers: int) -> Params:
+    """Weights of one shape, stacks of them among them: name -> N(0, std^2)."""
+    parts = {name: layer_names(name, layers) for name in stds}
+    hashes = [zlib.crc32(part.encode()) for names in parts.values() for part in names]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(hashes, jnp.uint32))
+    draws = jax.lax.map(lambda key: jax.random.normal(key, shape), keys)
+    ends = list(itertools.accumulate(len(names) for names in parts.values()))
+    return {
+        name: stds[name] * (draws_L if is_stacked(name) else draws_L[0])
+        for name, draws_L in zip(stds, jnp.split(draws, ends[:-1]), strict=True)
+    }
 
 
 def bind(spec: ModelSpec, params: Params) -> GPT:
     """The model with these parameters in place; use inside jit, where it costs nothing."""
-    graph, abstract = _abstract(spec)
+    graph, abstract = _abstract(spec, any(map(is_stacked, params)))
     variables = [
         (path, variable.replace(params[_name(path)]))
         for path, variable in nnx.to_flat_state(abstract)
@@ -443,23 +488,21 @@ def bind(spec: ModelSpec, params: Params) -> GPT:
 
 def abstract_params(spec: ModelSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """name -> shape and dtype, without allocating anything."""
-    return _flatten(_abstract(spec)[1])
-
-
-def logical_axes(spec: ModelSpec) -> dict[str, tuple[str, ...]]:
-    """name -> logical axes, as written beside each weight above."""
     flat = nnx.to_flat_state(_abstract(spec)[1])
-    return {_name(path): variable.get_metadata("axes") for path, variable in flat}
+    return {_name(path): variable.get_value() for path, variable in flat}
+
+
+def logical_axes(spec: ModelSpec, *, stacked: bool = False) -> dict[str, tuple[str, ...]]:
+    """name -> logical axes, as written beside each weight above; a stack's first is "layer"."""
+    flat = nnx.to_flat_state(_abstract(spec, stacked)[1])
+    axes = {_name(path): variable.get_metadata("axes") for path, variable in flat}
+    return {name: ("layer", *names) if is_stacked(name) else names for name, names in axes.items()}
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract(spec: ModelSpec) -> tuple[Any, nnx.State]:
-    model = nnx.eval_shape(lambda: GPT(spec))
+def _abstract(spec: ModelSpec, stacked: bool = False) -> tuple[Any, nnx.State]:
+    model = nnx.eval_shape(lambda: GPT(spec, stacked=stacked))
     return nnx.split(model, nnx.Param)
-
-
-def _flatten(state: nnx.State) -> dict[str, Any]:
-    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -25,6 +25,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # weights
+    "layer": None,  # a scan takes them one after the other
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",

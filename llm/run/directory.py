@@ -198,6 +198,7 @@ FREE_SETTINGS = (
     "training.steps",
     "training.eval_every",
     "training.eval_batch_size",
+    "training.scan_layers",
     "training.on_nonfinite",
     "training.spike_zscore",
     "training.max_skipped",

@@ -116,6 +116,7 @@ def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], N
       CheckpointError: there are steps and none is good, or one is not the model that was saved.
     """
     optimizer = make_optimizer(job.config.optimizer)
+    stacked = job.config.training.scan_layers
     damaged = [path.name for path in checkpoints.root.glob("*.damaged*")]
     for step in reversed(checkpoints.steps()):
         folder = checkpoints.root / str(step)
@@ -126,7 +127,7 @@ def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], N
             damaged.append(aside.name)
             say(f"WARNING: the checkpoint of step {step} is damaged, set aside as {aside}: {error}")
             continue
-        abstract = abstract_state(job.spec, optimizer, job.mesh)
+        abstract = abstract_state(job.spec, optimizer, job.mesh, stacked=stacked)
         shapes = to_groups(abstract)
         groups = {group: restore_group(folder, group, shapes[group]) for group in GROUPS}
         state = from_groups(abstract, groups)
@@ -137,7 +138,7 @@ def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], N
             f"no checkpoint in {checkpoints.root} can be trusted (aside: {', '.join(damaged)}); "
             "restore one from a copy, or begin again with another run.dir"
         )
-    return create_state(job.spec, optimizer, job.config.run.seed, job.mesh)
+    return create_state(job.spec, optimizer, job.config.run.seed, job.mesh, stacked=stacked)
 
 
 def _check_restored(job: Job, state: TrainState, folder: Any) -> None:
@@ -325,7 +326,7 @@ class Loop:
             return
         result = evaluate(
             self._evaluation_step,
-            self._state.params,
+            self._state.weights,
             self._until_stopped(split),
             self._job.corpus.tokenizer.byte_lengths(),
         )

@@ -5,6 +5,7 @@ https://kellerjordan.github.io/posts/muon/. Warmup-stable-decay: Hu et al. 2024,
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     muon = optax.chain(
         optax.contrib.scale_by_muon(
             beta=config.muon_momentum,
-            # A tree like the updates; optax 0.2.8's default of None fails inside a partition.
+            # Of the last two dimensions, so that a stack is as many matrices. A tree like the
+            # updates; optax 0.2.8's default of None fails inside a partition.
             weight_dimension_numbers=lambda updates: jax.tree.map(
-                lambda _: optax.contrib.MuonDimensionNumbers(), updates
+                lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates
             ),
         ),
         optax.stateless(lambda updates, _: jax.tree.map(_scale_by_shape, updates)),
@@ -67,23 +69,23 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(clip, optax.partition({"muon": muon, "adamw": adamw}, partition_labels))
 
 
-def is_matrix(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
     """Which parameters decay: matrices and embeddings, not biases and norms.
 
-    Under optax.partition the other part's weights arrive as placeholders, which have no ndim.
+    By name: a stack of norms has two dimensions as a matrix has.
     """
-    return {name: getattr(weight, "ndim", 0) >= 2 for name, weight in params.items()}
+    return {name: not name.endswith((".bias", ".scale")) for name in params}
 
 
-def partition_labels(params: Mapping[str, jax.Array]) -> dict[str, str]:
+def partition_labels(params: Mapping[str, Any]) -> dict[str, str]:
     """Muon for the matrices inside blocks; AdamW for embeddings, head, norms and biases."""
     return {
-        name: "muon" if name.startswith("blocks.") and weight.ndim == 2 else "adamw"
-        for name, weight in params.items()
+        name: "muon" if matrix and name.startswith("blocks.") else "adamw"
+        for name, matrix in is_matrix(params).items()
     }
 
 
 def _scale_by_shape(update: jax.Array) -> jax.Array:
     """An orthogonal [in, out] update changes its output by about sqrt(out / in) (Jordan et al.)."""
-    d_in, d_out = update.shape
+    d_in, d_out = update.shape[-2:]
     return update * max(1.0, d_out / d_in) ** 0.5

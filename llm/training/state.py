@@ -1,7 +1,10 @@
 """TrainState: everything that one step hands to the next, born on the mesh.
 
-params ── float32 master weights, flat and named         step ── updates done
+weights ── float32 master weights, flat and named        step ── updates done
 opt_state ── optax's, laid out as its weights            key ── root of all randomness
+
+With `training.scan_layers` the blocks' weights are stacked (llm/model/stack.py), in here alone:
+`params` and `to_groups` name single layers, so that all that is outside of training sees one model.
 """
 
 import dataclasses
@@ -16,24 +19,31 @@ from jax.sharding import Mesh, NamedSharding
 
 from llm.model.gpt import ModelSpec, Params, initialise, logical_axes
 from llm.model.sharding import replicated, tree_shardings
+from llm.model.stack import stack, unstack
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state", "key", "loss_history"],
+    data_fields=["step", "weights", "opt_state", "key", "loss_history"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 []. params: Params. opt_state: optax state. key: typed PRNG key, never advanced;
-    randomness of step n is fold_in(key, n). loss_history: float32 [HISTORY], losses of the newest
-    updates that were applied, step n in slot n mod HISTORY; NaN where there is none yet."""
+    """step: int32 []. weights: Params, blocks stacked or not. opt_state: optax state. key: typed
+    PRNG key, never advanced; randomness of step n is fold_in(key, n). loss_history: float32
+    [HISTORY], losses of the newest updates that were applied, step n in slot n mod HISTORY; NaN
+    where there is none yet."""
 
     step: jax.Array
-    params: Params
+    weights: Params
     opt_state: optax.OptState
     key: jax.Array
     loss_history: jax.Array
+
+    @property
+    def params(self) -> Params:
+        """The weights under the names of single layers; copies of them where they are stacked."""
+        return unstack(self.weights)
 
 
 # Losses that a spike is measured against: enough for a spread, few enough to follow the curve.
@@ -44,19 +54,24 @@ Groups = dict[str, dict[str, Any]]
 
 
 def create_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, mesh: Mesh
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    mesh: Mesh,
+    *,
+    stacked: bool = False,
 ) -> TrainState:
     """A fresh state, each array created in its shards: no device ever holds the whole model."""
-    create = functools.partial(_create, spec, optimizer, seed)
-    return jax.jit(create, out_shardings=state_shardings(spec, optimizer, mesh))()
+    create = functools.partial(_create, spec, optimizer, seed, stacked)
+    return jax.jit(create, out_shardings=state_shardings(spec, optimizer, mesh, stacked=stacked))()
 
 
 def abstract_state(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh
+    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, *, stacked: bool = False
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without allocating it."""
-    shapes = jax.eval_shape(functools.partial(_create, spec, optimizer, 0))
-    shardings = state_shardings(spec, optimizer, mesh)
+    shapes = jax.eval_shape(functools.partial(_create, spec, optimizer, 0, stacked))
+    shardings = state_shardings(spec, optimizer, mesh, stacked=stacked)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -65,19 +80,19 @@ def abstract_state(
 
 
 def state_shardings(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh
+    spec: ModelSpec, optimizer: optax.GradientTransformation, mesh: Mesh, *, stacked: bool = False
 ) -> TrainState:
     """The state's tree with a NamedSharding at each leaf.
 
     A moment lies as its weight does: it sits under the weight's name and has its shape.
     """
-    weights = tree_shardings(mesh, logical_axes(spec))
-    shapes = jax.eval_shape(functools.partial(_create, spec, optimizer, 0))
+    weights = tree_shardings(mesh, logical_axes(spec, stacked=stacked))
+    shapes = jax.eval_shape(functools.partial(_create, spec, optimizer, 0, stacked))
 
     def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         names = [part.key for part in path if isinstance(part, jax.tree_util.DictKey)]
         named = [name for name in names if name in weights]
-        if named and leaf.shape == shapes.params[named[-1]].shape:
+        if named and leaf.shape == shapes.weights[named[-1]].shape:
             return weights[named[-1]]
         return replicated(mesh)
 
@@ -85,11 +100,8 @@ def state_shardings(
 
 
 def to_groups(state: TrainState) -> Groups:
-    """The state as named plain arrays, for a checkpoint."""
-    training = {
-        f"opt_state{jax.tree_util.keystr(path)}": leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
-    }
+    """The state as named plain arrays, for a checkpoint: the same whether it is stacked or not."""
+    training = unstack(_optimizer_arrays(state))
     # Typed keys are not storable; their data is.
     key_data = jax.eval_shape(jax.random.key_data, state.key) if _is_abstract(state.key) else None
     if key_data is None:
@@ -99,7 +111,7 @@ def to_groups(state: TrainState) -> Groups:
             key_data.shape, key_data.dtype, sharding=state.step.sharding
         )
     return {
-        "params": dict(state.params),
+        "params": state.params,
         "training": {
             **training,
             "step": state.step,
@@ -112,29 +124,39 @@ def to_groups(state: TrainState) -> Groups:
 def from_groups(abstract: TrainState, groups: Mapping[str, Mapping[str, jax.Array]]) -> TrainState:
     """The inverse of `to_groups`, given the state's shape."""
     training = groups["training"]
-    paths, structure = jax.tree_util.tree_flatten_with_path(abstract.opt_state)
-    leaves = [training[f"opt_state{jax.tree_util.keystr(path)}"] for path, _ in paths]
+    optimizer_arrays = stack(training, _optimizer_arrays(abstract))
+    structure = jax.tree.structure(abstract.opt_state)
     key = jax.random.wrap_key_data(training["key"])
     return TrainState(
         step=training["step"],
-        params=dict(groups["params"]),
-        opt_state=jax.tree_util.tree_unflatten(structure, leaves),
+        weights=stack(groups["params"], abstract.weights),
+        opt_state=jax.tree.unflatten(structure, optimizer_arrays.values()),
         key=jax.device_put(key, abstract.key.sharding),
         loss_history=training["loss_history"],
     )
+
+
+def _optimizer_arrays(state: TrainState) -> dict[str, Any]:
+    """The leaves of the optimizer's state, in their order, named by where they are in it."""
+    return {
+        f"opt_state{jax.tree_util.keystr(path)}": leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+    }
 
 
 def _is_abstract(leaf: Any) -> bool:
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _create(spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def _create(
+    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, stacked: bool
+) -> TrainState:
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    params = initialise(spec, init_key)
+    weights = initialise(spec, init_key, stacked=stacked)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.init(params),
+        weights=weights,
+        opt_state=optimizer.init(weights),
         key=step_key,
         loss_history=jnp.full((HISTORY,), jnp.nan),
     )

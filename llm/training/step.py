@@ -4,7 +4,7 @@ B sequences per step  T positions  A micro-batches
 """
 
 import dataclasses
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,27 @@ from llm.training.optimizer import learning_rate_factor, make_optimizer
 from llm.training.state import HISTORY, TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]]
 
 # How a batch of windows, int32 [B, T + 1], lies on the mesh. The odd position keeps the windows
 # whole; the context axis divides the T inputs inside the step.
 BATCH_AXES = ("batch", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A step for one mesh, compiled when it is first taken: (state, tokens) -> (state, metrics)."""
+
+    mesh: Mesh
+    jitted: Any
+
+    def __call__(self, state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(state, tokens_BT)
+
+    def lower(self, state: TrainState, tokens_BT: Any) -> jax.stages.Lowered:
+        """The program before it is compiled, of shapes or arrays; for those who look at it."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(state, tokens_BT)
 
 
 def make_train_step(
@@ -36,24 +52,24 @@ def make_train_step(
     Where not finite, or a spike, the update is masked out.
     """
     optimizer = make_optimizer(optimizer_config)
-    shardings = state_shardings(spec, optimizer, mesh)
+    shardings = state_shardings(spec, optimizer, mesh, stacked=training.scan_layers)
 
     def train_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(state.key, state.step) if spec.config.dropout else None
         gradients, loss = accumulate_gradients(
-            spec, training, state.params, tokens_BT, dropout_key, mesh
+            spec, training, state.weights, tokens_BT, dropout_key, mesh
         )
         grad_norm = optax.tree.norm(gradients)
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
         updates = jax.tree.map(lambda update: factor * update, updates)
-        params = optax.apply_updates(state.params, updates)
+        weights = optax.apply_updates(state.weights, updates)
         # The weights too: an update that is finite can still carry one out of float32's range.
-        finite = jnp.isfinite(loss.objective) & jnp.isfinite(grad_norm) & all_finite(params)
+        finite = jnp.isfinite(loss.objective) & jnp.isfinite(grad_norm) & all_finite(weights)
         spike = is_spike(loss.nll, state.loss_history, training.spike_zscore)
         updated = TrainState(
             step=state.step + 1,
-            params=params,
+            weights=weights,
             opt_state=opt_state,
             key=state.key,
             loss_history=state.loss_history.at[state.step % HISTORY].set(loss.nll),
@@ -67,18 +83,13 @@ def make_train_step(
         }
         return select_update(finite & ~spike, updated, state), metrics
 
-    compiled = jax.jit(
+    jitted = jax.jit(
         train_step,
         in_shardings=(shardings, sharding_of(mesh, BATCH_AXES)),
         out_shardings=(shardings, None),
         donate_argnums=0,
     )
-
-    def run(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(mesh):
-            return compiled(state, tokens_BT)
-
-    return run
+    return TrainStep(mesh, jitted)
 
 
 def accumulate_gradients(
@@ -142,9 +153,9 @@ def _objective(
     return terms.objective, terms
 
 
-def all_finite(params: Params) -> jax.Array:
+def all_finite(weights: Params) -> jax.Array:
     """Whether no weight is NaN or infinite."""
-    return jnp.stack([jnp.isfinite(weight).all() for weight in params.values()]).all()
+    return jnp.stack([jnp.isfinite(weight).all() for weight in weights.values()]).all()
 
 
 def is_spike(loss: jax.Array, history: jax.Array, zscore: float) -> jax.Array:
@@ -166,7 +177,7 @@ def select_update(apply: jax.Array, updated: TrainState, state: TrainState) -> T
 
     return dataclasses.replace(
         updated,
-        params=select(updated.params, state.params),
+        weights=select(updated.weights, state.weights),
         opt_state=select(updated.opt_state, state.opt_state),
         loss_history=select(updated.loss_history, state.loss_history),
     )

@@ -1,0 +1,89 @@
+"""Weights of all blocks stacked: one array [L, ...] for a weight, instead of L arrays.
+
+    blocks.0.mlp.up.weight [D, F], blocks.1.mlp.up.weight [D, F], ...
+    blocks.*.mlp.up.weight [L, D, F]
+
+A scan over layers reads them so, which keeps a program's size the same at any depth. Only training
+holds them so (`training.scan_layers`); what leaves it, a checkpoint above all, has the names of the
+single layers again.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+_ALL_LAYERS = re.compile(r"\bblocks\.\*\.")
+
+
+def is_stacked(name: str) -> bool:
+    """Whether the array of this name holds all layers; the name may stand inside a longer one."""
+    return _ALL_LAYERS.search(name) is not None
+
+
+def layer_names(name: str, layers: int) -> list[str]:
+    """The names of a stack's parts, from the first layer on; of another array its own alone."""
+    if not is_stacked(name):
+        return [name]
+    return [_ALL_LAYERS.sub(f"blocks.{layer}.", name) for layer in range(layers)]
+
+
+def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Each stack as the arrays of its layers, which lie as it does; all else as it is.
+
+    Args:
+      arrays: name -> jax.Array, or jax.ShapeDtypeStruct with a sharding.
+    """
+    result: dict[str, Any] = {}
+    for name, leaf in arrays.items():
+        parts = _parts(leaf) if is_stacked(name) else [leaf]
+        result |= dict(zip(layer_names(name, len(parts)), parts, strict=True))
+    return result
+
+
+def stack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack`.
+
+    Args:
+      arrays: name -> jax.Array, no stacks among them.
+      like: what the result is like: name -> shape, dtype and sharding.
+    """
+    return {
+        name: _join([arrays[part] for part in layer_names(name, leaf.shape[0])], leaf)
+        if is_stacked(name)
+        else arrays[name]
+        for name, leaf in like.items()
+    }
+
+
+def _parts(leaf: Any) -> list[Any]:
+    layers, *shape = leaf.shape
+    sharding = _of_one_layer(leaf.sharding)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return [jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)] * layers
+    return list(_splitter(sharding, layers)(leaf))
+
+
+def _of_one_layer(sharding: Any) -> Any:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+# Compiled with its shardings, so that no device ever holds more of a weight than its share.
+@functools.lru_cache(maxsize=64)
+def _splitter(sharding: Any, layers: int) -> Any:
+    return jax.jit(jnp.unstack, out_shardings=(sharding,) * layers)
+
+
+@functools.lru_cache(maxsize=64)
+def _joiner(sharding: Any) -> Any:
+    return jax.jit(jnp.stack, out_shardings=sharding)
+
+
+def _join(parts: list[jax.Array], like: Any) -> jax.Array:
+    return _joiner(like.sharding)(parts)
