@@ -227,6 +227,11 @@ class TrainingConfig(Section):
         "compile one block and loop over the layers, so that compiling takes as long for "
         "any number of them; the checkpoint is the same",
     )
+    remat: Literal["none", "dots", "block", "offload"] = setting(
+        "none",
+        "what a block keeps for its backward pass: everything, its matrix products, its input, or "
+        "its input in the host's memory; less memory for more computation",
+    )
     on_nonfinite: Literal["stop", "skip"] = setting(
         "stop", "when loss or gradients are not finite: stop (exit 5), or skip that update"
     )

@@ -32,6 +32,7 @@ from flax import nnx
 
 from llm.config import ModelConfig
 from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
+from llm.model.remat import Remat, keep
 from llm.model.sharding import constrain, is_divided
 from llm.model.stack import is_stacked, layer_names
 
@@ -339,40 +340,48 @@ class GPT(nnx.Module):
         """float32 logits [B, T, vocab_size]; those at t score the token at t + 1."""
         return self.logits(self.hidden(tokens_BT))
 
-    def hidden(self, tokens_BT: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+        remat: Remat = "none",
+    ) -> jax.Array:
         """What the head reads: [B, T, D] after the final norm.
 
         Args:
           tokens_BT: int32 ids in [0, vocab_size), T <= context_length. Ids outside are the
             caller's error: a gather on an accelerator cannot complain.
           dropout_key: draws this pass's dropout; None turns dropout off.
+          remat: what each block keeps for its gradient.
         """
         x_BTD, positions_BT = self._embedded(tokens_BT)
         if dropout_key is not None:
             x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
-        return self.final_norm(self._through_blocks(x_BTD, positions_BT, dropout_key))
+        return self.final_norm(self._through_blocks(x_BTD, positions_BT, dropout_key, remat))
 
     def _through_blocks(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, dropout_key: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        dropout_key: jax.Array | None,
+        remat: Remat,
     ) -> jax.Array:
         """Block after block; where they are stacked, by a loop whose body is compiled once."""
 
-        def through(block: Block, x_BTD: jax.Array, layer: int | jax.Array) -> jax.Array:
+        def through(graph, x_BTD, layer, weights):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
-            return block(x_BTD, positions_BT, dropout_key=key)
+            return nnx.merge(graph, weights)(x_BTD, positions_BT, dropout_key=key)
 
         if not self.stacked:
             for layer, block in enumerate(self.blocks, start=1):
-                x_BTD = through(block, x_BTD, layer)
+                graph, weights = nnx.split(block)
+                x_BTD = keep(remat, functools.partial(through, graph))(x_BTD, layer, weights)
             return x_BTD
         graph, weights_L = nnx.split(self.blocks["*"])
-
-        def body(x_BTD, layer_and_weights):
-            layer, weights = layer_and_weights
-            return through(nnx.merge(graph, weights), x_BTD, layer), None
-
-        layers = jnp.arange(1, self.spec.config.n_layer + 1)
-        return jax.lax.scan(body, x_BTD, (layers, weights_L))[0]
+        body = keep(remat, functools.partial(through, graph), in_scan=True)
+        layers_L = jnp.arange(1, self.spec.config.n_layer + 1)
+        return jax.lax.scan(lambda x, part: (body(x, *part), None), x_BTD, (layers_L, weights_L))[0]
 
     def _embedded(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x_0 of a text from its beginning, and its positions."""

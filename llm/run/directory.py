@@ -199,6 +199,7 @@ FREE_SETTINGS = (
     "training.eval_every",
     "training.eval_batch_size",
     "training.scan_layers",
+    "training.remat",
     "training.on_nonfinite",
     "training.spike_zscore",
     "training.max_skipped",

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llm.config import OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import LossOptions, LossTerms, chunks_for, head_loss
+from llm.model.remat import check_remat
 from llm.model.sharding import constrain, sharding_of
 from llm.training.optimizer import learning_rate_factor, make_optimizer
 from llm.training.state import HISTORY, TrainState, state_shardings
@@ -50,7 +51,11 @@ def make_train_step(
     Metrics (float32 scalars unless said): loss (nats per token, without smoothing and z-loss),
     grad_norm (before clipping), learning_rate (used by this update), finite (bool), spike (bool).
     Where not finite, or a spike, the update is masked out.
+
+    Raises:
+      UsageError: the devices cannot do what training.remat asks for.
     """
+    check_remat(training.remat, mesh)
     optimizer = make_optimizer(optimizer_config)
     shardings = state_shardings(spec, optimizer, mesh, stacked=training.scan_layers)
 
@@ -137,7 +142,7 @@ def _objective(
     model = bind(spec, params)
     inputs_BT = constrain(rows_BT[:, :-1], "batch", "sequence")
     targets_BT = constrain(rows_BT[:, 1:], "batch", "sequence")
-    hidden_BTD = model.hidden(inputs_BT, dropout_key=dropout_key)
+    hidden_BTD = model.hidden(inputs_BT, dropout_key=dropout_key, remat=training.remat)
     B, T = targets_BT.shape
     tokens_in_step = batch_shape[0] * (batch_shape[1] - 1)
     weights_BT = jnp.full((B, T), 1.0 / tokens_in_step, jnp.float32)

@@ -1,0 +1,64 @@
+"""Rematerialisation: what a block keeps of its forward pass until its backward pass.
+
+    none      everything that the backward pass reads
+    dots      its input and its products with weights; the rest is computed again
+    block     its input alone; the whole block is computed again (Chen et al. 2016, "Training Deep
+              Nets with Sublinear Memory Cost")
+    offload   as block, and the inputs wait in the host's memory
+
+It changes what is stored, never what is computed: losses and gradients are the same to rounding.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeVar
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+
+from llm.errors import UsageError
+
+Remat = Literal["none", "dots", "block", "offload"]
+HOST = "pinned_host"
+_INPUT = "block_input"
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[_INPUT],
+        offload_src="device",
+        offload_dst=HOST,
+    ),
+}
+Function = TypeVar("Function", bound=Callable[..., jax.Array])
+
+
+def keep(remat: Remat, block: Function, *, in_scan: bool = False) -> Function:
+    """The same function x, ... -> y, which keeps for its gradient what `remat` says.
+
+    Args:
+      in_scan: the call is a loop's body, where the compiler cannot undo the recomputation by
+        noticing that it has the same results already.
+    """
+    if remat == "none":
+        return block
+
+    def named(x, *rest):
+        return block(checkpoint_name(x, _INPUT), *rest)
+
+    return jax.checkpoint(named, policy=_POLICIES[remat], prevent_cse=not in_scan)  # type: ignore
+
+
+def check_remat(remat: Remat, mesh: Mesh) -> None:
+    """Raises:
+    UsageError: the devices of the mesh cannot use the host's memory as theirs.
+    """
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if remat == "offload" and HOST not in kinds:
+        raise UsageError(
+            f"training.remat = 'offload' needs devices that reach the host's memory ({HOST}); "
+            f"{device.device_kind} has {', '.join(kinds)}; use 'block', which keeps the same "
+            "arrays on the device"
+        )
