@@ -175,10 +175,18 @@ class Embed(nnx.Module):
             drawn(("position", "embed"), (config.context_length, D), std) if has_positions else None
         )
 
-    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
+        """Without positions, a text from its beginning: its rows of the table are the first T.
+
+        A slice, whose gradient each device keeps its share of; that of looked-up rows is put
+        together whole on every device of the fsdp axis.
+        """
         x_BTD = self.weight[...][tokens_BT]
         if self.position is not None:
-            x_BTD = x_BTD + self.position[...][positions_BT]
+            table = self.position[...]
+            x_BTD = x_BTD + (
+                table[None, : tokens_BT.shape[1]] if positions_BT is None else table[positions_BT]
+            )
         return x_BTD.astype(self.dtype)
 
 
@@ -386,7 +394,7 @@ class GPT(nnx.Module):
     def _embedded(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x_0 of a text from its beginning, and its positions."""
         positions_BT = jnp.arange(tokens_BT.shape[1])[None, :]
-        x_BTD = self.embed(tokens_BT, positions_BT)
+        x_BTD = self.embed(tokens_BT)
         return constrain(x_BTD, "batch", "sequence", "width"), positions_BT
 
     def attention_weights(self, tokens_BT: jax.Array) -> jax.Array:

@@ -1,0 +1,79 @@
+"""The same losses on every mesh, however a step is arranged.
+
+Each mesh is trained on twice, so that accumulation, rematerialisation and the scan are each on once
+and off once, and all eight ways to combine them are met over the meshes.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from llm.model.gpt import ModelSpec
+from llm.model.sharding import make_mesh, shard_batch
+from llm.training.optimizer import make_optimizer
+from llm.training.state import create_state
+from llm.training.step import BATCH_AXES, make_train_step
+
+SPEC = ModelSpec(
+    ModelConfig(
+        n_layer=2, n_head=8, d_model=32, context_length=16, vocab_multiple=16, norm="rmsnorm",
+        bias=False,
+    ),
+    70,
+)  # fmt: skip
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, min_learning_rate=1e-3, warmup_steps=2)
+STEPS, BATCH, ROWS = 10, 16, 8
+
+PLAIN = {}
+ACCUMULATED = {"micro_batch_size": ROWS}
+RECOMPUTED = {"remat": "block"}
+SCANNED = {"scan_layers": True}
+
+
+def losses_on(axes, training):
+    """float64 [STEPS], of batches that are learnt: the same few sequences in another order."""
+    mesh = make_mesh(MeshConfig(**axes), None if axes else jax.devices()[:1])
+    config = TrainingConfig(steps=STEPS, batch_size=BATCH, **training)
+    state = create_state(
+        SPEC, make_optimizer(OPTIMIZER), 0, mesh, stacked=training.get("scan_layers", False)
+    )
+    step = make_train_step(SPEC, OPTIMIZER, config, mesh)
+    random = np.random.default_rng(0)
+    pool = random.integers(0, 70, (2 * BATCH, 17), dtype=np.int32)
+    losses = []
+    for _ in range(STEPS):
+        rows = pool[random.permutation(len(pool))[:BATCH]]
+        state, metrics = step(state, shard_batch(mesh, rows, BATCH_AXES))
+        losses.append(float(metrics["loss"]))
+    return np.array(losses)
+
+
+@functools.cache
+def losses_of_one_device():
+    return losses_on({}, PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("axes", "training"),
+    [
+        ({}, ACCUMULATED | RECOMPUTED | SCANNED),
+        ({"data": 8}, RECOMPUTED | SCANNED),
+        ({"data": 8}, ACCUMULATED),
+        ({"data": 1, "fsdp": 8}, ACCUMULATED | SCANNED),
+        ({"data": 1, "fsdp": 8}, RECOMPUTED),
+        ({"data": 1, "tensor": 8}, ACCUMULATED | RECOMPUTED),
+        ({"data": 1, "tensor": 8}, SCANNED),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, ACCUMULATED | RECOMPUTED | SCANNED),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, PLAIN),
+        ({"data": 2, "context": 4}, RECOMPUTED | SCANNED),
+        ({"data": 2, "context": 4}, ACCUMULATED),
+    ],
+    ids=str,
+)
+def test_losses_are_those_of_one_device(axes, training):
+    expected = losses_of_one_device()
+    assert expected[-1] < 0.92 * expected[0]
+    np.testing.assert_allclose(losses_on(axes, training), expected, rtol=1e-5)
