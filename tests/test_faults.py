@@ -205,12 +205,14 @@ def spoiled_step(monkeypatch, steps, **said):
 
         def run(state, tokens):
             number = int(state.step) + 1
-            kept = jax.tree.map(lambda leaf: leaf.copy(), state.params) if number in steps else None
+            kept = (
+                jax.tree.map(lambda leaf: leaf.copy(), state.weights) if number in steps else None
+            )
             after, metrics = step(state, tokens)
             if kept is None:
                 return after, metrics
             said_now = {name: jax.numpy.asarray(value) for name, value in said.items()}
-            return dataclasses.replace(after, params=kept), {**metrics, **said_now}
+            return dataclasses.replace(after, weights=kept), {**metrics, **said_now}
 
         return run
 
