@@ -14,7 +14,7 @@ COMMANDS = {
     "eval": ("eval", "run tasks of lm-evaluation-harness"),
     "serve": ("serve", "an HTTP server: OpenAI's completions, and a live page"),
     "replay": ("replay", "the exact batch that a step was trained on"),
-    "diff": ("diff", "where two runs part, and what differs between them"),
+    "diff": ("diff", "where two runs part, or what changed between two dumps of a text"),
     "verify": ("verify", "check a run's checkpoints: manifest, parameters, receipt"),
     "import-hf": ("import_hf", "make a run of a Hugging Face model"),
     "export-hf": ("export_hf", "make a Hugging Face model of a run"),

@@ -12,7 +12,7 @@ from llm.errors import NonFiniteError, UsageError
 from llm.inference import decode
 from llm.inference.decode import Decoder, Request, encode_prompt, round_up
 from llm.inference.filters import Sampling
-from llm.inference.programs import for_decoding
+from llm.inference.programs import decode_chunk, for_decoding, prefill_piece
 from llm.model.gpt import GPT, ModelSpec, bind, initialise, logical_axes
 from llm.model.sharding import make_mesh, tree_shardings
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -291,6 +291,22 @@ def test_a_model_of_nan_says_so(gpt2):
     for request in (GREEDY, dataclasses.replace(GREEDY, top=None)):
         with pytest.raises(NonFiniteError):
             collect(decoder, [request])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_generation_of_many_chunks_compiles_its_programs_once(gpt2, devices, monkeypatch):
+    """A second compilation of the same program would double the wait for the first token."""
+    monkeypatch.setattr(decode, "CHUNK_SECONDS", 0.0)  # one token in each chunk
+    spec, params, decoder = gpt2
+    if devices > 1:
+        mesh = make_mesh(MeshConfig(data=1, tensor=devices), jax.devices()[:devices])
+        spread = jax.device_put(params, tree_shardings(mesh, logical_axes(spec)))
+        decoder = Decoder.create(spec, spread, ByteTokenizer())
+    before = decode_chunk._cache_size(), prefill_piece._cache_size()
+    request = Request(PROMPT, SAMPLING, max_new_tokens=4, top=0, watch=range(40))
+    [(tokens, _)] = collect(decoder, [request])
+    assert len(tokens) == len(PROMPT) + 4
+    assert (decode_chunk._cache_size(), prefill_piece._cache_size()) == tuple(n + 1 for n in before)
 
 
 def test_parameters_spread_over_a_mesh_give_the_same_samples(gpt2):

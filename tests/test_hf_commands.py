@@ -12,7 +12,7 @@ from runs import train, write_config
 from safetensors.numpy import load_file
 from test_hf import GOLDENS, VOCAB, logits_of, torch_and_transformers, write_golden
 
-from llm.commands import export_hf, import_hf, run_command, score, verify
+from llm.commands import diff, export_hf, import_hf, replay, run_command, score, verify
 from llm.config import ModelConfig
 from llm.errors import LLMError, UsageError
 from llm.model.gpt import ModelSpec, abstract_params
@@ -162,6 +162,16 @@ def test_a_tokenizer_that_cannot_be_is_refused_and_nothing_is_left(tmp_path, fla
     assert run(import_hf, tmp_path / "theirs", tmp_path / "mine", *flags) == 2
     assert re.search(named, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_an_imported_run_has_no_steps_to_compare_or_to_replay(tmp_path, capsys):
+    write_golden(GOLDENS[0], tmp_path / "theirs")
+    CHARACTERS.save(tmp_path / "theirs" / "tokenizer")
+    mine = tmp_path / "mine"
+    assert run(import_hf, tmp_path / "theirs", mine) == 0
+    for command, arguments in ((diff, [mine, mine]), (replay, [mine, "--step", 1])):
+        assert run(command, *arguments) == 2
+        assert "was not trained here" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(golden, trained, tmp_path, capsys):

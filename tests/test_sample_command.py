@@ -228,6 +228,7 @@ def test_in_bfloat16_the_distance_from_a_full_pass_is_measured(model, tmp_path, 
         (["--prompt-file", "no/such/file"], ["no/such/file"]),
         (["--probs", "no/such/folder/out.jsonl"], ["no/such/folder"]),
         (["--html", "/"], ["folder"]),
+        (["--probs", "same", "--html", "./same"], ["--probs", "--html", "same"]),
     ],
     ids=lambda value: " ".join(value)[:24],
 )
@@ -400,6 +401,7 @@ def test_score_reads_files_and_standard_input(tmp_path, monkeypatch, capsys):
         (["--text", "ab", "--watch", "-5"], ["-5"]),
         (["--text", "ab", "--json", "--probs", "-"], ["stdout"]),
         (["--text", "ab", "--format", "openai"], ["--probs"]),
+        (["--text", "ab", "--full", "x", "--attention", "x"], ["--full", "--attention", "x"]),
         (["--file", "no/such/file"], ["no/such/file"]),
         (["--text", "ab", "--full", "no/such/folder/x.npz"], ["no/such/folder"]),
         (["--text", "ab", "--attention", "no/such/folder/x.npz"], ["no/such/folder"]),
@@ -415,6 +417,36 @@ def test_wrong_inputs_of_score_are_named_and_exit_2(arguments, words, capsys):
     assert all(word in error for word in words), error
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+@pytest.mark.parametrize("format_", ["records", "openai"])
+def test_a_full_disk_is_named_and_exits_2(format_, capsys):
+    assert score("--text", "ab" * 20, "--probs", "/dev/full", "--format", format_) == 2
+    if format_ == "records":
+        assert sample("--max-new-tokens", 3, "--probs", "/dev/full") == 2
+    error = capsys.readouterr().err
+    assert "error: cannot write /dev/full: No space left on device" in error
+
+
 def test_both_commands_raise_usage_errors_themselves():
     with pytest.raises(UsageError):
         llm.commands.sample.main(["runs/mine", "--top-p", "1.5"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_behind_standard_output_is_said():
+    """A process of its own: what Python still holds for standard output is written at its end."""
+    program = (
+        "import sys\nfrom llm.commands import run_command\n"
+        "def command(words):\n    print('text' * 5000)\n    return 0\n"
+        "sys.exit(run_command(command))\n"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no room to write (No space left on device)" in done.stderr

@@ -8,7 +8,11 @@ import pytest
 from runs import STEPS, train, write_config
 
 from llm.commands import diff, replay, verify
-from llm.errors import CheckpointError, UsageError
+from llm.errors import CheckpointError, DataError, UsageError
+from llm.inference.distribution import Prediction
+from llm.inference.records import RecordBuilder, to_line
+from llm.inference.transcript import Transcript
+from llm.text.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +92,37 @@ def test_diff_of_a_run_with_itself_finds_nothing(runs, capsys):
     assert report["first_difference"] is None
     assert report["common_steps"] == STEPS
     assert not any(report[kind] for kind in ("config", "data", "code", "versions", "devices"))
+
+
+def dump(path, step, logprobs):
+    """A file of records in which ids 0, 1, ... have these log-probabilities."""
+    tokenizer = ByteTokenizer()
+    builder, transcript = RecordBuilder(tokenizer), Transcript(tokenizer)
+    said = [None, *(Prediction(x, 1, 0.5, None, 1.0, 257, ()) for x in logprobs)]
+    tokens = [transcript.add(id_, "prompt", one) for id_, one in enumerate(said, start=97)]
+    checkpoint = {"run": "mine", "step": step, "params_sha256": "ab" * 32}
+    records = [builder.run(checkpoint, None, {"path": "teacher_forced"}, 0)]
+    records += [builder.token(0, token) for token in tokens]
+    records.append(builder.end(0, tokens, "length", "prompt"))
+    path.write_text("".join(map(to_line, records)))
+
+
+def test_diff_of_two_dumps_of_a_text_is_a_page_of_what_changed(tmp_path, capsys):
+    files = [tmp_path / name for name in ("4.jsonl", "8.jsonl", "other.jsonl", "page.html")]
+    dump(files[0], 4, [-3.0, -1.0])
+    dump(files[1], 8, [-1.0, -1.5])
+    dump(files[2], 8, [-1.0, -1.5, -2.0])
+    assert diff.main([*map(str, files[:2]), "--html", str(files[3])]) == 0
+    page = files[3].read_text()
+    assert "From mine, step 4 to mine, step 8" in page
+    # The tooltips: exp(-3) to exp(-1), exp(-1) to exp(-1.5).
+    assert "4.98 % \u2192 36.8 %" in page and "36.8 % \u2192 22.3 %" in page
+    for wrong, error, words in [
+        ([files[0], files[2], "--html", files[3]], UsageError, "the first ends after 3 tokens"),
+        ([files[0], files[1]], UsageError, "--html"),
+        ([files[0], tmp_path / "none", "--html", files[3]], UsageError, "none"),
+        ([files[0], files[3], "--html", tmp_path / "x"], DataError, "line 1"),
+        ([files[0], files[1], "--html", tmp_path / "no" / "x"], UsageError, "no folder"),
+    ]:
+        with pytest.raises(error, match=words):
+            diff.main([*map(str, wrong)])

@@ -1,9 +1,12 @@
 """One file per command: what the shell calls. Commands join the parts; nothing calls them."""
 
+import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
-from llm.errors import LLMError, StoppedError
+from llm.errors import LLMError, StoppedError, UsageError
+from llm.files import is_disk_full
 
 
 def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
@@ -20,6 +23,18 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
         # The reader of a pipe (head, less) has seen enough.
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        print(f"error: no room to write ({error.strerror}); free some space", file=sys.stderr)
+        _forget_stdout()
+        return UsageError.exit_code
+
+
+def _forget_stdout() -> None:
+    """What standard output still holds has no room either, and would be written at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prefix(error: LLMError) -> str:

@@ -1,11 +1,20 @@
-"""python -m llm diff RUN_A RUN_B [--json]: where two runs part, and what differs between them."""
+"""python -m llm diff A B: where two runs part, or what changed between two dumps of one text.
+
+Of two run directories it says where their losses part and what differs between them. Of two files
+that `score --probs` wrote of the same text it makes a page, --html FILE: at each token, what the
+second checkpoint gives it beside what the first one did.
+"""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from llm.commands.texts import check_writable
 from llm.config import differences
+from llm.errors import UsageError
+from llm.inference.records import read_records
+from llm.inference.view import write_diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import read_metrics
 
@@ -15,20 +24,42 @@ IGNORED = ("run.dir", "data.cache_dir")
 
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object. 0 whether they differ or not."""
-    parser = argparse.ArgumentParser("python -m llm diff", description=__doc__)
-    parser.add_argument("run_a", metavar="RUN_A")
-    parser.add_argument("run_b", metavar="RUN_B")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser = argparse.ArgumentParser(
+        "python -m llm diff",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", metavar="A", help="run directory, or a file of token records")
+    parser.add_argument("b", metavar="B", help="another")
+    parser.add_argument("--json", action="store_true", help="of runs: one JSON object")
+    parser.add_argument("--html", metavar="FILE", help="of files of records: the page")
     chosen = parser.parse_args(arguments)
-    runs = [RunDirectory(Path(path)) for path in (chosen.run_a, chosen.run_b)]
+    if chosen.html is not None:
+        write_changes(chosen.a, chosen.b, chosen.html)
+        return 0
+    if Path(chosen.a).is_file():
+        raise UsageError(f"{chosen.a} is a file; what changed between two dumps needs --html FILE")
+    runs = [RunDirectory(Path(path)) for path in (chosen.a, chosen.b)]
     report = compare(*runs)
     print(json.dumps(report) if chosen.json else _page(report))
     return 0
 
 
+def write_changes(before: str, after: str, html: str) -> None:
+    """The page of two files of records."""
+    check_writable(html)
+    one, other = read_records(before), read_records(after)
+    names = [f"{of['run']}, step {of['step']}" for of in (d[0]["checkpoint"] for d in (one, other))]
+    write_diff_page(one, other, Path(html), title=f"From {names[0]} to {names[1]}")
+
+
 def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
     """first_difference: {step, loss_a, loss_b} or None; common_steps; and causes by kind."""
+    from llm.run.provenance import check_trained  # JAX, which `--help` does without
+
     config = differences(run_a.read_config(), run_b.read_config())
+    for run in (run_a, run_b):
+        check_trained(run)
     records = [run.read_provenance() for run in (run_a, run_b)]
     losses = [_losses(run) for run in (run_a, run_b)]
     common = sorted(set(losses[0]) & set(losses[1]))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object."""
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import batch_size_at, check_corpus
+    from llm.run.provenance import batch_size_at, check_corpus, check_trained
     from llm.text.batches import TrainingBatches
     from llm.text.shards import prepare
 
@@ -32,6 +32,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--step {chosen.step}: expected 1 or more; step 1 is the first update")
     run = RunDirectory(Path(chosen.run))
     config = run.read_config()
+    check_trained(run)
     corpus = prepare(config.data, config.tokenizer)
     check_corpus(run, corpus)
     batches = TrainingBatches(

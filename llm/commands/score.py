@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from llm.commands.texts import (
     add_record_flags,
     as_text,
+    check_outputs,
     check_record_flags,
-    check_writable,
     open_records,
     paint,
     paints,
@@ -130,8 +130,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", action="store_true", help="print the summary as one JSON object")
     options = parser.parse_args([with_dashes(word) for word in arguments])
     check_record_flags(options)
-    for path in (options.full, options.attention, options.attention_html):
-        check_writable(path)
+    names = ("probs", "html", "full", "attention", "attention_html")
+    check_outputs({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
     if options.stride < 0:
         raise UsageError(f"--stride {options.stride}: expected 1 or more tokens")
     if options.json and options.probs == "-":

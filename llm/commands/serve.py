@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.commands.texts import with_dashes
 from llm.errors import UsageError
+from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -138,18 +139,14 @@ def is_loopback(host: str) -> bool:
 
 def describe(opened: "OpenedModel", decoder: Any, options: argparse.Namespace) -> "Served":
     """What the server says of the model that it serves."""
-    from llm.inference.numerics import cached_minus_full
-    from llm.inference.records import RecordBuilder, numerics_of
+    from llm.inference.decode import Request
+    from llm.inference.records import RecordBuilder
     from llm.interop.server import Served
 
-    name = options.name or opened.run
-    numerics = numerics_of(opened.spec, opened.params, "cached")
-    if opened.spec.compute_dtype != "float32":
-        tokens = min(PROBE, opened.spec.config.context_length)
-        probe = [i * opened.spec.vocab_size // tokens for i in range(tokens)]
-        numerics["cached_minus_full_nats"] = cached_minus_full(
-            opened.spec, opened.params, decoder, probe
-        )
+    name, spec = options.name or opened.run, opened.spec
+    tokens = min(PROBE, spec.config.context_length)
+    probe = Request([i * spec.vocab_size // tokens for i in range(tokens)], top=0)
+    numerics = decoding_numerics(spec, opened.params, decoder, probe)
     return Served(
         name=name,
         builder=RecordBuilder(opened.tokenizer),

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -44,8 +44,7 @@ def check_record_flags(options: argparse.Namespace) -> None:
     """Raise a UsageError for flags that cannot be used, before a model is loaded."""
     if options.top < 0:
         raise UsageError(f"--top {options.top}: expected 0 or more alternatives")
-    for path in (options.probs, options.html):
-        check_writable(path)
+    check_outputs({"--probs": options.probs, "--html": options.html})
 
 
 def paints(options: argparse.Namespace) -> bool:
@@ -63,7 +62,7 @@ def paint(records: "Iterable[Record]") -> None:
 
 
 def written(
-    records: "Iterable[Record]", file: TextIO | None, kept: "list[Record] | None"
+    records: "Iterable[Record]", file: "RecordsFile | None", kept: "list[Record] | None"
 ) -> "Iterator[Record]":
     """The same records, each also written to a file and kept in a list where these are given."""
     from llm.inference.records import to_line
@@ -97,6 +96,18 @@ def as_text(data: bytes, tokenizer: "Tokenizer", name: str) -> str:
         ) from None
 
 
+def check_outputs(paths: Mapping[str, str | None]) -> None:
+    """Raise a UsageError for files (flag -> path) that cannot be written, or not beside another."""
+    flags: dict[Path, str] = {}
+    for flag, path in paths.items():
+        check_writable(path)
+        if path is None or path == "-":
+            continue
+        other = flags.setdefault(Path(path).resolve(), flag)
+        if other != flag:
+            raise UsageError(f"{other} and {flag} both name {path}; give each a file of its own")
+
+
 def check_writable(path: str | None) -> None:
     """Say now, not after the model is loaded, that a file cannot be written."""
     if path is None or path == "-":
@@ -108,16 +119,42 @@ def check_writable(path: str | None) -> None:
         raise UsageError(f"cannot write {path}: it is a folder; expected the name of a file")
 
 
-def open_records(path: str | None, stack: ExitStack) -> TextIO | None:
-    """The file that records go to; closed with the stack."""
-    if path is None:
-        return None
-    if path == "-":
-        return sys.stdout
-    try:
-        return stack.enter_context(open(path, "w", encoding="ascii", newline="\n"))
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+class RecordsFile:
+    """The text file that records go to, "-" being standard output; it is closed with the stack.
+
+    Raises:
+      UsageError: from each method, where the file cannot be written (a full disk).
+    """
+
+    def __init__(self, path: str, stack: ExitStack):
+        self._path = path
+        self._file: TextIO = sys.stdout
+        if path != "-":
+            with self._named():
+                self._file = open(path, "w", encoding="ascii", newline="\n")  # noqa: SIM115
+            stack.callback(self._close)
+
+    def write(self, text: str) -> None:
+        with self._named():
+            self._file.write(text)
+
+    def _close(self) -> None:
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            raise  # the reader of standard output has seen enough
+        except OSError as error:
+            raise UsageError(f"cannot write {self._path}: {error.strerror}") from None
+
+
+def open_records(path: str | None, stack: ExitStack) -> RecordsFile | None:
+    """The file that records go to, if they are asked for."""
+    return None if path is None else RecordsFile(path, stack)
 
 
 def with_dashes(word: str) -> str:

@@ -39,6 +39,7 @@ from llm.inference.programs import (
     CHUNK,
     DecodeState,
     Drawn,
+    beside,
     decode_chunk,
     empty,
     for_decoding,
@@ -225,6 +226,7 @@ class Decoder:
         active_B = (batch.left_B > 0) & (batch.lengths_B < self.spec.config.context_length)
         cache = dataclasses.replace(cache, length_B=jnp.asarray(batch.lengths_B))
         state = DecodeState(cache, hidden_BD, jnp.asarray(active_B), jnp.asarray(batch.left_B))
+        state = beside(self.params, state)
         if batch.top is None:
             return state, None
         return state, jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *described)

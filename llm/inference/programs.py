@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llm.inference.distribution import (
     Described,
@@ -102,9 +103,20 @@ def _to_compute_dtype(spec: ModelSpec, name: str, weight: jax.Array) -> jax.Arra
 def empty(spec: ModelSpec, params: Params, batch_size: int, capacity: int) -> DecodeState:
     """Rows without text that draw nothing, on the device of the parameters."""
     state = _empty(spec, batch_size, capacity)
-    devices = _devices(params)
-    # Arrays that are bound to a device and arrays that are not are compiled for apart.
-    return jax.device_put(state, devices.pop()) if len(devices) == 1 else state
+    # A mesh divides the cache when a program first writes to it.
+    return beside(params, state) if len(_devices(params)) == 1 else state
+
+
+def beside(params: Params, state: DecodeState) -> DecodeState:
+    """What of the state is bound to no device, bound to those of the parameters, whole on each.
+
+    Arrays that are bound and arrays that are not are compiled for apart, and what a program returns
+    is bound: the first chunk of a text would have a program of its own.
+    """
+    sharding = next(iter(params.values())).sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: x if x.committed else jax.device_put(x, sharding), state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -26,7 +26,14 @@ from llm.inference.records import Record
 from llm.inference.spelling import TokenRecord
 from llm.inference.token_html import Sample, sample_html
 
-__all__ = ["attention_page", "diff_page", "page", "paint_tokens", "write_page"]
+__all__ = [
+    "attention_page",
+    "diff_page",
+    "page",
+    "paint_tokens",
+    "write_diff_page",
+    "write_page",
+]
 
 
 def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:
@@ -35,9 +42,19 @@ def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:
     Raises:
       UsageError: the file cannot be written.
     """
-    content = page(records, title=title).encode()
+    _write(page(records, title=title), path)
+
+
+def write_diff_page(
+    records_a: Sequence[Record], records_b: Sequence[Record], path: Path, *, title: str
+) -> None:
+    """As `write_page`, of `diff_page`."""
+    _write(diff_page(records_a, records_b, title=title), path)
+
+
+def _write(content: str, path: Path) -> None:
     try:
-        write_atomic(path, content)
+        write_atomic(path, content.encode())
     except OSError as error:
         raise UsageError(
             f"the page {path} cannot be written ({error.strerror}); name a file in a folder that "

@@ -1,8 +1,9 @@
 r"""POST /v1/completions: what a request may say, and how an answer looks.
 
-    request = parse(body, limits)            a CompletionRequest, or an APIError
-    requests = request.samples(...)          one decode.Request for each sample
-    answer = Answer(...)                     Progress in, events of a stream or one completion out
+    request = parse(body, limits)                 a CompletionRequest, or an APIError
+    prompts = prompt_ids(request, tokenizer, T)   token ids
+    requests = samples(request, prompts)          one decode.Request for each sample
+    answer = Answer(request, requests, ...)       Progress in, events or one completion out
 
 As OpenAI's legacy completions, with extensions:
 
@@ -39,10 +40,10 @@ from llm.inference.completions import FINISH, logprobs_of
 from llm.inference.decode import Progress, Request, encode_prompt
 from llm.inference.filters import Sampling
 from llm.inference.records import Record, RecordBuilder
+from llm.inference.samples import DEFAULT_TOP
 from llm.inference.transcript import Token
 from llm.text.tokenizer import Ids, Tokenizer
 
-DEFAULT_TOP = 10
 _MOST_SEED = 2**63
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.config import Config
-from llm.errors import DataError
+from llm.errors import DataError, UsageError
 from llm.files import now
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec
@@ -52,6 +52,16 @@ def describe_run(run: RunDirectory, spec: ModelSpec, corpus: TokenizedCorpus) ->
         },
         "starts": [],
     }
+
+
+def check_trained(run: RunDirectory) -> None:
+    """Raise a UsageError for a run that was imported: it has no steps to look at."""
+    imported = run.read_provenance().get("imported")
+    if imported is not None:
+        raise UsageError(
+            f"{run.path} was imported from {imported['from']}: it was not trained here, so it has "
+            "no steps; expected a run that was"
+        )
 
 
 def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:
