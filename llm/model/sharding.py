@@ -132,8 +132,17 @@ def is_divided(logical_axis: str) -> bool:
     return shares(logical_axis) > 1
 
 
+def own_rows(mesh: Mesh, batch_size: int, logical_axes: Sequence[str | None]) -> np.ndarray:
+    """int64: which rows of a global batch lie on this process's devices, ascending.
+
+    With tensor or context parallelism over processes, several of them have the same rows.
+    """
+    indices = sharding_of(mesh, logical_axes[:1]).addressable_devices_indices_map((batch_size,))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in indices.values()]))
+
+
 def shard_batch(mesh: Mesh, rows_BT: np.ndarray, logical_axes: Sequence[str | None]) -> jax.Array:
-    """This process's rows of a global batch, placed on the mesh."""
+    """This process's rows of a global batch (`own_rows`), placed on the mesh."""
     return jax.make_array_from_process_local_data(sharding_of(mesh, logical_axes), rows_BT)
 
 

@@ -37,10 +37,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Metrics:
-    """Appends rows. What cannot be written is counted and warned of once: training goes on."""
+    """Appends rows. What cannot be written is counted and warned of once: training goes on.
 
-    def __init__(self, path: Path):
-        self._path = path
+    Args:
+      writes: False in all processes of a run but one: they only remember.
+    """
+
+    def __init__(self, path: Path, writes: bool = True):
+        self._path, self._writes = path, writes
         self._file: IO[bytes] | None = None
         self.rows: list[dict[str, Any]] = []
         self.lost = 0
@@ -63,6 +67,8 @@ class Metrics:
         """Append one row and hand it to the operating system."""
         row = {name: _finite(value) for name, value in row.items()}
         self.rows.append(row)
+        if not self._writes:
+            return
         try:
             action = fault_point("metrics.write", row["step"])
             self._append(_line(row).encode(), action)
@@ -81,6 +87,20 @@ class Metrics:
         if written < len(line):
             self._file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def skipped(self) -> int:
+        """How many of the newest updates, in a row, were not applied."""
+        rows = [row for row in self.rows if row["kind"] == "train"]
+        count = 0
+        while count < len(rows) and {"finite", "spike"} & set(rows[-1 - count]):
+            count += 1
+        return count
+
+    def memory(self) -> list[dict[str, Any]]:
+        """The rows that decide how training goes on: what a process that reads no file is told."""
+        trained = [row for row in self.rows if row["kind"] == "train"]
+        evaluated = [row for row in self.rows if row["kind"] == "eval"]
+        return evaluated + trained[-1 - self.skipped() :]
 
     def best_evaluation(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest validation loss."""

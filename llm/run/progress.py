@@ -18,8 +18,10 @@ class Progress(Protocol):
     def step(self, step: int, steps: int, loss: float, tokens_per_second: float) -> None: ...
 
 
-def make_progress(choice: Literal["auto", "bar", "plain", "none"]) -> Progress:
-    """The progress of logging.progress."""
+def make_progress(choice: Literal["auto", "bar", "plain", "none"], speaks: bool = True) -> Progress:
+    """The progress of logging.progress; nothing at all in a process that does not speak."""
+    if not speaks:
+        return NoProgress()
     if choice == "auto":
         choice = "bar" if sys.stderr.isatty() else "plain"
     if choice == "bar":
@@ -75,6 +77,19 @@ class PlainProgress:
             return False
         self._last = time.monotonic()
         return True
+
+
+class NoProgress(PlainProgress):
+    """Not a word: another process of the run says it."""
+
+    def __init__(self) -> None:
+        super().__init__(silent=True)
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, step: int, steps: int, loss: float, tokens_per_second: float) -> None:
+        pass
 
 
 class BarProgress:

@@ -7,16 +7,17 @@ of the matrix units, so that any machine can recompute what another one saved.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from llm.errors import CheckpointError
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import token_log_likelihood
+from llm.model.sharding import replicated
 
 ROWS, LENGTH = 2, 64
 
@@ -34,7 +35,18 @@ def receipt_tokens(split: Any, context_length: int) -> np.ndarray:
 def receipt_logprobs(spec: ModelSpec, params: Params, tokens_BT: np.ndarray) -> jax.Array:
     """log P(x_t | x_<t), float32 [B, T], dispatched and not waited for."""
     exact = ModelSpec(spec.config, spec.vocab_size, "float32")
-    return _compute(exact, params, jnp.asarray(tokens_BT))
+    logprobs = _compute(exact, params, np.asarray(tokens_BT))  # alike in each process
+    if logprobs.is_fully_addressable:
+        return logprobs
+    # Spread over several processes: each of them needs the whole to look at it.
+    sharding = next(iter(params.values())).sharding
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    return _gather(sharding.mesh)(logprobs)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -25,6 +25,9 @@ from llm.text.tokenizer import Ids
 
 _Words = npt.NDArray[np.uint64]
 
+# Some rows of a global batch: a slice, or their numbers.
+Rows = slice | npt.NDArray[np.int64]
+
 # With 8 the permutations of few windows are equally likely, which takes more than many windows do:
 # over 60,000 keys, chi-squared of the 720 orders of six windows is 2 standard deviations above its
 # mean with 8 rounds, 12 with 6 and 186 with 4; from 17 windows on nothing shows with 4.
@@ -58,7 +61,7 @@ class TrainingBatches:
         context_length: int,
         batch_size: int,
         seed: int,
-        rows: slice | None = None,
+        rows: Rows | None = None,
     ):
         assert len(split) > context_length, "check_window comes first"
         self._split, self._length, self._batch_size = split, context_length + 1, batch_size
@@ -128,7 +131,7 @@ class _Blocks:
 
 
 def evaluation_batches(
-    split: TokenSplit, *, context_length: int, batch_size: int, rows: slice | None = None
+    split: TokenSplit, *, context_length: int, batch_size: int, rows: Rows | None = None
 ) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
     """Every token of a split but its first, predicted exactly once, in order.
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import LossOptions, chunks_for, head_loss
 from llm.model.sharding import constrain, shard_batch
+from llm.text.splits import TokenSplit
 from llm.training.step import BATCH_AXES
 
 # (tokens int32 [B, T + 1], mask float32 [B, T]) -> total nats of the unmasked targets
@@ -62,19 +63,24 @@ def evaluate(
     params: Params,
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     byte_lengths: np.ndarray,
+    split: TokenSplit | None = None,
 ) -> Evaluation:
     """Mean nats per token, and bits per byte = total nats / (total bytes ln 2).
 
     Args:
       batches: (tokens int32 [B, T + 1], mask [B, T]) that cover the split once.
       byte_lengths: int32 [V], bytes of text in each token; 0 for end of text.
+      split: counted instead of the batches, where these are only this process's rows.
     """
     nats, tokens, text_bytes = [], 0, 0
     for tokens_BT, mask_BT in batches:
         nats.append(step(params, tokens_BT, mask_BT))
-        predicted = tokens_BT[:, 1:][np.asarray(mask_BT, dtype=bool)]
-        tokens += predicted.size
-        text_bytes += int(byte_lengths[predicted].sum())
+        if split is None:
+            predicted = tokens_BT[:, 1:][np.asarray(mask_BT, dtype=bool)]
+            tokens += predicted.size
+            text_bytes += int(byte_lengths[predicted].sum())
+    if split is not None:
+        tokens, text_bytes = _count(split, byte_lengths)
     # Summed in float64 on the host: thousands of float32 batch sums would lose digits.
     total = math.fsum(float(batch) for batch in jax.device_get(nats))
     return Evaluation(
@@ -82,3 +88,11 @@ def evaluate(
         bits_per_byte=total / (text_bytes * math.log(2)) if text_bytes else None,
         tokens=tokens,
     )
+
+
+def _count(split: TokenSplit, byte_lengths: np.ndarray, at_once: int = 2**20) -> tuple[int, int]:
+    """Predicted tokens of a split (all but the first), and their bytes."""
+    text_bytes = 0
+    for start in range(1, len(split), at_once):
+        text_bytes += int(byte_lengths[split.read(start, min(at_once, len(split) - start))].sum())
+    return len(split) - 1, text_bytes
