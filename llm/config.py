@@ -316,6 +316,11 @@ class DistributedConfig(Section):
     coordinator: str = setting("", "host:port of process 0")
     num_processes: NonNegativeInt = setting(0, "processes in all")
     process_id: AxisSize = setting(-1, "this process, from 0")
+    timeout: PositiveInt = setting(
+        300,
+        "seconds without a sign of life after which a process is given up and all end; "
+        "longer than any compilation",
+    )
 
 
 class Config(Section):

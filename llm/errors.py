@@ -42,7 +42,21 @@ class RunLockedError(LLMError):
     exit_code = 6
 
 
+class LostProcessError(LLMError):
+    """A process of the run died or hangs; the same command resumes."""
+
+    exit_code = 7
+
+
 class StoppedError(LLMError):
     """Stopped on request (Ctrl-C, SIGTERM) with everything saved; the same command resumes."""
 
     exit_code = 75
+
+
+class SaidElsewhereError(Exception):
+    """Not for people: another process of the run says what went wrong, this one ends as it does."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"another process of the run ended with exit code {exit_code}")
+        self.exit_code = exit_code

@@ -4,12 +4,14 @@
 
 A fault is PLACE[:step=N]:ACTION; several are separated by commas. Without the variable nothing
 happens. Actions: kill (SIGKILL, nothing is cleaned up), term and int (the signals), enospc (no
-space left on device), raise (an unexpected error), nan (the caller makes its value NaN).
+space left on device), raise (an unexpected error), hang (nothing more happens), nan (the
+caller makes its value NaN).
 """
 
 import errno
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 
@@ -52,6 +54,8 @@ def _carry_out(fault: Fault) -> str | None:
             os.kill(os.getpid(), signal.SIGINT)
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        case "hang":
+            time.sleep(3600)
         case "raise":
             raise RuntimeError(f"planned fault at {fault.place}")
         case other:

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from llm.errors import LLMError, StoppedError, UsageError
+from llm.errors import LLMError, SaidElsewhereError, StoppedError, UsageError
 from llm.files import is_disk_full
 
 
@@ -13,6 +13,8 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
     """Run a command; answer an error that is meant for people with its message and exit code."""
     try:
         return command(list(sys.argv[1:] if arguments is None else arguments))
+    except SaidElsewhereError as error:
+        return error.exit_code
     except LLMError as error:
         print(f"{_prefix(error)}{error}", file=sys.stderr)
         return error.exit_code

@@ -4,12 +4,13 @@ The same command twice means resume; of a finished run it says so.
 """
 
 import contextlib
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.config import Config, load_config
-from llm.errors import CheckpointError, UsageError
+from llm.errors import CheckpointError, DataError, UsageError
 from llm.faults import fault_point
 from llm.run.directory import (
     RunDirectory,
@@ -18,11 +19,13 @@ from llm.run.directory import (
     check_is_ours,
     explained,
 )
+from llm.run.hosts import Hosts, joined
 from llm.run.progress import Progress, make_progress
 from llm.run.stop import StopRequest
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
+    from llm.text.shards import TokenizedCorpus
     from llm.training.loop import Job, Outputs, Sampler
 
 USAGE = "python train.py CONFIG.toml [--section.key VALUE ...]"
@@ -33,19 +36,29 @@ def main(arguments: list[str]) -> int:
     started = time.monotonic()
     config = configure(arguments)
     prepare_process(deterministic=config.run.deterministic)
-    run = RunDirectory(Path(config.run.dir))
+    with joined(config.distributed) as hosts:
+        hosts.check_same(config)
+        run = RunDirectory(Path(config.run.dir))
+        lock = RunLock(run)
+        try:
+            changed = hosts.decide("the run directory", lambda: _claim(run, config, lock))
+            with (
+                StopRequest() as stop,
+                make_progress(config.logging.progress, speaks=hosts.is_first) as progress,
+            ):
+                if not hosts.decide("finished", lambda: _is_finished(run, config, progress)):
+                    _train(config, run, changed, hosts, stop, progress, started)
+        finally:
+            lock.release()
+    return 0
+
+
+def _claim(run: RunDirectory, config: Config, lock: RunLock) -> dict[str, Any]:
+    """Settings that this start changes, once the directory is ours."""
     check_is_ours(run)
     changed = changes_on_resume(run.read_config(), config) if run.exists() else {}
-    lock = RunLock(run)
     lock.acquire()
-    try:
-        with StopRequest() as stop, make_progress(config.logging.progress) as progress:
-            if _is_finished(run, config, progress):
-                return 0
-            _train(config, run, changed, stop, progress, started)
-    finally:
-        lock.release()
-    return 0
+    return changed
 
 
 def configure(arguments: list[str]) -> Config:
@@ -98,60 +111,56 @@ def _train(
     config: Config,
     run: RunDirectory,
     changed: dict[str, Any],
+    hosts: Hosts,
     stop: StopRequest,
     progress: Progress,
     started: float,
 ) -> None:
     from llm.training.loop import Loop, restore_or_create
 
-    job = _make_job(config, run, stop, progress)
-    outputs = _make_outputs(config, run, progress)
-    if not run.exists():
+    job = _make_job(config, run, hosts, stop, progress)
+    outputs = _make_outputs(config, run, hosts, progress)
+    if hosts.is_first and not run.exists():
         _begin(run, job)
     try:
-        state = restore_or_create(job, outputs.checkpoints, progress.say)
+        with hosts.collective():
+            state = restore_or_create(job, outputs.checkpoints, progress.say)
         step = int(state.step)
         sampler = _make_sampler(job)
-        _record_start(run, job, outputs, step, changed)
+        rows = hosts.decide("the start", lambda: _record_start(run, job, outputs, step, changed))
+        if not hosts.is_first:
+            outputs.metrics.rows = rows
         _say_what_starts(job, run, step, progress)
         stop.check("nothing was trained yet")
-        loop = Loop(job, outputs, stop, sampler, state)
-        try:
-            loop.run()
-        finally:
-            _record_end(run, loop, started)
+        with hosts.collective():
+            loop = Loop(job, outputs, stop, sampler, state)
+            try:
+                loop.run()
+            finally:
+                if hosts.is_first:
+                    _record_end(run, loop, started)
         progress.say(
             f"finished {config.training.steps} steps in {run.path}; "
             f"sample from it: python sample.py {run.path}"
         )
     finally:
-        outputs.checkpoints.close()
-        outputs.metrics.close()
-        for tracker in outputs.trackers:
-            tracker.close()
+        outputs.close()
 
 
-def _make_job(config: Config, run: RunDirectory, stop: StopRequest, progress: Progress) -> "Job":
+def _make_job(
+    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, progress: Progress
+) -> "Job":
     """Text, model and mesh, each checked before anything is compiled."""
     from llm.model.gpt import ModelSpec
     from llm.model.sharding import check_divisible, make_mesh
     from llm.run.model import compute_dtype
-    from llm.run.provenance import check_corpus
-    from llm.text.shards import prepare
     from llm.text.splits import check_window
     from llm.training.loop import Job
 
-    def on_progress(what: str, done: int, total: int | None) -> None:
-        fault_point("prepare")
-        stop.check("the text is not prepared yet")
-        progress.prepare(what, done, total)
-
     mesh = make_mesh(config.mesh)
-    corpus = prepare(config.data, config.tokenizer, on_progress=on_progress)
+    corpus = _prepare_once(config, run, hosts, stop, progress)
     for note in corpus.notes:
         progress.say(note)
-    if run.exists():
-        check_corpus(run, corpus)
     check_window(corpus.train, config.model.context_length)
     spec = ModelSpec(
         config.model, corpus.tokenizer.vocab_size, compute_dtype(config.training.compute_dtype)
@@ -161,18 +170,58 @@ def _make_job(config: Config, run: RunDirectory, stop: StopRequest, progress: Pr
     check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
     if training.eval_batch_size:
         check_divisible(mesh, spec.config, spec.padded_vocab_size, training.eval_batch_size)
-    return Job(config, spec, mesh, corpus)
+    return Job(config, spec, mesh, corpus, hosts)
 
 
-def _make_outputs(config: Config, run: RunDirectory, progress: Progress) -> "Outputs":
+def _prepare_once(
+    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, progress: Progress
+) -> "TokenizedCorpus":
+    """Process 0 prepares the text; the others then find it, or prepare their own, equal one.
+
+    Raises:
+      DataError: the text is not what the run began with, or not the same everywhere.
+    """
+    from llm.run.provenance import check_corpus
+    from llm.text.shards import prepare
+
+    def on_progress(what: str, done: int, total: int | None) -> None:
+        hosts.moved()
+        fault_point("prepare")
+        stop.check("the text is not prepared yet")
+        progress.prepare(what, done, total)
+
+    def prepared() -> "TokenizedCorpus":
+        return prepare(config.data, config.tokenizer, on_progress=on_progress)
+
+    def prepared_and_checked() -> "TokenizedCorpus":
+        corpus = prepared()
+        if run.exists():
+            check_corpus(run, corpus)
+        return corpus
+
+    corpus = prepared_and_checked() if hosts.is_first else None
+    fingerprint = hosts.decide("the corpus", lambda: corpus.fingerprint if corpus else "")
+    corpus = corpus or prepared()
+    if corpus.fingerprint != fingerprint:
+        raise DataError(
+            f"{socket.gethostname()} has another text than process 0: expected fingerprint "
+            f"{fingerprint}, found {corpus.fingerprint}; give all hosts the same files, under the "
+            "same names"
+        )
+    return corpus
+
+
+def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, progress: Progress) -> "Outputs":
     from llm.run.checkpoint import Checkpoints
     from llm.run.metrics import Metrics
     from llm.run.trackers import make_trackers
     from llm.training.loop import Outputs
 
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep)
-    checkpoints.clean()
-    return Outputs(run, checkpoints, Metrics(run.metrics), progress, make_trackers(config, run))
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, hosts)
+    if hosts.is_first:
+        checkpoints.clean()
+    trackers = make_trackers(config, run) if hosts.is_first else []
+    return Outputs(run, checkpoints, Metrics(run.metrics, hosts.is_first), progress, trackers)
 
 
 def _begin(run: RunDirectory, job: "Job") -> None:
@@ -187,8 +236,11 @@ def _begin(run: RunDirectory, job: "Job") -> None:
 
 def _record_start(
     run: RunDirectory, job: "Job", outputs: "Outputs", step: int, changed: dict[str, Any]
-) -> None:
-    """Append this start to run.json, with the steps that a crash made us do again."""
+) -> list[dict[str, Any]]:
+    """Append this start to run.json, with the steps that a crash made us do again.
+
+    Returns the rows of metrics that decide how training goes on.
+    """
     from llm.run.provenance import describe_start
 
     redone = [row for row in outputs.metrics.rewind(step) if row["kind"] == "train"]
@@ -197,6 +249,7 @@ def _record_start(
     start = describe_start(
         step=step, mesh=dict(job.mesh.shape), devices=list(job.mesh.devices.flat), changed=changed
     )
+    start["processes"] = job.hosts.count
     start["redone_steps"] = len(redone)
     start["redone_seconds"] = round(sum(row["step_seconds"] for row in redone), 3)
     record = run.read_provenance()
@@ -204,6 +257,7 @@ def _record_start(
     run.write_provenance(record)
     if changed:
         run.write_config(job.config)
+    return outputs.metrics.memory()
 
 
 def _record_end(run: RunDirectory, loop: Any, started: float) -> None:
@@ -236,13 +290,12 @@ def _make_sampler(job: "Job") -> "Sampler":
     Raises:
       UsageError: sample.prompt cannot be the beginning of a text of this model.
     """
-    import jax
-
     from llm.inference.decode import Decoder, Request, encode_prompt
     from llm.inference.filters import Sampling
 
     settings, tokenizer = job.config.sample, job.corpus.tokenizer
-    can_sample = settings.max_new_tokens > 0 and jax.process_count() == 1
+    # Of several processes none holds all parameters.
+    can_sample = settings.max_new_tokens > 0 and job.hosts.alone
     try:
         prompt = encode_prompt(tokenizer, settings.prompt)
     except UsageError:

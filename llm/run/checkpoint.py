@@ -9,6 +9,9 @@ named by a bare number is complete. An old step is renamed to `STEP.deleting` be
 a step that does not verify to `STEP.damaged`. So a kill at any instant leaves the steps there were.
 Order is by step, never by time.
 
+Several processes write one step together, into a file system that all of them see: each its shards,
+process 0 the rest, and a step counts for all once process 0 has renamed it.
+
 Orbax: https://orbax.readthedocs.io. It has no checksum of its own for arrays, hence the manifest.
 """
 
@@ -17,7 +20,7 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from llm.files import (
     is_disk_full,
     readable_bytes,
 )
+from llm.run.hosts import Hosts
 
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
@@ -43,6 +47,8 @@ GROUPS = ("params", "training")
 # What a checkpoint holds: group -> name -> array. "params" apart, so that a sampler reads no more.
 Groups = Mapping[str, Mapping[str, Any]]
 Receipt = Mapping[str, Any]
+# From the sha256 of the parameters to what else the receipt says.
+MakeReceipt = Callable[[str], Receipt]
 
 
 def saved_steps(root: Path) -> list[int]:
@@ -108,6 +114,23 @@ def restore_group(folder: Path, group: str, abstract: Mapping[str, Any]) -> dict
         return dict(checkpointer.restore(path, arguments))
 
 
+def _read_params(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The parameters in this process's memory, read by it alone while the others do other things.
+
+    Orbax waits for all processes unless it is told that there is one.
+    """
+    ocp = _orbax()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="receipt"
+    )
+    arguments = ocp.args.PyTreeRestore(
+        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
+    )
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+        return dict(checkpointer.restore((folder / "params").resolve(), arguments))
+
+
 def _array_shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
     tree = getattr(metadata, "item_metadata", metadata)
     tree = getattr(tree, "tree", tree)
@@ -155,22 +178,25 @@ class _Job:
 
 
 class Checkpoints:
-    """The saved steps of a run, for the one process group that trains it.
+    """The saved steps of a run, for the processes that train it.
 
     Args:
       root: RUN/checkpoints.
       keep: how many of the newest steps stay.
+      hosts: the processes; each of them calls `save` with the same steps.
     """
 
-    def __init__(self, root: Path, keep: int):
+    def __init__(self, root: Path, keep: int, hosts: Hosts | None = None):
         self.root, self.keep = root, keep
+        self._hosts = hosts or Hosts()
         self.best: int | None = None
         self._job: _Job | None = None
         self._failure: BaseException | None = None
         self._checkpointer: Any = None
+        self._needed = 0
 
     def clean(self) -> None:
-        """Remove what a dead process left half-written or half-deleted."""
+        """Remove what a dead process left half-written or half-deleted. In process 0."""
         self.root.mkdir(parents=True, exist_ok=True)
         for path in self.root.iterdir():
             if (
@@ -183,8 +209,8 @@ class Checkpoints:
         """Complete steps, ascending."""
         return saved_steps(self.root)
 
-    def save(self, step: int, groups: Groups, make_receipt: Callable[[str], Receipt]) -> None:
-        """Take a copy of the arrays now, write it in the background.
+    def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:
+        """Take a copy of the arrays now, write it in the background. Collective.
 
         Waits for an earlier save first. Safe against the next step's donation of the arrays.
 
@@ -194,25 +220,17 @@ class Checkpoints:
           CheckpointError: an earlier save failed, or there is no room for this one.
         """
         self.wait()
-        if step in self.steps():
-            return
-        self._check_room(groups)
-        fault_point("checkpoint.before_copy", step)
-        alone = jax.process_count() == 1
-        arrays = _host_copy(groups) if alone else groups
+        self._needed = _total_bytes(groups)
         partial = self.root / f"{step}.partial"
-        if not alone:
-            # Collective: every process takes part, and Orbax returns once its shards are copied.
-            self._write(partial, arrays)
+        if not self._hosts.decide(f"save {step}", lambda: self._prepare(step, partial)):
+            return
+        fault_point("checkpoint.before_copy", step)
+        write_and_commit = self._write_alone if self._hosts.alone else self._write_together
+        finish = write_and_commit(step, partial, groups, make_receipt)
 
         def work() -> None:
             try:
-                if alone:
-                    self._write_alone(partial, arrays)
-                else:
-                    self._writer().wait_until_finished()
-                if jax.process_index() == 0:
-                    self._commit(step, partial, arrays, make_receipt)
+                finish()
             except BaseException as error:
                 self._failure = error
 
@@ -226,14 +244,16 @@ class Checkpoints:
             failure, self._failure = self._failure, None
             step = self._job.step if self._job else None
             self._job = None
-            if step is not None:
+            if step is not None and self._hosts.is_first:
                 shutil.rmtree(self.root / f"{step}.partial", ignore_errors=True)
             raise self._explain(failure, step) from failure
 
     def wait(self) -> None:
         """Until the save under way is on disk."""
         if self._job is not None:
-            self._job.thread.join()
+            while self._job.thread.is_alive():
+                self._job.thread.join(1.0)
+                self._hosts.moved()  # however long a disk takes
         self.check_for_errors()
         self._job = None
 
@@ -251,33 +271,68 @@ class Checkpoints:
             self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         return self._checkpointer
 
-    def _write_alone(self, partial: Path, arrays: Groups) -> None:
-        """`_write`, waited for; once more where Orbax ran out of time.
+    def _prepare(self, step: int, partial: Path) -> bool:
+        """Whether there is anything to save; makes room for it. In process 0."""
+        if step in self.steps():
+            return False
+        self._check_room()
+        shutil.rmtree(partial, ignore_errors=True)
+        return True
 
-        It measures its limits by the wall clock (0.12.8), so that a clock that is set forward in
-        the middle of a save looks like a disk that hangs.
+    def _write_alone(
+        self, step: int, partial: Path, groups: Groups, make_receipt: MakeReceipt
+    ) -> Callable[[], None]:
+        """Copy now; the rest is for the background.
+
+        Writes once more where Orbax ran out of time: it measures its limits by the wall clock
+        (0.12.8), so that a clock that is set forward in the middle of a save looks like a disk that
+        hangs.
         """
-        try:
-            self._write(partial, arrays)
+        arrays = _host_copy(groups)
+
+        def finish() -> None:
+            try:
+                self._write(partial, arrays)
+                self._writer().wait_until_finished()
+            except TimeoutError:
+                self._checkpointer = None
+                shutil.rmtree(partial, ignore_errors=True)
+                self._write(partial, arrays)
+                self._writer().wait_until_finished()
+            self._commit(step, partial, arrays["params"], make_receipt)
+
+        return finish
+
+    def _write_together(
+        self, step: int, partial: Path, groups: Groups, make_receipt: MakeReceipt
+    ) -> Callable[[], None]:
+        """Every process writes its shards; process 0 then commits, and tells the others."""
+        # Orbax returns once it holds every shard on the host; on CPU it holds a view, which keeps
+        # the next step from taking that memory (probed on jax 0.10 and 0.12).
+        self._write(partial, groups)
+
+        def finish() -> None:
             self._writer().wait_until_finished()
-        except TimeoutError:
-            self._checkpointer = None
-            self._write(partial, arrays)
-            self._writer().wait_until_finished()
+            if self._hosts.is_first:
+                params = _read_params(partial, groups["params"])
+                self._commit(step, partial, params, make_receipt)
+                self._hosts.tell(f"saved/{step}", True)
+            else:
+                self._hosts.hear(f"saved/{step}")
+
+        return finish
 
     def _write(self, partial: Path, arrays: Groups) -> None:
         ocp = _orbax()
-        if jax.process_index() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
         items = {group: ocp.args.PyTreeSave(dict(arrays[group])) for group in GROUPS}
         self._writer().save(partial.resolve(), ocp.args.Composite(**items))
 
     def _commit(
-        self, step: int, partial: Path, arrays: Groups, make_receipt: Callable[[str], Receipt]
+        self, step: int, partial: Path, params: Mapping[str, Any], make_receipt: MakeReceipt
     ) -> None:
         """From Orbax's files to a step that counts; then, and only then, remove old ones."""
         fault_point("checkpoint.after_write", step)
-        sha256 = params_sha256(self._params_of(partial, arrays))
+        sha256 = params_sha256(params)
         receipt = {"schema": 1, "step": step, "params_sha256": sha256, **make_receipt(sha256)}
         (partial / RECEIPT).write_text(json.dumps(receipt, allow_nan=False))
         fault_point("checkpoint.before_manifest", step)
@@ -291,19 +346,6 @@ class Checkpoints:
         verify_files(self.root / str(step))
         self._remove_old()
 
-    def _params_of(self, partial: Path, arrays: Groups) -> Mapping[str, Any]:
-        """The parameters as numpy; of shards on several processes, as they were written."""
-        if jax.process_count() == 1:
-            return arrays["params"]
-        device = jax.local_devices()[0]
-        abstract = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=jax.sharding.SingleDeviceSharding(device)
-            )
-            for name, leaf in arrays["params"].items()
-        }
-        return restore_group(partial, "params", abstract)
-
     def _remove_old(self) -> None:
         steps = self.steps()
         stay = {*steps[-self.keep :], self.best}
@@ -315,11 +357,10 @@ class Checkpoints:
                 fault_point("checkpoint.deleting", step)
                 shutil.rmtree(doomed, ignore_errors=True)
 
-    def _check_room(self, groups: Groups) -> None:
-        needed, free = _total_bytes(groups), free_bytes(self.root)
-        if free < needed:
-            raise CheckpointError(_no_room(self.root, needed, free))
-        self._needed = needed
+    def _check_room(self) -> None:
+        free = free_bytes(self.root)
+        if free < self._needed:
+            raise CheckpointError(_no_room(self.root, self._needed, free))
 
     def _explain(self, failure: BaseException, step: int | None) -> CheckpointError:
         if is_disk_full(failure):

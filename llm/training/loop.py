@@ -21,7 +21,7 @@ from llm.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
 from llm.faults import fault_point
 from llm.model.flops import mfu
 from llm.model.gpt import ModelSpec
-from llm.model.sharding import shard_batch
+from llm.model.sharding import own_rows, shard_batch
 from llm.run.checkpoint import (
     GROUPS,
     Checkpoints,
@@ -32,6 +32,7 @@ from llm.run.checkpoint import (
     verify_files,
 )
 from llm.run.directory import RunDirectory
+from llm.run.hosts import Hosts
 from llm.run.metrics import Metrics
 from llm.run.progress import Progress
 from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
@@ -49,6 +50,7 @@ from llm.training.state import (
     to_groups,
 )
 from llm.training.step import BATCH_AXES, make_train_step
+from llm.training.stopping import SharedStop
 
 # Draws text from the current parameters, for a person to read.
 Sampler = Callable[[Any], str]
@@ -56,26 +58,27 @@ Sampler = Callable[[Any], str]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is trained, on what, where."""
+    """What is trained, on what, where, and by which processes."""
 
     config: Config
     spec: ModelSpec
     mesh: Mesh
     corpus: TokenizedCorpus
+    hosts: Hosts
 
-    @property
-    def rows(self) -> slice:
-        """This process's share of each batch."""
-        share = self.config.training.batch_size // jax.process_count()
-        return slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    def rows(self, batch_size: int) -> np.ndarray:
+        """This process's share of a batch."""
+        return own_rows(self.mesh, batch_size, BATCH_AXES)
 
-    def batches(self) -> TrainingBatches:
+    def batches(self, whole: bool = False) -> TrainingBatches:
+        """This process's rows of each batch, or all of them."""
+        size = self.config.training.batch_size
         return TrainingBatches(
             self.corpus.train,
             context_length=self.spec.config.context_length,
-            batch_size=self.config.training.batch_size,
+            batch_size=size,
             seed=self.config.run.seed,
-            rows=self.rows,
+            rows=None if whole else self.rows(size),
         )
 
     def receipt_tokens(self) -> np.ndarray:
@@ -94,10 +97,17 @@ class Outputs:
     trackers: list[Tracker]
 
     def write(self, row: dict[str, Any]) -> None:
-        if jax.process_index() == 0:
-            self.metrics.write(row)
-            for tracker in self.trackers:
-                tracker.write(row)
+        """Called alike in every process; one of them writes (Metrics), and has trackers."""
+        self.metrics.write(row)
+        for tracker in self.trackers:
+            tracker.write(row)
+
+    def close(self) -> None:
+        """Waits for a save under way."""
+        self.checkpoints.close()
+        self.metrics.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,44 +116,55 @@ class _Pending:
 
     step: int
     metrics: dict[str, jax.Array]
-    tokens_BT: np.ndarray
 
 
 def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
-    """The newest state that verifies, or a fresh one when nothing was ever saved.
+    """The newest state that verifies, or a fresh one when nothing was ever saved. Collective.
 
     Raises:
       CheckpointError: there are steps and none is good, or one is not the model that was saved.
     """
     optimizer = make_optimizer(job.config.optimizer)
     stacked = job.config.training.scan_layers
+    step = job.hosts.decide("the step to resume from", lambda: newest_good(checkpoints, say))
+    if step is None:
+        return create_state(job.spec, optimizer, job.config.run.seed, job.mesh, stacked=stacked)
+    folder = checkpoints.root / str(step)
+    abstract = abstract_state(job.spec, optimizer, job.mesh, stacked=stacked)
+    shapes = to_groups(abstract)
+    groups = {group: restore_group(folder, group, shapes[group]) for group in GROUPS}
+    state = from_groups(abstract, groups)
+    _check_restored(job, state, folder)
+    return state
+
+
+def newest_good(checkpoints: Checkpoints, say: Callable[[str], None]) -> int | None:
+    """The newest step that verifies, None when nothing was ever saved; newer ones are set aside.
+
+    Raises:
+      CheckpointError: there are steps and none is good.
+    """
     damaged = [path.name for path in checkpoints.root.glob("*.damaged*")]
     for step in reversed(checkpoints.steps()):
-        folder = checkpoints.root / str(step)
         try:
-            verify_files(folder)
+            verify_files(checkpoints.root / str(step))
         except CheckpointError as error:
             aside = set_aside(checkpoints.root, step)
             damaged.append(aside.name)
             say(f"WARNING: the checkpoint of step {step} is damaged, set aside as {aside}: {error}")
             continue
-        abstract = abstract_state(job.spec, optimizer, job.mesh, stacked=stacked)
-        shapes = to_groups(abstract)
-        groups = {group: restore_group(folder, group, shapes[group]) for group in GROUPS}
-        state = from_groups(abstract, groups)
-        _check_restored(job, state, folder)
-        return state
+        return step
     if damaged:
         raise CheckpointError(
             f"no checkpoint in {checkpoints.root} can be trusted (aside: {', '.join(damaged)}); "
             "restore one from a copy, or begin again with another run.dir"
         )
-    return create_state(job.spec, optimizer, job.config.run.seed, job.mesh, stacked=stacked)
+    return None
 
 
 def _check_restored(job: Job, state: TrainState, folder: Any) -> None:
     receipt = read_receipt(folder)
-    if jax.process_count() == 1:
+    if job.hosts.alone:  # several have read what `verify_files` compared; none of them has it all
         found = params_sha256({name: np.asarray(leaf) for name, leaf in state.params.items()})
         if found != receipt["params_sha256"]:
             raise CheckpointError(
@@ -166,7 +187,8 @@ class Loop:
     def __init__(
         self, job: Job, outputs: Outputs, stop: StopRequest, sampler: Sampler, state: TrainState
     ):
-        self._job, self._outputs, self._stop, self._sampler = job, outputs, stop, sampler
+        self._job, self._outputs, self._sampler = job, outputs, sampler
+        self._stop = SharedStop(stop, job.hosts, job.mesh)
         self._settings = job.config.training
         self._state = state
         self._step = int(state.step)
@@ -175,7 +197,7 @@ class Loop:
         self._pending: _Pending | None = None
         self._clock = time.perf_counter()
         self._tokens = self._tokens_before()
-        self._skipped = self._skipped_before()
+        self._skipped = outputs.metrics.skipped()
         self._receipt_tokens = job.receipt_tokens()
         self.first_step_at: float | None = None
 
@@ -228,13 +250,15 @@ class Loop:
 
     def _train(self, tokens_BT: np.ndarray) -> None:
         """Dispatch one step, then read the metrics of the one before."""
+        self._mark(f"step {self._step}")
         on_mesh = shard_batch(self._job.mesh, tokens_BT, BATCH_AXES)
         state, metrics = self._train_step(self._state, on_mesh)
         self._state = state
         self._step += 1
         fault_point("step", self._step)
+        self._stop.ask()
         self._settle()
-        self._pending = _Pending(self._step, metrics, tokens_BT)
+        self._pending = _Pending(self._step, metrics)
         self._outputs.checkpoints.check_for_errors()
 
     def _settle_if_due(self) -> None:
@@ -255,6 +279,8 @@ class Loop:
         if pending is None:
             return
         values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+        # With a step dispatched after it, that one's answer stays; `_train` reads step by step.
+        self._stop.read(leave=self._step - pending.step)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         if self.first_step_at is None:
@@ -299,8 +325,10 @@ class Loop:
             self._outputs.progress.say(f"WARNING: {what}; this update was skipped")
             return
         batch = self._outputs.run.path / f"nonfinite-step-{pending.step}.npz"
-        starts = self._job.batches().window_starts(pending.step - 1)
-        np.savez(batch, tokens=pending.tokens_BT, window_starts=starts)
+        if self._job.hosts.is_first:
+            batches, number = self._job.batches(whole=True), pending.step - 1
+            starts = batches.window_starts(number)
+            np.savez(batch, tokens=batches[number], window_starts=starts)
         in_a_row = f"the last {self._skipped} updates were skipped"
         raise NonFiniteError(
             f"{what}; {in_a_row if may_skip else 'the update was not applied'}. The batch is in "
@@ -310,6 +338,7 @@ class Loop:
 
     def _save(self) -> None:
         checkpoints = self._outputs.checkpoints
+        self._mark(f"step {self._step}, before its checkpoint")
         logprobs = receipt_logprobs(self._job.spec, self._state.params, self._receipt_tokens)
         tokenizer_sha256 = self._job.corpus.tokenizer.sha256
 
@@ -329,6 +358,7 @@ class Loop:
             self._state.weights,
             self._until_stopped(split),
             self._job.corpus.tokenizer.byte_lengths(),
+            None if self._job.hosts.alone else split,
         )
         if self._stop.requested:
             return  # incomplete; the next start evaluates this step anew
@@ -343,12 +373,19 @@ class Loop:
         settings = self._settings
         size = settings.eval_batch_size or settings.micro_batch_size or settings.batch_size
         for batch in evaluation_batches(
-            split, context_length=self._job.spec.config.context_length, batch_size=size
+            split,
+            context_length=self._job.spec.config.context_length,
+            batch_size=size,
+            rows=self._job.rows(size),
         ):
+            self._mark(f"step {self._step}, in its evaluation")
             yield batch
             fault_point("evaluation", self._step)
+            self._stop.ask()
+            self._stop.read(leave=1)
             if self._stop.requested:
-                return
+                break
+        self._stop.read()
 
     def _report(self, result: Evaluation) -> None:
         self._outputs.write(
@@ -392,6 +429,11 @@ class Loop:
         if self._stop.requested and not self._outputs.metrics.has_evaluation(self._step):
             self._leave()
 
+    def _mark(self, place: str) -> None:
+        """Where this process is, for the others. Not in the first step, which compiles for long."""
+        if self.first_step_at is not None:
+            self._job.hosts.mark(place)
+
     def _is_due(self, every: int) -> bool:
         return every > 0 and self._step % every == 0
 
@@ -402,10 +444,3 @@ class Loop:
         if not seen:
             return self._step * per_step
         return seen[-1]["tokens"] + (self._step - seen[-1]["step"]) * per_step
-
-    def _skipped_before(self) -> int:
-        rows = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
-        count = 0
-        while count < len(rows) and {"finite", "spike"} & set(rows[-1 - count]):
-            count += 1
-        return count

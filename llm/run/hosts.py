@@ -1,0 +1,364 @@
+"""The processes that train one run: they begin together, agree, and end together.
+
+    decide     process 0 looks at the disk (or decides anything else), the others are told
+    failure    the first process to fail says why; the others end with its exit code, silently
+    watch      a process that dies, stops or hangs is named, and the others leave
+
+All of it goes through the key-value store of JAX's coordination service, which process 0 serves, so
+that it works while devices are busy or wait for a process that is gone. A run of one process passes
+through here without a thread or a wait.
+
+What it is not: no array passes here; collectives are XLA's. Finding the others: cluster.py.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from llm.config import Config, DistributedConfig, differences, validate
+from llm.errors import LLMError, LostProcessError, SaidElsewhereError, UsageError
+from llm.run.cluster import Cluster, find_cluster, this_process
+from llm.run.liveness import Said, Sign, find_lost
+
+T = TypeVar("T")
+
+# Between two signs of life. One costs process 0 a fraction of a millisecond (here: 0.8 ms with the
+# answer, jax 0.12, 2026-11).
+BEAT_SECONDS = 1.0
+# A collective that failed: how long every living process has to show that it lives.
+PATIENCE_SECONDS = 6.0
+# How long processes that all leave wait for each other, and process 0 for all.
+FAREWELL_SECONDS = 10
+# JAX ends a process whose heartbeat stops with a trace; later than we do it with a message.
+HEARTBEAT_MARGIN_SECONDS = 15
+# Settings that may differ between the processes of one run.
+OWN_SETTINGS = ("distributed.process_id", "data.cache_dir", "data.workers", "logging.progress")
+
+
+@contextlib.contextmanager
+def joined(settings: DistributedConfig) -> Iterator["Hosts"]:
+    """The processes of this run, from before JAX looks for devices until all have ended.
+
+    Raises:
+      UsageError: settings by half, or processes that cannot be found.
+      SaidElsewhereError: another process failed and has said why.
+    """
+    import jax  # tells find_cluster whether there are TPU chips
+
+    cluster = find_cluster(settings, os.environ)
+    if cluster is None:
+        yield Hosts()
+        return
+    hosts = _initialize(jax, cluster, settings.timeout)
+    if hosts.alone:  # the one host of a small TPU
+        yield hosts
+        return
+    hosts.start()
+    try:
+        yield hosts
+    except BaseException as error:
+        hosts.fail(error)
+        raise
+    hosts.end()
+
+
+def _initialize(jax: Any, cluster: Cluster, timeout: int) -> "Hosts":
+    # Its SIGTERM handler would take the place of ours, or ours of it: llm/run/stop.py is enough.
+    jax.config.update("jax_enable_preemption_service", False)
+    abort = _AbortMessage(
+        f"not all processes came together at {cluster.coordinator or cluster.launcher}: is each of "
+        "them started, with the same coordinator and number, and can they reach process 0?"
+    )
+    given: dict[str, Any] = {}
+    if cluster.coordinator:
+        given = {
+            "coordinator_address": cluster.coordinator,
+            "num_processes": cluster.num_processes,
+            "process_id": cluster.process_id,
+        }
+        if cluster.process_id == 0:
+            check_port_is_free(cluster.coordinator)
+    try:
+        jax.distributed.initialize(
+            **given,
+            cluster_detection_method=cluster.method,
+            heartbeat_timeout_seconds=timeout + HEARTBEAT_MARGIN_SECONDS,
+            shutdown_timeout_seconds=FAREWELL_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"the processes of this run cannot be found through {cluster.launcher}: "
+            f"{str(error).splitlines()[0]}; set distributed.coordinator, num_processes and "
+            "process_id (docs/clusters.md)"
+        ) from None
+    if jax.process_count() == 1:
+        return Hosts()
+    from jax._src.distributed import global_state  # the store has no public name
+
+    return Hosts(jax.process_index(), jax.process_count(), global_state.client, timeout, abort)
+
+
+def check_port_is_free(coordinator: str) -> None:
+    """JAX dies of a taken port without a word (segmentation fault, 0.10 to 0.12)."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(coordinator.rpartition(":")[2])))
+        except OSError as error:
+            raise UsageError(
+                f"distributed.coordinator = {coordinator!r}: process 0 cannot listen on that port "
+                f"({error.strerror}); choose another one, the same for all processes"
+            ) from None
+
+
+class Hosts:
+    """This process among `count`; alone by default."""
+
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        store: Any = None,
+        timeout: float = 0.0,
+        abort: "_AbortMessage | None" = None,
+    ):
+        self.index, self.count, self.timeout = index, count, timeout
+        self._store, self._abort = store, abort
+        self._decisions = 0
+        self._moves, self._marks, self._place = 0, 0, "the beginning"
+        self._suspicious = False
+        self._over = threading.Event()
+        self._watcher: threading.Thread | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is process 0: the one that writes, prints and decides."""
+        return self.index == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.count == 1
+
+    def decide(self, what: str, make: Callable[[], T]) -> T:
+        """What `make` gives on process 0, on all of them; it must be JSON.
+
+        Every process calls this with the same `what`, in the same order. What process 0 raises ends
+        them all.
+        """
+        if self.alone:
+            return make()
+        self._decisions += 1
+        name = f"decision/{self._decisions}"
+        if self.is_first:
+            self.tell(name, [what, make()])
+        said, value = self.hear(name)
+        assert said == what, f"process {self.index} asks for {what!r}, process 0 told {said!r}"
+        return value
+
+    def tell(self, name: str, value: Any) -> None:
+        """Leave a JSON value for the others, once for each name. From any thread."""
+        if not self.alone:
+            self._store.key_value_set(f"llm/{name}", json.dumps(value))
+
+    def hear(self, name: str) -> Any:
+        """Wait for what another process tells, for as long as none of them fails."""
+        while True:
+            if threading.current_thread() is threading.main_thread():
+                self.moved()
+            with contextlib.suppress(_timed_out()):
+                return json.loads(self._store.blocking_key_value_get(f"llm/{name}", 1000))
+
+    def check_same(self, config: Config) -> None:
+        """Raises: UsageError: this process was started with other settings than process 0."""
+        first = self.decide("settings", lambda: config.model_dump(mode="json"))
+        changed = differences(validate(first, where="process 0"), config)
+        wrong = [
+            f"  {name}: process 0 has {theirs!r}, process {self.index} has {ours!r}"
+            for name, (theirs, ours) in changed.items()
+            if name not in OWN_SETTINGS
+        ]
+        if wrong:
+            raise UsageError(
+                "\n".join(["the processes of one run were started with other settings:", *wrong])
+            )
+
+    def moved(self) -> None:
+        """The main thread lives. Wherever it may be for long."""
+        self._moves += 1
+
+    def mark(self, place: str) -> None:
+        """A place that every process passes, in the same order: one that stays behind hangs."""
+        self._place = place
+        self._marks += 1
+        self._moves += 1
+
+    @contextlib.contextmanager
+    def collective(self) -> Iterator[None]:
+        """Around what fails here when another process dies: name that one, instead of a trace."""
+        try:
+            yield
+        except LLMError:
+            raise
+        except Exception:
+            if not self.alone:
+                # Process 0 now ends us as soon as one stays silent; if none does, it is a bug here.
+                self._suspicious = True
+                time.sleep(2 * PATIENCE_SECONDS)
+            raise
+
+    def start(self) -> None:
+        """Tell the others who this is, and begin to watch."""
+        self.tell(f"name/{self.index}", this_process(self.index))
+        first = self.hear("name/0")
+        if self._abort is not None:
+            self._abort.text = f"{first}, which coordinates the others, is gone or does not answer"
+        self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
+        self._watcher.start()
+
+    def end(self) -> None:
+        """All have done their work; wait for each other, so that none is taken for dead."""
+        self.tell(f"done/{self.index}", True)
+        for index in range(self.count) if self.is_first else ():
+            self.hear(f"done/{index}")
+        self.decide("the end", lambda: True)
+        self._stop_watching()
+        self._shutdown()
+
+    def fail(self, error: BaseException) -> None:
+        """End the others as this process ends; raises SaidElsewhereError where one failed first."""
+        code = error.exit_code if isinstance(error, LLMError) else 1
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            code = error.code
+        failure = {"process": self.index, "exit_code": code, "lost": None}
+        if not self.is_first:
+            # Where all fail alike, process 0 says it.
+            self._until(lambda: self._failure() is not None, 2 * BEAT_SECONDS)
+        first = self._post(failure)
+        self._stop_watching()
+        self._shutdown()
+        if first != failure and isinstance(error, LLMError):
+            raise SaidElsewhereError(first["exit_code"]) from None
+
+    def _post(self, failure: dict[str, Any]) -> dict[str, Any]:
+        """The first failure of all, which may be this one."""
+        with contextlib.suppress(_timed_out()):
+            self._store.key_value_set("llm/failed/first", json.dumps(failure))
+        return self._failure() or failure
+
+    def _failure(self) -> dict[str, Any] | None:
+        with contextlib.suppress(_timed_out()):
+            for _, value in self._store.key_value_dir_get("llm/failed/"):
+                return json.loads(value)
+        return None
+
+    def _watch(self) -> None:
+        """In its own thread: signs of life, the failures of others, and who has gone silent."""
+        now = time.monotonic()
+        signs = {index: Sign(now, now) for index in range(self.count)}
+        beats = 0
+        while not self._over.wait(BEAT_SECONDS):
+            beats += 1
+            own = Said(beats, self._moves, self._marks, self._place, self._suspicious)
+            try:
+                self._store.key_value_set(
+                    f"llm/sign/{self.index}", json.dumps(own), allow_overwrite=True
+                )
+                failure = self._failure()
+                if failure is not None:
+                    self._follow(failure)
+                if self.is_first:
+                    self._judge(signs)
+            except _timed_out():
+                continue  # process 0 is going; JAX ends us when it is gone
+
+    def _judge(self, signs: dict[int, Sign]) -> None:
+        """Only in process 0, for all."""
+        now = time.monotonic()
+        for key, value in self._store.key_value_dir_get("llm/sign/"):
+            index = int(key.rpartition("/")[2])
+            signs[index] = signs[index].after(Said(*json.loads(value)), now)
+        lost = find_lost(signs, now, self.timeout, min(PATIENCE_SECONDS, self.timeout))
+        if lost is None:
+            return
+        name = json.loads(self._store.key_value_try_get(f"llm/name/{lost.process}"))
+        failure = {"process": 0, "exit_code": LostProcessError.exit_code, "lost": lost.process}
+        if self._post(failure) == failure:
+            _say(
+                f"error: {name} {lost.why}; all processes of the run end. What was saved is whole: "
+                "the same command resumes from the newest checkpoint"
+            )
+        self._linger(expected=self.count - lost.silent)
+
+    def _follow(self, failure: Mapping[str, Any]) -> NoReturn:
+        """Another process has failed and said why: end as it does, with nothing to save."""
+        if failure["lost"] is None:
+            self._shutdown()
+        else:
+            self._linger(self.count)
+        os._exit(failure["exit_code"])
+
+    def _linger(self, expected: int) -> NoReturn:
+        """Leave without one who cannot take part. Process 0 goes last, after `expected` have said
+        that they go: JAX aborts those that it leaves behind."""
+        self._store.key_value_set(f"llm/left/{self.index}", "1", allow_overwrite=True)
+        if self.is_first:
+
+            def all_left() -> bool:
+                return len(self._store.key_value_dir_get("llm/left/")) >= expected
+
+            self._until(all_left, FAREWELL_SECONDS)
+            time.sleep(BEAT_SECONDS / 4)  # they have said so, and are about to go
+        os._exit(LostProcessError.exit_code)
+
+    def _until(self, condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def _stop_watching(self) -> None:
+        self._over.set()
+        if self._watcher is not None:
+            self._watcher.join()
+
+    def _shutdown(self) -> None:
+        import jax
+
+        with contextlib.suppress(_timed_out()):
+            jax.distributed.shutdown()
+
+
+class _AbortMessage:
+    """What is said, instead of a signal's number, when JAX aborts this process.
+
+    Its coordination client calls abort() when process 0 goes or does not answer (0.10 to 0.12); a
+    Python callback it cannot call (it dies of std::bad_cast). The handler runs in the thread that
+    aborts, which holds no lock of Python's.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._say_and_end)  # kept alive
+        ctypes.CDLL(None).signal(int(signal.SIGABRT), self._handler)
+
+    def _say_and_end(self, _number: int) -> None:
+        _say(f"error: {self.text} (see above); the same command resumes from the newest checkpoint")
+        os._exit(LostProcessError.exit_code)
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def _timed_out() -> type[Exception]:
+    """What the store raises: nothing there yet, or no longer a store."""
+    from jax.errors import JaxRuntimeError
+
+    return JaxRuntimeError
