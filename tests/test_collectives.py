@@ -147,13 +147,17 @@ ENTRY %main (x: f32[2,4]) -> f32[2,4] {
   %k = ((f32[2]{0}, bf16[3]{0}), (f32[16]{0}, bf16[24]{0})) all-gather-start(%y, %z), channel_id=6, replica_groups=[1,8]<=[8], dimensions={0}
   %m = (f32[16]{0}, bf16[24]{0}) all-gather-done(%k)
   %q = f32[2,4]{1,0} collective-permute(%x), channel_id=7, source_target_pairs={{0,1},{1,2},{2,0}}
+  %v = f32[5]{0} all-reduce(%x), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %one = f32[2,4]{1,0} all-reduce(%x), channel_id=8, replica_groups={{0},{1}}, to_apply=%add
 }
 """  # noqa: E501 (as compilers write it)
 
 
 def test_collectives_are_read_with_their_bytes_turns_and_groups():
-    """Loops inside loops, fused reduce-scatters, pieces of one, tuples, groups as written."""
+    """Loops inside loops, fused reduce-scatters, pieces of one, tuples, groups as written.
+
+    Channel 1 is given twice, as TPU compilers do to what they have joined.
+    """
     assert read_collectives(HLO) == [
         Collective("all-gather", 2 * 8 * 2, 3 * 5, 4, "jit(step)/gather"),
         Collective("reduce-scatter", 4 * 4 * 4, 5, 4, ""),
@@ -162,11 +166,12 @@ def test_collectives_are_read_with_their_bytes_turns_and_groups():
         Collective("all-reduce", 4 + 3, 1, 2, ""),
         Collective("all-gather", 16 * 4 + 24 * 2, 1, 8, ""),
         Collective("collective-permute", 2 * 4 * 4, 1, 3, ""),
+        Collective("all-reduce", 5 * 4, 1, 8, ""),
     ]
     assert total_bytes(read_collectives(HLO)) == {
         "all-gather": 32 * 15 + 128 + 112,
         "reduce-scatter": 64 * 5 + 64,
-        "all-reduce": 7,
+        "all-reduce": 7 + 20,
         "collective-permute": 32,
     }
 

@@ -66,13 +66,14 @@ def test_every_mesh_gives_the_same_logits(model, axes):
     np.testing.assert_allclose(logits_on(spec, **axes), expected, atol=1e-5)
 
 
-def test_every_weight_but_norms_and_positions_is_divided():
+def test_every_matrix_is_divided():
     """Over fsdp or tensor: with both at 2 a device holds a quarter of every matrix."""
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     shardings = tree_shardings(mesh, logical_axes(GROUPED))
     for name, leaf in abstract_params(GROUPED).items():
         held = np.prod(shardings[name].shard_shape(leaf.shape)) / np.prod(leaf.shape)
-        assert held == (0.25 if len(leaf.shape) == 2 else 1.0 if "norm" in name else 0.5), name
+        whole = "norm" in name or name.endswith(("out.bias", "down.bias"))
+        assert held == (0.25 if len(leaf.shape) == 2 else 1.0 if whole else 0.5), name
 
 
 def test_a_mesh_takes_the_rest_of_the_devices():
@@ -116,6 +117,17 @@ def test_indivisible_sizes_are_refused_with_the_nearest_that_work(
     config = ModelConfig(**{"n_head": 8, "d_model": 32, "context_length": 16, **model})
     with pytest.raises(UsageError, match=message):
         check_divisible(mesh, config, vocab, batch)
+
+
+def test_matrices_that_write_into_the_stream_are_divided_by_their_rows_alone():
+    """Over both axes, so that what their gradients are cut into is not narrow."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    shardings = tree_shardings(mesh, logical_axes(GROUPED))
+    for name in ("attention.out", "mlp.down"):
+        spec = shardings[f"blocks.0.{name}.weight"].spec
+        assert spec == PartitionSpec(("tensor", "fsdp"), None)
+    with pytest.raises(UsageError, match=r"d_ff = 50 .* 4 devices of mesh axis tensor x fsdp"):
+        check_divisible(mesh, GROUPED.config.model_copy(update={"d_ff": 50}), 80, 8)
 
 
 def test_divisible_sizes_pass():

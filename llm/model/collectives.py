@@ -40,14 +40,16 @@ def read_collectives(hlo: str) -> list[Collective]:
     """
     computations = _computations(hlo)
     runs = _runs(computations)
-    found: dict[str, Collective] = {}
+    found: dict[tuple[str, str, int], Collective] = {}
     for name, lines in computations.items():
         for number, line in enumerate(lines):
             collective = _read(line, name, runs[name])
             if collective is None or collective.group == 1 or not collective.count:
                 continue
+            # Pieces of one operation have its channel; others may have been given the same number.
             channel = re.search(r"channel_id=(\d+)", line)
-            found.setdefault(channel[1] if channel else f"{name} {number}", collective)
+            key = channel[1] if channel else f"{name} {number}"
+            found.setdefault((key, collective.kind, collective.bytes), collective)
     return list(found.values())
 
 

@@ -206,7 +206,7 @@ class Attention(nnx.Module):
         self.query = linear(("embed", "heads"), (D, N * H))
         self.key = linear(("embed", "kv_heads"), (D, K * H))
         self.value = linear(("embed", "kv_heads"), (D, K * H))
-        self.out = linear(("heads", "embed"), (N * H, D), std=residual_std(config))
+        self.out = linear(("heads_in", "width"), (N * H, D), std=residual_std(config))
         if config.qk_norm:
             self.query_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
             self.key_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
@@ -271,7 +271,7 @@ class MLP(nnx.Module):
         self.up = linear(("embed", "mlp"), (D, F))
         if self.activation == "swiglu":
             self.gate = linear(("embed", "mlp"), (D, F))
-        self.down = linear(("mlp", "embed"), (F, D), std=residual_std(config))
+        self.down = linear(("mlp_in", "width"), (F, D), std=residual_std(config))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")

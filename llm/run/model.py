@@ -143,7 +143,8 @@ def predicting_mesh(spec: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:
     """
     config, count = spec.config, len(devices)
     columns = math.gcd(config.n_kv_head, config.d_ff, spec.padded_vocab_size, count)
-    width = math.gcd(config.d_model, count // columns)
+    # Rows of the matrices that write into the stream are divided over both axes.
+    width = math.gcd(math.gcd(config.d_model, config.d_ff) // columns, count // columns)
     mesh = MeshConfig(data=1, fsdp=width, tensor=columns)
     return make_mesh(mesh, devices[: columns * width])
 
