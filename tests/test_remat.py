@@ -51,7 +51,16 @@ def test_what_is_computed_again_gives_the_same_loss_and_gradients(scan, remat):
         np.testing.assert_allclose(found[name], gradient, rtol=1e-4, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["layer by layer", "scan"])
+# Seen with JAX 0.10.2: without a loop around a block the CPU's compiler finds that what is to be
+# computed again is there already, and keeps it.
+keeps_what_is_there = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="the CPU's compiler undoes it outside of a scan"
+)
+
+
+@pytest.mark.parametrize(
+    "scan", [pytest.param(False, marks=keeps_what_is_there), True], ids=["layer by layer", "scan"]
+)
 def test_the_less_a_block_keeps_the_less_memory_a_step_takes(scan):
     everything, dots, inputs = (gradients_of(remat, scan)[2] for remat in ("none", "dots", "block"))
     assert inputs < dots < everything
