@@ -476,7 +476,8 @@ def test_no_device_gathers_a_weight_and_the_cache_is_divided(spread):
     batch = decoder.batch([Request([1, 2, 3], Sampling(), top=10)])
     state, _ = exhaust(decoder.prefill(batch, CONTEXT))
     for keys in state.cache.keys:  # [B, S, K, H], K over four devices
-        assert {shard.data.shape for shard in keys.addressable_shards} == {(1, CONTEXT, 1, 32)}
+        shapes = {shard.data.shape[:3] for shard in keys.addressable_shards}
+        assert shapes == {(1, CONTEXT, 1)}
     decoding = decode_chunk.lower(
         decoder.spec, decoder.params, state, batch.settings, batch.watch_BW, np.ones(1, bool), 4,
         256, top=batch.top,
