@@ -2,7 +2,9 @@
 
 import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +195,29 @@ def test_disk_errors_are_told_from_others():
 
 def test_the_receipt_is_strict_json(saved):
     json.loads((saved / "receipt.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_every_file_and_folder_is_flushed_before_a_step_counts(tmp_path, monkeypatch):
+    """What the system was asked to do, in order: a rename that comes first may outlive its files."""
+    done = []
+    fsync, rename = os.fsync, Path.rename
+
+    def recording_fsync(descriptor):
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def recording_rename(self, target):
+        done.append((str(self), str(target)))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(Path, "rename", recording_rename)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.clean()
+    save(checkpoints, 3)
+    checkpoints.close()
+    partial, step = tmp_path / "3.partial", tmp_path / "3"
+    commit = done.index((str(partial), str(step)))
+    inside = [partial, *(partial / path.relative_to(step) for path in step.rglob("*"))]
+    assert {str(path) for path in inside} <= set(done[:commit])
+    assert str(tmp_path) in done[commit:]
