@@ -198,7 +198,7 @@ def test_the_receipt_is_strict_json(saved):
 
 
 def test_every_file_and_folder_is_flushed_before_a_step_counts(tmp_path, monkeypatch):
-    """What the system was asked to do, in order: a rename that comes first may outlive its files."""
+    """What the system was asked, in order: a rename that comes first may outlive its files."""
     done = []
     fsync, rename = os.fsync, Path.rename
 
