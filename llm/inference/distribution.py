@@ -17,6 +17,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,9 +72,11 @@ class Described:
     watch_ranks: jax.Array
 
 
-@dataclass(frozen=True, slots=True)
-class Rival:
-    """One of the tokens that could have stood at this place."""
+class Rival(NamedTuple):
+    """One of the tokens that could have stood at this place.
+
+    A tuple: many are made for each token, and a frozen dataclass takes three times as long.
+    """
 
     id: int
     logprob: float
@@ -238,15 +241,15 @@ def to_host(
 
 
 def _rivals(described: Described, top: int, watch: Sequence[int]) -> list[tuple[Rival, ...]]:
+    ids, logprobs = described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist()
     listed = [
-        [Rival(id_, logprob, rank) for rank, (id_, logprob) in enumerate(pairs, start=1)]
-        for pairs in map(
-            zip, described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist()
-        )
+        list(map(Rival, *pair, range(1, top + 1))) for pair in zip(ids, logprobs, strict=True)
     ]
     if watch:
-        ranks, logprobs = described.watch_ranks.tolist(), described.watch_logprobs.tolist()
-        for rivals, ranks_W, logprobs_W in zip(listed, ranks, logprobs, strict=True):
+        watched_ranks = described.watch_ranks.tolist()
+        watched_logprobs = described.watch_logprobs.tolist()
+        rows = zip(listed, watched_ranks, watched_logprobs, strict=True)
+        for rivals, ranks_W, logprobs_W in rows:
             # Padded columns lie beyond len(watch): zip ends before them.
             watched = sorted(set(zip(ranks_W, logprobs_W, watch, strict=False)))
             rivals += [Rival(id_, logprob, rank) for rank, logprob, id_ in watched if rank > top]

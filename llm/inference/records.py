@@ -141,17 +141,10 @@ class RecordBuilder:
     def _numbers(self, prediction: "Prediction") -> Record:
         kept_tokens = prediction.kept_tokens
         top = []
-        for rival in prediction.rivals:
-            name, data = self._spelling(rival.id)
-            top.append(
-                {
-                    "id": rival.id,
-                    "token": name,
-                    "bytes": data,
-                    "logprob": rival.logprob,
-                    "kept": rival.rank <= kept_tokens,
-                }
-            )
+        for id_, logprob, rank in prediction.rivals:
+            name, data = self._spelling(id_)
+            kept = rank <= kept_tokens
+            top.append({"id": id_, "token": name, "bytes": data, "logprob": logprob, "kept": kept})
         drawn = prediction.sampling_logprob
         return {
             "logprob": prediction.logprob,
