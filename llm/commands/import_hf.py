@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llm.errors import UsageError
 from llm.runtime import prepare_process
@@ -172,10 +172,11 @@ def write_run(
     from llm.config import Config, RunConfig, TokenizerConfig
     from llm.run.checkpoint import params_sha256
     from llm.run.directory import RunDirectory
+    from llm.run.provenance import describe_import
 
     run = RunDirectory(partial)
     tokenizer.save(run.tokenizer)
-    run.write_provenance(_provenance(path, folder, spec, tokenizer))
+    run.write_provenance(describe_import(RunDirectory(path), spec, tokenizer, folder))
     _save_checkpoint(run.checkpoints, spec, params, tokenizer)
     config = Config(
         run=RunConfig(dir=str(path)),
@@ -210,37 +211,3 @@ def _save_checkpoint(
         checkpoints.wait()
     finally:
         checkpoints.close()
-
-
-def _provenance(
-    path: Path, folder: Path, spec: "ModelSpec", tokenizer: "Tokenizer"
-) -> dict[str, Any]:
-    """run.json of a run that nobody trained here."""
-    from llm.files import now
-    from llm.model.flops import flops_per_token, parameter_count
-    from llm.run.provenance import SCHEMA, versions
-
-    return {
-        "schema": SCHEMA,
-        "name": path.resolve().name,
-        "created": now(),
-        "imported": {"from": str(folder.resolve()), "versions": versions()},
-        "model": {
-            "parameters": parameter_count(spec),
-            "flops_per_token": flops_per_token(spec),
-            "vocab_size": spec.vocab_size,
-            "compute_dtype": spec.compute_dtype,
-        },
-        # No corpus has this fingerprint, so that training on any is refused.
-        "data": {
-            "fingerprint": "none: imported from a Hugging Face model",
-            "tokenizer_sha256": tokenizer.sha256,
-            "train_tokens": 0,
-            "validation_tokens": 0,
-            "documents": 0,
-            "text_bytes": 0,
-            "replaced": 0,
-            "origins": [],
-        },
-        "starts": [],
-    }

@@ -24,12 +24,45 @@ from llm.model.gpt import ModelSpec
 from llm.run.directory import RunDirectory
 from llm.text.shards import TokenizedCorpus
 from llm.text.sources import check_unchanged
+from llm.text.tokenizer import Tokenizer
 
 SCHEMA = 1
 
 
 def describe_run(run: RunDirectory, spec: ModelSpec, corpus: TokenizedCorpus) -> dict[str, Any]:
     """run.json of a run that has not been started yet."""
+    data = {
+        "fingerprint": corpus.fingerprint,
+        "tokenizer_sha256": corpus.tokenizer.sha256,
+        "train_tokens": len(corpus.train),
+        "validation_tokens": len(corpus.validation),
+        "documents": corpus.documents,
+        "text_bytes": corpus.text_bytes,
+        "replaced": corpus.replaced,
+        "origins": [dataclasses.asdict(origin) for origin in corpus.origins],
+    }
+    return _description(run, spec, data)
+
+
+def describe_import(
+    run: RunDirectory, spec: ModelSpec, tokenizer: Tokenizer, source: Path
+) -> dict[str, Any]:
+    """run.json of a run that nobody trained here; `source` is the folder its model came from."""
+    data = {
+        # No corpus has this fingerprint, so that training on any is refused.
+        "fingerprint": "none: imported from a Hugging Face model",
+        "tokenizer_sha256": tokenizer.sha256,
+        **dict.fromkeys(_COUNTS, 0),
+        "origins": [],
+    }
+    imported = {"from": str(source.resolve()), "versions": versions()}
+    return _description(run, spec, data) | {"imported": imported}
+
+
+_COUNTS = ("train_tokens", "validation_tokens", "documents", "text_bytes", "replaced")
+
+
+def _description(run: RunDirectory, spec: ModelSpec, data: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "name": run.name,
@@ -40,16 +73,7 @@ def describe_run(run: RunDirectory, spec: ModelSpec, corpus: TokenizedCorpus) ->
             "vocab_size": spec.vocab_size,
             "compute_dtype": spec.compute_dtype,
         },
-        "data": {
-            "fingerprint": corpus.fingerprint,
-            "tokenizer_sha256": corpus.tokenizer.sha256,
-            "train_tokens": len(corpus.train),
-            "validation_tokens": len(corpus.validation),
-            "documents": corpus.documents,
-            "text_bytes": corpus.text_bytes,
-            "replaced": corpus.replaced,
-            "origins": [dataclasses.asdict(origin) for origin in corpus.origins],
-        },
+        "data": dict(data),
         "starts": [],
     }
 
