@@ -3,7 +3,6 @@ store of compiled programs, which tests, workers and the processes they start sh
 runs that several files of tests look at."""
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -45,8 +44,7 @@ def unbroken_process(tmp_path_factory):
 @pytest.fixture
 def copy(unbroken, tmp_path):
     """A copy of `unbroken` to break: its config names the original's corpus and the copy's run."""
-    shutil.copytree(unbroken / "run", tmp_path / "run")
-    config = tmp_path / "config.toml"
-    text = (unbroken / "config.toml").read_text()
-    config.write_text(text.replace(str(unbroken / "run"), str(tmp_path / "run")))
+    from runs import copied
+
+    copied(unbroken, tmp_path)
     return tmp_path

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,18 @@ def write_config(folder: Path, **changes) -> Path:
     path = folder / "config.toml"
     path.write_text(tomli_w.dumps({**settings, **changes}))
     return path
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """The run of a folder copied, to be broken or resumed; the configuration that names the copy.
+
+    The corpus stays the original's.
+    """
+    shutil.copytree(folder / "run", target / "run")
+    config = target / "config.toml"
+    text = (folder / "config.toml").read_text()
+    config.write_text(text.replace(str(folder / "run"), str(target / "run")))
+    return config
 
 
 def train(config: Path, *flags: str) -> int:

@@ -5,14 +5,13 @@ Real processes on this machine, each with one CPU device, that reduce through gl
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from runs import ROOT, losses, params_sha256, write_config
+from runs import ROOT, copied, losses, params_sha256, write_config
 
 from llm.config import DistributedConfig
 from llm.errors import UsageError
@@ -111,15 +110,6 @@ def same_losses(run, other):
         assert one[:2] == two[:2]
         assert one[2] == pytest.approx(two[2], rel=1e-5)
     assert [step for kind, step, _ in losses(run) if kind == "train"] == list(range(1, STEPS + 1))
-
-
-def copied(killed, tmp_path):
-    """A run that was killed, to be resumed: its configuration names the copy."""
-    shutil.copytree(killed / "run", tmp_path / "run")
-    config = tmp_path / "config.toml"
-    text = (killed / "config.toml").read_text()
-    config.write_text(text.replace(str(killed / "run"), str(tmp_path / "run")))
-    return config
 
 
 @pytest.fixture(scope="module")
