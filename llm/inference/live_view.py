@@ -16,6 +16,7 @@ What it is not: the server (llm/interop/server.py), or a client of other servers
 """
 
 import html
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm.config import SamplingConfig
@@ -62,8 +63,22 @@ def live_page(
     settings = defaults or SamplingConfig()
     longest = context_length if most_tokens is None else min(context_length, most_tokens)
     fields = _fields(settings, longest, min(top, most_top), most_top)
+    live = {"model": model, "prompt": settings.prompt, "context_length": context_length}
+    return document(
+        model,
+        _body(model, vocab_size, run, fields),
+        kind="tokens",
+        choices=(COLOUR_BY["tokens"], SPACES, THEME),
+        scripts=("page.js", "live.js"),
+        data={"kind": "tokens", "run": None, "live": live, **packed([], "tokens")},
+        connect="'self'",
+    )
+
+
+def _body(model: str, vocab_size: int, run: Record | None, fields: "Sequence[_Field]") -> str:
+    """Heading, form, toolbar, and the places that the scripts fill."""
     form = _FORM.format(fields="".join(field.element() for field in fields))
-    body = (
+    return (
         f"<header><h1>{escape(model)}</h1>\n"
         f'<dl class="facts" id="run">{_facts(run)}</dl></header>\n'
         f"{_NO_SCRIPT}\n"
@@ -72,25 +87,6 @@ def live_page(
         f'<aside id="panel" aria-label="Details of a token">{_HINT}</aside>\n</main>\n'
         '<details id="all"><summary>All tokens as a table</summary></details>\n'
         f'{GLOSSARY}\n<p id="say" class="unseen" role="status" aria-live="polite"></p>'
-    )
-    data = {
-        "kind": "tokens",
-        "run": None,
-        "live": {
-            "model": model,
-            "prompt": settings.prompt,
-            "context_length": context_length,
-        },
-        **packed([], "tokens"),
-    }
-    return document(
-        model,
-        body,
-        kind="tokens",
-        choices=(COLOUR_BY["tokens"], SPACES, THEME),
-        scripts=("page.js", "live.js"),
-        data=data,
-        connect="'self'",
     )
 
 
