@@ -120,6 +120,15 @@ def test_load_takes_the_newest_step_and_says_what_it_is(lm, folder):
     assert llm.load(folder / "runs/mine", step=5).step == 5
 
 
+def test_parameters_are_counted_without_the_padding_of_the_vocabulary(lm):
+    """257 tokens are padded to a multiple; nobody trains what no token has."""
+    weights = lm.opened.params
+    tables = [name for name in ("embed.weight", "head.weight") if name in weights]
+    assert len(weights["embed.weight"]) > 257
+    padding = sum(weights[name].size - 257 * MODEL.d_model for name in tables)
+    assert lm.parameters == sum(weight.size for weight in weights.values()) - padding
+
+
 def test_a_score_is_what_one_forward_pass_says(lm):
     text = TEXTS[0][:CONTEXT]
     s = lm.score(text)

@@ -46,6 +46,7 @@ from llm.interop.results import (
     ScoredToken,
     scored_token,
 )
+from llm.model.flops import parameter_count
 from llm.model.gpt import ModelSpec
 from llm.run.model import OpenedModel, open_model
 from llm.text.tokenizer import Ids, Tokenizer
@@ -150,8 +151,8 @@ class LanguageModel:
 
     @functools.cached_property
     def parameters(self) -> int:
-        """How many numbers were trained."""
-        return sum(int(np.prod(weight.shape)) for weight in self.opened.params.values())
+        """How many numbers were trained, as run.json has it."""
+        return parameter_count(self.spec)
 
     def __repr__(self) -> str:
         devices = next(iter(self.opened.params.values())).devices()

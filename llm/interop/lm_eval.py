@@ -47,6 +47,7 @@ from llm.inference.decode import Decoder, Request, encode_prompt
 from llm.inference.distribution import Prediction
 from llm.inference.filters import Sampling
 from llm.inference.score import Scorer
+from llm.model.flops import parameter_count
 from llm.model.gpt import ModelSpec, Params
 from llm.text.tokenizer import Tokenizer
 
@@ -188,7 +189,7 @@ class HarnessModel(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """What the harness's results say of the model."""
         return {
-            "model_num_parameters": sum(int(array.size) for array in self._params.values()),
+            "model_num_parameters": parameter_count(self._spec),
             "model_dtype": self._spec.compute_dtype,
         }
 
