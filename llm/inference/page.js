@@ -323,7 +323,7 @@ function facts(run) {
   return [
     ["run", checkpoint?.run],
     ["step", checkpoint?.step == null ? null : grouped(checkpoint.step)],
-    ["parameters", checkpoint?.params_sha256?.slice(0, 10)],
+    ["parameters' sha256", checkpoint?.params_sha256?.slice(0, 10)],
     ["tokenizer", tokenizer?.name && `${tokenizer.name}, ${grouped(tokenizer.vocab_size)} tokens`],
     ["sampling", settings.join(", ") || "none, the text was given"],
     ["computed", computed[numerics?.path] ?? numerics?.path],

@@ -229,7 +229,7 @@ def run_facts(run: Record) -> Iterator[tuple[str, str]]:
     if (step := _path(run, "checkpoint", "step")) is not None:
         yield "step", f"{step:,}"
     if sha256 := _path(run, "checkpoint", "params_sha256"):
-        yield "parameters", sha256[:10]
+        yield "parameters' sha256", sha256[:10]
     if name := _path(run, "tokenizer", "name"):
         yield "tokenizer", f"{name}, {_path(run, 'tokenizer', 'vocab_size'):,} tokens"
     yield "sampling", _sampling(run.get("sampling"))
