@@ -13,6 +13,7 @@ COMMANDS = {
     "score": ("score", "the probability of every token of given text"),
     "eval": ("eval", "run tasks of lm-evaluation-harness"),
     "serve": ("serve", "an HTTP server: OpenAI's completions, and a live page"),
+    "bench": ("bench", "how fast each part is on this machine"),
     "replay": ("replay", "the exact batch that a step was trained on"),
     "diff": ("diff", "where two runs part, or what changed between two dumps of a text"),
     "verify": ("verify", "check a run's checkpoints: manifest, parameters, receipt"),

@@ -15,7 +15,7 @@ network and the cycle walk); Steele et al. 2014, "Fast Splittable Pseudorandom N
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +82,7 @@ class TrainingBatches:
         """int64 [batch_size]: where each row of the global batch begins in the split."""
         return self._starts(step * self._batch_size + np.arange(self._batch_size))
 
-    def iterate(self, from_step: int = 0) -> Iterator[Ids]:
+    def iterate(self, from_step: int = 0) -> Generator[Ids, None, None]:
         """Batch `from_step` and all that follow, read ahead in the background.
 
         Closing the iterator, or letting go of it, ends the reading.

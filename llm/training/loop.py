@@ -6,6 +6,7 @@ the host. A due save is handed to the background before an evaluation begins.
 What it is not: it knows no mathematics (step.py) and no file formats (llm/run/).
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,7 @@ from llm.training.state import (
     to_groups,
 )
 from llm.training.step import BATCH_AXES, make_train_step
+from llm.training.step import Metrics as StepMetrics
 from llm.training.stopping import SharedStop
 
 # Draws text from the current parameters, for a person to read.
@@ -182,17 +184,29 @@ def _same_bits(a: jax.Array, b: jax.Array) -> bool:
 
 
 class Loop:
-    """Trains from a state to the last step. One object for one start of the program."""
+    """Trains from a state to the last step. One object for one start of the program.
+
+    Args:
+      train_step: another step than the job's; for those who measure the loop alone.
+    """
 
     def __init__(
-        self, job: Job, outputs: Outputs, stop: StopRequest, sampler: Sampler, state: TrainState
+        self,
+        job: Job,
+        outputs: Outputs,
+        stop: StopRequest,
+        sampler: Sampler,
+        state: TrainState,
+        train_step: Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]] | None = None,
     ):
         self._job, self._outputs, self._sampler = job, outputs, sampler
         self._stop = SharedStop(stop, job.hosts, job.mesh)
         self._settings = job.config.training
         self._state = state
         self._step = int(state.step)
-        self._train_step = make_train_step(job.spec, job.config.optimizer, self._settings, job.mesh)
+        self._train_step = train_step or make_train_step(
+            job.spec, job.config.optimizer, self._settings, job.mesh
+        )
         self._evaluation_step = make_evaluation_step(job.spec, job.mesh)
         self._pending: _Pending | None = None
         self._clock = time.perf_counter()
@@ -212,17 +226,12 @@ class Loop:
             self._evaluate()  # a stop may have come between a save and its evaluation
         if self._job.config.run.deterministic and self._step < self._settings.steps:
             self._check_repeats()
-        batches = self._job.batches().iterate(self._step)
-        try:
+        with contextlib.closing(self._job.batches().iterate(self._step)) as batches:
             for tokens_BT in batches:
                 if self._step >= self._settings.steps or self._stop.requested:
                     break
                 self._train(tokens_BT)
                 self._settle_if_due()
-        finally:
-            close = getattr(batches, "close", None)
-            if close is not None:
-                close()
         self._settle()
         if self._stop.requested and self._step < self._settings.steps:
             self._leave()

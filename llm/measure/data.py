@@ -1,0 +1,68 @@
+"""Data: text to token shards, and shards to batches."""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from llm.config import DataConfig
+from llm.measure.timing import time_turns
+from llm.measure.workload import Workload
+from llm.text.batches import TrainingBatches
+from llm.text.shards import prepare
+
+_MIB = 2**20
+
+
+def measure_data(workload: Workload, folder: Path, turns: int, mib: int = 8) -> dict[str, Any]:
+    """Tokenising with the configuration's tokenizer, and its loader.
+
+    Args:
+      folder: an empty one, for text and shards.
+      mib: size of the text, source code of the standard library.
+    Returns:
+      bytes_per_second: of text, from files to verified shards on disk; null for a tokenizer that is
+        trained on its corpus, which takes longer than anything else.
+      batches_per_second: of the loader, read ahead.
+    """
+    batches = workload.batches()
+    result: dict[str, Any] = {"batches_per_second": loader_speed(batches), "bytes_per_second": None}
+    if workload.config.tokenizer.kind != "bpe":
+        size = write_text(folder / "text", mib)
+        numbers = iter(range(10 * turns))
+
+        def turn() -> None:
+            data = DataConfig(
+                source=str(folder / "text"),
+                validation="tail:0.1",
+                cache_dir=str(folder / f"cache-{next(numbers)}"),
+            )
+            prepare(data, workload.config.tokenizer)
+
+        result["bytes_per_second"] = size / time_turns(turn, turns, warm_up=0).median
+    return result
+
+
+def loader_speed(batches: TrainingBatches, seconds: float = 1.0) -> float:
+    """Batches a second over so many seconds, after the first."""
+    with contextlib.closing(batches.iterate()) as reading:
+        next(reading)
+        count, start = 0, time.perf_counter()
+        while (passed := time.perf_counter() - start) < seconds:
+            next(reading)
+            count += 1
+    return count / passed
+
+
+def write_text(folder: Path, mib: int) -> int:
+    """Files of about a MiB of Python source, each unlike the others; their bytes in all."""
+    folder.mkdir()
+    source = "".join(
+        path.read_text("utf-8", "replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))
+    )
+    total = 0
+    for number in range(mib):
+        start = number * 37_123 % (len(source) - _MIB)
+        total += (folder / f"{number}.txt").write_text(source[start : start + _MIB], "utf-8")
+    return total

@@ -1,0 +1,67 @@
+"""Decoding with the key/value cache: seconds a token, and the bytes it has to read for one."""
+
+from typing import Any
+
+import jax
+
+from llm.inference.decode import Decoder, Request, round_up
+from llm.inference.filters import Sampling
+from llm.measure.timing import time_turns
+from llm.measure.workload import Workload
+from llm.model.gpt import KVCache
+from llm.training.optimizer import make_optimizer
+from llm.training.state import create_state
+
+_GREEDY = Sampling(temperature=0.0)
+
+
+def measure_decoding(
+    workload: Workload, batch_size: int, bandwidth: float, turns: int, tokens: int = 128
+) -> dict[str, Any]:
+    """Continue a short prompt in `batch_size` rows, with random weights, greedily.
+
+    Args:
+      bandwidth: measured, bytes/s.
+    Returns:
+      seconds_per_token: of one token in each row: what `tokens` take more than one does, so that
+        the prompt's share and what is done once stay out.
+      bytes_per_token: read for it: matrices in their compute dtype, and the cache at its capacity.
+      bandwidth_share: of the measured bandwidth.
+    """
+    spec, mesh = workload.spec, workload.mesh
+    state = create_state(spec, make_optimizer(workload.config.optimizer), 0, mesh)
+    decoder = Decoder.create(spec, state.params, workload.corpus.tokenizer)
+    prompt = workload.tokens()[0, :1]
+    tokens = min(tokens, spec.config.context_length - len(prompt))
+
+    def continued(length: int) -> None:
+        request = Request(prompt, _GREEDY, max_new_tokens=length)
+        # All rows are alike. An end of text, which random weights hardly draw, would end them all.
+        for _ in decoder.generate([request] * batch_size):
+            pass
+
+    long = time_turns(lambda: continued(tokens), turns)
+    short = time_turns(lambda: continued(1), turns)
+    seconds = max(long.median - short.median, 1e-9) / max(1, tokens - 1)
+    capacity = min(round_up(len(prompt) + tokens, at_least=64), spec.config.context_length)
+    size = weight_bytes(decoder) + cache_bytes(decoder, batch_size, capacity)
+    return {
+        "batch_size": batch_size,
+        "tokens": tokens,
+        "seconds_per_token": seconds,
+        "tokens_per_second": batch_size / seconds,
+        "bytes_per_token": size,
+        "bandwidth_share": size / seconds / bandwidth / mesh.size,
+    }
+
+
+def weight_bytes(decoder: Decoder) -> int:
+    """Of all weights that a token reads whole; of the embeddings it reads a row."""
+    weights = decoder.params.items()
+    return sum(weight.nbytes for name, weight in weights if not name.startswith("embed."))
+
+
+def cache_bytes(decoder: Decoder, batch_size: int, capacity: int) -> int:
+    """Of the keys and values of all layers, whether filled yet or not."""
+    cache = jax.eval_shape(lambda: KVCache.create(decoder.spec, batch_size, capacity))
+    return sum(part.size * part.dtype.itemsize for part in (*cache.keys, *cache.values))

@@ -1,0 +1,56 @@
+"""What is timed: the model, the data and the mesh of a configuration, as a run would have them."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from jax.sharding import Mesh
+
+from llm.config import Config
+from llm.model.gpt import ModelSpec
+from llm.model.sharding import check_divisible, make_mesh
+from llm.run.model import compute_dtype
+from llm.text.batches import TrainingBatches
+from llm.text.shards import TokenizedCorpus, prepare
+from llm.text.splits import check_window
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A configuration made ready. corpus: its text as tokens, from the same cache that runs use."""
+
+    config: Config
+    spec: ModelSpec
+    mesh: Mesh
+    corpus: TokenizedCorpus
+
+    def batches(self) -> TrainingBatches:
+        return TrainingBatches(
+            self.corpus.train,
+            context_length=self.spec.config.context_length,
+            batch_size=self.config.training.batch_size,
+            seed=self.config.run.seed,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.training.batch_size * self.spec.config.context_length
+
+    def tokens(self) -> np.ndarray:
+        """The first batch, int32 [B, T + 1]."""
+        return self.batches()[0]
+
+
+def make_workload(config: Config, on_progress: Callable[[str, int, int | None], None]) -> Workload:
+    """Raises:
+    UsageError, DataError: as the train command would.
+    """
+    mesh = make_mesh(config.mesh)
+    corpus = prepare(config.data, config.tokenizer, on_progress=on_progress)
+    check_window(corpus.train, config.model.context_length)
+    dtype = compute_dtype(config.training.compute_dtype)
+    spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype)
+    training = config.training
+    rows = training.micro_batch_size or training.batch_size
+    check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
+    return Workload(config, spec, mesh, corpus)

@@ -1,0 +1,94 @@
+"""`python -m llm bench`: its arithmetic, on a small run. No test asks how long anything takes."""
+
+import json
+import os
+import statistics
+
+import pytest
+from runs import write_config
+
+from llm.commands.bench import main
+from llm.errors import DataError, UsageError
+from llm.measure import machine
+from llm.measure.timing import time_turns
+
+PARTS = ("step", "loop", "decode", "data", "checkpoint")
+D, L, F, T, B = 32, 2, 128, 16, 8
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """A small configuration, and a machine whose peaks take no time to measure."""
+    monkeypatch.setattr(machine, "_CPU_SIDES", (64,))
+    monkeypatch.setattr(machine, "_CPU_FLOPS", 2**20)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    return str(write_config(tmp_path))
+
+
+def reported(capsys, *arguments):
+    def refuse(constant):
+        raise ValueError(f"{constant} is not strict JSON")
+
+    assert main([*arguments, "--json", "--turns", "1"]) == 0
+    return json.loads(capsys.readouterr().out, parse_constant=refuse)
+
+
+def test_the_figures_of_each_part_agree_with_closed_forms(quick, capsys, tmp_path):
+    V = len(set((tmp_path / "corpus.txt").read_text()))
+    report = reported(capsys, quick, "--parts", *PARTS, "--decode-batches", "1", "2")
+    matrices = L * (4 * D * D + 2 * D * F)
+    flops = 6 * (matrices + D * V) + 12 * L * D * T / 2
+    assert set(report) == {"machine", "model", *PARTS}
+    assert report["model"]["flops_per_token"] == flops
+    assert report["model"]["tokens_per_step"] == B * T
+
+    step = report["step"]
+    assert step["tokens_per_second"] * step["seconds"] == pytest.approx(B * T)
+    share = step["tokens_per_second"] * flops / report["machine"]["matmul_flops"]
+    assert step["mfu_of_matmul"] == pytest.approx(share / report["machine"]["devices"])
+    assert step["mfu_of_peak"] is None, "the CPU has no data sheet here"
+
+    one, two = report["decode"]
+    padded, positions = 64, 16
+    vectors = L * (9 * D + F) + 2 * D  # biases and norms; the embeddings' rows are not counted
+    cache = 2 * L * positions * D
+    assert one["bytes_per_token"] == 4 * (matrices + D * padded + vectors + cache)
+    assert two["bytes_per_token"] - one["bytes_per_token"] == 4 * cache
+    assert one["tokens_per_second"] * one["seconds_per_token"] == pytest.approx(1)
+
+    assert report["loop"]["steps"] == 200
+    assert report["data"]["batches_per_second"] > 0 and report["data"]["bytes_per_second"] > 0
+    # Weights, two moments, in float32; and little else.
+    assert 12 * matrices < report["checkpoint"]["bytes"] < 10 * 12 * matrices
+
+
+def test_the_start_is_timed_cold_and_warm(quick, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    start = reported(capsys, quick, "--parts", "start")["start"]
+    assert 0 < start["warm_seconds"] < 600 and 0 < start["cold_seconds"] < 600
+
+
+def test_a_person_gets_a_table(quick, capsys):
+    assert main([quick, "--parts", "step", "--turns", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "tokens_per_second" in shown and "mfu_of_peak" in shown and "unknown" in shown
+
+
+def test_what_cannot_be_measured_is_refused_by_name(quick, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main([quick, "--parts", "stepp"])
+    assert "'decode'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main([quick, "--turns", "0"])
+    assert "at least 1" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"model\.n-layer"):
+        main([quick, "--model.n-layers", "3"])
+    with pytest.raises(DataError, match="nowhere"):
+        main([quick, "--data.source", str(tmp_path / "nowhere.txt")])
+
+
+def test_a_timing_is_the_median_of_its_turns():
+    calls = []
+    timing = time_turns(lambda: calls.append(1), 5, warm_up=2)
+    assert len(calls) == 7 and len(timing.seconds) == 5
+    assert timing.median == statistics.median(timing.seconds) and timing.fastest <= timing.median
