@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import ROOT, copied, losses, params_sha256, write_config
+from runs import QUICK_COMPILING, ROOT, copied, losses, params_sha256, write_config
 
 from llm.config import DistributedConfig
 from llm.errors import UsageError
@@ -27,11 +27,7 @@ CHANGES = {
     "checkpoint": {"every": 2, "keep": 9, "keep_best": False},
     "sample": {"max_new_tokens": 0},
 }
-# Process 0 alone keeps compiled programs, and theirs are of their own: compile quickly.
-XLA_FLAGS = (
-    "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+XLA_FLAGS = f"--xla_force_host_platform_device_count=1 {QUICK_COMPILING}"
 
 
 def free_port() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from runs import QUICK_COMPILING
 
 import llm.run.model
 from llm.commands import run_command
@@ -572,7 +573,7 @@ def completions_client(model, tmp_path_factory):
     write_run(folder / "run", folder / "run", folder, model.spec, params, model.tokenizer)
     hugging_face_tokenizer(model.tokenizer).save_pretrained(folder / "tokenizer")
     command = [sys.executable, "-m", "llm", "serve", str(folder / "run"), "--port", "0"]
-    environment = {**os.environ, "XLA_FLAGS": ""}
+    environment = {**os.environ, "XLA_FLAGS": QUICK_COMPILING}
     server = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     try:
         said = ""

@@ -604,7 +604,7 @@ def serve_process(run_dir, *flags):
     return subprocess.Popen(
         [sys.executable, "-m", "llm", "serve", str(run_dir), *flags],
         cwd=runs.ROOT,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": runs.QUICK_COMPILING},
         stderr=subprocess.PIPE,
         text=True,
     )
