@@ -217,6 +217,11 @@ class TrainingConfig(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of matrix products; auto: bfloat16 on accelerators, float32 on CPU"
     )
+    attention: Literal["auto", "plain", "cudnn", "splash"] = setting(
+        "auto",
+        "what computes attention: plain, NVIDIA's cudnn, the TPU's splash; auto: the fastest that "
+        "the devices, the sizes and compute_dtype allow",
+    )
     label_smoothing: DropoutRate = setting(0.0, "probability spread evenly over the vocabulary")
     z_loss: NonNegativeFloat = setting(0.0, "weight of log(Z)^2, which keeps logits near zero")
     loss_chunk: NonNegativeInt = setting(

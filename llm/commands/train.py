@@ -152,20 +152,20 @@ def _make_job(
 ) -> "Job":
     """Text, model and mesh, each checked before anything is compiled."""
     from llm.model.gpt import ModelSpec
+    from llm.model.kernels import choose_attention
     from llm.model.sharding import check_divisible, make_mesh
     from llm.run.model import compute_dtype
     from llm.text.splits import check_window
     from llm.training.loop import Job
 
-    mesh = make_mesh(config.mesh)
+    mesh, training = make_mesh(config.mesh), config.training
+    dtype = compute_dtype(training.compute_dtype)
+    attention = choose_attention(training.attention, config.model, dtype, mesh)
     corpus = _prepare_once(config, run, hosts, stop, progress)
     for note in corpus.notes:
         progress.say(note)
     check_window(corpus.train, config.model.context_length)
-    spec = ModelSpec(
-        config.model, corpus.tokenizer.vocab_size, compute_dtype(config.training.compute_dtype)
-    )
-    training = config.training
+    spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
     rows = training.micro_batch_size or training.batch_size
     check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
     if training.eval_batch_size:
@@ -250,6 +250,7 @@ def _record_start(
         step=step, mesh=dict(job.mesh.shape), devices=list(job.mesh.devices.flat), changed=changed
     )
     start["processes"] = job.hosts.count
+    start["attention"] = job.spec.attention
     start["redone_steps"] = len(redone)
     start["redone_seconds"] = round(sum(row["step_seconds"] for row in redone), 3)
     record = run.read_provenance()
@@ -280,6 +281,7 @@ def _say_what_starts(job: "Job", run: RunDirectory, step: int, progress: Progres
         f"{parameter_count(job.spec):,} parameters, {len(corpus.train):,} training tokens "
         f"({corpus.tokenizer.name}), {len(corpus.validation):,} held out; "
         f"{len(devices)} x {devices[0].device_kind}, {job.spec.compute_dtype}"
+        + (f", {job.spec.attention} attention" if job.spec.attention != "plain" else "")
     )
     progress.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))
 

@@ -32,6 +32,7 @@ from flax import nnx
 
 from llm.config import ModelConfig
 from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
+from llm.model.kernels import Kernel, causal_attention
 from llm.model.remat import Remat, keep
 from llm.model.sharding import constrain, is_divided
 from llm.model.stack import is_stacked, layer_names
@@ -43,11 +44,16 @@ Params = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """Everything that fixes the model's function but its parameters. Hashable: static in jit."""
+    """Everything that fixes the model's function but its parameters. Hashable: static in jit.
+
+    attention: what computes the attention of whole texts; a kernel only where
+      kernels.py:choose_attention found that it can be used.
+    """
 
     config: ModelConfig
     vocab_size: int
     compute_dtype: str = "float32"
+    attention: Kernel = "plain"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", self.config.resolved())
@@ -199,6 +205,7 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: ModelSpec):
         config = self.config = spec.config
+        self.kernel = spec.attention
         linear = functools.partial(
             Linear, bias=config.bias, dtype=spec.compute_dtype, std=config.init_std
         )
@@ -230,11 +237,11 @@ class Attention(nnx.Module):
         """Every position of x looks at itself and what is before it in x."""
         query, key, value = self.project(x_BTD, positions_BT)
         query = constrain(query, "batch", "sequence", "heads", None)
-        mixed_BTNH = attend(
+        mixed_BTNH = causal_attention(
+            self.kernel,
             query,
             key,
             value,
-            causal_mask(x_BTD.shape[1]),
             dropout=self.config.dropout,
             dropout_key=dropout_key,
         )

@@ -1,7 +1,8 @@
 """Rematerialisation: what a block keeps of its forward pass until its backward pass.
 
     none      everything that the backward pass reads
-    dots      its input and its products with weights; the rest is computed again
+    dots      its input, its products with weights, and what an attention kernel (kernels.py) needs
+              beside its inputs; the rest is computed again
     block     its input alone; the whole block is computed again (Chen et al. 2016, "Training Deep
               Nets with Sublinear Memory Cost")
     offload   as block, and the inputs wait in the host's memory
@@ -17,12 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from llm.errors import UsageError
+from llm.model.kernels import is_residual
 
 Remat = Literal["none", "dots", "block", "offload"]
 HOST = "pinned_host"
 _INPUT = "block_input"
 _POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_residual
+    ),
     "block": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],

@@ -12,7 +12,8 @@ and not code. XLA inserts the collectives (GSPMD, Xu et al. 2021).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
@@ -122,6 +124,17 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_of(logical_axes))
+
+
+def per_device(function: Function, in_specs: Any, out_specs: Any) -> Function:
+    """The function on each device's own parts, by shard_map over the mesh in context.
+
+    What is sent between devices is then what the function sends. Without a mesh, the function.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    # Kernels do not say over which axes their results vary, so nobody can check it.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def shares(logical_axis: str) -> int:

@@ -198,6 +198,7 @@ FREE_SETTINGS = (
     "training.steps",
     "training.eval_every",
     "training.eval_batch_size",
+    "training.attention",
     "training.scan_layers",
     "training.remat",
     "training.on_nonfinite",
