@@ -1,6 +1,7 @@
 """Whole runs: whatever stops one, the same command gives what an unbroken run would have given."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -12,6 +13,7 @@ from runs import STEPS, losses, params_sha256, run_process, train, train_process
 from llm.commands import run_command
 from llm.commands.train import main
 from llm.errors import CheckpointError, DataError, NonFiniteError, RunLockedError, UsageError
+from llm.model import remat
 from llm.run.directory import RunDirectory, RunLock
 
 
@@ -168,6 +170,20 @@ def test_a_run_directory_may_be_moved_and_be_a_link(copy, monkeypatch):
     monkeypatch.chdir(copy)
     train(copy / "config.toml", "--run.dir", "link", "--training.steps", "13")
     assert losses(moved)[-1][1] == 13
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [("remat", "offload", "needs devices that reach"), ("attention", "splash", "is for TPUs")],
+)
+def test_what_devices_cannot_do_is_refused_before_the_text_is_read(
+    tmp_path, monkeypatch, flag, value, message
+):
+    monkeypatch.setattr(remat, "HOST", "a host's memory that nobody has")
+    with pytest.raises(UsageError, match=f"training.{flag} = '{value}' .*{message}"):
+        train(write_config(tmp_path), f"--training.{flag}", value)
+    assert os.listdir(tmp_path / "run") == ["run.lock"]
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_folder_that_is_not_a_run_is_left_alone(unbroken, tmp_path):

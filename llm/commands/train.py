@@ -153,6 +153,7 @@ def _make_job(
     """Text, model and mesh, each checked before anything is compiled."""
     from llm.model.gpt import ModelSpec
     from llm.model.kernels import choose_attention
+    from llm.model.remat import check_remat
     from llm.model.sharding import check_divisible, make_mesh
     from llm.run.model import compute_dtype
     from llm.text.splits import check_window
@@ -161,6 +162,7 @@ def _make_job(
     mesh, training = make_mesh(config.mesh), config.training
     dtype = compute_dtype(training.compute_dtype)
     attention = choose_attention(training.attention, config.model, dtype, mesh)
+    check_remat(training.remat, mesh)
     corpus = _prepare_once(config, run, hosts, stop, progress)
     for note in corpus.notes:
         progress.say(note)
