@@ -148,6 +148,7 @@ ENTRY %main (x: f32[2,4]) -> f32[2,4] {
   %m = (f32[16]{0}, bf16[24]{0}) all-gather-done(%k)
   %q = f32[2,4]{1,0} collective-permute(%x), channel_id=7, source_target_pairs={{0,1},{1,2},{2,0}}
   %v = f32[5]{0} all-reduce(%x), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %w = f32[5]{0} all-reduce(%f), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %one = f32[2,4]{1,0} all-reduce(%x), channel_id=8, replica_groups={{0},{1}}, to_apply=%add
 }
 """  # noqa: E501 (as compilers write it)
@@ -156,7 +157,8 @@ ENTRY %main (x: f32[2,4]) -> f32[2,4] {
 def test_collectives_are_read_with_their_bytes_turns_and_groups():
     """Loops inside loops, fused reduce-scatters, pieces of one, tuples, groups as written.
 
-    Channel 1 is given twice, as TPU compilers do to what they have joined.
+    Channel 1 is given three times, as TPU compilers do to what they have joined, and as JAX does to
+    all that comes from shard_map.
     """
     assert read_collectives(HLO) == [
         Collective("all-gather", 2 * 8 * 2, 3 * 5, 4, "jit(step)/gather"),
@@ -167,11 +169,12 @@ def test_collectives_are_read_with_their_bytes_turns_and_groups():
         Collective("all-gather", 16 * 4 + 24 * 2, 1, 8, ""),
         Collective("collective-permute", 2 * 4 * 4, 1, 3, ""),
         Collective("all-reduce", 5 * 4, 1, 8, ""),
+        Collective("all-reduce", 5 * 4, 1, 8, ""),
     ]
     assert total_bytes(read_collectives(HLO)) == {
         "all-gather": 32 * 15 + 128 + 112,
         "reduce-scatter": 64 * 5 + 64,
-        "all-reduce": 7 + 20,
+        "all-reduce": 7 + 20 + 20,
         "collective-permute": 32,
     }
 

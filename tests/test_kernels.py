@@ -12,37 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_context import example, outcomes, random_params
 
 from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.errors import UsageError
 from llm.model import kernels
-from llm.model.gpt import ModelSpec, bind, initialise
-from llm.model.kernels import LANES, block_of, causal_attention, choose_attention, splash_attention
+from llm.model.context import zigzag_positions
+from llm.model.gpt import ModelSpec, bind
+from llm.model.kernels import LANES, block_of, choose_attention, splash_attention
 from llm.model.sharding import make_mesh
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
 
-B, T, N, H = 4, 256, 4, 16
-
 interpreted = functools.partial(splash_attention, interpret=True)
-plain = functools.partial(causal_attention, "plain")
-
-
-def outcome(attention, kv_heads, **axes):
-    """Output, and gradients for queries, keys and values of a random sum of the outputs."""
-    random = np.random.default_rng(0)
-    query, weights = (jnp.float32(random.normal(size=(B, T, N, H))) for _ in range(2))
-    key, value = (jnp.float32(random.normal(size=(B, T, kv_heads, H))) for _ in range(2))
-
-    def weighted(*arrays):
-        mixed = attention(*arrays)
-        return jnp.sum(weights * mixed), mixed
-
-    graded = jax.jit(jax.value_and_grad(weighted, argnums=(0, 1, 2), has_aux=True))
-    with jax.set_mesh(make_mesh(MeshConfig(**axes), None if axes else jax.devices()[:1])):
-        (_, mixed), gradients = graded(query, key, value)
-    return [np.asarray(array) for array in (mixed, *gradients)]
 
 
 @pytest.fixture
@@ -52,15 +35,31 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kv_heads", "axes"),
-    [(4, {}), (1, {"data": 4, "context": 2}), (2, {"data": 2, "tensor": 2, "context": 2})],
-    ids=["multi-head", "multi-query, in a mesh", "grouped, in a mesh"],
+    ("heads", "kv_heads", "length", "axes"),
+    [
+        (2, 2, 256, {}),
+        (4, 2, 256, {"fsdp": 2, "tensor": 2}),
+        (2, 1, 512, {"data": 2, "context": 2}),
+    ],
+    ids=["multi-head", "grouped, in a mesh", "multi-query, over a divided sequence"],
 )
-def test_splash_and_its_gradients_are_those_of_plain_attention(kv_heads, axes, small_blocks):
-    expected = outcome(plain, kv_heads)
+def test_splash_and_its_gradients_are_those_of_plain_attention(
+    heads, kv_heads, length, axes, small_blocks
+):
+    arrays = example(heads, kv_heads, length)
+    found, expected = outcomes(interpreted, arrays, **axes)
     assert np.std(expected[0]) > 0.1
-    for found, wanted in zip(outcome(interpreted, kv_heads, **axes), expected, strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for array, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-5)
+
+
+def test_in_the_zig_zag_order_every_device_has_the_same_number_of_visible_blocks(small_blocks):
+    def counted(positions):
+        blocks = kernels._splash_kernel(positions, 1, 4, False).fwd_mask_info.block_mask[0]
+        return [int(np.count_nonzero(part)) for part in np.split(np.asarray(blocks), 4)]
+
+    assert counted(np.arange(1024, dtype=np.int32)) == [3, 7, 11, 15]
+    assert counted(zigzag_positions(1024, 4)) == [9, 9, 9, 9]
 
 
 MODEL = ModelConfig(
@@ -70,7 +69,7 @@ MODEL = ModelConfig(
 
 def test_a_model_with_splash_computes_what_it_does_without(monkeypatch):
     monkeypatch.setattr(kernels, "splash_attention", interpreted)
-    params = initialise(ModelSpec(MODEL, 70), jax.random.key(0), stacked=True)
+    params = random_params(ModelSpec(MODEL, 70))
     tokens = np.random.default_rng(0).integers(0, 70, (2, LANES), dtype=np.int32)
     found = []
     for kernel in ("plain", "splash"):
@@ -123,8 +122,8 @@ A100 = mesh_of("gpu", "NVIDIA A100", "8.0")
         (TPU, {}, "float32", "splash"),
         (TPU, {"context_length": 320}, "bfloat16", "plain"),
         (TPU, {"dropout": 0.1}, "bfloat16", "plain"),
-        (mesh_of("tpu", context=4), {"context_length": 512}, "bfloat16", "splash"),
-        (mesh_of("tpu", context=4), {"context_length": 256}, "bfloat16", "plain"),
+        (mesh_of("tpu", context=4), {"context_length": 1024}, "bfloat16", "splash"),
+        (mesh_of("tpu", context=4), {"context_length": 512}, "bfloat16", "plain"),
         (H100, {}, "bfloat16", "cudnn"),
         (H100, {"context_length": 320}, "bfloat16", "cudnn"),
         (H100, {}, "float32", "plain"),

@@ -106,7 +106,7 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers(sizes,
         ({"tensor": 8}, {"n_head": 8, "n_kv_head": 2}, 64, 8, r"n_kv_head = 2 .* can: 8"),
         ({"tensor": 8}, {"d_ff": 100}, 64, 8, r"d_ff = 100 .* 96 or 104"),
         ({"tensor": 8}, {}, 65, 8, r"vocab_multiple = 65 .* 64 or 72"),
-        ({"context": 8}, {"context_length": 20}, 64, 8, r"context_length = 20 .* 16 or 24"),
+        ({"context": 8}, {"context_length": 24}, 64, 8, r"= 24 .* 16 chunks .* can: 16 or 32"),
     ],
     ids=str,
 )

@@ -39,15 +39,16 @@ def read_collectives(hlo: str) -> list[Collective]:
       ValueError: a loop whose number of turns is not in the text.
     """
     computations = _computations(hlo)
-    runs = _runs(computations)
+    runs, fused = _runs(computations), _fused(computations)
     found: dict[tuple[str, str, int], Collective] = {}
     for name, lines in computations.items():
         for number, line in enumerate(lines):
             collective = _read(line, name, runs[name])
             if collective is None or collective.group == 1 or not collective.count:
                 continue
-            # Pieces of one operation have its channel; others may have been given the same number.
-            channel = re.search(r"channel_id=(\d+)", line)
+            # Pieces of one operation lie in fusions and have its channel. Others may have the same
+            # number: all that come from shard_map do.
+            channel = re.search(r"channel_id=(\d+)", line) if name in fused else None
             key = channel[1] if channel else f"{name} {number}"
             found.setdefault((key, collective.kind, collective.bytes), collective)
     return list(found.values())
@@ -99,6 +100,12 @@ def _runs(computations: dict[str, list[str]]) -> dict[str, int]:
 
     visit("", 1)
     return runs
+
+
+def _fused(computations: dict[str, list[str]]) -> set[str]:
+    """Names of the computations that are fusions' insides."""
+    lines = (line for lines in computations.values() for line in lines if " fusion(" in line)
+    return {name for line in lines for name in _CALL.findall(line)}
 
 
 def _turns(line: str, computations: dict[str, list[str]]) -> int:

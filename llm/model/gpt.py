@@ -32,9 +32,10 @@ from flax import nnx
 
 from llm.config import ModelConfig
 from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
+from llm.model.context import from_zigzag, to_zigzag, zigzag_positions
 from llm.model.kernels import Kernel, causal_attention
 from llm.model.remat import Remat, keep
-from llm.model.sharding import constrain, is_divided
+from llm.model.sharding import constrain, is_divided, shares
 from llm.model.stack import is_stacked, layer_names
 
 # Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights. Inside
@@ -233,7 +234,7 @@ class Attention(nnx.Module):
             key = rotate(key, positions_BT, config.rope_theta)
         return query, key, value
 
-    def __call__(self, x_BTD, positions_BT, *, dropout_key=None) -> jax.Array:
+    def __call__(self, x_BTD, positions_BT, *, zigzag=False, dropout_key=None) -> jax.Array:
         """Every position of x looks at itself and what is before it in x."""
         query, key, value = self.project(x_BTD, positions_BT)
         query = constrain(query, "batch", "sequence", "heads", None)
@@ -242,6 +243,7 @@ class Attention(nnx.Module):
             query,
             key,
             value,
+            zigzag=zigzag,
             dropout=self.config.dropout,
             dropout_key=dropout_key,
         )
@@ -306,9 +308,11 @@ class Block(nnx.Module):
         self.attention_norm, self.attention = norm(), Attention(spec)
         self.mlp_norm, self.mlp = norm(), MLP(spec)
 
-    def __call__(self, x_BTD, positions_BT, *, dropout_key=None) -> jax.Array:
+    def __call__(self, x_BTD, positions_BT, *, zigzag=False, dropout_key=None) -> jax.Array:
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
-        branch = self.attention(self.attention_norm(x_BTD), positions_BT, dropout_key=keys[0])
+        branch = self.attention(
+            self.attention_norm(x_BTD), positions_BT, zigzag=zigzag, dropout_key=keys[0]
+        )
         x_BTD = x_BTD + drop(branch, self.dropout, keys[1])
         x_BTD = x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), self.dropout, keys[2])
         return constrain(x_BTD, "batch", "sequence", "width")
@@ -373,12 +377,19 @@ class GPT(nnx.Module):
         x_BTD, positions_BT = self._embedded(tokens_BT)
         if dropout_key is not None:
             x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
-        return self.final_norm(self._through_blocks(x_BTD, positions_BT, dropout_key, remat))
+        # Dropout is drawn in the natural order, so that a mesh changes no draw.
+        zigzag = is_divided("sequence") and dropout_key is None
+        if zigzag:
+            order_T = zigzag_positions(tokens_BT.shape[1], shares("sequence"))
+            x_BTD, positions_BT = to_zigzag(x_BTD), jnp.asarray(order_T)[None]
+        x_BTD = self._through_blocks(x_BTD, positions_BT, zigzag, dropout_key, remat)
+        return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD)
 
     def _through_blocks(
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
+        zigzag: bool,
         dropout_key: jax.Array | None,
         remat: Remat,
     ) -> jax.Array:
@@ -386,7 +397,8 @@ class GPT(nnx.Module):
 
         def through(graph, x_BTD, layer, weights):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
-            return nnx.merge(graph, weights)(x_BTD, positions_BT, dropout_key=key)
+            block = nnx.merge(graph, weights)
+            return block(x_BTD, positions_BT, zigzag=zigzag, dropout_key=key)
 
         if not self.stacked:
             for layer, block in enumerate(self.blocks, start=1):

@@ -23,14 +23,12 @@ from jax.sharding import Mesh, NamedSharding
 from llm.config import ModelConfig
 from llm.errors import UsageError
 from llm.model.attention import attend, causal_mask
-from llm.model.sharding import partition_of, per_device, shares
+from llm.model.context import RESIDUAL, gathered, ring_attention, zigzag_positions
+from llm.model.sharding import chunks_of, partition_of, per_device, shares
 
 Kernel = Literal["plain", "cudnn", "splash"]
 
-# What splash keeps for its backward pass beside its inputs: its output and the logarithm of each
-# softmax's sum. The name is jax.ad_checkpoint's.
-RESIDUAL = "attention_residual"
-# The operation whose results are the same for cuDNN, which gives them no name.
+# The operation whose results cuDNN's backward pass reads. They have no name for jax.checkpoint.
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 # A TPU's vector registers have 128 lanes; splash's blocks of positions are multiples of that.
 LANES = 128
@@ -74,10 +72,10 @@ def _splash_obstacle(model: ModelConfig, mesh: Mesh) -> str:
         return f"it is for TPUs, and the mesh is of {device.device_kind}"
     if model.dropout:
         return f"it drops no attention weights, and model.dropout = {model.dropout}"
-    if model.context_length % (LANES * parts):
+    if model.context_length % (LANES * chunks_of(parts)):
         return (
-            f"model.context_length = {model.context_length} is not a multiple of {LANES} on each "
-            f"of the {parts} devices of mesh axis context"
+            f"model.context_length = {model.context_length} is not a multiple of {LANES} in each "
+            f"of the {chunks_of(parts)} chunks that mesh.context = {parts} makes"
         )
     return ""
 
@@ -122,6 +120,7 @@ def causal_attention(
     key_BTKH: jax.Array,
     value_BTKH: jax.Array,
     *,
+    zigzag: bool = False,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -130,12 +129,16 @@ def causal_attention(
     Args:
       kernel: as `choose_attention` chose it. Only plain drops weights.
       query_BTNH, key_BTKH, value_BTKH: as `attend` takes them.
+      zigzag: the positions stand in the order of context.py; not with dropout.
     """
-    match kernel:
-        case "splash":
-            return splash_attention(query_BTNH, key_BTKH, value_BTKH)
-        case "cudnn":
-            return cudnn_attention(query_BTNH, key_BTKH, value_BTKH)
+    if kernel == "splash":
+        return splash_attention(query_BTNH, key_BTKH, value_BTKH, zigzag=zigzag)
+    if kernel == "cudnn":
+        return cudnn_attention(query_BTNH, key_BTKH, value_BTKH)
+    if zigzag:
+        return per_device(ring_attention, (QUERIES, KEYS, KEYS), QUERIES)(
+            query_BTNH, key_BTKH, value_BTKH
+        )
     return attend(
         query_BTNH,
         key_BTKH,
@@ -161,24 +164,30 @@ def cudnn_attention(query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.
 
 
 def splash_attention(
-    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, *, interpret: bool = False
+    query_BTNH: jax.Array,
+    key_BTKH: jax.Array,
+    value_BTKH: jax.Array,
+    *,
+    zigzag: bool = False,
+    interpret: bool = False,
 ) -> jax.Array:
     """causal_attention by splash, each device its rows, heads and queries.
 
-    Where the mesh divides the sequence, each device gathers the keys and values of all positions.
+    Where the mesh divides the sequence, each device gathers the keys and values of all positions:
+    little beside what a pass holds anyway, since nothing grows with T times S here.
 
     Args:
+      zigzag: as in `causal_attention`.
       interpret: run what the kernel is written in on any device, slowly.
     """
     _, T, N, H = query_BTNH.shape
     parts = shares("sequence")
-    kernel = _splash_kernel(T, N // shares("heads"), parts, interpret)
+    positions_T = zigzag_positions(T, parts) if zigzag else np.arange(T, dtype=np.int32)
+    kernel = _splash_kernel(positions_T, N // shares("heads"), parts, interpret)
 
     def attention(kernel, query_BTNH, key_BSKH, value_BSKH):
         if parts > 1:
-            key_BSKH, value_BSKH = (
-                jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (key_BSKH, value_BSKH)
-            )
+            key_BSKH, value_BSKH = (gathered(x, zigzag=zigzag) for x in (key_BSKH, value_BSKH))
         # The kernel itself does not divide by sqrt(H).
         scaled_BTNH = query_BTNH * np.asarray(H**-0.5, query_BTNH.dtype)
         heads_first = [x.swapaxes(1, 2) for x in (scaled_BTNH, key_BSKH, value_BSKH)]
@@ -191,11 +200,12 @@ def splash_attention(
     return divided(kernel, query_BTNH, key_BTKH, value_BTKH)
 
 
-def _splash_kernel(length: int, heads: int, parts: int, interpret: bool) -> Any:
-    """The kernel and its tables of blocks, for a text whose queries lie on `parts` devices."""
+def _splash_kernel(positions_T: np.ndarray, heads: int, parts: int, interpret: bool) -> Any:
+    """The kernel and its tables of blocks, for queries at these positions on `parts` devices."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    queries, keys = block_of(length // parts), block_of(length)
+    length = len(positions_T)
+    queries, keys = block_of(length // chunks_of(parts)), block_of(length)
     sizes = splash.BlockSizes(
         block_q=queries,
         block_kv=keys,
@@ -205,6 +215,7 @@ def _splash_kernel(length: int, heads: int, parts: int, interpret: bool) -> Any:
         block_kv_dq=keys,
     )
     mask = splash.CausalMask((length, length), shard_count=parts)
+    mask.q_sequence = positions_T
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,

@@ -93,14 +93,15 @@ def check_divisible(
         ("model.n_kv_head", model.n_kv_head, "tensor", axis["tensor"]),
         ("model.d_ff", model.d_ff, "tensor x fsdp", axis["tensor"] * axis["fsdp"]),
         ("vocabulary padded by model.vocab_multiple", padded_vocab_size, "tensor", axis["tensor"]),
-        ("model.context_length", model.context_length, "context", axis["context"]),
+        ("model.context_length", model.context_length, "context", chunks_of(axis["context"])),
     ]
     for name, size, mesh_axis, parts in divisions:
         if size % parts:
             below, above = size // parts * parts, -(-size // parts) * parts
             nearest = f"{below} or {above}" if below else f"{above}"
+            pieces = "chunks (two a device)" if mesh_axis == "context" else "devices"
             raise UsageError(
-                f"{name} = {size} cannot be divided over the {parts} devices of mesh axis "
+                f"{name} = {size} cannot be divided over the {parts} {pieces} of mesh axis "
                 f"{mesh_axis}; nearest that can: {nearest}"
             )
 
@@ -143,6 +144,11 @@ def shares(logical_axis: str) -> int:
     names = LOGICAL_TO_MESH[logical_axis]
     names = (names,) if isinstance(names, str) else names or ()
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+
+
+def chunks_of(parts: int) -> int:
+    """Into how many chunks a sequence on `parts` devices is cut: two on each, or one in all."""
+    return 2 * parts if parts > 1 else 1
 
 
 def is_divided(logical_axis: str) -> bool:
