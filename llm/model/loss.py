@@ -91,6 +91,8 @@ def head_loss(
       chunks: parts that T is taken in, see `chunks_for`; positions that fill up the last weigh 0.
     """
 
+    head_DV = _gathered(head_DV)
+
     def add_chunk(total, chunk):
         hidden, targets, weights = chunk
         terms = _chunk_loss(_logits(hidden, head_DV), targets, weights, options)
@@ -106,6 +108,7 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
     Each device adds up the head's gradient over its own rows, and the devices' sums are added once,
     after the last chunk: a sum over all rows would be all-reduced, [D, V], in every chunk.
     """
+    head_DV = _gathered(head_DV)
     parts = _split(chunks, hidden_BTD, targets_BT, weights_BT)
     R = math.gcd(shares("batch"), parts[0].shape[1])
     S = math.gcd(shares("sequence"), parts[0].shape[2])
@@ -187,6 +190,11 @@ def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> Los
     if options.z_loss:
         objective_BT = objective_BT + options.z_loss * jnp.square(log_z_BT)
     return LossTerms(jnp.sum(weights_BT * objective_BT), jnp.sum(weights_BT * nll_BT))
+
+
+def _gathered(head_DV: jax.Array) -> jax.Array:
+    """The head as each chunk reads it, gathered once: XLA gathers it in every chunk otherwise."""
+    return constrain(head_DV, None, "vocab")
 
 
 def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
