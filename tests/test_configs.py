@@ -12,7 +12,7 @@ from llm.model.gpt import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").glob("*.toml"))
-VOCABULARIES = {"bytes": 257, "characters": 65, "gpt2": 50257}
+VOCABULARIES = {"bytes": 257, "characters": 65, "gpt2": 50257, "cl100k_base": 100277}
 GPT2 = {
     "gpt2_124m": (12, 12, 768, 124_439_808),
     "gpt2_350m": (24, 16, 1024, 354_823_168),
@@ -39,7 +39,7 @@ def path(request) -> Path:
 
 def test_the_recipes_of_the_readme_are_there():
     assert {path.stem for path in FILES} >= {
-        *GPT2, "quickstart", "shakespeare_char", "shakespeare_char_cpu", "modern_124m"
+        *GPT2, "quickstart", "shakespeare_char", "shakespeare_char_cpu", "modern_124m", "llama3_8b"
     }  # fmt: skip
 
 

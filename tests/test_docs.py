@@ -197,7 +197,7 @@ def test_each_configuration_is_in_the_table_with_its_size():
     from llm.model.flops import parameter_count
     from llm.model.gpt import ModelSpec
 
-    vocabulary = {"bytes": 257, "gpt2": 50257, "characters": 65}
+    vocabulary = {"bytes": 257, "gpt2": 50257, "characters": 65, "cl100k_base": 100277}
     rows = {row[0]: row for row in table_after(README.read_text(), "| file | model |")}
     paths = sorted((ROOT / "configs").glob("*.toml"))
     assert set(rows) == {f"[{path.stem}](configs/{path.name})" for path in paths}
