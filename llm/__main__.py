@@ -17,6 +17,7 @@ COMMANDS = {
     "replay": ("replay", "the exact batch that a step was trained on"),
     "diff": ("diff", "where two runs part, or what changed between two dumps of a text"),
     "verify": ("verify", "check a run's checkpoints: manifest, parameters, receipt"),
+    "plan": ("plan", "what a step needs on devices that are not here"),
     "import-hf": ("import_hf", "make a run of a Hugging Face model"),
     "export-hf": ("export_hf", "make a Hugging Face model of a run"),
 }

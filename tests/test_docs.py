@@ -119,18 +119,21 @@ def commands(text: str) -> list[list[str]]:
 
 @every_document
 def test_every_command_line_is_understood(document):
+    import llm.commands.plan
     import llm.commands.sample
     import llm.commands.score
     import llm.commands.train
 
     for program, *words in commands(document.read_text()):
-        if {"--help", "COMMAND"} & set(words) or not words:
+        if {"--help", "COMMAND", "CONFIG"} & set(words) or not words:
             continue
         if program == "-m" and words[0] == "llm":
             command = words[1]
             assert command in COMMANDS, f"there is no command {command}"
             if command == "score":
                 llm.commands.score.parse(words[2:])
+            if command == "plan":
+                llm.commands.plan.parse([str(ROOT / words[2]), *words[3:]])
         elif program == "train.py":
             llm.commands.train.configure([str(ROOT / words[0]), *words[1:]])
         elif program == "sample.py":

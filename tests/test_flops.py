@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from llm.config import ModelConfig
-from llm.model.flops import PEAK_BFLOAT16_FLOPS, flops_per_token, mfu, parameter_count, peak_flops
+from llm.model.devices import SHEETS, peak_flops
+from llm.model.flops import flops_per_token, mfu, parameter_count
 from llm.model.gpt import ModelSpec, abstract_params, bind
 
 
@@ -129,5 +130,5 @@ def test_mfu_is_the_share_of_all_devices_peaks_and_null_when_one_is_unknown():
 
 
 def test_every_listed_device_finds_itself():
-    for name, peak in PEAK_BFLOAT16_FLOPS.items():
-        assert peak_flops(device(name)) == peak
+    for name, sheet in SHEETS.items():
+        assert peak_flops(device(name)) == sheet.bfloat16_flops

@@ -1,50 +1,15 @@
-"""Parameters, FLOPs per token, and what a device can do at most.
+"""Parameters, FLOPs per token, and the share of the devices' peak that they take.
 
 MFU (model FLOPs utilisation, Chowdhery et al. 2022, PaLM, appendix B) is the share of a device's
 peak that the model's own arithmetic takes: forward and backward, nothing recomputed, no optimizer.
 """
 
 import math
-import re
 
 import jax
 
+from llm.model.devices import peak_flops
 from llm.model.gpt import ModelSpec, abstract_params
-
-# Dense bfloat16 FLOP/s (float32 accumulation) of one device as JAX names it, without sparsity, from
-# the makers' data sheets. A name covers what begins with it and goes on with a new word, and the
-# longest wins: "NVIDIA H100 80GB HBM3" is an H100, "NVIDIA L40" is no L4. A device that is not
-# here has no peak, and its MFU is null: a wrong one would be worse.
-PEAK_BFLOAT16_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200 NVL": 835e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA L40": 181e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA A10G": 70e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-    "NVIDIA GeForce RTX 3090 Ti": 80e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
-
-
-# Words in a device's name that mean less than the whole chip of that name, by an amount not listed.
-_PARTIAL = ("MIG", "Laptop", "Max-Q", "D")
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -73,15 +38,6 @@ def flops_per_token(spec: ModelSpec) -> float:
     head = config.d_model * spec.vocab_size
     keys_seen = config.context_length / 2
     return 6 * (matrices + head) + 12 * config.n_layer * config.d_model * keys_seen
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s of one device, or None when unknown."""
-    kind = device.device_kind
-    names = [name for name in PEAK_BFLOAT16_FLOPS if re.match(rf"{re.escape(name)}(?![\w.])", kind)]
-    if not names or any(word in _PARTIAL for word in kind.split()):
-        return None
-    return PEAK_BFLOAT16_FLOPS[max(names, key=len)]
 
 
 def mfu(spec: ModelSpec, tokens_per_second: float, devices: list[jax.Device]) -> float | None:

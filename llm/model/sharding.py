@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
@@ -73,7 +73,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def check_divisible(
-    mesh: Mesh, model: ModelConfig, padded_vocab_size: int, batch_size: int
+    mesh: Mesh | AbstractMesh, model: ModelConfig, padded_vocab_size: int, batch_size: int
 ) -> None:
     """Every divided size must be a multiple of its mesh axis.
 

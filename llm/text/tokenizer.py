@@ -240,6 +240,33 @@ def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
     )
 
 
+# Tokens of the encodings that tiktoken 0.12 has, so that a plan needs none of them on this machine.
+_ENCODING_SIZES = {
+    "gpt2": 50257,
+    "r50k_base": 50257,
+    "p50k_base": 50281,
+    "p50k_edit": 50284,
+    "cl100k_base": 100277,
+    "o200k_base": 200019,
+    "o200k_harmony": 201088,
+}
+
+
+def known_vocab_size(kind: str) -> int | None:
+    """Tokens of a kind of tokenizer before there is one; None where the corpus decides.
+
+    Raises:
+      UsageError: no such kind.
+      DataError: an encoding that is neither known here nor within reach.
+    """
+    check_kind(kind)
+    if kind in ("characters", "bpe"):
+        return None
+    if kind == "bytes":
+        return ByteTokenizer().vocab_size
+    return _ENCODING_SIZES.get(kind) or tiktoken_tokenizer(kind).vocab_size
+
+
 def check_kind(kind: str) -> None:
     """Raise a UsageError with the names there are, unless `kind` is one of them."""
     if kind in ("bytes", "characters", "bpe"):
