@@ -184,3 +184,40 @@ def test_collectives_are_read_with_their_bytes_turns_and_groups():
 def test_a_loop_of_unknown_turns_is_not_guessed():
     with pytest.raises(ValueError, match=r"how often this loop runs .* body=%outer"):
         read_collectives(HLO.replace("known_trip_count", "unknown"))
+
+
+# As TPU compilers unroll the loop of a matrix product that gathers as it multiplies.
+UNROLLED = """HloModule jit_step
+
+%body (t: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %t = (u32[], f32[8]{0}) parameter(0)
+  %one = u32[] constant(1)
+  %i = u32[] get-tuple-element(%t), index=0
+  %x = f32[8]{0} get-tuple-element(%t), index=1
+  %j = u32[] add(%i, %one)
+  %k = u32[] add(%one, %j)
+  %p = f32[8]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  ROOT %r = (u32[], f32[8]{0}) tuple(%k, %p)
+}
+
+%condition (t: (u32[], f32[8])) -> pred[] {
+  %n = u32[] constant(9)
+  %t = (u32[], f32[8]{0}) parameter(0)
+  %i = u32[] get-tuple-element(%t), index=0
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %three = u32[] constant(3)
+  %s = (u32[], f32[8]{0}) tuple(%three, %x)
+  %w = (u32[], f32[8]{0}) while(%s), condition=%condition, body=%body
+  ROOT %o = f32[8]{0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_a_loop_takes_the_turns_that_its_counter_needs():
+    """From 3 by two to below 9: three."""
+    (permute,) = read_collectives(UNROLLED)
+    assert permute.count == 3
