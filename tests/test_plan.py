@@ -25,7 +25,7 @@ from llm.training import plan as plan_module
 from llm.training import search as search_module
 from llm.training import targets
 from llm.training.estimate import Arithmetic
-from llm.training.plan import available_memory, describe, plan_step
+from llm.training.plan import available_memory, describe, plan_step, program_text
 from llm.training.search import find_candidates, meshes, search
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,6 +278,18 @@ def test_a_search_ranks_what_fits_by_time_and_compiles_no_more_than_told(monkeyp
     assert not plans[-1].memory.fits
 
 
+def test_a_program_that_does_not_give_its_text_is_dumped():
+    def train_step(x):
+        return x @ x
+
+    class Silent:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("UNIMPLEMENTED")
+
+    lowered = jax.jit(train_step).lower(jax.ShapeDtypeStruct((8, 8), "float32"))
+    assert read_cost(program_text(lowered, Silent())).flops == 2 * 8**3
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """A configuration file in an empty folder, which is where the command runs."""
@@ -309,6 +321,19 @@ def test_what_does_not_fit_is_no_error_and_says_by_how_much(written, capsys):
     assert run_command(main, [*command, "--json"]) == 0
     memory = strict(capsys.readouterr().out)["memory"]
     assert memory["fits"] is False and memory["spare_bytes"] < 0
+
+
+def test_a_search_shows_its_ranking_and_the_best_plan(written, capsys, monkeypatch, sharded):
+    monkeypatch.setattr(search_module, "plan_step", lambda *arguments: sharded)
+    command = ["tiny.toml", "--devices", "8", "--device", "h100", "--search", "--tries", "2"]
+    assert run_command(main, command) == 0
+    said = capsys.readouterr()
+    assert "2 compiled of" in said.out and "Bytes on one device" in said.out
+    assert "compiling 2 of 2: " in said.err and "remat" in said.err
+    assert run_command(main, [*command, "--json"]) == 0
+    found = strict(capsys.readouterr().out)
+    assert len(found["ranked"]) == 2 < found["considered"]
+    assert found["ranked"][0]["mesh"]["fsdp"] == 8
 
 
 def test_a_device_without_a_data_sheet_has_no_time(written, capsys):
@@ -393,7 +418,7 @@ def test_a_slice_of_tpus_is_planned_by_their_own_compiler(monkeypatch):
     assert memory.available == 16 * GIB
     assert plan.compiler_seconds > 0 and plan.roofline.links > 0
     assert {one.group for one in plan.collectives} == {4}
-    with pytest.raises(UsageError, match="made of whole hosts"):
+    with pytest.raises(UsageError, match="made of hosts"):
         targets.topology("v5e:3x5")
     one_chip = load_config(LLAMA).resolved()
     refused = plan_step(one_chip, 100277, targets.topology("v5e:1x1"), 1.0).memory

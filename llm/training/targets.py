@@ -20,8 +20,9 @@ from llm.errors import UsageError
 TPU_VERSIONS = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
 
 # libtpu asks the cloud's metadata for the machine it is on, and lets one process a machine have it.
-# A compiler needs neither.
+# A compiler needs neither. Its programs cannot be read back from JAX's cache without a TPU.
 _LIBTPU_ENVIRONMENT = {
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_ACCELERATOR_TYPE": "v5p-8",
@@ -115,8 +116,7 @@ def topology(name: str) -> Target:
     except jax.errors.JaxRuntimeError as error:
         raise UsageError(
             f"--topology {name}: the TPU compiler does not know it ({_first_line(error)}); slices "
-            "of more than one host are made of whole hosts, 2x2x1 chips of v4 and v5p, 2x4 of "
-            "v5e and v6e, such as v5p:4x4x4 or v5e:16x16"
+            "of more than one chip are made of hosts of 2x2 chips, as v5p:4x4x4 or v5e:16x16"
         ) from None
     devices: tuple[Any, ...] = tuple(described.devices)
     return Target(name, devices[0].device_kind, devices)
