@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from llm.commands import run_command
-from llm.commands.plan import find_vocab_size, main
+from llm.commands.plan import find_vocab_size, main, parse
 from llm.config import Config, load_config, to_toml, validate
 from llm.errors import UsageError
 from llm.model.collectives import Collective
@@ -424,6 +424,22 @@ def test_a_slice_of_tpus_is_planned_by_their_own_compiler(monkeypatch):
     refused = plan_step(one_chip, 100277, targets.topology("v5e:1x1"), 1.0).memory
     assert refused.fits is False
     assert refused.needed > refused.state.total > refused.available == 15.75 * GIB
+
+
+def test_plans_beside_the_configurations_are_of_commands_that_work():
+    """Each opens with its command, which the command line understands, and shows that model."""
+    texts = sorted((ROOT / "configs" / "plans").glob("*.txt"))
+    assert {"llama3_8b.v5p-4x4x4", "llama3_8b.h100-8", "llama3_8b.v5e-1x1"} <= {
+        text.stem for text in texts
+    }
+    for text in texts:
+        head = text.read_text().splitlines()[0]
+        words = head.removeprefix("$ python -m llm plan ").split()
+        chosen, config = parse([str(ROOT / words[0]), *words[1:]])
+        assert text.name.startswith(Path(words[0]).stem)
+        spec = ModelSpec(config.model, find_vocab_size(config, None))
+        assert f"{parameter_count(spec):,}" in text.read_text()
+        assert chosen.topology is None or chosen.topology.replace(":", "-") in text.stem
 
 
 def test_mesh_of_the_large_configurations_takes_any_number_of_devices():

@@ -1,0 +1,115 @@
+"""What llm plan says of this repository's large configurations: configs/plans/, and a table.
+
+    python benchmarks/plans.py                        all of it
+    python benchmarks/plans.py --only llama3_8b.v5p   what has this in its name
+    python benchmarks/plans.py --table                texts and table of the plans that are there
+
+Each plan is kept as text, as the command prints it, and as JSON beside it in build/plans. Needs the
+extra `plan`; a plan takes minutes on two cores.
+"""
+
+import argparse
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from llm.commands.plan_tables import make_console, show_plan
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS, FACTS = ROOT / "configs" / "plans", ROOT / "build" / "plans"
+LLAMA, GPT2 = "configs/llama3_8b.toml", "configs/gpt2_1558m.toml"
+SCANNED = "--training.scan-layers true"
+# name -> arguments of the command
+PLANS = {
+    "llama3_8b.h100-8": f"{LLAMA} --devices 8 --device h100",
+    "llama3_8b.v5p-4x4x4": f"{LLAMA} --topology v5p:4x4x4 --training.micro-batch-size 64 "
+    "--mesh.data 4 --mesh.fsdp 16",
+    "llama3_8b.v5e-16x16": f"{LLAMA} --topology v5e:16x16 --training.micro-batch-size 256",
+    "llama3_8b.v5e-1x1": f"{LLAMA} --topology v5e:1x1",
+    "gpt2_1558m.h100-8": f"{GPT2} --devices 8 --device h100 {SCANNED} --training.remat block",
+    "gpt2_1558m.v5p-2x4x4": f"{GPT2} --topology v5p:2x4x4 --training.micro-batch-size 480 "
+    f"--mesh.fsdp 32 {SCANNED} --training.remat block",
+}
+# The same step on more and more chips, a sequence on each: 8 to 1024 of v5p.
+CHIPS = {8: "2x2x2", 16: "2x2x4", 64: "4x4x4", 256: "4x8x8", 1024: "8x8x16"}
+GROWING = {
+    f"growing.v5p-{shape}": f"{LLAMA} --topology v5p:{shape} --training.batch-size "
+    f"{max(512, chips)} --training.micro-batch-size {chips}"
+    for chips, shape in CHIPS.items()
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="plans whose name contains this")
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    chosen = parser.parse_args()
+    for name, arguments in ({} if chosen.table else {**PLANS, **GROWING}).items():
+        if chosen.only in name:
+            make_plan(name, arguments)
+    for name, arguments in PLANS.items():
+        write_text(name, arguments)
+    print_table()
+
+
+def make_plan(name: str, arguments: str) -> None:
+    """Run the command and keep its JSON."""
+    command = [sys.executable, "-m", "llm", "plan", *shlex.split(arguments), "--json"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+    print(name, flush=True)
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if result.returncode:
+        print(f"  failed with exit code {result.returncode}", flush=True)
+        return
+    FACTS.mkdir(parents=True, exist_ok=True)
+    (FACTS / f"{name}.json").write_text(result.stdout)
+
+
+def write_text(name: str, arguments: str) -> None:
+    """The plan as the command prints it, below the command."""
+    facts = FACTS / f"{name}.json"
+    if not facts.exists():
+        return
+    text = io.StringIO()
+    show_plan(json.loads(facts.read_text()), make_console(text))
+    lines = [line.rstrip() for line in text.getvalue().splitlines()]
+    TEXTS.mkdir(parents=True, exist_ok=True)
+    head = f"$ python -m llm plan {arguments}"
+    (TEXTS / f"{name}.txt").write_text("\n".join([head, *lines, ""]))
+
+
+def print_table() -> None:
+    """One row a plan, in Markdown."""
+    print("| plan | chips | state, GiB | temporaries, GiB | fits | s a step | MFU | compile, s |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in [*PLANS, *GROWING]:
+        path = FACTS / f"{name}.json"
+        if path.exists():
+            print(row_of(name, json.loads(path.read_text())))
+
+
+def row_of(name: str, facts: dict) -> str:
+    memory, seconds = facts["memory"], facts["time"]["step_seconds"]
+    state = memory["weights_bytes"] + memory["optimizer_bytes"]
+    temporaries = memory["temporaries_bytes"]
+    cells = [
+        name,
+        str(facts["devices"]),
+        f"{state / 2**30:.2f}",
+        "" if temporaries is None else f"{temporaries / 2**30:.2f}",
+        "yes" if memory["fits"] else f"no, by {-memory['spare_bytes'] / 2**30:.1f} GiB",
+        "" if seconds is None else f"{seconds:.3g}",
+        "" if facts["mfu"] is None else f"{facts['mfu']:.1%}",
+        f"{facts['compile_seconds']:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
