@@ -18,8 +18,8 @@ from llm.model.gpt import (
     bind,
     initialise,
     logical_axes,
-    residual_std,
 )
+from llm.model.layers import residual_std
 
 VOCAB, LENGTH = 11, 10
 SMALL = {

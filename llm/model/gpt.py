@@ -34,6 +34,7 @@ from llm.config import ModelConfig
 from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
 from llm.model.context import from_zigzag, to_zigzag, zigzag_positions
 from llm.model.kernels import Kernel, causal_attention
+from llm.model.layers import Linear, activate, drawn, matmul, residual_std
 from llm.model.remat import Remat, keep
 from llm.model.sharding import constrain, is_divided, shares
 from llm.model.stack import is_stacked, layer_names
@@ -91,39 +92,6 @@ class KVCache:
             values=tuple(layers[1::2]),
             length_B=jnp.zeros((batch_size,), jnp.int32),
         )
-
-
-def drawn(axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> nnx.Param:
-    """A float32 weight that `initialise` draws from N(0, std^2); zero until then."""
-    return nnx.Param(jnp.zeros(shape), axes=axes, std=std)
-
-
-def matmul(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x W as one product of two matrices.
-
-    Flattened, because XLA's CPU backend runs the weight's gradient, a contraction over both B and
-    T, three times slower than over B T (jax 0.12, 2-core EPYC). Not where the mesh divides T: B and
-    T could then not be joined without gathering x.
-    """
-    if is_divided("sequence"):
-        return x_BTD @ weight_DF
-    B, T, D = x_BTD.shape
-    return (x_BTD.reshape(B * T, D) @ weight_DF).reshape(B, T, -1)
-
-
-class Linear(nnx.Module):
-    """y = x W + b, with W stored [in, out]."""
-
-    def __init__(
-        self, axes: tuple[str, str], shape: tuple[int, int], *, std: float, bias: bool, dtype: str
-    ):
-        self.dtype = dtype
-        self.weight = drawn(axes, shape, std)
-        self.bias = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        y = matmul(x_BTD, self.weight[...].astype(self.dtype))
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]
 
 
 def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Array]:
@@ -284,16 +252,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
-        match self.activation:
-            case "gelu":
-                hidden_BTF = jax.nn.gelu(up_BTF, approximate=False)
-            case "gelu_tanh":
-                hidden_BTF = jax.nn.gelu(up_BTF, approximate=True)
-            case "relu_squared":
-                hidden_BTF = jnp.square(jax.nn.relu(up_BTF))
-            case "swiglu":
-                hidden_BTF = jax.nn.silu(self.gate(x_BTD)) * up_BTF
-        return self.down(hidden_BTF)
+        gate_BTF = self.gate(x_BTD) if self.activation == "swiglu" else None
+        return self.down(activate(self.activation, up_BTF, gate_BTF))
 
 
 class Block(nnx.Module):
@@ -467,14 +427,6 @@ class GPT(nnx.Module):
 def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
     """c tanh(logits / c), which keeps them within (-c, c); unchanged for c = 0."""
     return cap * jnp.tanh(logits / cap) if cap else logits
-
-
-def residual_std(config: ModelConfig) -> float:
-    """Of the matrices that write into the residual stream: GPT-2's init_std / sqrt(2 L), or zero.
-
-    The stream sums 2 L branches; the root keeps its variance the same at any depth.
-    """
-    return 0.0 if config.zero_init_projections else config.init_std * (2 * config.n_layer) ** -0.5
 
 
 def initialise(spec: ModelSpec, key: jax.Array, *, stacked: bool = False) -> Params:

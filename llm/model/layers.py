@@ -1,0 +1,67 @@
+"""What the parts of a block are made of: weights, linear layers, the MLP's non-linearity.
+
+What it is not: a part of its own; gpt.py and experts.py put these together.
+
+    B batch  T position  D model width  F feed-forward width  L layers
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llm.config import ModelConfig
+from llm.model.sharding import is_divided
+
+
+def drawn(axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> nnx.Param:
+    """A float32 weight that `gpt.initialise` draws from N(0, std^2); zero until then."""
+    return nnx.Param(jnp.zeros(shape), axes=axes, std=std)
+
+
+def matmul(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x W as one product of two matrices.
+
+    Flattened, because XLA's CPU backend runs the weight's gradient, a contraction over both B and
+    T, three times slower than over B T (jax 0.12, 2-core EPYC). Not where the mesh divides T: B and
+    T could then not be joined without gathering x.
+    """
+    if is_divided("sequence"):
+        return x_BTD @ weight_DF
+    B, T, D = x_BTD.shape
+    return (x_BTD.reshape(B * T, D) @ weight_DF).reshape(B, T, -1)
+
+
+class Linear(nnx.Module):
+    """y = x W + b, with W stored [in, out]."""
+
+    def __init__(
+        self, axes: tuple[str, str], shape: tuple[int, int], *, std: float, bias: bool, dtype: str
+    ):
+        self.dtype = dtype
+        self.weight = drawn(axes, shape, std)
+        self.bias = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        y = matmul(x_BTD, self.weight[...].astype(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]
+
+
+def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
+    """f(up) as model.activation says; silu(gate) * up for swiglu, the one that has a gate."""
+    match kind:
+        case "gelu":
+            return jax.nn.gelu(up, approximate=False)
+        case "gelu_tanh":
+            return jax.nn.gelu(up, approximate=True)
+        case "relu_squared":
+            return jnp.square(jax.nn.relu(up))
+    assert kind == "swiglu" and gate is not None, kind
+    return jax.nn.silu(gate) * up
+
+
+def residual_std(config: ModelConfig) -> float:
+    """Of the matrices that write into the residual stream: GPT-2's init_std / sqrt(2 L), or zero.
+
+    The stream sums 2 L branches; the root keeps its variance the same at any depth.
+    """
+    return 0.0 if config.zero_init_projections else config.init_std * (2 * config.n_layer) ** -0.5
