@@ -123,7 +123,8 @@ class ModelConfig(Section):
     )
     d_model: PositiveInt = setting(384, "width of the residual stream")
     d_ff: NonNegativeInt = setting(
-        0, "width of the MLP; 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu"
+        0,
+        "width of the MLP (each expert); 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu",
     )
     context_length: PositiveInt = setting(256, "tokens the model can see at once")
     positions: Literal["learned", "rotary", "none"] = setting("learned", "how position enters")
@@ -135,6 +136,17 @@ class ModelConfig(Section):
     bias: bool = setting(True, "biases in linear layers and norms")
     activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"] = setting(
         "gelu_tanh", "non-linearity of the MLP; gelu_tanh is GPT-2's approximation of gelu"
+    )
+    n_expert: PositiveInt = setting(
+        1, "MLPs in each block, of which a router chooses for each token; 1: a dense model"
+    )
+    n_expert_active: NonNegativeInt = setting(
+        0, "experts that a token goes through (top-k); 0: two, or the one of a dense model"
+    )
+    normalize_gates: bool = setting(
+        True,
+        "weights of a token's experts sum to one, as Mixtral's; false: they are the experts' "
+        "probabilities among all, as Switch's and OLMoE's",
     )
     qk_norm: bool = setting(False, "RMS-normalise queries and keys, head by head")
     dropout: DropoutRate = setting(0.0, "on embeddings, attention weights and residual branches")
@@ -168,6 +180,27 @@ class ModelConfig(Section):
             )
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _check_experts(self) -> Self:
+        active = self.n_expert_active
+        if active > self.n_expert:
+            dense = "; n_expert = 1 is a dense model" if self.n_expert == 1 else ""
+            raise ValueError(
+                f"model.n_expert_active = {active} is more than model.n_expert = {self.n_expert}: "
+                f"a token cannot go through more experts than there are{dense}"
+            )
+        if active == 1 < self.n_expert and self.normalize_gates:
+            raise ValueError(
+                f"model.n_expert_active = 1 of model.n_expert = {self.n_expert} with "
+                "model.normalize_gates = true: one weight that sums to one is always 1, and the "
+                "router would not learn from it; set model.normalize_gates = false, as Switch does"
+            )
+        return self
+
+    @property
+    def has_experts(self) -> bool:
+        return self.n_expert > 1
+
     @property
     def head_size(self) -> int:
         return self.d_model // self.n_head
@@ -177,7 +210,11 @@ class ModelConfig(Section):
         swiglu_width = -(-8 * self.d_model // (3 * 64)) * 64
         default_width = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
         return self.model_copy(
-            update={"n_kv_head": self.n_kv_head or self.n_head, "d_ff": self.d_ff or default_width}
+            update={
+                "n_kv_head": self.n_kv_head or self.n_head,
+                "d_ff": self.d_ff or default_width,
+                "n_expert_active": self.n_expert_active or (2 if self.has_experts else 0),
+            }
         )
 
 
@@ -224,6 +261,17 @@ class TrainingConfig(Section):
     )
     label_smoothing: DropoutRate = setting(0.0, "probability spread evenly over the vocabulary")
     z_loss: NonNegativeFloat = setting(0.0, "weight of log(Z)^2, which keeps logits near zero")
+    load_balancing_loss: NonNegativeFloat = setting(
+        0.01, "experts: weight of the loss that is least when all are chosen equally often"
+    )
+    router_z_loss: NonNegativeFloat = setting(
+        0.001, "experts: weight of log(Z)^2 of the router's logits"
+    )
+    capacity_factor: NonNegativeFloat = setting(
+        0.0,
+        "experts: how many times its even share of a sequence's tokens one can take; the rest pass "
+        "by it; 0: dropless. In training alone: what predicts drops nothing",
+    )
     loss_chunk: NonNegativeInt = setting(
         0, "positions whose logits exist at once in the loss; 0: chosen by vocabulary and batch"
     )
@@ -265,16 +313,17 @@ class MeshConfig(Section):
 
     data: AxisSize = setting(-1, "copies of the model, each with its share of the batch")
     fsdp: AxisSize = setting(1, "shares of weights and optimizer, gathered as they are used")
+    expert: AxisSize = setting(1, "shares of the experts; outside of them, of the batch")
     tensor: AxisSize = setting(1, "shares of heads, MLP columns and vocabulary")
     context: AxisSize = setting(1, "shares of the sequence")
 
     @pydantic.model_validator(mode="after")
     def _check_axes(self) -> Self:
-        sizes = [self.data, self.fsdp, self.tensor, self.context]
+        sizes = list(self.model_dump().values())
         if sizes.count(-1) > 1 or 0 in sizes:
+            found = " ".join(f"{axis}={size}" for axis, size in self)
             raise ValueError(
-                f"mesh sizes are positive, with -1 ('the rest') on at most one axis; found "
-                f"data={self.data} fsdp={self.fsdp} tensor={self.tensor} context={self.context}"
+                f"mesh sizes are positive, with -1 ('the rest') on at most one axis; found {found}"
             )
         return self
 
@@ -351,6 +400,11 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.min_learning_rate = {optimizer.min_learning_rate} is above "
                 f"optimizer.learning_rate = {optimizer.learning_rate}"
+            )
+        if self.training.capacity_factor and not self.model.has_experts:
+            raise ValueError(
+                f"training.capacity_factor = {self.training.capacity_factor} needs a model with "
+                "experts, found model.n_expert = 1; set one of them"
             )
         return self
 

@@ -78,7 +78,7 @@ def test_every_matrix_is_divided():
 
 def test_a_mesh_takes_the_rest_of_the_devices():
     mesh = make_mesh(MeshConfig(data=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "context": 1}
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "expert": 1, "tensor": 2, "context": 1}
     assert mesh.axis_names == MESH_AXES
 
 
@@ -100,7 +100,13 @@ def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_the_numbers(sizes,
 @pytest.mark.parametrize(
     ("axes", "model", "vocab", "batch", "message"),
     [
-        ({"data": 8}, {}, 64, 12, r"batch_size\) = 12 .* 8 devices .* data x fsdp; .* 8 or 16"),
+        (
+            {"data": 8},
+            {},
+            64,
+            12,
+            r"batch_size\) = 12 .* 8 devices .* data x fsdp x expert; .* 8 or 16",
+        ),
         ({"fsdp": 8}, {"d_model": 36, "n_head": 4}, 64, 8, r"d_model = 36 .* fsdp; .* 32 or 40"),
         ({"tensor": 8}, {"n_head": 6, "d_model": 48}, 64, 8, r"n_head = 6 .* tensor; .* 8"),
         ({"tensor": 8}, {"n_head": 8, "n_kv_head": 2}, 64, 8, r"n_kv_head = 2 .* can: 8"),
@@ -137,7 +143,9 @@ def test_divisible_sizes_pass():
 def test_logical_axes_lie_where_the_table_says():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert sharding_of(mesh, ("embed", "mlp")).spec == PartitionSpec("fsdp", "tensor")
-    assert sharding_of(mesh, ("batch", None)).spec == PartitionSpec(("data", "fsdp"), None)
+    assert sharding_of(mesh, ("batch", None)).spec == PartitionSpec(
+        ("data", "fsdp", "expert"), None
+    )
 
 
 def test_without_a_mesh_nothing_is_divided_or_constrained():

@@ -275,12 +275,13 @@ def _record_end(run: RunDirectory, loop: Any, started: float) -> None:
 
 
 def _say_what_starts(job: "Job", run: RunDirectory, step: int, progress: Progress) -> None:
-    from llm.model.flops import parameter_count
+    from llm.model.flops import active_parameter_count, parameter_count
 
     devices = list(job.mesh.devices.flat)
     corpus = job.corpus
+    active = f" ({active_parameter_count(job.spec):,} active)" * job.spec.config.has_experts
     progress.say(
-        f"{parameter_count(job.spec):,} parameters, {len(corpus.train):,} training tokens "
+        f"{parameter_count(job.spec):,} parameters{active}, {len(corpus.train):,} training tokens "
         f"({corpus.tokenizer.name}), {len(corpus.validation):,} held out; "
         f"{len(devices)} x {devices[0].device_kind}, {job.spec.compute_dtype}"
         + (f", {job.spec.attention} attention" if job.spec.attention != "plain" else "")

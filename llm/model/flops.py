@@ -5,6 +5,7 @@ peak that the model's own arithmetic takes: forward and backward, nothing recomp
 """
 
 import math
+from fractions import Fraction
 
 import jax
 
@@ -20,24 +21,41 @@ def parameter_count(spec: ModelSpec) -> int:
     return total - tables * padding
 
 
+def active_parameter_count(spec: ModelSpec) -> int:
+    """Those that one token goes through: of a block's experts the chosen ones."""
+    idle = sum(
+        math.prod(leaf.shape) * (1 - _share_used(spec, name))
+        for name, leaf in abstract_params(spec).items()
+    )
+    return parameter_count(spec) - int(idle)
+
+
+def _share_used(spec: ModelSpec, name: str) -> Fraction:
+    """The share of a weight that one token goes through: k / E of the experts', all of others."""
+    config = spec.config
+    of_experts = config.has_experts and ".mlp." in name and ".router." not in name
+    return Fraction(config.n_expert_active, config.n_expert) if of_experts else Fraction(1)
+
+
 def flops_per_token(spec: ModelSpec) -> float:
     """FLOPs of one token's forward and backward pass.
 
         6 (matrix weights + head) + 12 L (N H) T / 2
 
+    Of a block's experts the k count that a token goes through, with the router that scores all.
     2 FLOPs a weight forward and 4 backward (Kaplan et al. 2020). Attention's scores and mixtures
     cost 4 N H a key seen forward, thrice that in all; causal attention sees T / 2 keys on average.
     PaLM counts all T; the half is what is needed, so this MFU is the stricter one.
     """
     config = spec.config
     matrices = sum(
-        math.prod(leaf.shape)
+        math.prod(leaf.shape) * _share_used(spec, name)
         for name, leaf in abstract_params(spec).items()
-        if name.startswith("blocks.") and len(leaf.shape) == 2
+        if name.startswith("blocks.") and name.endswith(".weight")
     )
     head = config.d_model * spec.vocab_size
     keys_seen = config.context_length / 2
-    return 6 * (matrices + head) + 12 * config.n_layer * config.d_model * keys_seen
+    return float(6 * (matrices + head)) + 12 * config.n_layer * config.d_model * keys_seen
 
 
 def mfu(spec: ModelSpec, tokens_per_second: float, devices: list[jax.Device]) -> float | None:

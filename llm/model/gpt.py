@@ -33,9 +33,11 @@ from flax import nnx
 from llm.config import ModelConfig
 from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
 from llm.model.context import from_zigzag, to_zigzag, zigzag_positions
+from llm.model.experts import Experts
 from llm.model.kernels import Kernel, causal_attention
 from llm.model.layers import Linear, activate, drawn, matmul, residual_std
 from llm.model.remat import Remat, keep
+from llm.model.router import Routing
 from llm.model.sharding import constrain, is_divided, shares
 from llm.model.stack import is_stacked, layer_names
 
@@ -257,7 +259,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch.
+
+    With model.n_expert above 1 the MLP is a mixture of experts (experts.py).
+    """
 
     def __init__(self, spec: ModelSpec):
         config = spec.config
@@ -266,23 +271,32 @@ class Block(nnx.Module):
             Norm, config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias
         )
         self.attention_norm, self.attention = norm(), Attention(spec)
-        self.mlp_norm, self.mlp = norm(), MLP(spec)
+        self.has_experts = config.has_experts
+        self.mlp_norm = norm()
+        self.mlp: Any = Experts(config, spec.compute_dtype) if self.has_experts else MLP(spec)
 
-    def __call__(self, x_BTD, positions_BT, *, zigzag=False, dropout_key=None) -> jax.Array:
+    def __call__(
+        self, x_BTD, positions_BT, *, zigzag=False, dropout_key=None, capacity_factor=0.0
+    ) -> tuple[jax.Array, Routing | None]:
+        """The stream after this block, and how its experts were used, if it has any."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         branch = self.attention(
             self.attention_norm(x_BTD), positions_BT, zigzag=zigzag, dropout_key=keys[0]
         )
         x_BTD = x_BTD + drop(branch, self.dropout, keys[1])
-        x_BTD = x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), self.dropout, keys[2])
-        return constrain(x_BTD, "batch", "sequence", "width")
+        branch, routing = self._feed(self.mlp_norm(x_BTD), capacity_factor)
+        x_BTD = x_BTD + drop(branch, self.dropout, keys[2])
+        return constrain(x_BTD, "batch", "sequence", "width"), routing
+
+    def _feed(self, x_BTD, capacity_factor=0.0) -> tuple[jax.Array, Routing | None]:
+        return self.mlp(x_BTD, capacity_factor) if self.has_experts else (self.mlp(x_BTD), None)
 
     def extend(self, x_BTD, positions_BT, keys_BSKH, values_BSKH) -> tuple[jax.Array, ...]:
         branch, keys_BSKH, values_BSKH = self.attention.extend(
             self.attention_norm(x_BTD), positions_BT, keys_BSKH, values_BSKH
         )
         x_BTD = x_BTD + branch
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), keys_BSKH, values_BSKH
+        return x_BTD + self._feed(self.mlp_norm(x_BTD))[0], keys_BSKH, values_BSKH
 
 
 class GPT(nnx.Module):
@@ -334,16 +348,35 @@ class GPT(nnx.Module):
           dropout_key: draws this pass's dropout; None turns dropout off.
           remat: what each block keeps for its gradient.
         """
+        return self.hidden_and_routing(tokens_BT, dropout_key=dropout_key, remat=remat)[0]
+
+    def hidden_and_routing(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        dropout_key: jax.Array | None = None,
+        remat: Remat = "none",
+        capacity_factor: float = 0.0,
+    ) -> tuple[jax.Array, Routing | None]:
+        """`hidden`, and how the experts of each block were used, [L]; None in a dense model.
+
+        Args:
+          capacity_factor: for training alone, where it is a setting: with a capacity, what a token
+            gets depends on those before it in the text, and a cache knows nothing of their slots.
+        """
         x_BTD, positions_BT = self._embedded(tokens_BT)
         if dropout_key is not None:
             x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
-        # Dropout is drawn in the natural order, so that a mesh changes no draw.
-        zigzag = is_divided("sequence") and dropout_key is None
+        # Dropout is drawn, and an expert's places are given, in the natural order, so that a mesh
+        # changes neither.
+        zigzag = is_divided("sequence") and dropout_key is None and not capacity_factor
         if zigzag:
             order_T = zigzag_positions(tokens_BT.shape[1], shares("sequence"))
             x_BTD, positions_BT = to_zigzag(x_BTD), jnp.asarray(order_T)[None]
-        x_BTD = self._through_blocks(x_BTD, positions_BT, zigzag, dropout_key, remat)
-        return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD)
+        x_BTD, routing = self._through_blocks(
+            x_BTD, positions_BT, zigzag, dropout_key, remat, capacity_factor
+        )
+        return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD), routing
 
     def _through_blocks(
         self,
@@ -352,23 +385,33 @@ class GPT(nnx.Module):
         zigzag: bool,
         dropout_key: jax.Array | None,
         remat: Remat,
-    ) -> jax.Array:
+        capacity_factor: float,
+    ) -> tuple[jax.Array, Routing | None]:
         """Block after block; where they are stacked, by a loop whose body is compiled once."""
 
         def through(graph, x_BTD, layer, weights):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
             block = nnx.merge(graph, weights)
-            return block(x_BTD, positions_BT, zigzag=zigzag, dropout_key=key)
+            return block(
+                x_BTD,
+                positions_BT,
+                zigzag=zigzag,
+                dropout_key=key,
+                capacity_factor=capacity_factor,
+            )
 
         if not self.stacked:
+            routings = []
             for layer, block in enumerate(self.blocks, start=1):
                 graph, weights = nnx.split(block)
-                x_BTD = keep(remat, functools.partial(through, graph))(x_BTD, layer, weights)
-            return x_BTD
+                body = keep(remat, functools.partial(through, graph))
+                x_BTD, routing = body(x_BTD, layer, weights)
+                routings.append(routing)
+            return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
         graph, weights_L = nnx.split(self.blocks["*"])
         body = keep(remat, functools.partial(through, graph), in_scan=True)
         layers_L = jnp.arange(1, self.spec.config.n_layer + 1)
-        return jax.lax.scan(lambda x, part: (body(x, *part), None), x_BTD, (layers_L, weights_L))[0]
+        return jax.lax.scan(lambda x, part: body(x, *part), x_BTD, (layers_L, weights_L))
 
     def _embedded(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x_0 of a text from its beginning, and its positions."""
@@ -386,7 +429,7 @@ class GPT(nnx.Module):
         layers = []
         for block in self.blocks:
             layers.append(block.attention.weights(block.attention_norm(x_BTD), positions_BT))
-            x_BTD = block(x_BTD, positions_BT)
+            x_BTD, _ = block(x_BTD, positions_BT)
         return jnp.stack(layers)
 
     def extend(self, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -11,7 +11,7 @@ It changes what is stored, never what is computed: losses and gradients are the 
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -23,9 +23,14 @@ from llm.model.kernels import is_residual
 Remat = Literal["none", "dots", "block", "offload"]
 HOST = "pinned_host"
 _INPUT = "block_input"
+# The name (`checkpoint_name`) of products with weights that are no plain dot: those of experts.
+PRODUCT = "product"
 _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_residual
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_from_both_policies(
+            jax.checkpoint_policies.save_only_these_names(PRODUCT), is_residual
+        ),
     ),
     "block": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -35,7 +40,7 @@ _POLICIES = {
         offload_dst=HOST,
     ),
 }
-Function = TypeVar("Function", bound=Callable[..., jax.Array])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def keep(remat: Remat, block: Function, *, in_scan: bool = False) -> Function:

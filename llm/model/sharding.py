@@ -7,6 +7,7 @@ and not code. XLA inserts the collectives (GSPMD, Xu et al. 2021).
     mesh axis   what is divided over it
     data        the batch; weights are copied
     fsdp        the batch, and every matrix along one dimension (ZeRO, Rajbhandari et al. 2020)
+    expert      the batch, and the experts of each block (GShard, Lepikhin et al. 2020)
     tensor      attention heads, MLP columns, vocabulary (Megatron, Shoeybi et al. 2019)
     context     the sequence
 """
@@ -23,7 +24,7 @@ from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-MESH_AXES = ("data", "fsdp", "tensor", "context")
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # weights
@@ -38,23 +39,26 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "heads_in": ("tensor", "fsdp"),
     "mlp_in": ("tensor", "fsdp"),
     "vocab": "tensor",
+    "expert": "expert",
+    "router": None,
     "position": None,
     "norm": None,
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    "batch_of_experts": ("data", "fsdp"),  # of tokens that lie with their experts
     "sequence": "context",
     "width": None,
 }
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices arranged as data x fsdp x tensor x context.
+    """The devices arranged as data x fsdp x expert x tensor x context.
 
     Raises:
       UsageError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor, config.context]
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         wanted = " x ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
@@ -85,9 +89,10 @@ def check_divisible(
       UsageError: naming the setting, the axis and the nearest sizes that work.
     """
     axis, model = dict(mesh.shape), model.resolved()
-    rows = axis["data"] * axis["fsdp"]
+    batch_axes = " x ".join(LOGICAL_TO_MESH["batch"] or ())
     divisions = [
-        ("training.micro_batch_size (or batch_size)", batch_size, "data x fsdp", rows),
+        ("training.micro_batch_size (or batch_size)", batch_size, batch_axes, batch_shares(mesh)),
+        ("model.n_expert", model.n_expert, "expert", axis["expert"]),
         ("model.d_model", model.d_model, "tensor x fsdp", axis["tensor"] * axis["fsdp"]),
         ("model.n_head", model.n_head, "tensor", axis["tensor"]),
         ("model.n_kv_head", model.n_kv_head, "tensor", axis["tensor"]),
@@ -149,6 +154,11 @@ def shares(logical_axis: str) -> int:
 def chunks_of(parts: int) -> int:
     """Into how many chunks a sequence on `parts` devices is cut: two on each, or one in all."""
     return 2 * parts if parts > 1 else 1
+
+
+def batch_shares(mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts a mesh divides the batch."""
+    return math.prod(mesh.shape[name] for name in LOGICAL_TO_MESH["batch"] or ())
 
 
 def is_divided(logical_axis: str) -> bool:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import LossOptions, chunks_for, head_loss
-from llm.model.sharding import constrain, shard_batch
+from llm.model.sharding import batch_shares, constrain, shard_batch
 from llm.text.splits import TokenSplit
 from llm.training.step import BATCH_AXES
 
@@ -35,7 +35,7 @@ def make_evaluation_step(spec: ModelSpec, mesh: Mesh) -> EvaluationStep:
         model = bind(spec, params)
         inputs_BT = constrain(tokens_BT[:, :-1], "batch", "sequence")
         B, T = inputs_BT.shape
-        rows_per_device = max(1, B // (mesh.shape["data"] * mesh.shape["fsdp"]))
+        rows_per_device = max(1, B // batch_shares(mesh))
         return head_loss(
             model.hidden(inputs_BT),
             model.head_weight(),

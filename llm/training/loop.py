@@ -50,7 +50,7 @@ from llm.training.state import (
     from_groups,
     to_groups,
 )
-from llm.training.step import BATCH_AXES, make_train_step
+from llm.training.step import BATCH_AXES, ROUTER_METRICS, make_train_step
 from llm.training.step import Metrics as StepMetrics
 from llm.training.stopping import SharedStop
 
@@ -320,6 +320,7 @@ class Loop:
             "step_seconds": seconds,
             "mfu": mfu(self._job.spec, tokens / seconds, list(self._job.mesh.devices.flat)),
         }
+        row |= {name: values[name] for name in ROUTER_METRICS if name in values}
         if not values["finite"]:
             row["finite"] = False
         if values["spike"]:

@@ -78,9 +78,14 @@ def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def partition_labels(params: Mapping[str, Any]) -> dict[str, str]:
-    """Muon for the matrices inside blocks; AdamW for embeddings, head, norms and biases."""
+    """Muon for the matrices inside blocks; AdamW for embeddings, head, routers, norms and biases.
+
+    A router is a head: its columns score experts as those of the head score tokens.
+    """
     return {
-        name: "muon" if matrix and name.startswith("blocks.") else "adamw"
+        name: "muon"
+        if matrix and name.startswith("blocks.") and ".router." not in name
+        else "adamw"
         for name, matrix in is_matrix(params).items()
     }
 

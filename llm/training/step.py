@@ -4,7 +4,7 @@ B sequences per step  T positions  A micro-batches
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,30 @@ from jax.sharding import Mesh
 
 from llm.config import OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, Params, bind
-from llm.model.loss import LossOptions, LossTerms, chunks_for, head_loss
+from llm.model.loss import LossOptions, chunks_for, head_loss
 from llm.model.remat import check_remat
-from llm.model.sharding import constrain, sharding_of
+from llm.model.router import Routing
+from llm.model.sharding import batch_shares, constrain, sharding_of
 from llm.training.optimizer import learning_rate_factor, make_optimizer
 from llm.training.state import HISTORY, TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
+ROUTER_METRICS = ("load_balancing_loss", "router_z_loss", "router_load_max", "router_dropped")
 
 # How a batch of windows, int32 [B, T + 1], lies on the mesh. The odd position keeps the windows
 # whole; the context axis divides the T inputs inside the step.
 BATCH_AXES = ("batch", None)
+
+
+class StepTerms(NamedTuple):
+    """Sums over micro-batches, each with its share of the step's tokens.
+
+    objective: what is minimised. nll: nats per token. routing: of all blocks, None without experts.
+    """
+
+    objective: jax.Array
+    nll: jax.Array
+    routing: Routing | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +63,8 @@ def make_train_step(
 
     Metrics (float32 scalars unless said): loss (nats per token, without smoothing and z-loss),
     grad_norm (before clipping), learning_rate (used by this update), finite (bool), spike (bool).
-    Where not finite, or a spike, the update is masked out.
+    Where not finite, or a spike, the update is masked out. With experts also what `router_metrics`
+    gives.
 
     Raises:
       UsageError: the devices cannot do what training.remat asks for.
@@ -85,6 +99,7 @@ def make_train_step(
             "learning_rate": factor * optimizer_config.learning_rate,
             "finite": finite,
             "spike": spike,
+            **router_metrics(loss.routing),
         }
         return select_update(finite & ~spike, updated, state), metrics
 
@@ -104,16 +119,18 @@ def accumulate_gradients(
     tokens_BT: jax.Array,
     dropout_key: jax.Array | None,
     mesh: Mesh,
-) -> tuple[Params, LossTerms]:
+) -> tuple[Params, StepTerms]:
     """Gradient and loss of the mean over all B T tokens, in A micro-batches one after the other.
 
     Each micro-batch's loss is a sum divided by the tokens of the whole batch, so adding the
-    micro-batches gives the gradient of the whole batch, not an average of averages.
+    micro-batches gives the gradient of the whole batch, not an average of averages. The router's
+    losses are means of those of each micro-batch; load balancing is no sum over tokens, so that its
+    part of the gradient is not quite that of the whole batch.
     """
     micro_batches = training.accumulation
     gradient = jax.grad(_objective, has_aux=True)
 
-    def micro(index: int | jax.Array, rows_BT: jax.Array) -> tuple[Params, LossTerms]:
+    def micro(index: int | jax.Array, rows_BT: jax.Array) -> tuple[Params, StepTerms]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         return gradient(params, spec, training, rows_BT, tokens_BT.shape, key, mesh)
 
@@ -126,7 +143,9 @@ def accumulate_gradients(
     def add(total, part):
         return jax.tree.map(jnp.add, total, micro(*part)), None
 
-    zero = (jax.tree.map(jnp.zeros_like, params), LossTerms(jnp.zeros(()), jnp.zeros(())))
+    none = jnp.zeros(())
+    routing = Routing(none, none, none, none) if spec.config.has_experts else None
+    zero = (jax.tree.map(jnp.zeros_like, params), StepTerms(none, none, routing))
     return jax.lax.scan(add, zero, (jnp.arange(micro_batches), parts_ABT))[0]
 
 
@@ -138,11 +157,16 @@ def _objective(
     batch_shape: tuple[int, int],
     dropout_key: jax.Array | None,
     mesh: Mesh,
-) -> tuple[jax.Array, LossTerms]:
+) -> tuple[jax.Array, StepTerms]:
     model = bind(spec, params)
     inputs_BT = constrain(rows_BT[:, :-1], "batch", "sequence")
     targets_BT = constrain(rows_BT[:, 1:], "batch", "sequence")
-    hidden_BTD = model.hidden(inputs_BT, dropout_key=dropout_key, remat=training.remat)
+    hidden_BTD, routing_L = model.hidden_and_routing(
+        inputs_BT,
+        dropout_key=dropout_key,
+        remat=training.remat,
+        capacity_factor=training.capacity_factor,
+    )
     B, T = targets_BT.shape
     tokens_in_step = batch_shape[0] * (batch_shape[1] - 1)
     weights_BT = jnp.full((B, T), 1.0 / tokens_in_step, jnp.float32)
@@ -152,10 +176,31 @@ def _objective(
         training.label_smoothing,
         training.z_loss,
     )
-    rows_per_device = B // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows_per_device = B // batch_shares(mesh)
     chunks = chunks_for(rows_per_device, T, spec.padded_vocab_size, training.loss_chunk)
     terms = head_loss(hidden_BTD, model.head_weight(), targets_BT, weights_BT, options, chunks)
-    return terms.objective, terms
+    if routing_L is None:
+        return terms.objective, StepTerms(terms.objective, terms.nll, None)
+    share = B * T / tokens_in_step
+    routing = jax.tree.map(lambda value: share * value, routing_L.over_blocks())
+    objective = terms.objective + router_loss(routing, training)
+    return objective, StepTerms(objective, terms.nll, routing)
+
+
+def router_loss(routing: Routing, training: TrainingConfig) -> jax.Array:
+    """What keeps the experts in use and the router's scores small, as the settings weigh it."""
+    return (
+        training.load_balancing_loss * routing.load_balancing
+        + training.router_z_loss * routing.z_loss
+    )
+
+
+def router_metrics(routing: Routing | None) -> Metrics:
+    """The fields of metrics.jsonl that only a model with experts has."""
+    if routing is None:
+        return {}
+    values = (routing.load_balancing, routing.z_loss, routing.load_max, routing.dropped)
+    return dict(zip(ROUTER_METRICS, values, strict=True))
 
 
 def all_finite(weights: Params) -> jax.Array:
