@@ -3,7 +3,7 @@
     python tests/make_goldens.py        (needs the `oracles` extra: torch, transformers)
 
 Each file holds `config` (the text of config.json), `tokens` (int32 [B, T]), `logits` (float32
-[B, T, V], computed by transformers), and under `weights/` every array of the state dict. The
+[B, T, V], computed by transformers), and under `weights/` every array of model.safetensors. The
 weights are drawn large, so that each part of a model shows in its logits, and in float16 to keep
 the files small.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 GOLDENS = Path(__file__).parent / "goldens"
 BATCH, LENGTH, VOCAB = 2, 12, 29
@@ -34,7 +35,17 @@ MODELS = {
             num_key_value_heads=4, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
         )
     ),
+    "mixtral": lambda: transformers.MixtralForCausalLM(mixtral_config()),
 }
+
+
+def mixtral_config():
+    return transformers.MixtralConfig(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=24,
+        intermediate_size=20, num_local_experts=4, num_experts_per_tok=2, rms_norm_eps=1e-3,
+        max_position_embeddings=16,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **SMALL,
+    )  # fmt: skip
 
 
 def llama_config(rope_theta=10000.0, **settings):
@@ -66,12 +77,9 @@ def make(name, seed):
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         description = json.loads((Path(folder) / "config.json").read_text())
-    tied = ["lm_head.weight"] if model.config.tie_word_embeddings else []
-    weights = {
-        f"weights/{key}": value.numpy().astype(np.float16)
-        for key, value in model.state_dict().items()
-        if key not in tied
-    }
+        # As it is stored: transformers 5 holds a mixture's experts stacked in memory alone.
+        stored = load_file(Path(folder) / "model.safetensors")
+    weights = {f"weights/{name}": array.astype(np.float16) for name, array in stored.items()}
     np.savez_compressed(
         GOLDENS / f"{name}.npz",
         config=np.array(json.dumps(description)), tokens=tokens, logits=logits, **weights,

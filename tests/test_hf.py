@@ -26,6 +26,9 @@ LLAMA = ModelConfig(
     norm="rmsnorm", activation="swiglu", bias=False, rope_theta=500.0, tie_embeddings=False,
 )  # fmt: skip
 
+MIXTRAL = LLAMA.model_copy(update={"n_expert": 4, "n_expert_active": 2})
+EXPORTED = {"gpt2": GPT2, "exact gelu": EXACT_GELU, "llama": LLAMA, "mixtral": MIXTRAL}
+
 
 def write_golden(path, folder):
     """The golden model as a Hugging Face folder; (tokens, logits that transformers gave)."""
@@ -98,7 +101,7 @@ def test_importing_and_exporting_again_changes_no_bit(tmp_path, path):
     assert described["architectures"] == original["architectures"]
 
 
-@pytest.mark.parametrize("config", [GPT2, EXACT_GELU, LLAMA], ids=["gpt2", "exact gelu", "llama"])
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_exporting_and_importing_again_changes_no_bit_but_the_padding(tmp_path, config):
     params = random_params(config)
     to_hf(config, VOCAB, params, tmp_path)
@@ -121,7 +124,7 @@ def test_the_number_of_parameters_is_gpt2s():
     assert sum(int(np.prod(leaf.shape)) for leaf in shapes.values()) == 124_439_808
 
 
-@pytest.mark.parametrize("config", [GPT2, EXACT_GELU, LLAMA], ids=["gpt2", "exact gelu", "llama"])
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_transformers_opens_an_exported_model_and_gives_the_same_logits(tmp_path, config):
     torch, transformers = torch_and_transformers()
     params = random_params(config)
@@ -150,6 +153,9 @@ def test_transformers_opens_an_exported_model_and_gives_the_same_logits(tmp_path
                    "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 8,
                    "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
                    "rms_norm_eps": 1e-2, "tie_word_embeddings": True}),
+        ("Mixtral", {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+                     "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 8,
+                     "num_local_experts": 5, "num_experts_per_tok": 3}),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -158,7 +164,7 @@ def test_a_model_that_transformers_saved_gives_its_logits(tmp_path, model_type, 
     torch, transformers = torch_and_transformers()
     small = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None}
     config = getattr(transformers, f"{model_type}Config")(**settings, **small)
-    kind = "GPT2LMHeadModel" if model_type == "GPT2" else "LlamaForCausalLM"
+    kind = "GPT2LMHeadModel" if model_type == "GPT2" else f"{model_type}ForCausalLM"
     torch.manual_seed(0)
     model = getattr(transformers, kind)(config)
     for parameter in model.parameters():

@@ -1,7 +1,7 @@
-"""python -m llm export-hf RUN FOLDER: a Hugging Face model of a checkpoint, GPT-2 or Llama.
+"""python -m llm export-hf RUN FOLDER: a Hugging Face GPT-2, Llama or Mixtral of a checkpoint.
 
 Writes config.json and model.safetensors, which transformers' from_pretrained opens with the same
-logits, and tokenizer/, which import-hf reads. The model must be one of these two architectures to
+logits, and tokenizer/, which import-hf reads. The model must be one of these architectures to
 the letter; what keeps it from being one is named. The tokenizer is not converted: transformers
 has GPT-2's under the name "gpt2".
 """

@@ -1,4 +1,4 @@
-"""python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model, GPT-2 or Llama.
+"""python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model, GPT-2, Llama or Mixtral.
 
 FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. The new
 run has one checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was

@@ -1,4 +1,4 @@
-"""GPT-2 and Llama weights to and from a Hugging Face model folder (config.json, *.safetensors).
+"""GPT-2, Llama and Mixtral weights to and from Hugging Face (config.json, *.safetensors).
 
 One table per architecture pairs the names of a transformers state dict with ours. Moving a weight
 is at most a transpose, a split and the padding of the vocabulary, so a round trip changes no bit.
@@ -7,8 +7,8 @@ What it is not: it does not convert tokenizers, and it carries no dropout, which
 and not to the function. A model that ModelConfig cannot express is refused by the name of the
 setting, never approximated.
 
-Sources: transformers' modeling_gpt2.py and modeling_llama.py (names, layouts, defaults);
-https://github.com/huggingface/safetensors (file format).
+Sources: transformers' modeling_gpt2.py, modeling_llama.py and modeling_mixtral.py (names, layouts,
+defaults); https://github.com/huggingface/safetensors (file format).
 """
 
 import dataclasses
@@ -34,7 +34,8 @@ Description = Mapping[str, Any]
 class Weight:
     """One array of a state dict and what it is here; `{}` stands for the layer.
 
-    theirs: name in the state dict, without the prefix of the backbone.
+    theirs: name in the state dict, without the prefix of the backbone. With `{expert}` in it there
+      are as many arrays as experts, and ours has them one behind the other.
     ours: names in Params; several share the array, side by side along its last dimension.
     transposed: stored [out, in] there (torch's Linear), [in, out] here.
     """
@@ -81,11 +82,11 @@ def from_hf(folder: str | Path) -> tuple[ModelConfig, int, Arrays]:
     tensors = _unprefixed(architecture, _read_tensors(folder))
     params: Arrays = {}
     for weight in _present(architecture, spec):
-        if weight.theirs not in tensors:
-            raise CheckpointError(
-                f"{folder} holds no weight {weight.theirs}, which config.json needs"
-            )
-        params.update(_to_ours(weight, tensors.pop(weight.theirs), spec))
+        names = _names(weight, spec)
+        for name in names:
+            if name not in tensors:
+                raise CheckpointError(f"{folder} holds no weight {name}, which config.json needs")
+        params.update(_to_ours(weight, [tensors.pop(name) for name in names], spec))
     if config.tie_embeddings:
         tensors.pop("lm_head.weight", None)
     extra = sorted(name for name in tensors if not architecture.ignored.search(name))
@@ -110,7 +111,7 @@ def to_hf(
       params: float32 arrays, jax or numpy; rows that pad the vocabulary are left out.
       end_of_text: id at which generation begins and ends, when the tokenizer has one.
     Raises:
-      UsageError: a switch of the model that neither GPT-2 nor Llama has.
+      UsageError: a switch of the model that neither GPT-2 nor Llama nor Mixtral has.
     """
     from safetensors.numpy import save_file
 
@@ -132,7 +133,9 @@ def to_hf(
     tensors = {}
     for weight in _present(architecture, spec):
         prefix = "" if weight.theirs.startswith("lm_head") else architecture.prefix
-        tensors[prefix + weight.theirs] = _to_theirs(weight, params, spec)
+        arrays = _to_theirs(weight, params, spec)
+        for name, array in zip(_names(weight, spec), arrays, strict=True):
+            tensors[prefix + name] = array
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # transformers refuses a file that does not say which framework's layout it has.
@@ -172,7 +175,7 @@ _GPT2_WEIGHTS = (
 )
 
 # Llama rotates the halves of a head against each other, as attention.rotate does.
-_LLAMA_WEIGHTS = (
+_LLAMA_ALL_BUT_MLP = (
     Weight("embed_tokens.weight", ("embed.weight",)),
     *_norm("layers.{}.input_layernorm", "blocks.{}.attention_norm"),
     *_linear("layers.{}.self_attn.q_proj", "blocks.{}.attention.query"),
@@ -180,11 +183,23 @@ _LLAMA_WEIGHTS = (
     *_linear("layers.{}.self_attn.v_proj", "blocks.{}.attention.value"),
     *_linear("layers.{}.self_attn.o_proj", "blocks.{}.attention.out"),
     *_norm("layers.{}.post_attention_layernorm", "blocks.{}.mlp_norm"),
+    *_norm("norm", "final_norm"),
+    Weight("lm_head.weight", ("head.weight",), transposed=True),
+)
+
+_LLAMA_WEIGHTS = (
+    *_LLAMA_ALL_BUT_MLP,
     *_linear("layers.{}.mlp.gate_proj", "blocks.{}.mlp.gate"),
     *_linear("layers.{}.mlp.up_proj", "blocks.{}.mlp.up"),
     *_linear("layers.{}.mlp.down_proj", "blocks.{}.mlp.down"),
-    *_norm("norm", "final_norm"),
-    Weight("lm_head.weight", ("head.weight",), transposed=True),
+)
+
+_MIXTRAL_WEIGHTS = (
+    *_LLAMA_ALL_BUT_MLP,
+    *_linear("layers.{}.block_sparse_moe.gate", "blocks.{}.mlp.router"),
+    *_linear("layers.{}.block_sparse_moe.experts.{expert}.w1", "blocks.{}.mlp.gate"),
+    *_linear("layers.{}.block_sparse_moe.experts.{expert}.w3", "blocks.{}.mlp.up"),
+    *_linear("layers.{}.block_sparse_moe.experts.{expert}.w2", "blocks.{}.mlp.down"),
 )
 
 _GPT2_ACTIVATIONS = {
@@ -227,7 +242,7 @@ def _write_gpt2(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_llama(described: Description) -> ModelConfig:
+def _read_llama(described: Description, **more: Any) -> ModelConfig:
     width, heads = described.get("hidden_size", 4096), described.get("num_attention_heads", 32)
     head_size = described.get("head_dim")
     if head_size is not None and head_size * heads != width:
@@ -256,6 +271,23 @@ def _read_llama(described: Description) -> ModelConfig:
         positions="rotary",
         norm="rmsnorm",
         bias=bias,
+        **more,
+    )
+
+
+def _read_mixtral(described: Description) -> ModelConfig:
+    defaults = {
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+    }
+    return _read_llama(
+        {**defaults, **described},
+        n_expert=described.get("num_local_experts", 8),
+        n_expert_active=described.get("num_experts_per_tok", 2),
+        normalize_gates=True,
     )
 
 
@@ -298,6 +330,15 @@ def _write_llama(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _write_mixtral(config: ModelConfig) -> dict[str, Any]:
+    without = ("attention_bias", "mlp_bias")
+    return {
+        **{name: value for name, value in _write_llama(config).items() if name not in without},
+        "num_local_experts": config.n_expert,
+        "num_experts_per_tok": config.n_expert_active,
+    }
+
+
 ARCHITECTURES = {
     "gpt2": Architecture(
         class_name="GPT2LMHeadModel",
@@ -322,6 +363,15 @@ ARCHITECTURES = {
         read=_read_llama,
         write=_write_llama,
     ),
+    "mixtral": Architecture(
+        class_name="MixtralForCausalLM",
+        prefix="model.",
+        weights=_MIXTRAL_WEIGHTS,
+        required={"hidden_act": "silu"},
+        ignored=re.compile(r"\.rotary_emb\.inv_freq$"),
+        read=_read_mixtral,
+        write=_write_mixtral,
+    ),
 }
 
 # Settings of transformers that change the function of any architecture, and their only value here.
@@ -338,6 +388,7 @@ _EXPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("layernorm",),
         "activation": ("gelu", "gelu_tanh"),
         "bias": (True,),
+        "n_expert": (1,),
         "qk_norm": (False,),
         "logit_soft_cap": (0.0,),
     },
@@ -345,6 +396,16 @@ _EXPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "positions": ("rotary",),
         "norm": ("rmsnorm",),
         "activation": ("swiglu",),
+        "n_expert": (1,),
+        "qk_norm": (False,),
+        "logit_soft_cap": (0.0,),
+    },
+    "mixtral": {
+        "positions": ("rotary",),
+        "norm": ("rmsnorm",),
+        "activation": ("swiglu",),
+        "bias": (False,),
+        "normalize_gates": (True,),
         "qk_norm": (False,),
         "logit_soft_cap": (0.0,),
     },
@@ -362,6 +423,8 @@ def _model_type_for(config: ModelConfig) -> str:
         ]
         if model_type == "gpt2" and config.n_kv_head != config.n_head:
             wrong.append(f"model.n_kv_head = {config.n_kv_head} (needs {config.n_head})")
+        if model_type == "mixtral" and not config.has_experts:
+            wrong.append("model.n_expert = 1 (needs more)")
         if not wrong:
             return model_type
         reasons.append(f"not {model_type}, because of {', '.join(wrong)}")
@@ -455,20 +518,34 @@ def _present(architecture: Architecture, spec: ModelSpec) -> Iterator[Weight]:
         for layer in layers:
             ours = tuple(name.format(layer) for name in weight.ours)
             if ours[0] in params:
-                yield Weight(weight.theirs.format(layer), ours, weight.transposed)
+                theirs = weight.theirs.replace("{}", str(layer))
+                yield Weight(theirs, ours, weight.transposed)
 
 
-def _to_ours(weight: Weight, array: np.ndarray, spec: ModelSpec) -> Arrays:
+def _is_of_experts(weight: Weight) -> bool:
+    return "{expert}" in weight.theirs
+
+
+def _names(weight: Weight, spec: ModelSpec) -> list[str]:
+    """Of its arrays in a state dict: one, or one for each expert."""
+    if not _is_of_experts(weight):
+        return [weight.theirs]
+    return [weight.theirs.format(expert=expert) for expert in range(spec.config.n_expert)]
+
+
+def _to_ours(weight: Weight, arrays: list[np.ndarray], spec: ModelSpec) -> Arrays:
     params, axes = abstract_params(spec), logical_axes(spec)
     widths = [_real_shape(spec, axes[name], params[name].shape)[-1] for name in weight.ours]
-    array = array.T if weight.transposed else array
     rows = _real_shape(spec, axes[weight.ours[0]], params[weight.ours[0]].shape)[:-1]
-    expected = (*rows, sum(widths))
-    if array.shape != expected:
-        raise CheckpointError(
-            f"weight {weight.theirs} has shape {list(array.shape)}, but config.json needs "
-            f"{list(expected)}{' (transposed)' if weight.transposed else ''}"
-        )
+    arrays = [array.T if weight.transposed else array for array in arrays]
+    expected = (*(rows[1:] if _is_of_experts(weight) else rows), sum(widths))
+    for name, array in zip(_names(weight, spec), arrays, strict=True):
+        if array.shape != expected:
+            raise CheckpointError(
+                f"weight {name} has shape {list(array.shape)}, but config.json needs "
+                f"{list(expected)}{' (transposed)' if weight.transposed else ''}"
+            )
+    array = np.stack(arrays) if _is_of_experts(weight) else arrays[0]
     parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
     return {
         name: np.ascontiguousarray(_pad(part, params[name].shape))
@@ -476,7 +553,7 @@ def _to_ours(weight: Weight, array: np.ndarray, spec: ModelSpec) -> Arrays:
     }
 
 
-def _to_theirs(weight: Weight, params: Mapping[str, Any], spec: ModelSpec) -> np.ndarray:
+def _to_theirs(weight: Weight, params: Mapping[str, Any], spec: ModelSpec) -> list[np.ndarray]:
     axes = logical_axes(spec)
     parts = []
     for name in weight.ours:
@@ -484,7 +561,8 @@ def _to_theirs(weight: Weight, params: Mapping[str, Any], spec: ModelSpec) -> np
         shape = _real_shape(spec, axes[name], array.shape)
         parts.append(array[tuple(slice(size) for size in shape)])
     array = np.concatenate(parts, axis=-1)
-    return np.ascontiguousarray(array.T if weight.transposed else array)
+    arrays = list(array) if _is_of_experts(weight) else [array]
+    return [np.ascontiguousarray(array.T if weight.transposed else array) for array in arrays]
 
 
 def _real_shape(spec: ModelSpec, axes: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
