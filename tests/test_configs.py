@@ -39,7 +39,8 @@ def path(request) -> Path:
 
 def test_the_recipes_of_the_readme_are_there():
     assert {path.stem for path in FILES} >= {
-        *GPT2, "quickstart", "shakespeare_char", "shakespeare_char_cpu", "modern_124m", "llama3_8b"
+        *GPT2, "quickstart", "shakespeare_char", "shakespeare_char_cpu", "modern_124m",
+        "llama3_8b", "moe_8x124m",
     }  # fmt: skip
 
 
