@@ -20,7 +20,7 @@ from llm.model.devices import GIB, SHEETS, find_kind
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec, abstract_params
 from llm.model.roofline import link_seconds, roofline
-from llm.model.sharding import make_mesh
+from llm.model.sharding import MESH_AXES, make_mesh
 from llm.training import plan as plan_module
 from llm.training import search as search_module
 from llm.training import targets
@@ -235,9 +235,9 @@ def test_a_program_that_the_compiler_refuses_does_not_fit(message, needed, shard
 
 
 def test_a_search_sees_every_mesh_once():
-    """As many as there are ways to put three factors 2 on four axes."""
+    """As many as there are ways to put three factors 2 on the axes."""
     found = [tuple(sizes.values()) for sizes in meshes(8)]
-    assert len(found) == len(set(found)) == math.comb(3 + 3, 3)
+    assert len(found) == len(set(found)) == math.comb(3 + len(MESH_AXES) - 1, 3)
     assert all(math.prod(sizes) == 8 for sizes in found)
 
 
@@ -310,7 +310,7 @@ def test_the_command_prints_one_strict_json_object_and_makes_nothing(written, ca
     assert run_command(main, command) == 0
     facts = strict(capsys.readouterr().out)
     assert facts["estimate"] is True and facts["memory"]["fits"] is True
-    assert facts["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+    assert facts["mesh"] == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1, "context": 1}
     assert [path.name for path in written.iterdir()] == ["tiny.toml"]
 
 
@@ -444,4 +444,4 @@ def test_plans_beside_the_configurations_are_of_commands_that_work():
 
 def test_mesh_of_the_large_configurations_takes_any_number_of_devices():
     mesh = make_mesh(load_config(LLAMA).mesh, jax.devices())
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "tensor": 1, "context": 1}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1, "context": 1}

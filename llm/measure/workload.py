@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from llm.config import Config
 from llm.model.gpt import ModelSpec
+from llm.model.kernels import choose_attention
 from llm.model.sharding import check_divisible, make_mesh
 from llm.run.model import compute_dtype
 from llm.text.batches import TrainingBatches
@@ -49,8 +50,9 @@ def make_workload(config: Config, on_progress: Callable[[str, int, int | None], 
     corpus = prepare(config.data, config.tokenizer, on_progress=on_progress)
     check_window(corpus.train, config.model.context_length)
     dtype = compute_dtype(config.training.compute_dtype)
-    spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype)
     training = config.training
+    attention = choose_attention(training.attention, config.model, dtype, mesh)
+    spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
     rows = training.micro_batch_size or training.batch_size
     check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
     return Workload(config, spec, mesh, corpus)

@@ -20,6 +20,7 @@ from llm.model.cost import Cost, read_cost
 from llm.model.devices import GIB, sheet_of
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec
+from llm.model.kernels import choose_attention
 from llm.model.roofline import Roofline, link_seconds, roofline
 from llm.model.sharding import check_divisible, make_mesh
 from llm.training.estimate import Arithmetic, StateBytes, state_bytes
@@ -121,9 +122,11 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     Raises:
       UsageError: the mesh does not fit the devices or the model.
     """
+    mesh, training = make_mesh(config.mesh, target.devices), config.training
     spec = model_spec(config, vocab_size, target)
-    mesh = make_mesh(config.mesh, target.devices)
-    training = config.training
+    if not target.stands_in:  # what stands in for another device cannot compile its kernels
+        kernel = choose_attention(training.attention, config.model, spec.compute_dtype, mesh)
+        spec = dataclasses.replace(spec, attention=kernel)
     rows = training.micro_batch_size or training.batch_size
     check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
     optimizer = make_optimizer(config.optimizer)
