@@ -17,12 +17,11 @@ Both without dropout.
 """
 
 import argparse
-import json
-import statistics
-import subprocess
+import functools
 import sys
-import time
 from pathlib import Path
+
+from turns import Side, serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 65  # characters of Tiny Shakespeare
@@ -34,25 +33,14 @@ RECIPES = {
 
 
 def main() -> None:
-    """Parent: start both sides, let them take turns, print the table and one JSON line."""
+    """Start both sides, let them take turns, print the table and one JSON line."""
     options = parse_options()
     recipe = RECIPES[options.recipe]
     ours = Side("ours", [sys.executable, __file__, "--side", "ours", "."], recipe)
     theirs = Side(
         "nanoGPT", [options.theirs, __file__, "--side", "theirs", options.nanogpt], recipe
     )
-    sides = [ours, theirs]
-    for _ in range(options.rounds):
-        for side in sides:
-            side.take_turn()
-    for side in sides:
-        side.close()
-        low, middle = min(side.milliseconds), statistics.median(side.milliseconds)
-        print(f"{side.name:8} {side.version:16} {low:9.1f} ms fastest {middle:9.1f} ms median")
-    turns = [a / b for a, b in zip(ours.turns, theirs.turns, strict=True)]
-    print(f"ours / nanoGPT: {min(ours.milliseconds) / min(theirs.milliseconds):.2f} of the fastest")
-    print(f"steps, {statistics.median(turns):.2f} median over {len(turns)} turns side by side")
-    print(json.dumps({"recipe": options.recipe, **{s.name: min(s.milliseconds) for s in sides}}))
+    take_turns([ours, theirs], options.rounds)
 
 
 def parse_options() -> argparse.Namespace:
@@ -68,60 +56,6 @@ def parse_options() -> argparse.Namespace:
     if options.side != "ours" and not Path(options.nanogpt, "model.py").is_file():
         parser.error(f"{options.nanogpt} has no model.py; expected a clone of nanoGPT")
     return options
-
-
-class Side:
-    """A process that takes turns: a line to it starts one, its line back holds the times.
-
-    Attributes:
-      milliseconds: of every step.
-      turns: median milliseconds of each turn.
-    """
-
-    def __init__(self, name: str, command: list[str], recipe: dict[str, int]):
-        self.name = name
-        self.milliseconds: list[float] = []
-        self.turns: list[float] = []
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.version = self._ask(json.dumps(recipe))
-
-    def take_turn(self) -> None:
-        times = json.loads(self._ask("go"))
-        self.milliseconds += times
-        self.turns.append(statistics.median(times))
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    def _ask(self, line: str) -> str:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(line, file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline().strip()
-        if not answer:
-            sys.exit(f"{self.name} stopped; what it printed stands above")
-        return answer
-
-
-def serve(side: str, nanogpt: str) -> None:
-    """Child: warm up, then some steps for each line that comes."""
-    recipe = json.loads(sys.stdin.readline())
-    # What is printed while setting up is not an answer.
-    answers, sys.stdout = sys.stdout, sys.stderr
-    version, step = our_step(recipe) if side == "ours" else their_step(recipe, nanogpt)
-    for _ in range(3):
-        step()
-    print(version, file=answers, flush=True)
-    for _ in sys.stdin:
-        times = []
-        for _ in range(STEPS_PER_TURN):
-            start = time.perf_counter()
-            step()
-            times.append(1000 * (time.perf_counter() - start))
-        print(json.dumps(times), file=answers, flush=True)
 
 
 def our_step(recipe):
@@ -163,7 +97,7 @@ def our_step(recipe):
     return f"jax-{jax.__version__}", step
 
 
-def their_step(recipe, nanogpt):
+def their_step(nanogpt, recipe):
     """As nanoGPT's train.py does it on a CPU: float32, AdamW with its groups, gradients clipped."""
     sys.path.insert(0, nanogpt)
     import torch
@@ -197,7 +131,9 @@ def their_step(recipe, nanogpt):
 
 
 if __name__ == "__main__":
-    if "--side" in sys.argv:
-        serve(sys.argv[sys.argv.index("--side") + 1], sys.argv[-1])
-    else:
+    if "--side" not in sys.argv:
         main()
+    elif "ours" in sys.argv:
+        serve(our_step, warm_up=3, steps_per_turn=STEPS_PER_TURN)
+    else:
+        serve(functools.partial(their_step, sys.argv[-1]), 3, STEPS_PER_TURN)

@@ -11,8 +11,8 @@ from llm.config import MeshConfig, ModelConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference import decode
 from llm.inference.decode import Decoder, Request, encode_prompt, round_up
-from llm.inference.filters import Sampling
-from llm.inference.programs import decode_chunk, for_decoding, prefill_piece
+from llm.inference.filters import CANDIDATES, Sampling
+from llm.inference.programs import decode_chunk, empty, for_decoding, prefill_piece
 from llm.model.gpt import GPT, ModelSpec, bind, initialise, logical_axes
 from llm.model.sharding import make_mesh, tree_shardings
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -307,6 +307,22 @@ def test_a_generation_of_many_chunks_compiles_its_programs_once(gpt2, devices, m
     [(tokens, _)] = collect(decoder, [request])
     assert len(tokens) == len(PROMPT) + 4
     assert (decode_chunk._cache_size(), prefill_piece._cache_size()) == tuple(n + 1 for n in before)
+
+
+def test_a_step_neither_sorts_the_vocabulary_nor_joins_weights():
+    """On a CPU either takes as long as much of what the model computes for a token."""
+    spec = ModelSpec(GPT2, 1000)
+    decoder = Decoder.create(spec, initialise(spec, jax.random.key(0)), ByteTokenizer())
+    batch = decoder.batch([Request(PROMPT, SAMPLING)])
+    state = empty(decoder.spec, decoder.params, 1, CONTEXT)
+    alive_B = np.ones(1, bool)
+    program = decode_chunk.lower(
+        decoder.spec, decoder.params, state, batch.settings, batch.watch_BW, alive_B, 1, 0, top=None
+    )
+    text = program.compile().as_text()
+    assert f"f32[1,{CANDIDATES}]" in text and " sort(" not in text
+    D = GPT2.d_model
+    assert f"f32[{D},{4 * D}]" in text and f"f32[{D},{3 * D}]" not in text
 
 
 def test_parameters_spread_over_a_mesh_give_the_same_samples(gpt2):

@@ -104,8 +104,13 @@ class Candidates(NamedTuple):
 
     @classmethod
     def of(cls, logprobs_RV: jax.Array, count: int = CANDIDATES) -> "Candidates":
-        """The first `count` in rank order, or all there are."""
-        return cls(*jax.lax.top_k(logprobs_RV, min(count, logprobs_RV.shape[-1])))
+        """The first `count` in rank order, or all there are.
+
+        Behind a barrier: XLA's CPU backend knows top_k by the one slice that it takes of a sort.
+        Joined with a slice of its result, such as the likeliest alone, it is a sort of V.
+        """
+        likeliest = jax.lax.top_k(logprobs_RV, min(count, logprobs_RV.shape[-1]))
+        return cls(*jax.lax.optimization_barrier(likeliest))
 
 
 class Filtered(NamedTuple):

@@ -23,6 +23,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import zlib
 from typing import Any
 
@@ -44,6 +45,9 @@ from llm.model.stack import is_stacked, layer_names
 # Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights. Inside
 # training the blocks may be stacked, "blocks.*.attention.query.weight" (stack.py).
 Params = dict[str, jax.Array]
+
+# Fewer rows than this are multiplied in about the time that it takes to read the matrix.
+FEW_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +103,10 @@ class KVCache:
 def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Array]:
     """[linear(x) for each], as one matrix product: one wide one is faster than several narrow ones.
 
-    Not where the mesh divides the columns: a joined matrix would mix the devices' shares.
+    Not where the mesh divides the columns: a joined matrix would mix the devices' shares. Nor for
+    few tokens, as in decoding, where to join the weights takes as long as to multiply by them.
     """
-    if is_divided("heads"):
+    if is_divided("heads") or math.prod(x_BTD.shape[:2]) < FEW_TOKENS:
         return [linear(x_BTD) for linear in linears]
     dtype = linears[0].dtype
     joined = jnp.concatenate([linear.weight[...] for linear in linears], axis=1).astype(dtype)
