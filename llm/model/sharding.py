@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
+from llm.model.placement import place
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -52,10 +53,11 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices arranged as data x fsdp x expert x tensor x context.
+    """The devices arranged as data x fsdp x expert x tensor x context (placement.py).
 
     Raises:
-      UsageError: the sizes do not multiply to the number of devices.
+      UsageError: the sizes do not multiply to the number of devices, or cannot be divided over
+        their slices or machines.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -71,9 +73,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             f"mesh {wanted} does not fit {len(devices)} devices: the sizes given multiply to "
             f"{fixed}; {remedy}"
         )
-    shape = tuple(len(devices) // fixed if size == -1 else size for size in sizes)
+    shape = [len(devices) // fixed if size == -1 else size for size in sizes]
+    placed = place(dict(zip(MESH_AXES, shape, strict=True)), devices)
     # Auto, named: JAX's default of Explicit axes would put every sharding into the types.
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(shape), devices=devices)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def check_divisible(

@@ -1,0 +1,99 @@
+"""Which device stands where in the mesh: near each other in it, near each other in the network.
+
+    between   slices of TPUs, or machines of GPUs: a slow network. data goes over it, then fsdp
+    within    one slice or machine: fast links, which all other axes stay on
+
+What it is not: a choice of the axes' sizes. Those are settings, and `plan --search` compares them.
+JAX arranges devices of one slice (`jax.make_mesh`) and of several (`create_hybrid_device_mesh`).
+"""
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
+
+from llm.errors import UsageError
+
+# From the slowest network to the fastest.
+BETWEEN = ("data", "fsdp")
+
+
+def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices as an array with an axis for each of the mesh.
+
+    Args:
+      sizes: mesh axis -> devices along it; they multiply to the number of devices.
+    Raises:
+      UsageError: slices or machines of different sizes, or data x fsdp no multiple of their number.
+    """
+    by, groups = network_groups(devices)
+    shape = list(sizes.values())
+    if len(groups) == 1:
+        return _within(shape, devices)
+    if len({len(group) for group in groups}) > 1:
+        counts = ", ".join(str(len(group)) for group in groups)
+        raise UsageError(
+            f"the {len(groups)} slices or machines of this run ({by}) are not of one size: found "
+            f"{counts} devices; start it on the same number of devices of each"
+        )
+    if len(groups[0]) == 1:
+        # No two are near each other.
+        return np.array(devices, dtype=object).reshape(shape)
+    outer = _between(sizes, len(groups), by)
+    inner = [size // outside for size, outside in zip(shape, outer, strict=True)]
+    return create_hybrid_device_mesh(
+        inner,
+        outer,
+        devices,
+        process_is_granule=by == "process_index",
+        allow_split_physical_axes=True,
+    )
+
+
+def network_groups(devices: Sequence[jax.Device]) -> tuple[str, list[list[jax.Device]]]:
+    """What tells them apart, and the devices of each slice of TPUs or each machine of GPUs.
+
+    JAX numbers both by slice_index. GPUs without one are taken by their processes. Other devices
+    without one are one group.
+    """
+    by = "slice_index"
+    if any(getattr(device, by, None) is None for device in devices):
+        if any(device.platform != "gpu" for device in devices):
+            return "", [list(devices)]
+        by = "process_index"
+    found: dict[int, list[jax.Device]] = collections.defaultdict(list)
+    for device in devices:
+        found[getattr(device, by)].append(device)
+    return by, [found[number] for number in sorted(found)]
+
+
+def _within(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """As jax.make_mesh places them.
+
+    Along the sides of a slice's torus where the axes fit these; else with sides split over several
+    axes, which jax.make_mesh refuses on most TPUs.
+    """
+    axes = tuple(map(str, range(len(shape))))
+    try:
+        return jax.make_mesh(shape, axes, devices=devices).devices
+    except NotImplementedError:
+        return create_device_mesh(shape, devices, allow_split_physical_axes=True)
+
+
+def _between(sizes: Mapping[str, int], groups: int, by: str) -> list[int]:
+    """How many groups each axis goes over: data as many as it can, then fsdp."""
+    data = math.gcd(sizes["data"], groups)
+    if sizes["fsdp"] * data % groups:
+        product = sizes["data"] * sizes["fsdp"]
+        below, above = product // groups * groups, -(-product // groups) * groups
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise UsageError(
+            f"mesh.{' x mesh.'.join(BETWEEN)} = {sizes['data']} x {sizes['fsdp']} = {product} "
+            f"cannot be divided over the {groups} slices or machines of this run ({by}), and only "
+            f"these two go over the slow network between them; nearest that can: {nearest}"
+        )
+    outer = {"data": data, "fsdp": groups // data}
+    return [outer.get(axis, 1) for axis in sizes]
