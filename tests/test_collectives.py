@@ -12,8 +12,8 @@ from test_meshes import BATCH, OPTIMIZER, RECOMPUTED, SCANNED, SPEC
 
 from llm.config import MeshConfig, ModelConfig, TrainingConfig
 from llm.model.collectives import Collective, read_collectives, total_bytes
-from llm.model.gpt import ModelSpec, abstract_params
-from llm.model.sharding import make_mesh
+from llm.model.gpt import ModelSpec, abstract_params, bind, logical_axes
+from llm.model.sharding import make_mesh, sharding_of, tree_shardings
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
@@ -77,6 +77,34 @@ def test_fully_sharded_weights_are_gathered_block_by_block():
     assert total_bytes(found)["all-gather"] - gathered < 2.1 * tables
     summed = [one for one in found if one.kind == "all-reduce"]
     assert total_bytes(summed)["all-reduce"] == pytest.approx(sum(sizes_of(SPEC)), rel=0.05)
+
+
+def test_the_embedding_trades_columns_for_rows_and_copies_no_activation_whole(capfd):
+    """Else the compiler warns on standard error, and gathers what it cannot move. Where the mesh
+    has both fsdp and expert, and where it has tensor and context."""
+    for axes in ({"data": 2, "fsdp": 2, "expert": 2}, {"data": 1, "fsdp": 2, "context": 4}):
+        mesh = make_mesh(MeshConfig(**axes))
+        shardings = tree_shardings(mesh, logical_axes(SPEC))
+        tokens = jax.ShapeDtypeStruct(
+            (BATCH, SPEC.config.context_length),
+            jnp.int32,
+            sharding=sharding_of(mesh, ("batch", "sequence")),
+        )
+
+        def objective(params, tokens):
+            x_BTD = bind(SPEC, params)._embedded(tokens)[0]
+            return jnp.sum(jnp.square(x_BTD))
+
+        params = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+            for name, leaf in abstract_params(SPEC).items()
+        }
+        with jax.set_mesh(mesh):
+            program = jax.jit(jax.grad(objective), out_shardings=shardings).lower(params, tokens)
+            found = read_collectives(program.compile().as_text())
+        assert "rematerialization" not in capfd.readouterr().err
+        assert max(one.bytes for one in found if one.kind == "all-gather") < ACTIVATIONS
+        assert any(one.kind == "all-to-all" for one in found)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, extra 'plan'")

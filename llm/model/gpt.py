@@ -163,13 +163,22 @@ class Embed(nnx.Module):
         A slice, whose gradient each device keeps its share of; that of looked-up rows is put
         together whole on every device of the fsdp axis.
         """
-        x_BTD = self.weight[...][tokens_BT]
+        x_BTD = self._tokens(tokens_BT)
         if self.position is not None:
-            table = self.position[...]
+            table, T = self.position[...], tokens_BT.shape[1]
             x_BTD = x_BTD + (
-                table[None, : tokens_BT.shape[1]] if positions_BT is None else table[positions_BT]
+                constrain(table[None, :T], None, None, "width")
+                if positions_BT is None
+                else table[positions_BT]
             )
         return x_BTD.astype(self.dtype)
+
+    def _tokens(self, tokens_BT: jax.Array) -> jax.Array:
+        """Each device looks up its columns for all that share the table, and gets its rows whole."""
+        tokens_BT = constrain(tokens_BT, "batch_of_columns", "sequence")
+        x_BTD = self.weight[...][tokens_BT]
+        x_BTD = constrain(x_BTD, "batch_of_columns", "sequence", "embed")
+        return constrain(x_BTD, "batch_by_columns", "sequence", "width")
 
 
 class Attention(nnx.Module):

@@ -47,6 +47,10 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "batch_of_experts": ("data", "fsdp"),  # of tokens that lie with their experts
+    # Of rows cut out of a table whose columns lie over fsdp: of all its devices; then each its own.
+    # With fsdp last the devices of fsdp trade columns for rows; the compiler knows no way else.
+    "batch_of_columns": ("data", "expert"),
+    "batch_by_columns": ("data", "expert", "fsdp"),
     "sequence": "context",
     "width": None,
 }
