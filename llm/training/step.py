@@ -17,6 +17,7 @@ from llm.model.loss import LossOptions, chunks_for, head_loss
 from llm.model.remat import check_remat
 from llm.model.router import Routing
 from llm.model.sharding import batch_shares, constrain, sharding_of
+from llm.training.compiler import compiler_options
 from llm.training.optimizer import learning_rate_factor, make_optimizer
 from llm.training.state import HISTORY, TrainState, state_shardings
 
@@ -108,6 +109,7 @@ def make_train_step(
         in_shardings=(shardings, sharding_of(mesh, BATCH_AXES)),
         out_shardings=(shardings, None),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
     return TrainStep(mesh, jitted)
 
