@@ -1,5 +1,6 @@
 """What a step needs, by compiler and by arithmetic, against closed forms; and what `plan` says."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -52,7 +53,8 @@ def planned(target=None, fraction=0.75, **sections):
 
 @pytest.fixture(scope="module")
 def on_one():
-    return planned(targets.simulated(H100, 1))
+    """With the attention that the CPU in the GPU's place compiles."""
+    return planned(targets.simulated(H100, 1), training={"attention": "plain"})
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def sharded():
 
 
 def test_flops_are_those_counted_by_hand_with_the_scan_multiplied(on_one):
-    """Forward, and twice that backward; every key, for the CPU has no kernel; the padded head."""
+    """Forward, and twice that backward; every key, without a kernel; the padded head."""
     blocks = L * (4 * D * D + 2 * D * F)
     attention = 12 * L * B * T * T * D
     assert on_one.cost.flops == 6 * B * T * (blocks + D * V) + attention
@@ -74,10 +76,25 @@ def test_flops_are_those_counted_by_hand_with_the_scan_multiplied(on_one):
 
 def test_a_recomputed_block_costs_its_forward_pass_again(on_one):
     """But for its last product, which no gradient reads."""
-    again = planned(targets.simulated(H100, 1), training={"remat": "block"})
+    settings = {"remat": "block", "attention": "plain"}
+    again = planned(targets.simulated(H100, 1), training=settings)
     blocks = L * (4 * D * D + D * F)
     extra = again.cost.flops - on_one.cost.flops
     assert extra == 2 * B * T * blocks + 4 * L * B * T * T * D
+
+
+def test_a_gpu_that_is_not_here_computes_attention_by_its_kernel(on_one):
+    """cuDNN's: two products forward and five backward, of half the keys; two more where a block is
+    computed again, none where products are kept. The program's other FLOPs stay."""
+    product = B * T * L * 2 * D * T / 2
+    others = on_one.cost.flops - 12 * L * B * T * T * D
+    for remat, products in (("none", 7), ("block", 9)):
+        plan = planned(targets.simulated(H100, 1), training={"remat": remat})
+        assert plan.spec.attention == "cudnn"
+        recomputed = 2 * B * T * L * (4 * D * D + D * F) if remat == "block" else 0
+        assert plan.cost.flops == others + recomputed + products * product
+    arithmetic = Arithmetic(plan.spec, config_of().optimizer, config_of().training, {"data": 1})
+    assert arithmetic.scores() == 0
 
 
 def test_state_falls_as_one_over_the_devices_of_fsdp():
@@ -113,7 +130,62 @@ def test_arithmetic_counts_what_the_policies_keep():
     stream = 8192 * 4096 * 2
     assert kept["block"] == stream and kept["offload"] == 0
     assert kept["dots"] == 3 * stream + 8192 * 2 * (6144 + 2 * 14336)
+    kernel = dataclasses.replace(one, spec=dataclasses.replace(spec, attention="splash"))
+    dots = config.training.model_copy(update={"remat": "dots"})
+    kernel = dataclasses.replace(kernel, training=dots)
+    # The mixture of each query's values, and a float32 for each query and head.
+    assert kernel.kept_per_layer() == kept["dots"] + stream + 4 * 8192 * 32
     assert kept["none"] > kept["dots"] + 32 * 8192 * 8192 * 6
+
+
+MOE = ROOT / "configs" / "moe_8x124m.toml"
+CHUNK = {"loss_chunk": 2048}
+
+
+@pytest.mark.parametrize(
+    ("path", "sizes", "settings", "temporaries", "tera"),
+    [
+        (LLAMA, {"fsdp": 8}, {"micro_batch_size": 8, "remat": "block"} | CHUNK, 13.24, 35176),
+        (LLAMA, {"fsdp": 64}, {"micro_batch_size": 64, "remat": "block"} | CHUNK, 7.28, 4397),
+        (LLAMA, {"data": 4, "fsdp": 16}, {"micro_batch_size": 64, "remat": "dots"} | CHUNK, 30.78,
+         3579),
+        (LLAMA, {"fsdp": 256}, {"micro_batch_size": 512, "remat": "block"} | CHUNK, 9.24, 1099),
+        (MOE, {"data": 2, "expert": 8}, {"capacity_factor": 1.25}, 11.19, 45.2),
+        (MOE, {"expert": 8}, {"capacity_factor": 0.0}, 20.37, 84.1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_arithmetic_is_near_what_the_tpu_compiler_counts(path, sizes, settings, temporaries, tera):
+    """GiB of temporaries and TFLOPs of a device as libtpu 0.0.52's programs have them, for v5p and
+    v6e, with splash. Both kinds of mixture, which plain counts of a dense MLP miss by far."""
+    config = load_config(path).resolved()
+    vocab = {LLAMA: 100277, MOE: 50257}[path]
+    training = config.training.model_copy(update=settings)
+    spec = ModelSpec(config.model, vocab, "bfloat16", "splash")
+    mesh = dict.fromkeys(MESH_AXES, 1) | sizes
+    one = Arithmetic(spec, config.optimizer, training, mesh)
+    assert one.temporaries() / GIB == pytest.approx(temporaries, rel=0.15)
+    assert one.flops_per_token() * one.tokens / 1e12 == pytest.approx(tera, rel=0.05)
+
+
+def test_experts_are_gathered_or_rows_are_sent_to_them():
+    """Over expert 8: dropless, weights of the experts in bfloat16, forward, again and gradients;
+    with a capacity, rows in bfloat16 there and back, forward and backward, each once a layer."""
+    config = load_config(MOE).resolved()
+    spec = ModelSpec(config.model, 50257, "bfloat16", "splash")
+    mesh = dict.fromkeys(MESH_AXES, 1) | {"expert": 8}
+    experts, others = 12 * 8 * 3 * 768 * 2048, 519986688 - 12 * 8 * 3 * 768 * 2048
+    shared = 8 * others * 7 / 8
+
+    def sent(factor):
+        settings = {"capacity_factor": factor, "micro_batch_size": 512}
+        training = config.training.model_copy(update=settings)
+        return Arithmetic(spec, config.optimizer, training, mesh).sent()
+
+    assert sent(0.0)["expert"] == pytest.approx(6 * experts * 7 / 8 + shared, rel=1e-3)
+    rows = 512 / 8 * 8 * 320
+    assert sent(1.25)["expert"] == pytest.approx(12 * 4 * rows * 768 * 2 * 7 / 8 + shared, rel=1e-3)
+    assert sent(0.0)["fsdp"] == sent(1.25)["data"] == 0
 
 
 def test_arithmetic_sends_what_each_axis_has_to():
@@ -180,7 +252,30 @@ def test_costs_are_read_with_turns_slices_windows_kernels_and_what_stays_on_the_
     row, index, whole = 4 * 4, 4, 8 * 4 * 4
     in_loop = (row + index + row) + (row + whole)
     entry = 2 * (3 * 5 * 16 + 3 * 16 * 7 + 3 * 5 * 7) + 2 * whole
-    assert read_cost(HLO) == Cost(6 * loop + batched + 1000, 6 * in_loop + entry, 600.0)
+    assert read_cost(HLO) == Cost(6 * loop + batched + 1000, 6 * in_loop + entry, 600.0, 1000.0)
+
+
+@pytest.mark.parametrize("rows", ["", "2,"])
+def test_splash_costs_the_products_of_the_blocks_that_the_mask_leaves(rows):
+    """Of 4 x 4 blocks of 256 positions, 10 are computed: forward 2 products, dq 3, dkv 4."""
+    heads, length, size = 8, 1024, 64
+    q, k = f"bf16[{rows}8,1024,64]{{2,1,0}}", f"bf16[{rows}2,1024,64]{{2,1,0}}"
+    products = {"fwd_residuals.1": 2, "dq_no_residuals": 3, "dkv_no_residuals.clone": 4}
+    for name, count in products.items():
+        text = f"""ENTRY %main (x: f32[8]) -> f32[8] {{
+  %next = s8[1,4,4]{{2,1,0}} parameter(0)
+  %mask = s8[1,4,4]{{2,1,0}} parameter(1)
+  %q = {q} parameter(2)
+  %k = {k} parameter(3)
+  %v = {k} parameter(4)
+  %order = s32[1024,128]{{1,0}} parameter(5)
+  %splash_mha_{name} = {q} custom-call(%next, %mask, %q, %k, %v, /*index=5*/%order), custom_call_target="tpu_custom_call", backend_config={{"custom_call_config":{{}}}}
+}}
+"""  # noqa: E501 (as compilers write it)
+        pairs = (2 if rows else 1) * heads * 10 * 256 * 256
+        cost = read_cost(text)
+        assert cost.flops == cost.kernel_flops == count * 2 * size * pairs
+    assert length == 4 * 256
 
 
 def test_links_take_what_the_best_algorithm_sends():

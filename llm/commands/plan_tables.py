@@ -114,7 +114,11 @@ def _why_no_time(facts: Facts) -> str:
 
 
 def _compiler_time(seconds: float | None) -> str:
-    return "gives no time" if seconds is None else f"{seconds:.3g} s, without collectives"
+    return (
+        "gives no time"
+        if seconds is None
+        else f"{seconds:.3g} s, without collectives; kernels at the peak"
+    )
 
 
 def _memory(facts: Facts) -> Rows:

@@ -4,7 +4,8 @@ XLA has a cost analysis of its own (`Compiled.cost_analysis()`), which counts a 
 that of a scan over 32 layers one is seen. Here every instruction counts as often as it runs.
 
 What it is not: a measurement. Operations that are no matrix products have no FLOPs here; against a
-device's matrix units they are small. Kernels (Pallas, cuDNN) count what they declare, or nothing.
+device's matrix units they are small. Of kernels (Pallas, cuDNN) splash counts what kernel_cost.py
+says, others what they declare, or nothing.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import functools
 import math
 import re
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from llm.model.hlo import (
     Computations,
@@ -22,6 +24,7 @@ from llm.model.hlo import (
     read_instruction,
     runs,
 )
+from llm.model.kernel_cost import splash_flops
 
 # What moves nothing: names for what is there already, and loops, whose bodies are counted.
 _FREE = {
@@ -38,15 +41,17 @@ _NO_CYCLES = 2**62
 class Cost:
     """Of one device and one run of the program.
 
-    flops: of matrix products and declared kernels, recomputation included.
+    flops: of matrix products and kernels, recomputation included.
     bytes: read from and written to the device's memory; what TPUs keep on the chip is left out.
     cycles: the sum of the compiler's estimates of each instruction; None where it gives none. They
-      leave out collectives.
+      leave out collectives and kernels.
+    kernel_flops: the kernels' among the flops.
     """
 
     flops: float
     bytes: float
     cycles: float | None
+    kernel_flops: float = 0.0
 
 
 def read_cost(hlo: str) -> Cost:
@@ -58,17 +63,18 @@ def read_cost(hlo: str) -> Cost:
     program = computations(hlo)
     times = runs(program)
     inside = _fused(program)
-    flops = bytes_ = cycles = 0.0
+    flops = bytes_ = cycles = kernels = 0.0
     for name, lines in program.items():
         if not times[name]:
             continue
         body = _Body(lines)
         for instruction in body.instructions:
             flops += times[name] * _flops(instruction, body)
+            kernels += times[name] * _kernel_flops(instruction, body)
             cycles += times[name] * _cycles(instruction)
             if name not in inside:
                 bytes_ += times[name] * _bytes(instruction, body, program)
-    return Cost(flops, bytes_, cycles or None)
+    return Cost(flops + kernels, bytes_, cycles or None, kernels)
 
 
 class _Body:
@@ -108,10 +114,16 @@ def _flops(instruction: Instruction, body: _Body) -> float:
         return _dot_flops(instruction, body)
     if instruction.operation == "convolution":
         return _convolution_flops(instruction, body)
-    if instruction.operation == "custom-call":
-        declared = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
-        return float(declared[1]) if declared else 0.0
     return 0.0
+
+
+def _kernel_flops(instruction: Instruction, body: _Body) -> float:
+    if instruction.operation != "custom-call":
+        return 0.0
+    declared = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
+    if declared:
+        return float(declared[1])
+    return splash_flops(instruction, [body.shape(name) for name in instruction.operands])
 
 
 def _dot_flops(instruction: Instruction, body: _Body) -> float:
@@ -193,25 +205,53 @@ def _bytes(instruction: Instruction, body: _Body, program: Computations) -> floa
 
 def _fusion_bytes(instruction: Instruction, body: _Body, program: Computations) -> float:
     """As the instruction alone, but for operands and results of which a part is touched."""
-    names = called(instruction.attributes)
-    inner = _Body(program[names[0]]) if names and names[0] in program else _Body(())
-    parameters = {
-        int(one.arguments): one.name
-        for one in inner.instructions
-        if one.operation == "parameter" and one.arguments.isdigit()
-    }
     total, written = 0.0, _memory(instruction.shape)
     for place, operand in enumerate(instruction.operands):
         shape = body.shape(operand)
-        users = [one for one in inner.instructions if parameters.get(place) in one.operands]
-        if users and all(one.operation in _SLICES for one in users):
-            total += min(_memory(shape), sum(_in_memory(one.shape, shape) for one in users))
-        elif users and all(_is_written_into(one, parameters[place]) for one in users):
-            parts = sum(_in_memory(inner.shape(one.operands[1]), shape) for one in users)
-            written = max(0.0, written - _memory(shape)) + parts
-        else:
+        users = _users_in_fusion(instruction, place, program)
+        cuts = [use for use in users if use.instruction.operation in _SLICES]
+        pastes = [use for use in users if _is_written_into(use.instruction, use.name)]
+        if not users or len(cuts) + len(pastes) < len(users):
             total += _memory(shape)
+            continue
+        total += min(_memory(shape), sum(_in_memory(use.instruction.shape, shape) for use in cuts))
+        if pastes:
+            sizes = (use.body.shape(use.instruction.operands[1]) for use in pastes)
+            parts = sum(_in_memory(size, shape) for size in sizes)
+            written = max(0.0, written - _memory(shape)) + parts
     return total + written
+
+
+class _Use(NamedTuple):
+    """An instruction that reads an array; its computation, and the array's name there."""
+
+    instruction: Instruction
+    body: _Body
+    name: str
+
+
+def _users_in_fusion(fusion: Instruction, place: int, program: Computations) -> list[_Use]:
+    """What reads an operand inside a fusion."""
+    names = called(fusion.attributes)
+    inner = _Body(program[names[0]]) if names and names[0] in program else _Body(())
+    for one in inner.instructions:
+        if one.operation == "parameter" and one.arguments == str(place):
+            return _users(inner, one.name, program)
+    return []
+
+
+def _users(body: _Body, name: str, program: Computations) -> list[_Use]:
+    """What reads an array, under other names (bitcast) and in fusions within this one too."""
+    found: list[_Use] = []
+    for one in body.instructions:
+        for place in (place for place, operand in enumerate(one.operands) if operand == name):
+            if one.operation == "bitcast":
+                found += _users(body, one.name, program)
+            elif one.operation == "fusion":
+                found += _users_in_fusion(one, place, program)
+            else:
+                found.append(_Use(one, body, name))
+    return found
 
 
 def _is_written_into(user: Instruction, name: str) -> bool:

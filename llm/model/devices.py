@@ -103,6 +103,25 @@ def peak_flops(device: jax.Device) -> float | None:
     return sheet.bfloat16_flops if sheet else None
 
 
+# CUDA's compute capability, which kernels ask for (https://developer.nvidia.com/cuda-gpus).
+_CAPABILITIES = {
+    "8.0": ("A100",),
+    "8.6": ("A10G", "RTX 3090"),
+    "8.9": ("L4", "L40", "L40S", "RTX 4090"),
+    "9.0": ("H100", "H200", "GH200"),
+    "10.0": ("B200",),
+}
+
+
+def compute_capability(kind: str) -> str:
+    """Of an NVIDIA GPU that has a data sheet; "" of any other device."""
+    name = kind.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    for capability, names in _CAPABILITIES.items():
+        if any(re.match(rf"{one}(?![\w.])", name) for one in names):
+            return capability
+    return ""
+
+
 def find_kind(name: str) -> str:
     """The full name of a device that a person wrote short: "h100" is "NVIDIA H100".
 

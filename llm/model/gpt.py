@@ -174,7 +174,7 @@ class Embed(nnx.Module):
         return x_BTD.astype(self.dtype)
 
     def _tokens(self, tokens_BT: jax.Array) -> jax.Array:
-        """Each device looks up its columns for all that share the table, and gets its rows whole."""
+        """Each device looks up its columns for all that share the table, then gets its rows."""
         tokens_BT = constrain(tokens_BT, "batch_of_columns", "sequence")
         x_BTD = self.weight[...][tokens_BT]
         x_BTD = constrain(x_BTD, "batch_of_columns", "sequence", "embed")

@@ -23,6 +23,12 @@ def block_rows(rows: int, groups: int) -> int:
     return min(LARGEST_BLOCK, 1 << max(0, (rows // (2 * groups)).bit_length() - 1))
 
 
+def block_count(rows: int, groups: int) -> int:
+    """N: blocks for any spread of the rows over the groups."""
+    M = block_rows(rows, groups)
+    return (rows + min(groups, rows) * (M - 1)) // M
+
+
 def lay_out(group_R: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Where rows lie in blocks: (slot_R, row_S, group_N).
 
@@ -30,8 +36,7 @@ def lay_out(group_R: jax.Array, groups: int) -> tuple[jax.Array, jax.Array, jax.
     that any spread needs; blocks that this one leaves over are empty.
     """
     (R,) = group_R.shape
-    M = block_rows(R, groups)
-    N = (R + min(groups, R) * (M - 1)) // M
+    M, N = block_rows(R, groups), block_count(R, groups)
     sizes_E = jnp.bincount(group_R, length=groups)
     blocks_E = -(-sizes_E // M)
     end_E = jnp.cumsum(blocks_E)

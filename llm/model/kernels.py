@@ -40,12 +40,14 @@ LARGEST_BLOCK = 512
 
 
 def choose_attention(
-    wanted: Literal["auto"] | Kernel, model: ModelConfig, compute_dtype: str, mesh: Mesh
+    wanted: Literal["auto"] | Kernel, model: ModelConfig, compute_dtype: str, mesh: Any
 ) -> Kernel:
     """The kernel for training.attention = `wanted` on this mesh; auto: the fastest that can.
 
     The mesh's devices decide, not those of this machine: a program may be compiled for others.
 
+    Args:
+      mesh: a Mesh, or what has a mesh's shape and such devices (training/targets.py:Outline).
     Raises:
       UsageError: the one asked for cannot be used; says why, and what to use.
     """

@@ -19,8 +19,11 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llm.config import OptimizerConfig, TrainingConfig
 from llm.model.devices import Sheet
+from llm.model.experts import slots
 from llm.model.flops import flops_per_token
-from llm.model.gpt import ModelSpec
+from llm.model.gpt import ModelSpec, abstract_params
+from llm.model.grouped import block_count, block_rows
+from llm.model.kernel_cost import PRODUCTS
 from llm.model.loss import chunks_for
 from llm.model.roofline import bandwidth
 from llm.model.sharding import LOGICAL_TO_MESH
@@ -101,6 +104,12 @@ class Arithmetic:
         return self.spec.config.context_length // self.shares("sequence")
 
     @property
+    def tokens(self) -> float:
+        """Of a step, on each device."""
+        devices = math.prod(self.sizes.values())
+        return self.training.batch_size * self.spec.config.context_length / devices
+
+    @property
     def element(self) -> int:
         """Bytes of a number in the compute dtype."""
         return 2 if self.spec.compute_dtype == "bfloat16" else 4
@@ -109,13 +118,33 @@ class Arithmetic:
     def state(self) -> StateBytes:
         return _state_bytes_on(self.spec, self.optimizer, tuple(self.sizes.items()))
 
+    @property
+    def is_dropless(self) -> bool:
+        return self.spec.config.has_experts and not self.training.capacity_factor
+
+    @property
+    def mlp_rows(self) -> float:
+        """Rows that go through one block's MLP; of experts with what their groups are filled up."""
+        config, tokens = self.spec.config, self.rows * self.positions
+        if not config.has_experts:
+            return tokens
+        E, K = config.n_expert, config.n_expert_active
+        if self.is_dropless:
+            return block_rows(self._choices, E) * block_count(self._choices, E)
+        return self.rows * E * slots(config.context_length, E, K, self.training.capacity_factor)
+
+    @property
+    def _choices(self) -> int:
+        """Of experts, by the tokens of one device and one pass."""
+        return self.rows * self.positions * self.spec.config.n_expert_active
+
     def kept_per_layer(self) -> float:
         """Bytes that a block keeps for its backward pass, by training.remat."""
         match self.training.remat:
             case "none":
-                return self._products() + self._rest() + self._scores_bytes()
+                return self._products() + self._rest() + self._float32() + self._scores_bytes()
             case "dots":
-                return self._products()
+                return self._products() + self._kernel_results()
             case "block":
                 return self._stream()
             case "offload":
@@ -128,17 +157,34 @@ class Arithmetic:
         """The block's input and its products with weights."""
         config = self.spec.config
         heads = (config.n_head + 2 * config.n_kv_head) * config.head_size / self.shares("heads")
-        matrices = 2 if config.activation == "swiglu" else 1
-        columns = matrices * config.d_ff / self.shares("mlp")
-        numbers = 3 * config.d_model + heads + columns
-        return self.rows * self.positions * numbers * self.element
+        columns = (self._matrices - 1) * config.d_ff / self.shares("mlp")
+        numbers = self.rows * self.positions * (2 * config.d_model + heads)
+        return (numbers + self.mlp_rows * (config.d_model + columns)) * self.element
 
     def _rest(self) -> float:
-        """What is no product with a weight: norms, rotated heads, the hidden layer."""
+        """What is no product with a weight: norms, rotated heads, the hidden layer; of experts the
+        rows before and after they are brought to their groups."""
         config = self.spec.config
         heads = (2 * config.n_head + config.n_kv_head) * config.head_size / self.shares("heads")
-        numbers = 2 * config.d_model + heads + config.d_ff / self.shares("mlp")
-        return self.rows * self.positions * numbers * self.element
+        numbers = self.rows * self.positions * (2 * config.d_model + heads)
+        hidden = self.mlp_rows * config.d_ff / self.shares("mlp")
+        moved = 3 * self.mlp_rows * config.d_model if config.has_experts else 0.0
+        return (numbers + hidden + moved) * self.element
+
+    def _float32(self) -> float:
+        """What only a pass without rematerialisation keeps besides: each norm's input and two of
+        its terms in float32, less one that is kept anyway; the non-linearity's terms."""
+        config = self.spec.config
+        terms = 3 * self.mlp_rows * config.d_ff / self.shares("mlp") * self.element
+        return self.rows * self.positions * 5 * config.d_model * 4 + terms
+
+    def _kernel_results(self) -> float:
+        """What a kernel's backward pass reads beside its inputs: the mixture, and a sum a query."""
+        if self.spec.attention == "plain":
+            return 0.0
+        config = self.spec.config
+        heads = self.rows * self.positions * config.n_head / self.shares("heads")
+        return heads * (config.head_size * self.element + 4)
 
     def _scores_bytes(self) -> float:
         """Scores in float32, weights in the compute dtype."""
@@ -146,7 +192,7 @@ class Arithmetic:
 
     def scores(self) -> float:
         """Numbers of one block's attention scores that exist at once; a kernel never holds them."""
-        if getattr(self.spec, "attention", "plain") != "plain":
+        if self.spec.attention != "plain":
             return 0.0
         config = self.spec.config
         heads = config.n_head / self.shares("heads")
@@ -159,26 +205,42 @@ class Arithmetic:
         if self.training.accumulation > 1:
             gradients *= 2  # the sum, and those of one forward pass
         kept = config.n_layer * self.kept_per_layer()
-        gathered = 0.0
-        if self.shares("embed") > 1:
-            gathered = 3 * self.element * self._block_weights() / self.shares("heads")
-        block = 2 * (self._products() + self._rest()) + self._scores_bytes() + gathered
+        block = 2 * (self._products() + self._rest()) + self._scores_bytes() + self._gathered()
         return gradients + kept + max(block, self._loss())
 
-    def _block_weights(self) -> float:
-        """Numbers in one block's matrices."""
+    def _gathered(self) -> float:
+        """One block's weights as a device holds them whole: for each pass, and their gradient."""
+        dense, experts = self._block_weights()
+        if not self.is_dropless:
+            experts /= self.shares("expert")
+        is_divided = self.shares("embed") > 1
+        is_brought = is_divided or (self.is_dropless and self.shares("expert") > 1)
+        size = dense * is_divided + experts * is_brought
+        return 3 * self.element * size / self.shares("heads")
+
+    @property
+    def _matrices(self) -> int:
+        return 3 if self.spec.config.activation == "swiglu" else 2
+
+    def _block_weights(self) -> tuple[float, float]:
+        """Numbers in one block's matrices: those of the experts apart."""
         config = self.spec.config
         heads = 2 * (config.n_head + config.n_kv_head) * config.head_size * config.d_model
-        matrices = 3 if config.activation == "swiglu" else 2
-        return heads + matrices * config.d_model * config.d_ff
+        mlp = self._matrices * config.d_model * config.d_ff
+        if config.has_experts:
+            return heads, config.n_expert * mlp
+        return heads + mlp, 0.0
 
     def _loss(self) -> float:
-        """One chunk's logits and their gradient, the head whole and its gradient."""
+        """One chunk's logits and their gradient, the head whole and its gradient; of several chunks
+        that gradient's sum in float32."""
         vocabulary = self.spec.padded_vocab_size / self.shares("vocab")
         whole = self.spec.config.context_length
         chunks = chunks_for(self.rows, whole, self.spec.padded_vocab_size, self.training.loss_chunk)
         logits = self.rows * self.positions / chunks * vocabulary
-        return 8 * logits + (4 + self.element) * self.spec.config.d_model * vocabulary
+        head = self.spec.config.d_model * vocabulary
+        gradient = self.element if chunks == 1 else 4
+        return (4 + self.element) * logits + (self.element + gradient) * head
 
     def memory(self) -> float:
         """Bytes on one device."""
@@ -186,32 +248,55 @@ class Arithmetic:
 
     def seconds(self, sheet: Sheet) -> float:
         """A step, when arithmetic, memory and links all overlap."""
-        devices = math.prod(self.sizes.values())
-        tokens = self.training.batch_size * self.spec.config.context_length / devices
         return max(
-            tokens * self.flops_per_token() / sheet.bfloat16_flops,
+            self.tokens * self.flops_per_token() / sheet.bfloat16_flops,
             self.traffic() / sheet.memory_bandwidth,
             self.link_seconds(sheet),
         )
 
     def flops_per_token(self) -> float:
-        """With what is computed again, and every key where no kernel leaves out those ahead."""
+        """With what is computed again, and what experts' groups are filled up with."""
         config = self.spec.config
         head = 6 * config.d_model * self.spec.vocab_size
         attention = 6 * config.n_layer * config.d_model * config.context_length
         blocks = flops_per_token(self.spec) - head - attention
-        again = {"none": (0.0, 0.0), "dots": (0.0, 1 / 3)}.get(self.training.remat, (1 / 3, 1 / 3))
-        seen = 2 if self.scores() else 1
-        return head + blocks * (1 + again[0]) + seen * attention * (1 + again[1])
+        if config.has_experts:
+            idle = self.mlp_rows / (self.rows * self.positions) - config.n_expert_active
+            blocks += 6 * idle * config.n_layer * self._matrices * config.d_model * config.d_ff
+        if self.training.remat not in ("none", "dots"):
+            # All of a block's forward pass but its last product, which no gradient reads.
+            rows = self.mlp_rows / (self.rows * self.positions)
+            blocks += blocks / 3 - 2 * rows * config.n_layer * config.d_model * config.d_ff
+        return head + blocks + self.attention_flops_per_token()
+
+    def attention_flops_per_token(self) -> float:
+        """Every key where no kernel leaves out those ahead; a kernel's forward pass is computed
+        again unless its results are kept."""
+        config, kernel = self.spec.config, self.spec.attention
+        forward, backward = PRODUCTS[kernel]
+        kept = ("none",) if kernel == "plain" else ("none", "dots")
+        passes = forward * (1 if self.training.remat in kept else 2) + backward
+        seen = config.context_length / (1 if kernel == "plain" else 2)
+        return passes * 2 * config.n_layer * config.d_model * seen
 
     def traffic(self) -> float:
-        """Bytes to and from memory: state, weights for each pass, activations, scores."""
+        """Bytes to and from memory: state, weights for each pass, activations, scores.
+
+        An activation is written and read a dozen times: so in programs of llama3_8b and of mixtures
+        of experts for TPUs (libtpu 0.0.52), where the count was within a third of this.
+        """
         passes = self.training.accumulation
         layers = self.spec.config.n_layer
-        weights = layers * self._block_weights() / self.shares("heads")
-        activations = layers * (self._products() + self._rest() + 6 * self.scores())
+        dense, experts = self._block_weights()
+        experts /= 1 if self.is_dropless else self.shares("expert")
+        weights = 3 * self.element * (dense + experts)
+        if self.is_dropless:
+            # Each block of rows reads its expert's matrices, and adds its part to their gradients.
+            blocks = self.mlp_rows / block_rows(self._choices, self.spec.config.n_expert)
+            weights += blocks * experts / self.spec.config.n_expert * (2 * self.element + 8)
+        activations = layers * (12 * (self._products() + self._rest()) + 24 * self.scores())
         update = 2 * self.state.total + 4 * self.state.weights
-        return update + passes * (3 * self.element * weights + 4 * activations)
+        return update + passes * (layers * weights / self.shares("heads") + activations)
 
     def link_seconds(self, sheet: Sheet) -> float:
         """What `sent` takes, one axis after the other; on a torus each along one dimension."""
@@ -229,19 +314,37 @@ class Arithmetic:
 
         fsdp: weights for each pass, gradients back. data: gradients, all-reduced. tensor: the
         stream after each half of a block, forward, again, and backward. context: keys and values,
-        gathered, and gradients.
+        gathered, and gradients. expert: dropless, the experts as fsdp; with a capacity, rows to
+        their experts and back; and gradients of all other weights.
         """
         passes, layers = self.training.accumulation, self.spec.config.n_layer
         sharded, tensor = self.shares("embed"), self.shares("heads")
-        context = self.shares("sequence")
-        copies = self.shares("batch") // sharded
+        context, expert = self.shares("sequence"), self.shares("expert")
+        copies = self.shares("batch") // (sharded * expert)
         weights = self.state.weights / 4  # numbers of one device's share
+        of_experts = weights * self._share_of_experts()
         reduced = passes * 8 * weights
         keys = 2 * self.spec.config.n_kv_head * self.spec.config.head_size / tensor
         gathered = 3 * self.element * self.rows * self.spec.config.context_length * keys
+        rows = self.mlp_rows * self.spec.config.d_model * self.element
+        to_experts = layers * 4 * rows * (1 - 1 / expert)
+        if self.is_dropless:
+            to_experts = 3 * self.element * of_experts * sharded * (expert - 1)
         return {
             "fsdp": passes * 3 * self.element * weights * (sharded - 1),
             "data": reduced * (1 - 1 / copies),
+            "expert": passes * (to_experts + 8 * (weights - of_experts) * (1 - 1 / expert)),
             "tensor": passes * layers * 12 * self._stream() * (1 - 1 / tensor),
             "context": (reduced + passes * layers * gathered) * (1 - 1 / context),
         }
+
+    def _share_of_experts(self) -> float:
+        """Of the numbers of one device's share of the weights."""
+        experts = self._block_weights()[1]
+        experts *= self.spec.config.n_layer / self.shares("expert")
+        others = sum(
+            math.prod(leaf.shape)
+            for name, leaf in abstract_params(self.spec).items()
+            if ".mlp." not in name
+        )
+        return experts / (experts + others)

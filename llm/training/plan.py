@@ -8,6 +8,7 @@ import dataclasses
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,14 @@ class Plan:
 
     @property
     def compiler_seconds(self) -> float | None:
-        """A step's time by the compiler's cycles; collectives are not in it."""
+        """A step's time by the compiler's cycles; collectives are not in it.
+
+        It gives no cycles for kernels, which are taken at the device's peak.
+        """
         sheet = sheet_of(self.target.kind)
         if self.target.stands_in or not (self.cost and self.cost.cycles and sheet and sheet.clock):
             return None
-        return self.cost.cycles / sheet.clock
+        return self.cost.cycles / sheet.clock + self.cost.kernel_flops / sheet.bfloat16_flops
 
     @property
     def step_seconds(self) -> float | None:
@@ -106,12 +110,20 @@ class Plan:
         return None if seconds is None else seconds * self.config.training.steps / 86400
 
 
-def model_spec(config: Config, vocab_size: int, target: Target) -> ModelSpec:
-    """The model as the devices of the target would compute it."""
+def model_spec(
+    config: Config, vocab_size: int, target: Target, sizes: Mapping[str, int]
+) -> ModelSpec:
+    """The model as the devices of the target would compute it on a mesh of these sizes.
+
+    Raises:
+      UsageError: they cannot compute attention by what training.attention asks for.
+    """
     dtype = config.training.compute_dtype
     if dtype == "auto":
         dtype = "bfloat16" if target.is_accelerator else "float32"
-    return ModelSpec(config.model, vocab_size, dtype)
+    wanted, outline = config.training.attention, target.outline(sizes)
+    kernel = choose_attention(wanted, config.model.resolved(), dtype, outline)
+    return ModelSpec(config.model, vocab_size, dtype, kernel)
 
 
 def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: float) -> Plan:
@@ -123,10 +135,10 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
       UsageError: the mesh does not fit the devices or the model.
     """
     mesh, training = make_mesh(config.mesh, target.devices), config.training
-    spec = model_spec(config, vocab_size, target)
-    if not target.stands_in:  # what stands in for another device cannot compile its kernels
-        kernel = choose_attention(training.attention, config.model, spec.compute_dtype, mesh)
-        spec = dataclasses.replace(spec, attention=kernel)
+    sizes = {str(axis): size for axis, size in mesh.shape.items()}
+    spec = model_spec(config, vocab_size, target, sizes)
+    # What stands in for another device cannot compile its kernels.
+    compiled_spec = dataclasses.replace(spec, attention="plain") if target.stands_in else spec
     rows = training.micro_batch_size or training.batch_size
     check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
     optimizer = make_optimizer(config.optimizer)
@@ -135,8 +147,8 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
         (training.batch_size, config.model.context_length + 1), jnp.int32
     )
     started = time.monotonic()
-    lowered = make_train_step(spec, config.optimizer, training, mesh).lower(state, windows)
-    sizes = {str(axis): size for axis, size in mesh.shape.items()}
+    step = make_train_step(compiled_spec, config.optimizer, training, mesh)
+    lowered = step.lower(state, windows)
     arithmetic = Arithmetic(spec, config.optimizer, training, sizes)
     available = available_memory(target, memory_fraction)
     try:
@@ -149,8 +161,20 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     memory = _memory(compiled, state_bytes(state), arithmetic, target, available)
     text = program_text(lowered, compiled)
     collectives, cost = read_collectives(text), read_cost(text)
+    if target.stands_in:
+        cost = _with_kernel(cost, arithmetic)
     bound, over_links = _bound(cost, collectives, arithmetic, target, list(mesh.devices.flat))
     return Plan(config, spec, target, sizes, memory, collectives, over_links, cost, bound, seconds)
+
+
+def _with_kernel(cost: Cost, arithmetic: Arithmetic) -> Cost:
+    """Of a program with plain attention, what it costs with the kernel that is meant."""
+    plain = dataclasses.replace(arithmetic.spec, attention="plain")
+    kernel, replaced = (
+        one.attention_flops_per_token() * one.tokens
+        for one in (arithmetic, dataclasses.replace(arithmetic, spec=plain))
+    )
+    return dataclasses.replace(cost, flops=cost.flops + kernel - replaced)
 
 
 def _bound(

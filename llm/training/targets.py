@@ -11,10 +11,13 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
+
 from llm.errors import UsageError
+from llm.model.devices import compute_capability
 
 # version -> dimensions of its torus, as libtpu 0.0.52 names them
 TPU_VERSIONS = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
@@ -46,6 +49,28 @@ class Target:
     @property
     def is_accelerator(self) -> bool:
         return self.kind != "cpu"
+
+    def outline(self, sizes: Mapping[str, int]) -> "Outline":
+        """A mesh of the devices that are meant, whatever stands in for them."""
+        meant = Absent(self.kind, compute_capability(self.kind)) if self.stands_in else None
+        return Outline(np.array([meant or self.devices[0]], dtype=object), sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """A GPU that is not here."""
+
+    device_kind: str
+    compute_capability: str
+    platform: str = "gpu"
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """As much of a mesh as the choice of a kernel takes (kernels.py:choose_attention)."""
+
+    devices: np.ndarray
+    shape: Mapping[str, int]
 
 
 def prepare_environment(
