@@ -173,21 +173,28 @@ def test_killed_and_resumed_by_two_is_bitwise_the_unbroken_run(two, two_killed, 
     assert params_sha256(tmp_path / "run", STEPS) == params_sha256(two / "run", STEPS)
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_a_run_of_two_is_resumed_by_another_number(one, two_killed, tmp_path, count):
+@pytest.mark.parametrize(
+    ("count", "mesh"), [(1, ()), (4, ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2"))]
+)
+def test_a_run_of_two_is_resumed_by_another_number_on_another_mesh(
+    one, two_killed, tmp_path, count, mesh
+):
+    """With fsdp and tensor over four processes, which then hold a quarter of each matrix."""
     config = copied(two_killed, tmp_path)
-    results = together(config, count) if count > 1 else [alone(config)]
+    results = together(config, count, *mesh) if count > 1 else [alone(config)]
     assert codes(results) == [0] * count, results
     same_losses(tmp_path / "run", one / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
 
 
-def test_a_run_of_one_is_resumed_by_two(one, tmp_path):
+def test_a_run_of_one_is_resumed_by_two_that_share_each_sequence(one, tmp_path):
     config = write_config(tmp_path, **CHANGES)
     code, output = alone(config, fault="step:step=5:kill")
     assert code == -9, output
-    assert codes(together(config, 2)) == [0, 0]
+    results = together(config, 2, "--mesh.data", "1", "--mesh.context", "2")
+    assert codes(results) == [0, 0], results
     same_losses(tmp_path / "run", one / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step_with_one_checkpoint(tmp_path):
