@@ -174,7 +174,8 @@ def test_killed_and_resumed_by_two_is_bitwise_the_unbroken_run(two, two_killed, 
 
 
 @pytest.mark.parametrize(
-    ("count", "mesh"), [(1, ()), (4, ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2"))]
+    ("count", "mesh"),
+    [(1, ()), (4, ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2"))],
 )
 def test_a_run_of_two_is_resumed_by_another_number_on_another_mesh(
     one, two_killed, tmp_path, count, mesh

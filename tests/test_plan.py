@@ -17,7 +17,7 @@ from llm.config import Config, load_config, to_toml, validate
 from llm.errors import UsageError
 from llm.model.collectives import Collective
 from llm.model.cost import Cost, read_cost
-from llm.model.devices import GIB, SHEETS, find_kind
+from llm.model.devices import GIB, SHEETS, compute_capability, find_kind
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec, abstract_params
 from llm.model.roofline import link_seconds, roofline
@@ -255,10 +255,48 @@ def test_costs_are_read_with_turns_slices_windows_kernels_and_what_stays_on_the_
     assert read_cost(HLO) == Cost(6 * loop + batched + 1000, 6 * in_loop + entry, 600.0, 1000.0)
 
 
+# A layer's part of a stack, cut out in a fusion inside a fusion; and a part added to in its place.
+NESTED = """HloModule jit_step
+
+%cut (p0: f32[8,4], p1: s32[]) -> f32[1,4] {
+  %p0 = f32[8,4]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %row = f32[1,4]{1,0} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,4}
+}
+
+%add (q0: f32[8,4], q1: s32[], q2: f32[4,8]) -> f32[8,4] {
+  %q0 = f32[8,4]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = f32[4,8]{1,0} parameter(2)
+  %other = f32[8,4]{1,0} bitcast(%q2)
+  %inner = f32[1,4]{1,0} fusion(%other, %q1), kind=kLoop, calls=%cut
+  %old = f32[1,4]{1,0} dynamic-slice(%q0, %q1), dynamic_slice_sizes={1,4}
+  %sum = f32[1,4]{1,0} add(%old, %inner)
+  ROOT %new = f32[8,4]{1,0} dynamic-update-slice(%q0, %sum, %q1)
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %y = f32[4,8]{1,0} parameter(2)
+  ROOT %f = f32[8,4]{1,0} fusion(%x, %i, %y), kind=kLoop, calls=%add
+}
+"""
+
+
+def test_of_a_stack_only_the_parts_count_that_are_cut_out_or_replaced():
+    """The row that is read, the index, the other row, and the row that is written."""
+    row, index = 4 * 4, 4
+    assert read_cost(NESTED).bytes == row + index + row + row
+    whole = NESTED.replace("%new = f32[8,4]{1,0} dynamic-update-slice(%q0, %sum, %q1)",
+                           "%new = f32[8,4]{1,0} multiply(%q0, %q0)")  # fmt: skip
+    assert read_cost(whole).bytes == 2 * 8 * row + index + row
+
+
 @pytest.mark.parametrize("rows", ["", "2,"])
 def test_splash_costs_the_products_of_the_blocks_that_the_mask_leaves(rows):
     """Of 4 x 4 blocks of 256 positions, 10 are computed: forward 2 products, dq 3, dkv 4."""
-    heads, length, size = 8, 1024, 64
+    heads, size = 8, 64
     q, k = f"bf16[{rows}8,1024,64]{{2,1,0}}", f"bf16[{rows}2,1024,64]{{2,1,0}}"
     products = {"fwd_residuals.1": 2, "dq_no_residuals": 3, "dkv_no_residuals.clone": 4}
     for name, count in products.items():
@@ -275,7 +313,6 @@ def test_splash_costs_the_products_of_the_blocks_that_the_mask_leaves(rows):
         pairs = (2 if rows else 1) * heads * 10 * 256 * 256
         cost = read_cost(text)
         assert cost.flops == cost.kernel_flops == count * 2 * size * pairs
-    assert length == 4 * 256
 
 
 def test_links_take_what_the_best_algorithm_sends():
@@ -486,6 +523,14 @@ def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
 def test_devices_are_found_by_their_short_names():
     assert find_kind("H100") == H100 and find_kind("v5p") == "TPU v5p"
     assert find_kind("NVIDIA GeForce RTX 4090") == find_kind("rtx-4090")
+
+
+def test_every_nvidia_gpu_with_a_sheet_has_a_compute_capability():
+    kinds = [kind for kind in SHEETS if kind.startswith("NVIDIA")]
+    assert all(float(compute_capability(kind)) >= 8.0 for kind in kinds)
+    assert compute_capability("NVIDIA A100-SXM4-80GB") == "8.0"
+    assert compute_capability("NVIDIA H100 80GB HBM3") == "9.0"
+    assert compute_capability("TPU v5p") == compute_capability("NVIDIA L400") == ""
 
 
 def test_vocabularies_are_known_without_a_corpus():
