@@ -5,6 +5,8 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -518,6 +520,12 @@ def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(targets.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install '\.\[plan\]'"):
         targets.prepare_environment("v5e:2x2", None, {})
+
+
+def test_the_environment_can_still_be_prepared_when_the_targets_are_known():
+    """JAX reads it when it is imported: nothing before may do that."""
+    code = "import sys, llm.commands.plan, llm.training.targets; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 
 def test_devices_are_found_by_their_short_names():

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from llm.errors import UsageError
-from llm.model.devices import compute_capability
 
 # version -> dimensions of its torus, as libtpu 0.0.52 names them
 TPU_VERSIONS = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
@@ -52,6 +51,8 @@ class Target:
 
     def outline(self, sizes: Mapping[str, int]) -> "Outline":
         """A mesh of the devices that are meant, whatever stands in for them."""
+        from llm.model.devices import compute_capability
+
         meant = Absent(self.kind, compute_capability(self.kind)) if self.stands_in else None
         return Outline(np.array([meant or self.devices[0]], dtype=object), sizes)
 
