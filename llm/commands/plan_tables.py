@@ -71,7 +71,7 @@ def _of_what(facts: Facts) -> Rows:
             "step",
             f"{facts['tokens_per_step']:,} tokens: {facts['batch_size']} sequences, "
             f"{facts['micro_batch_size']} at once; remat {facts['remat']}, "
-            f"{facts['compute_dtype']}",
+            f"{facts['compute_dtype']}, {facts['attention']} attention",
         ),
     ]
 
@@ -165,9 +165,10 @@ def _notes(facts: Facts) -> list[str]:
     memory = facts["memory"]
     if memory["temporaries_from"] == "arithmetic":
         notes.append(
-            f"Compiled for CPU devices in place of {facts['device_kind']}. FLOPs and collectives "
-            "are that program's, which sends more than a GPU's would: in float32, and without "
-            "reduce-scatters. Activations, memory traffic and the time of links are by arithmetic "
+            f"Compiled for CPU devices in place of {facts['device_kind']}. FLOPs are that "
+            "program's, with those of attention as it is planned. Collectives are too: it sends "
+            "more than a GPU's would, in float32 and without reduce-scatters. Activations, memory "
+            "traffic and the time of links are by arithmetic "
             f"(the CPU's compiler counts {_bytes(memory['compiler_temporaries_bytes'])} of "
             "activations)."
         )

@@ -284,6 +284,7 @@ def describe(plan: Plan) -> dict[str, Any]:
         "batch_size": training.batch_size,
         "micro_batch_size": training.micro_batch_size or training.batch_size,
         "compute_dtype": plan.spec.compute_dtype,
+        "attention": plan.spec.attention,
         "parameters": parameter_count(plan.spec),
         "tokens_per_step": plan.tokens_per_step,
         "steps": training.steps,
