@@ -47,8 +47,9 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp", "expert"),
     "batch_of_experts": ("data", "fsdp"),  # of tokens that lie with their experts
-    # Of rows cut out of a table whose columns lie over fsdp: of all its devices; then each its own.
-    # With fsdp last the devices of fsdp trade columns for rows; the compiler knows no way else.
+    # Of rows cut out of a table whose columns lie over fsdp: of all its devices; then each its own,
+    # with fsdp last, so that its devices trade columns for rows. Not told the first, the compiler
+    # finds no way on meshes with expert; not the second, TPUs all-reduce the positions' gradient.
     "batch_of_columns": ("data", "expert"),
     "batch_by_columns": ("data", "expert", "fsdp"),
     "sequence": "context",
