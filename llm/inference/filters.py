@@ -107,10 +107,11 @@ class Candidates(NamedTuple):
         """The first `count` in rank order, or all there are.
 
         Behind a barrier: XLA's CPU backend knows top_k by the one slice that it takes of a sort.
-        Joined with a slice of its result, such as the likeliest alone, it is a sort of V.
+        Joined with a slice of its result, such as the likeliest alone, it is a sort of V. A barrier
+        each: of a pair that comes straight from top_k the compiler of JAX 0.10 dies.
         """
         likeliest = jax.lax.top_k(logprobs_RV, min(count, logprobs_RV.shape[-1]))
-        return cls(*jax.lax.optimization_barrier(likeliest))
+        return cls(*(jax.lax.optimization_barrier(part) for part in likeliest))
 
 
 class Filtered(NamedTuple):
