@@ -238,6 +238,9 @@ class OptimizerConfig(Section):
     grad_clip: NonNegativeFloat = setting(1.0, "clip gradients to this global norm; 0: off")
     muon_learning_rate: PositiveFloat = setting(0.02, "muon: peak learning rate of hidden matrices")
     muon_momentum: DropoutRate = setting(0.95, "muon: Nesterov momentum")
+    muon_iterations: PositiveInt = setting(
+        5, "muon: Newton-Schulz iterations towards an orthogonal update; fewer cost less"
+    )
 
 
 class TrainingConfig(Section):

@@ -13,13 +13,13 @@ from llm.config import ModelConfig
 from llm.model.gpt import (
     KVCache,
     ModelSpec,
-    Norm,
     abstract_params,
     bind,
     initialise,
     logical_axes,
 )
 from llm.model.layers import residual_std
+from llm.model.norm import Norm, normalise
 
 VOCAB, LENGTH = 11, 10
 SMALL = {
@@ -435,6 +435,23 @@ def test_norm_equals_float64_numpy(kind):
     np.testing.assert_allclose(norm(jnp.float32(x)), expected, atol=1e-4)
     narrow = norm(jnp.asarray(x, jnp.bfloat16))
     assert narrow.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_the_gradient_of_a_norm_is_that_of_its_formula(centered):
+    """Automatic differentiation of the formula, as it is written, is the oracle."""
+
+    def plainly(x, scale):
+        y = x - x.mean(-1, keepdims=True) if centered else x
+        return scale[None, None] * y / jnp.sqrt((y * y).mean(-1, keepdims=True) + 1e-5)
+
+    random = np.random.default_rng(0)
+    x, up = jnp.float32(3.0 + random.normal(size=(2, 2, 3, 16)))
+    scale = jnp.float32(random.normal(size=16))
+    of_x, of_scale = jax.vjp(lambda *a: normalise(*a, centered, 1e-5), x, scale)[1](up)
+    expected_x, expected_scale = jax.vjp(plainly, x, scale)[1](up)
+    np.testing.assert_allclose(of_x, expected_x, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(of_scale, expected_scale, rtol=1e-5, atol=1e-5)
 
 
 @every_model

@@ -11,9 +11,9 @@ log P(x) = sum_t log P(x_t | x_<t), and P(x_t | x_<t) = softmax(logits at t - 1)
 What it is not: it does not train, draw or read anything. Parameters live outside, as a flat
 dictionary of float32 arrays (`Params`); `bind` puts them into the modules where a model is run.
 
-Sources: Radford et al. 2019 (GPT-2: pre-norm blocks, initialisation); Zhang & Sennrich 2019
-(RMSNorm); Shazeer 2020 (SwiGLU); So et al. 2021 (squared ReLU); Dehghani et al. 2023 (QK-norm);
-Gemma team 2024 (logit soft cap). Attention's own sources are in attention.py.
+Sources: Radford et al. 2019 (GPT-2: pre-norm blocks, initialisation); Shazeer 2020 (SwiGLU); So et
+al. 2021 (squared ReLU); Dehghani et al. 2023 (QK-norm); Gemma team 2024 (logit soft cap). Those of
+attention and norms are in attention.py and norm.py.
 
     B batch  T position  D model width  N heads  K key/value heads  H head size
     F feed-forward width  V vocabulary (padded inside this file)  L layers  S cache capacity
@@ -37,6 +37,7 @@ from llm.model.context import from_zigzag, to_zigzag, zigzag_positions
 from llm.model.experts import Experts
 from llm.model.kernels import Kernel, causal_attention
 from llm.model.layers import Linear, activate, drawn, matmul, residual_std
+from llm.model.norm import Norm
 from llm.model.remat import Remat, keep
 from llm.model.router import Routing
 from llm.model.sharding import constrain, is_divided, shares
@@ -117,31 +118,6 @@ def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Arra
     widths = [linear.weight.shape[1] for linear in linears]
     ends = list(itertools.accumulate(widths))
     return jnp.split(y, ends[:-1], axis=-1)
-
-
-class Norm(nnx.Module):
-    """Over the last dimension, in float32:
-
-    layernorm  g (x - mean(x)) / sqrt(var(x) + epsilon) + b
-    rmsnorm    g x / sqrt(mean(x^2) + epsilon)
-    """
-
-    def __init__(self, kind: str, size: int, *, epsilon: float, bias: bool):
-        self.kind, self.epsilon = kind, epsilon
-        self.scale = nnx.Param(jnp.ones((size,)), axes=("norm",))
-        has_bias = bias and kind == "layernorm"
-        self.bias = nnx.Param(jnp.zeros((size,)), axes=("norm",)) if has_bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        ones = (1,) * (x.ndim - 1)
-        y = x.astype(jnp.float32)
-        if self.kind == "layernorm":
-            y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        y = y * self.scale[...].reshape(*ones, -1)
-        if self.bias is not None:
-            y = y + self.bias[...].reshape(*ones, -1)
-        return y.astype(x.dtype)
 
 
 class Embed(nnx.Module):

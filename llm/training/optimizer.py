@@ -55,6 +55,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         return optax.chain(clip, adamw)
     muon = optax.chain(
         optax.contrib.scale_by_muon(
+            ns_steps=config.muon_iterations,
             beta=config.muon_momentum,
             # Of the last two dimensions, so that a stack is as many matrices. A tree like the
             # updates; optax 0.2.8's default of None fails inside a partition.
