@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from llm.errors import UsageError
+from llm.ramp import DOUBLINGS, Ramp
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -75,6 +76,11 @@ class DataConfig(Section):
         "documents:0.05",
         "held-out text: 'documents:F' holds out a fraction F of the documents, chosen by the hash "
         "of their text; 'tail:F' the last fraction F of all tokens; 'none' nothing",
+    )
+    windows: Literal["anywhere", "documents"] = setting(
+        "anywhere",
+        "where training windows begin: anywhere, another cut in each epoch; or with the end of "
+        "text before a document, and then every context_length tokens of it",
     )
     errors: Literal["strict", "replace"] = setting(
         "strict", "bytes that are not UTF-8: stop with their place, or replace (and count) them"
@@ -153,6 +159,16 @@ class ModelConfig(Section):
     tie_embeddings: bool = setting(True, "use the token embedding as the output head")
     logit_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(logits / c); 0: off")
     init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
+    residual_gains: bool = setting(
+        False, "multiply the stream by a learned number before each block"
+    )
+    embedding_shortcut: bool = setting(
+        False, "add the embedding to the stream before each block, by a learned number"
+    )
+    value_embeddings: NonNegativeInt = setting(
+        0,
+        "tables of embeddings added to attention's values; layer l reads table l mod their number",
+    )
     zero_init_projections: bool = setting(
         False, "start each residual projection at zero instead of init_std / sqrt(2 n_layer)"
     )
@@ -177,6 +193,15 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.positions = 'rotary' needs an even head size, found d_model / n_head = "
                 f"{self.head_size}"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_value_embeddings(self) -> Self:
+        if self.value_embeddings > self.n_layer:
+            raise ValueError(
+                f"model.value_embeddings = {self.value_embeddings} is more than model.n_layer = "
+                f"{self.n_layer}: a layer reads one table, so that some would never be read"
             )
         return self
 
@@ -238,6 +263,9 @@ class OptimizerConfig(Section):
     grad_clip: NonNegativeFloat = setting(1.0, "clip gradients to this global norm; 0: off")
     muon_learning_rate: PositiveFloat = setting(0.02, "muon: peak learning rate of hidden matrices")
     muon_momentum: DropoutRate = setting(0.95, "muon: Nesterov momentum")
+    muon_momentum_warmup_steps: NonNegativeInt = setting(
+        0, "muon: steps in which the momentum rises to muon_momentum, from 0.1 below it"
+    )
     muon_iterations: PositiveInt = setting(
         5, "muon: Newton-Schulz iterations towards an orthogonal update; fewer cost less"
     )
@@ -251,6 +279,12 @@ class TrainingConfig(Section):
     micro_batch_size: NonNegativeInt = setting(
         0,
         "sequences per forward pass, over all devices; fewer accumulate gradients; 0: batch_size",
+    )
+    batch_warmup_steps: NonNegativeInt = setting(
+        0, "steps in which the batch grows: an eighth of batch_size, a quarter, a half; 0: off"
+    )
+    window_warmup_steps: NonNegativeInt = setting(
+        0, "steps in which windows grow: an eighth of context_length, a quarter, a half; 0: off"
     )
     eval_every: NonNegativeInt = setting(250, "steps between evaluations; 0: only at the end")
     eval_batch_size: NonNegativeInt = setting(0, "sequences per evaluation batch; 0: batch_size")
@@ -298,8 +332,22 @@ class TrainingConfig(Section):
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step."""
-        return self.batch_size // (self.micro_batch_size or self.batch_size)
+        """Forward passes per optimizer step, of a whole batch."""
+        return self.accumulation_of(self.batch_size)
+
+    def accumulation_of(self, batch_size: int) -> int:
+        """Forward passes of a batch that may still be growing."""
+        return max(1, batch_size // (self.micro_batch_size or batch_size))
+
+    @property
+    def batch_ramp(self) -> Ramp:
+        """Sequences of each step."""
+        return Ramp(self.batch_size, self.batch_warmup_steps)
+
+    @property
+    def smallest_rows(self) -> int:
+        """Sequences of the smallest forward pass, over all devices."""
+        return min(self.batch_ramp.sizes()[0], self.micro_batch_size or self.batch_size)
 
     @pydantic.model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -308,6 +356,19 @@ class TrainingConfig(Section):
                 f"training.batch_size = {self.batch_size} is not divisible by "
                 f"training.micro_batch_size = {self.micro_batch_size}"
             )
+        if self.batch_warmup_steps and self.batch_size % 2**DOUBLINGS:
+            raise ValueError(
+                f"training.batch_warmup_steps = {self.batch_warmup_steps} begins with an eighth of "
+                f"training.batch_size = {self.batch_size}, which is not divisible by 8; the "
+                f"nearest that is: {_nearest_multiple(self.batch_size, 2**DOUBLINGS)}"
+            )
+        micro = self.micro_batch_size or self.batch_size
+        for size in self.batch_ramp.sizes():
+            if size > micro and size % micro:
+                raise ValueError(
+                    f"a batch of {size} on the way of training.batch_warmup_steps is not divisible "
+                    f"by training.micro_batch_size = {micro}"
+                )
         return self
 
 
@@ -404,12 +465,24 @@ class Config(Section):
                 f"optimizer.min_learning_rate = {optimizer.min_learning_rate} is above "
                 f"optimizer.learning_rate = {optimizer.learning_rate}"
             )
+        window_steps, length = self.training.window_warmup_steps, self.model.context_length
+        if window_steps and length % 2**DOUBLINGS:
+            raise ValueError(
+                f"training.window_warmup_steps = {window_steps} begins with an eighth of "
+                f"model.context_length = {length}, which is not divisible by 8; the nearest that "
+                f"is: {_nearest_multiple(length, 2**DOUBLINGS)}"
+            )
         if self.training.capacity_factor and not self.model.has_experts:
             raise ValueError(
                 f"training.capacity_factor = {self.training.capacity_factor} needs a model with "
                 "experts, found model.n_expert = 1; set one of them"
             )
         return self
+
+    @property
+    def window_ramp(self) -> Ramp:
+        """Tokens that each step predicts of a window."""
+        return Ramp(self.model.context_length, self.training.window_warmup_steps)
 
     def resolved(self) -> Self:
         """The same settings with every size that follows from another written out."""

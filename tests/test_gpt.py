@@ -45,6 +45,10 @@ MODELS = {
     "rotary, multi-query, layernorm": {
         "positions": "rotary", "n_kv_head": 1, "qk_norm": True, "activation": "relu_squared",
     },
+    "shortcuts": {
+        "residual_gains": True, "embedding_shortcut": True, "value_embeddings": 2, "n_layer": 3,
+        "n_kv_head": 2, "positions": "rotary", "norm": "rmsnorm", "bias": False,
+    },
 }  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -92,12 +96,18 @@ def reference(spec, params, tokens, weights=None):
     x = p["embed.weight"][tokens]
     if config.positions == "learned":
         x = x + p["embed.position"][: tokens.shape[1]]
-    used = []
+    first, used = x, []
     for layer in range(config.n_layer):
         block = {n.removeprefix(f"blocks.{layer}."): v for n, v in p.items()}
         given = None if weights is None else weights[layer]
+        x = x * block.get("shortcut.residual.scale", 1.0)
+        x = x + block.get("shortcut.embedding.scale", 0.0) * first
+        more = 0.0
+        if config.value_embeddings:
+            table = p[f"value_embed.{layer % config.value_embeddings}.weight"]
+            more = block["attention.value_gain.scale"] * table[tokens]
         mixed, attended = reference_attention(
-            config, block, reference_norm(config, block, "attention_norm", x), given
+            config, block, reference_norm(config, block, "attention_norm", x), given, more
         )
         used.append(attended)
         x = x + mixed
@@ -122,12 +132,12 @@ def linear(p, name, x):
     return x @ p[f"{name}.weight"] + p.get(f"{name}.bias", 0.0)
 
 
-def reference_attention(config, p, x, weights=None):
+def reference_attention(config, p, x, weights=None, more_values=0.0):
     B, T, _ = x.shape
     N, K, H = config.n_head, config.n_kv_head, config.head_size
     query = linear(p, "attention.query", x).reshape(B, T, N, H)
     key = linear(p, "attention.key", x).reshape(B, T, K, H)
-    value = linear(p, "attention.value", x).reshape(B, T, K, H)
+    value = (linear(p, "attention.value", x) + more_values).reshape(B, T, K, H)
     if config.qk_norm:
         query, key = (
             y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon)
@@ -274,12 +284,13 @@ def attention_weights(spec, params, tokens):
     return bind(spec, params).attention_weights(tokens)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "modern"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "modern", "shortcuts"])
 def test_attention_weights_are_those_that_the_forward_pass_used(name):
     """Equal to the definition; and the definition, mixing with them, gives the model's logits."""
     spec = spec_of(name)
     weights = np.asarray(attention_weights(spec, params_of(spec), some_tokens()))
-    assert weights.dtype == np.float32 and weights.shape == (2, 2, 4, LENGTH, LENGTH)
+    layers = spec.config.n_layer
+    assert weights.dtype == np.float32 and weights.shape == (layers, 2, 4, LENGTH, LENGTH)
     np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-6)
     assert np.all(np.triu(weights, 1) == 0.0)
     _, expected = reference(spec, params_of(spec), some_tokens())

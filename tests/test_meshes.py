@@ -4,6 +4,7 @@ Each mesh is trained on twice, so that accumulation, rematerialisation and the s
 and off once, and all eight ways to combine them are met over the meshes.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -34,18 +35,18 @@ RECOMPUTED = {"remat": "block"}
 SCANNED = {"scan_layers": True}
 
 
-def losses_on(axes, training):
-    """float64 [STEPS], of batches that are learnt: the same few sequences in another order."""
+def losses_on(axes, training, spec=SPEC, steps=STEPS):
+    """float64 [steps], of batches that are learnt: the same few sequences in another order."""
     mesh = make_mesh(MeshConfig(**axes), jax.devices()[: math.prod(axes.values())])
     config = TrainingConfig(steps=STEPS, batch_size=BATCH, **training)
     state = create_state(
-        SPEC, make_optimizer(OPTIMIZER), 0, mesh, stacked=training.get("scan_layers", False)
+        spec, make_optimizer(OPTIMIZER), 0, mesh, stacked=training.get("scan_layers", False)
     )
-    step = make_train_step(SPEC, OPTIMIZER, config, mesh)
+    step = make_train_step(spec, OPTIMIZER, config, mesh)
     random = np.random.default_rng(0)
     pool = random.integers(0, 70, (2 * BATCH, 17), dtype=np.int32)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         rows = pool[random.permutation(len(pool))[:BATCH]]
         state, metrics = step(state, shard_batch(mesh, rows, BATCH_AXES))
         losses.append(float(metrics["loss"]))
@@ -78,3 +79,16 @@ def test_losses_are_those_of_one_device(axes, training):
     expected = losses_of_one_device()
     assert expected[-1] < 0.92 * expected[0]
     np.testing.assert_allclose(losses_on(axes, training), expected, rtol=1e-5)
+
+
+def test_shortcuts_are_the_same_on_every_axis():
+    """The embedding and the tables of values follow the stream: cut, gathered and in zigzag."""
+    spec = dataclasses.replace(
+        SPEC,
+        config=SPEC.config.model_copy(
+            update={"residual_gains": True, "embedding_shortcut": True, "value_embeddings": 1}
+        ),
+    )
+    expected = losses_on({}, PLAIN, spec, steps=4)
+    axes = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
+    np.testing.assert_allclose(losses_on(axes, SCANNED, spec, steps=4), expected, rtol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 
 from llm.config import OptimizerConfig
 from llm.model.stack import unstack
-from llm.training.optimizer import learning_rate_factor, make_optimizer
+from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_momentum
 
 STEPS = 100
 
@@ -130,6 +130,30 @@ def test_muon_moves_hidden_matrices_by_an_orthogonal_matrix_and_the_rest_by_adam
     adamw = run_updates(muon.model_copy(update={"kind": "adamw"}), params, gradients)
     for name in ("embed.weight", "blocks.0.mlp.up.bias"):
         np.testing.assert_array_equal(moved[name], adamw[name])
+
+
+def test_momentum_rises_by_a_tenth_to_its_final_value():
+    config = OptimizerConfig(muon_momentum=0.95, muon_momentum_warmup_steps=40)
+    found = [muon_momentum(config, jnp.asarray(step)) for step in (0, 10, 40, 1000)]
+    np.testing.assert_allclose(found, [0.85, 0.875, 0.95, 0.95], rtol=1e-6)
+    assert muon_momentum(OptimizerConfig(muon_momentum=0.95), jnp.asarray(0)) == 0.95
+
+
+def test_the_momentum_of_an_update_is_the_one_given():
+    """Two updates, the second with another momentum: of the state both have the same."""
+    params = example_params()
+    gradients = [jax.tree.map(jnp.float32, g) for g in random_gradients(params, 2)]
+    high, low = (
+        OptimizerConfig(kind="muon", muon_momentum=momentum, grad_clip=0.0)
+        for momentum in (0.95, 0.5)
+    )
+    _, state = make_optimizer(high).update(gradients[0], make_optimizer(high).init(params), params)
+    given, _ = make_optimizer(high, 0.5).update(gradients[1], state, params)
+    expected, _ = make_optimizer(low).update(gradients[1], state, params)
+    other, _ = make_optimizer(high).update(gradients[1], state, params)
+    name = "blocks.0.mlp.up.weight"
+    np.testing.assert_allclose(given[name], expected[name], rtol=1e-6)
+    assert np.abs(given[name] - other[name]).max() > 1e-4
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

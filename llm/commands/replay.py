@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object."""
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import batch_size_at, check_corpus, check_trained
-    from llm.text.batches import TrainingBatches
+    from llm.run.provenance import check_corpus, check_trained, config_at
+    from llm.text.batches import training_batches
     from llm.text.shards import prepare
 
     parser = argparse.ArgumentParser("python -m llm replay", description=__doc__)
@@ -35,12 +35,7 @@ def main(arguments: list[str]) -> int:
     check_trained(run)
     corpus = prepare(config.data, config.tokenizer)
     check_corpus(run, corpus)
-    batches = TrainingBatches(
-        corpus.train,
-        context_length=config.model.context_length,
-        batch_size=batch_size_at(run, config, chosen.step),
-        seed=config.run.seed,
-    )
+    batches = training_batches(config_at(run, config, chosen.step), corpus)
     index = chosen.step - 1
     sequences = [
         {

@@ -156,7 +156,7 @@ def _make_job(
     from llm.model.remat import check_remat
     from llm.model.sharding import check_divisible, make_mesh
     from llm.run.model import compute_dtype
-    from llm.text.splits import check_window
+    from llm.text.batches import check_windows
     from llm.training.loop import Job
 
     mesh, training = make_mesh(config.mesh), config.training
@@ -166,10 +166,11 @@ def _make_job(
     corpus = _prepare_once(config, run, hosts, stop, progress)
     for note in corpus.notes:
         progress.say(note)
-    check_window(corpus.train, config.model.context_length)
+    check_windows(config, corpus)
     spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
-    rows = training.micro_batch_size or training.batch_size
-    check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
+    for window in config.window_ramp.sizes():
+        model = spec.config.model_copy(update={"context_length": window})
+        check_divisible(mesh, model, spec.padded_vocab_size, training.smallest_rows)
     if training.eval_batch_size:
         check_divisible(mesh, spec.config, spec.padded_vocab_size, training.eval_batch_size)
     return Job(config, spec, mesh, corpus, hosts)

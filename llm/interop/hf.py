@@ -381,6 +381,15 @@ _REQUIRED_EVERYWHERE = {
     "is_encoder_decoder": False,
 }
 
+# Switches that no architecture of transformers has, here at the value that is none.
+_NOWHERE: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (False,),
+    "logit_soft_cap": (0.0,),
+    "residual_gains": (False,),
+    "embedding_shortcut": (False,),
+    "value_embeddings": (0,),
+}
+
 # What an exported model must be, beside the switches that its config.json carries.
 _EXPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {
@@ -389,16 +398,14 @@ _EXPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "activation": ("gelu", "gelu_tanh"),
         "bias": (True,),
         "n_expert": (1,),
-        "qk_norm": (False,),
-        "logit_soft_cap": (0.0,),
+        **_NOWHERE,
     },
     "llama": {
         "positions": ("rotary",),
         "norm": ("rmsnorm",),
         "activation": ("swiglu",),
         "n_expert": (1,),
-        "qk_norm": (False,),
-        "logit_soft_cap": (0.0,),
+        **_NOWHERE,
     },
     "mixtral": {
         "positions": ("rotary",),
@@ -406,8 +413,7 @@ _EXPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
         "activation": ("swiglu",),
         "bias": (False,),
         "normalize_gates": (True,),
-        "qk_norm": (False,),
-        "logit_soft_cap": (0.0,),
+        **_NOWHERE,
     },
 }
 

@@ -11,9 +11,8 @@ from llm.model.gpt import ModelSpec
 from llm.model.kernels import choose_attention
 from llm.model.sharding import check_divisible, make_mesh
 from llm.run.model import compute_dtype
-from llm.text.batches import TrainingBatches
+from llm.text.batches import TrainingBatches, check_windows, training_batches
 from llm.text.shards import TokenizedCorpus, prepare
-from llm.text.splits import check_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +25,12 @@ class Workload:
     corpus: TokenizedCorpus
 
     def batches(self) -> TrainingBatches:
-        return TrainingBatches(
-            self.corpus.train,
-            context_length=self.spec.config.context_length,
-            batch_size=self.config.training.batch_size,
-            seed=self.config.run.seed,
+        """Of full size from the start, whatever warms up."""
+        training = {"batch_warmup_steps": 0, "window_warmup_steps": 0}
+        config = self.config.model_copy(
+            update={"training": self.config.training.model_copy(update=training)}
         )
+        return training_batches(config, self.corpus)
 
     @property
     def tokens_per_step(self) -> int:
@@ -48,7 +47,7 @@ def make_workload(config: Config, on_progress: Callable[[str, int, int | None], 
     """
     mesh = make_mesh(config.mesh)
     corpus = prepare(config.data, config.tokenizer, on_progress=on_progress)
-    check_window(corpus.train, config.model.context_length)
+    check_windows(config, corpus)
     dtype = compute_dtype(config.training.compute_dtype)
     training = config.training
     attention = choose_attention(training.attention, config.model, dtype, mesh)

@@ -15,10 +15,11 @@ from llm.model.gpt import ModelSpec, abstract_params
 
 def parameter_count(spec: ModelSpec) -> int:
     """Trained numbers, without the padding of the vocabulary."""
-    padding = (spec.padded_vocab_size - spec.vocab_size) * spec.config.d_model
-    tables = 1 if spec.config.tie_embeddings else 2
+    config = spec.config
+    row = config.d_model * (1 if config.tie_embeddings else 2)
+    row += config.value_embeddings * config.n_kv_head * config.head_size
     total = sum(math.prod(leaf.shape) for leaf in abstract_params(spec).values())
-    return total - tables * padding
+    return total - row * (spec.padded_vocab_size - spec.vocab_size)
 
 
 def active_parameter_count(spec: ModelSpec) -> int:

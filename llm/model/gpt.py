@@ -41,6 +41,7 @@ from llm.model.norm import Norm
 from llm.model.remat import Remat, keep
 from llm.model.router import Routing
 from llm.model.sharding import constrain, is_divided, shares
+from llm.model.shortcuts import Beside, Gain, Shortcut
 from llm.model.stack import is_stacked, layer_names
 
 # Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights. Inside
@@ -139,7 +140,7 @@ class Embed(nnx.Module):
         A slice, whose gradient each device keeps its share of; that of looked-up rows is put
         together whole on every device of the fsdp axis.
         """
-        x_BTD = self._tokens(tokens_BT)
+        x_BTD = look_up(self.weight[...], tokens_BT)
         if self.position is not None:
             table, T = self.position[...], tokens_BT.shape[1]
             x_BTD = x_BTD + (
@@ -149,12 +150,27 @@ class Embed(nnx.Module):
             )
         return x_BTD.astype(self.dtype)
 
-    def _tokens(self, tokens_BT: jax.Array) -> jax.Array:
-        """Each device looks up its columns for all that share the table, then gets its rows."""
-        tokens_BT = constrain(tokens_BT, "batch_of_columns", "sequence")
-        x_BTD = self.weight[...][tokens_BT]
-        x_BTD = constrain(x_BTD, "batch_of_columns", "sequence", "embed")
-        return constrain(x_BTD, "batch_by_columns", "sequence", "width")
+
+class ValueEmbed(nnx.Module):
+    """One table of what attention's values are added to, a row for each token (shortcuts.py)."""
+
+    def __init__(self, spec: ModelSpec):
+        config = spec.config
+        shape = (spec.padded_vocab_size, config.n_kv_head * config.head_size)
+        self.dtype = spec.compute_dtype
+        self.weight = drawn(("vocab", "embed"), shape, config.init_std)
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        x_BTC = look_up(self.weight[...], tokens_BT).astype(self.dtype)
+        return constrain(x_BTC, "batch", "sequence", "width")
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Each device looks up its columns for all that share the table, then gets its rows."""
+    tokens_BT = constrain(tokens_BT, "batch_of_columns", "sequence")
+    x_BTD = table_VD[tokens_BT]
+    x_BTD = constrain(x_BTD, "batch_of_columns", "sequence", "embed")
+    return constrain(x_BTD, "batch_by_columns", "sequence", "width")
 
 
 class Attention(nnx.Module):
@@ -178,12 +194,18 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
             self.key_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
+        if config.value_embeddings:
+            self.value_gain = Gain(1.0)
 
-    def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> tuple[jax.Array, ...]:
+    def project(
+        self, x_BTD: jax.Array, positions_BT: jax.Array, more_values_BTC: jax.Array | None
+    ) -> tuple[jax.Array, ...]:
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated."""
         B, T, _ = x_BTD.shape
         config = self.config
         query, key, value = apply_side_by_side([self.query, self.key, self.value], x_BTD)
+        if more_values_BTC is not None:
+            value = value + self.value_gain(more_values_BTC)
         query = query.reshape(B, T, config.n_head, config.head_size)
         key = key.reshape(B, T, config.n_kv_head, config.head_size)
         value = value.reshape(B, T, config.n_kv_head, config.head_size)
@@ -194,9 +216,11 @@ class Attention(nnx.Module):
             key = rotate(key, positions_BT, config.rope_theta)
         return query, key, value
 
-    def __call__(self, x_BTD, positions_BT, *, zigzag=False, dropout_key=None) -> jax.Array:
+    def __call__(
+        self, x_BTD, positions_BT, more_values_BTC=None, *, zigzag=False, dropout_key=None
+    ) -> jax.Array:
         """Every position of x looks at itself and what is before it in x."""
-        query, key, value = self.project(x_BTD, positions_BT)
+        query, key, value = self.project(x_BTD, positions_BT, more_values_BTC)
         query = constrain(query, "batch", "sequence", "heads", None)
         mixed_BTNH = causal_attention(
             self.kernel,
@@ -211,13 +235,15 @@ class Attention(nnx.Module):
 
     def weights(self, x_BTD: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The softmax that __call__ mixes values with, without dropout: float32 [B, N, T, T]."""
-        query, key, _ = self.project(x_BTD, positions_BT)
+        query, key, _ = self.project(x_BTD, positions_BT, None)
         weights_BKGTS = attention_weights(query, key, causal_mask(x_BTD.shape[1]))
         return jax.lax.collapse(weights_BKGTS, 1, 3)
 
-    def extend(self, x_BTD, positions_BT, keys_BSKH, values_BSKH) -> tuple[jax.Array, ...]:
+    def extend(
+        self, x_BTD, positions_BT, more_values_BTC, keys_BSKH, values_BSKH
+    ) -> tuple[jax.Array, ...]:
         """As __call__, also looking at cached positions; the output, and the longer cache."""
-        query, key, value = self.project(x_BTD, positions_BT)
+        query, key, value = self.project(x_BTD, positions_BT, more_values_BTC)
         rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
         keys_BSKH = keys_BSKH.at[rows_B1, positions_BT].set(key)
         values_BSKH = values_BSKH.at[rows_B1, positions_BT].set(value)
@@ -251,7 +277,8 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch.
 
-    With model.n_expert above 1 the MLP is a mixture of experts (experts.py).
+    With model.n_expert above 1 the MLP is a mixture of experts (experts.py). Before both, what
+    shortcuts.py adds.
     """
 
     def __init__(self, spec: ModelSpec):
@@ -260,18 +287,32 @@ class Block(nnx.Module):
         norm = functools.partial(
             Norm, config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias
         )
+        self.shortcut = Shortcut(config)
         self.attention_norm, self.attention = norm(), Attention(spec)
         self.has_experts = config.has_experts
         self.mlp_norm = norm()
         self.mlp: Any = Experts(config, spec.compute_dtype) if self.has_experts else MLP(spec)
 
     def __call__(
-        self, x_BTD, positions_BT, *, zigzag=False, dropout_key=None, capacity_factor=0.0
+        self,
+        x_BTD,
+        positions_BT,
+        beside: Beside,
+        layer,
+        *,
+        zigzag=False,
+        dropout_key=None,
+        capacity_factor=0.0,
     ) -> tuple[jax.Array, Routing | None]:
-        """The stream after this block, and how its experts were used, if it has any."""
+        """The stream after this block, the `layer`-th from 0, and how its experts were used."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        x_BTD = self.shortcut(x_BTD, beside.first_BTD)
         branch = self.attention(
-            self.attention_norm(x_BTD), positions_BT, zigzag=zigzag, dropout_key=keys[0]
+            self.attention_norm(x_BTD),
+            positions_BT,
+            beside.values_of(layer),
+            zigzag=zigzag,
+            dropout_key=keys[0],
         )
         x_BTD = x_BTD + drop(branch, self.dropout, keys[1])
         branch, routing = self._feed(self.mlp_norm(x_BTD), capacity_factor)
@@ -281,9 +322,16 @@ class Block(nnx.Module):
     def _feed(self, x_BTD, capacity_factor=0.0) -> tuple[jax.Array, Routing | None]:
         return self.mlp(x_BTD, capacity_factor) if self.has_experts else (self.mlp(x_BTD), None)
 
-    def extend(self, x_BTD, positions_BT, keys_BSKH, values_BSKH) -> tuple[jax.Array, ...]:
+    def extend(
+        self, x_BTD, positions_BT, beside: Beside, layer, keys_BSKH, values_BSKH
+    ) -> tuple[jax.Array, ...]:
+        x_BTD = self.shortcut(x_BTD, beside.first_BTD)
         branch, keys_BSKH, values_BSKH = self.attention.extend(
-            self.attention_norm(x_BTD), positions_BT, keys_BSKH, values_BSKH
+            self.attention_norm(x_BTD),
+            positions_BT,
+            beside.values_of(layer),
+            keys_BSKH,
+            values_BSKH,
         )
         x_BTD = x_BTD + branch
         return x_BTD + self._feed(self.mlp_norm(x_BTD))[0], keys_BSKH, values_BSKH
@@ -302,6 +350,7 @@ class GPT(nnx.Module):
         self.spec = spec
         self.stacked = stacked
         self.embed = Embed(spec)
+        self.value_embed = nnx.List([ValueEmbed(spec) for _ in range(config.value_embeddings)])
         self.blocks: Any = (
             nnx.Dict({"*": Block(spec)})
             if stacked
@@ -363,8 +412,9 @@ class GPT(nnx.Module):
         if zigzag:
             order_T = zigzag_positions(tokens_BT.shape[1], shares("sequence"))
             x_BTD, positions_BT = to_zigzag(x_BTD), jnp.asarray(order_T)[None]
+        beside = self._beside(x_BTD, tokens_BT, zigzag)
         x_BTD, routing = self._through_blocks(
-            x_BTD, positions_BT, zigzag, dropout_key, remat, capacity_factor
+            x_BTD, positions_BT, beside, zigzag, dropout_key, remat, capacity_factor
         )
         return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD), routing
 
@@ -372,6 +422,7 @@ class GPT(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
+        beside: Beside,
         zigzag: bool,
         dropout_key: jax.Array | None,
         remat: Remat,
@@ -380,11 +431,13 @@ class GPT(nnx.Module):
         """Block after block; where they are stacked, by a loop whose body is compiled once."""
 
         def through(graph, x_BTD, layer, weights):
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer)
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
             block = nnx.merge(graph, weights)
             return block(
                 x_BTD,
                 positions_BT,
+                beside,
+                layer,
                 zigzag=zigzag,
                 dropout_key=key,
                 capacity_factor=capacity_factor,
@@ -392,7 +445,7 @@ class GPT(nnx.Module):
 
         if not self.stacked:
             routings = []
-            for layer, block in enumerate(self.blocks, start=1):
+            for layer, block in enumerate(self.blocks):
                 graph, weights = nnx.split(block)
                 body = keep(remat, functools.partial(through, graph))
                 x_BTD, routing = body(x_BTD, layer, weights)
@@ -400,7 +453,7 @@ class GPT(nnx.Module):
             return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
         graph, weights_L = nnx.split(self.blocks["*"])
         body = keep(remat, functools.partial(through, graph), in_scan=True)
-        layers_L = jnp.arange(1, self.spec.config.n_layer + 1)
+        layers_L = jnp.arange(self.spec.config.n_layer)
         return jax.lax.scan(lambda x, part: body(x, *part), x_BTD, (layers_L, weights_L))
 
     def _embedded(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -409,6 +462,16 @@ class GPT(nnx.Module):
         x_BTD = self.embed(tokens_BT)
         return constrain(x_BTD, "batch", "sequence", "width"), positions_BT
 
+    def _beside(self, x_BTD: jax.Array, tokens_BT: jax.Array, zigzag: bool = False) -> Beside:
+        """What the blocks read beside the stream, which begins as x."""
+        tables = [table(tokens_BT) for table in self.value_embed]
+        if zigzag:
+            tables = [to_zigzag(values_BTC) for values_BTC in tables]
+        return Beside(
+            x_BTD if self.spec.config.embedding_shortcut else None,
+            jnp.stack(tables) if tables else None,
+        )
+
     def attention_weights(self, tokens_BT: jax.Array) -> jax.Array:
         """Where each head looks: float32 [L, B, N, T, T].
 
@@ -416,10 +479,12 @@ class GPT(nnx.Module):
         its output at t; each row sums to one and is zero for s > t. All L layers are held at once.
         """
         x_BTD, positions_BT = self._embedded(tokens_BT)
+        beside = self._beside(x_BTD, tokens_BT)
         layers = []
-        for block in self.blocks:
-            layers.append(block.attention.weights(block.attention_norm(x_BTD), positions_BT))
-            x_BTD, _ = block(x_BTD, positions_BT)
+        for layer, block in enumerate(self.blocks):
+            read_BTD = block.attention_norm(block.shortcut(x_BTD, beside.first_BTD))
+            layers.append(block.attention.weights(read_BTD, positions_BT))
+            x_BTD, _ = block(x_BTD, positions_BT, beside, layer)
         return jnp.stack(layers)
 
     def extend(self, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -435,10 +500,11 @@ class GPT(nnx.Module):
         T = tokens_BT.shape[1]
         positions_BT = cache.length_B[:, None] + jnp.arange(T)[None, :]
         x_BTD = self.embed(tokens_BT, positions_BT)
+        beside = self._beside(x_BTD, tokens_BT)
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
             x_BTD, keys_BSKH, values_BSKH = block.extend(
-                x_BTD, positions_BT, cache.keys[layer], cache.values[layer]
+                x_BTD, positions_BT, beside, layer, cache.keys[layer], cache.values[layer]
             )
             keys.append(keys_BSKH)
             values.append(values_BSKH)

@@ -104,18 +104,29 @@ def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:
     )
 
 
-def batch_size_at(run: RunDirectory, config: Config, step: int) -> int:
-    """Sequences in the batch of a step, counted from 1: it may have changed on the way.
+# What a batch depends on and a run may change on the way.
+_SETTINGS_OF_BATCHES = (
+    "training.batch_size",
+    "training.batch_warmup_steps",
+    "training.window_warmup_steps",
+    "data.windows",
+)
+
+
+def config_at(run: RunDirectory, config: Config, step: int) -> Config:
+    """With the settings that decided the batch of a step, counted from 1.
 
     The last start before that step decides, and the changes recorded since are undone.
     """
-    size = config.training.batch_size
+    values = config.model_dump()
     for start in reversed(run.read_provenance()["starts"]):
         if start["from_step"] < step:
             break
-        if "training.batch_size" in start["changed"]:
-            size = start["changed"]["training.batch_size"][0]
-    return size
+        for name in _SETTINGS_OF_BATCHES:
+            if name in start["changed"]:
+                section, key = name.split(".")
+                values[section][key] = start["changed"][name][0]
+    return Config.model_validate(values)
 
 
 def versions() -> dict[str, str]:

@@ -39,7 +39,7 @@ from llm.run.progress import Progress
 from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
-from llm.text.batches import TrainingBatches, evaluation_batches
+from llm.text.batches import TrainingBatches, evaluation_batches, training_batches
 from llm.text.shards import TokenizedCorpus
 from llm.training.evaluate import Evaluation, evaluate, make_evaluation_step
 from llm.training.optimizer import make_optimizer
@@ -74,14 +74,7 @@ class Job:
 
     def batches(self, whole: bool = False) -> TrainingBatches:
         """This process's rows of each batch, or all of them."""
-        size = self.config.training.batch_size
-        return TrainingBatches(
-            self.corpus.train,
-            context_length=self.spec.config.context_length,
-            batch_size=size,
-            seed=self.config.run.seed,
-            rows=None if whole else self.rows(size),
-        )
+        return training_batches(self.config, self.corpus, None if whole else self.rows)
 
     def receipt_tokens(self) -> np.ndarray:
         held_out = self.corpus.validation if len(self.corpus.validation) > 1 else self.corpus.train
@@ -117,6 +110,7 @@ class _Pending:
     """A step that was dispatched and whose metrics were not read yet."""
 
     step: int
+    tokens: int
     metrics: dict[str, jax.Array]
 
 
@@ -210,6 +204,7 @@ class Loop:
         self._evaluation_step = make_evaluation_step(job.spec, job.mesh)
         self._pending: _Pending | None = None
         self._clock = time.perf_counter()
+        self._batches = job.batches()
         self._tokens = self._tokens_before()
         self._skipped = outputs.metrics.skipped()
         self._receipt_tokens = job.receipt_tokens()
@@ -226,7 +221,7 @@ class Loop:
             self._evaluate()  # a stop may have come between a save and its evaluation
         if self._job.config.run.deterministic and self._step < self._settings.steps:
             self._check_repeats()
-        with contextlib.closing(self._job.batches().iterate(self._step)) as batches:
+        with contextlib.closing(self._batches.iterate(self._step)) as batches:
             for tokens_BT in batches:
                 if self._step >= self._settings.steps or self._stop.requested:
                     break
@@ -243,7 +238,7 @@ class Loop:
         Raises:
           UsageError: they differ: this backend does not repeat itself.
         """
-        tokens_BT = self._job.batches()[self._step]
+        tokens_BT = self._batches[self._step]
         copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # the step takes its buffers
         results = [
             self._train_step(copy(self._state), shard_batch(self._job.mesh, tokens_BT, BATCH_AXES))
@@ -267,7 +262,7 @@ class Loop:
         fault_point("step", self._step)
         self._stop.ask()
         self._settle()
-        self._pending = _Pending(self._step, metrics)
+        self._pending = _Pending(self._step, self._batches.tokens_of(self._step - 1), metrics)
         self._outputs.checkpoints.check_for_errors()
 
     def _settle_if_due(self) -> None:
@@ -294,7 +289,7 @@ class Loop:
         seconds, self._clock = now - self._clock, now
         if self.first_step_at is None:
             self.first_step_at = time.monotonic()
-        tokens = self._settings.batch_size * self._job.spec.config.context_length
+        tokens = pending.tokens
         self._tokens += tokens
         applied = values["finite"] and not values["spike"]
         if pending.step % self._job.config.logging.every == 0 or not applied:
@@ -450,7 +445,5 @@ class Loop:
     def _tokens_before(self) -> int:
         """Tokens trained on until now; the batch size may have changed on the way."""
         seen = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
-        per_step = self._settings.batch_size * self._job.spec.config.context_length
-        if not seen:
-            return self._step * per_step
-        return seen[-1]["tokens"] + (self._step - seen[-1]["step"]) * per_step
+        step, tokens = (seen[-1]["step"], seen[-1]["tokens"]) if seen else (0, 0)
+        return tokens + sum(map(self._batches.tokens_of, range(step, self._step)))

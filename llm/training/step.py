@@ -18,7 +18,7 @@ from llm.model.remat import check_remat
 from llm.model.router import Routing
 from llm.model.sharding import batch_shares, constrain, sharding_of
 from llm.training.compiler import compiler_options
-from llm.training.optimizer import learning_rate_factor, make_optimizer
+from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_momentum
 from llm.training.state import HISTORY, TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -81,7 +81,9 @@ def make_train_step(
         )
         grad_norm = optax.tree.norm(gradients)
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
+        momentum = muon_momentum(optimizer_config, state.step)
+        update = make_optimizer(optimizer_config, momentum).update
+        updates, opt_state = update(gradients, state.opt_state, state.weights)
         updates = jax.tree.map(lambda update: factor * update, updates)
         weights = optax.apply_updates(state.weights, updates)
         # The weights too: an update that is finite can still carry one out of float32's range.
@@ -129,7 +131,7 @@ def accumulate_gradients(
     losses are means of those of each micro-batch; load balancing is no sum over tokens, so that its
     part of the gradient is not quite that of the whole batch.
     """
-    micro_batches = training.accumulation
+    micro_batches = training.accumulation_of(len(tokens_BT))
     gradient = jax.grad(_objective, has_aux=True)
 
     def micro(index: int | jax.Array, rows_BT: jax.Array) -> tuple[Params, StepTerms]:
