@@ -27,7 +27,7 @@ def prepare_process(deterministic: bool = False) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     # Programs compiled ahead of time for the CPU log a harmless difference of feature lists.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

@@ -1,21 +1,24 @@
 """What TPU compilers are told for the step: by the device, and never against the environment."""
 
 import importlib.util
+import math
 import os
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from llm.config import MeshConfig
 from llm.model.sharding import MESH_AXES, make_mesh
-from llm.training.compiler import SCOPED_VMEM, WINDOWS_FROM, compiler_options
+from llm.training.compiler import HIDE_LATENCY, SCOPED_VMEM, WINDOWS_FROM, compiler_options
 
 
 def mesh_of(kind, **axes):
     device = types.SimpleNamespace(device_kind=kind)
     shape = dict.fromkeys(MESH_AXES, 1) | axes
-    return types.SimpleNamespace(devices=np.array([device], dtype=object), shape=shape)
+    devices = np.array([device] * math.prod(shape.values()), dtype=object)
+    return types.SimpleNamespace(devices=devices, shape=shape)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,16 @@ def test_other_devices_are_told_nothing():
         assert compiler_options(mesh_of(kind)) == {}
 
 
+def test_several_gpus_hide_the_latency_of_transfers(monkeypatch):
+    """By an option that this compiler knows: it would refuse another name, on a CPU too."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    options = compiler_options(mesh_of("NVIDIA H100 80GB HBM3", data=8))
+    assert options == {HIDE_LATENCY: True}
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
+    monkeypatch.setenv("XLA_FLAGS", f"--{HIDE_LATENCY}=false")
+    assert compiler_options(mesh_of("NVIDIA H100 80GB HBM3", data=8)) == {}
+
+
 def test_the_environment_counts_more(monkeypatch):
     monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{SCOPED_VMEM}=20000")
     assert compiler_options(mesh_of("TPU v5")).keys() == {WINDOWS_FROM}
@@ -42,8 +55,6 @@ def test_the_environment_counts_more(monkeypatch):
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, extra 'plan'")
 def test_the_tpu_compiler_knows_these_options(monkeypatch, request):
-    import jax
-
     from llm.training import targets
 
     environment = dict(os.environ)

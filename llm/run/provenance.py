@@ -109,7 +109,6 @@ _SETTINGS_OF_BATCHES = (
     "training.batch_size",
     "training.batch_warmup_steps",
     "training.window_warmup_steps",
-    "data.windows",
 )
 
 

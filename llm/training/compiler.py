@@ -1,16 +1,20 @@
-"""What the step's compiler is told about TPUs, beside what $LIBTPU_INIT_ARGS says.
+"""What the step's compiler is told, by the device; the environment's own flags count more.
 
-Memory of a core (VMEM): libtpu lets one operation use 16 MiB of it by default. With more, a matrix
-product reads its operands less often. The values are what MaxText's recipes set for v6e and
-Levanter's notes for v5e and v5p.
+TPUs ($LIBTPU_INIT_ARGS). Memory of a core (VMEM): libtpu lets one operation use 16 MiB of it by
+default. With more, a matrix product reads its operands less often. The values are what MaxText's
+recipes set for v6e and Levanter's notes for v5e and v5p.
 
 Windows: a product whose operand is still to be gathered may be cut into as many as there are
 shares, each beside the transfer of the next. Weights that fsdp gathers can travel beside the
 layer before instead, and their products stay whole.
 
-Both only change how fast a program is. By libtpu 0.0.52's own cost model a step of llama3_8b takes
-a sixth less with the first, and on 8 v5p chips a fifth less with the second. No device has shown it
-here.
+GPUs of a mesh ($XLA_FLAGS). The scheduler that hides latency starts a transfer early and computes
+until it is there; it is the one flag that NVIDIA's JAX images set. Flags for pipelined collectives,
+which JAX 0.10 had, are gone in 0.12, where the compiler decides.
+
+All only change how fast a program is. By libtpu 0.0.52's own cost model a step of llama3_8b takes
+a sixth less with more memory, and on 8 v5p chips a fifth less without windows. No device has shown
+any of it here.
 """
 
 import os
@@ -29,15 +33,17 @@ _VMEM_KIB = {
     "TPU v6e": 98304,
 }
 _NO_WINDOWS_MIB = 1_000_000
+HIDE_LATENCY = "xla_gpu_enable_latency_hiding_scheduler"
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
-    """For jax.jit; none of what $LIBTPU_INIT_ARGS sets, and none for devices not listed here."""
-    kib = _VMEM_KIB.get(mesh.devices.flat[0].device_kind)
-    if kib is None:
-        return {}
-    options = {SCOPED_VMEM: str(kib)}
-    if mesh.shape["tensor"] == 1:
-        options[WINDOWS_FROM] = str(_NO_WINDOWS_MIB)
-    said = os.environ.get("LIBTPU_INIT_ARGS", "")
+def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
+    """For jax.jit; none of what the environment sets, and none for devices not listed here."""
+    kind, options = mesh.devices.flat[0].device_kind, dict[str, str | bool]()
+    if kind in _VMEM_KIB:
+        options[SCOPED_VMEM] = str(_VMEM_KIB[kind])
+        if mesh.shape["tensor"] == 1:
+            options[WINDOWS_FROM] = str(_NO_WINDOWS_MIB)
+    elif kind.startswith("NVIDIA ") and mesh.devices.size > 1:
+        options[HIDE_LATENCY] = True
+    said = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in said}
