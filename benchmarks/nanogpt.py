@@ -1,6 +1,6 @@
 """One training step of ours and of nanoGPT, side by side on this machine.
 
-    python benchmarks/nanogpt.py PATH/TO/nanoGPT [--recipe cpu|large] [--theirs PYTHON]
+    python benchmarks/nanogpt.py PATH/TO/nanoGPT [--recipe RECIPE] [--compile] [--theirs PYTHON]
 
 PATH is a clone of https://github.com/karpathy/nanoGPT, which stays outside this repository; its
 model and its optimizer are used as they are. Each side runs in a process of its own with the whole
@@ -12,11 +12,15 @@ What it is not: a comparison of losses, which is configs/shakespeare_char_cpu.to
 
     cpu     4 layers x 128, batch 12 x 64: the recipe for a laptop in nanoGPT's README
     large   6 layers x 384, batch 16 x 256: its recipe for a GPU, with a batch that fits a laptop
+    gpt2    12 layers x 768, batch 16 x 1024, GPT-2's vocabulary: for a GPU
+    small   2 layers x 64, batch 4 x 32: to see that the script runs
 
-Both without dropout.
+All without dropout; float32 on a CPU, bfloat16 on a GPU. With --compile also nanoGPT through
+torch.compile, as its train.py does by default.
 """
 
 import argparse
+import contextlib
 import functools
 import sys
 from pathlib import Path
@@ -24,12 +28,17 @@ from pathlib import Path
 from turns import Side, serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = 65  # characters of Tiny Shakespeare
 STEPS_PER_TURN = 8
+CHARACTERS = {"vocabulary": 65, "config": "shakespeare_char_cpu.toml"}  # of Tiny Shakespeare
 RECIPES = {
-    "cpu": {"n_layer": 4, "n_head": 4, "width": 128, "context": 64, "batch": 12},
-    "large": {"n_layer": 6, "n_head": 6, "width": 384, "context": 256, "batch": 16},
-}
+    "cpu": {"n_layer": 4, "n_head": 4, "width": 128, "context": 64, "batch": 12, **CHARACTERS},
+    "large": {"n_layer": 6, "n_head": 6, "width": 384, "context": 256, "batch": 16, **CHARACTERS},
+    "gpt2": {
+        "n_layer": 12, "n_head": 12, "width": 768, "context": 1024, "batch": 16,
+        "vocabulary": 50304, "config": "gpt2_124m.toml",
+    },
+    "small": {"n_layer": 2, "n_head": 2, "width": 64, "context": 32, "batch": 4, **CHARACTERS},
+}  # fmt: skip
 
 
 def main() -> None:
@@ -40,13 +49,18 @@ def main() -> None:
     theirs = Side(
         "nanoGPT", [options.theirs, __file__, "--side", "theirs", options.nanogpt], recipe
     )
-    take_turns([ours, theirs], options.rounds)
+    sides = [ours, theirs]
+    if options.compile:
+        command = [options.theirs, __file__, "--side", "theirs", options.nanogpt]
+        sides.append(Side("nanoGPT, torch.compile", command, {**recipe, "compiled": True}))
+    take_turns(sides, options.rounds)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One step of ours and of nanoGPT, side by side.")
     parser.add_argument("nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--recipe", choices=RECIPES, default="cpu")
+    parser.add_argument("--compile", action="store_true", help="also through torch.compile")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each side")
     parser.add_argument(
         "--theirs", default=sys.executable, help="a Python with torch; default: this one"
@@ -69,7 +83,9 @@ def our_step(recipe):
 
     from llm.config import load_config
     from llm.model.gpt import ModelSpec
+    from llm.model.kernels import choose_attention
     from llm.model.sharding import make_mesh
+    from llm.run.model import compute_dtype
     from llm.training.optimizer import make_optimizer
     from llm.training.state import create_state
     from llm.training.step import make_train_step
@@ -80,14 +96,18 @@ def our_step(recipe):
         "--model.d-model": recipe["width"],
         "--model.context-length": recipe["context"],
         "--training.batch-size": recipe["batch"],
+        "--training.micro-batch-size": 0,
+        "--model.dropout": 0.0,
     }
     words = [str(word) for pair in flags.items() for word in pair]
-    config = load_config(ROOT / "configs" / "shakespeare_char_cpu.toml", words)
-    spec, mesh = ModelSpec(config.model, VOCABULARY), make_mesh(config.mesh)
+    config = load_config(ROOT / "configs" / recipe["config"], words)
+    mesh, dtype = make_mesh(config.mesh), compute_dtype("auto")
+    attention = choose_attention("auto", config.model, dtype, mesh)
+    spec = ModelSpec(config.model, recipe["vocabulary"], dtype, attention)
     train_step = make_train_step(spec, config.optimizer, config.training, mesh)
     state = create_state(spec, make_optimizer(config.optimizer), config.run.seed, mesh)
     shape = (recipe["batch"], recipe["context"] + 1)
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, shape).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, recipe["vocabulary"], shape).astype(np.int32)
 
     def step():
         nonlocal state
@@ -98,29 +118,37 @@ def our_step(recipe):
 
 
 def their_step(nanogpt, recipe):
-    """As nanoGPT's train.py does it on a CPU: float32, AdamW with its groups, gradients clipped."""
+    """As nanoGPT's train.py does it: AdamW with its groups, clipped gradients; on GPUs bfloat16."""
     sys.path.insert(0, nanogpt)
     import torch
     from model import GPT, GPTConfig
 
     torch.manual_seed(1337)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = device == "cuda"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    narrow = torch.autocast(device, torch.bfloat16) if on_gpu else contextlib.nullcontext()
     model = GPT(
         GPTConfig(
             block_size=recipe["context"],
-            vocab_size=VOCABULARY,
+            vocab_size=recipe["vocabulary"],
             n_layer=recipe["n_layer"],
             n_head=recipe["n_head"],
             n_embd=recipe["width"],
             dropout=0.0,
             bias=False,
         )
-    )
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    tokens = torch.randint(0, VOCABULARY, (recipe["batch"], recipe["context"] + 1))
+    ).to(device)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), device)
+    shape = (recipe["batch"], recipe["context"] + 1)
+    tokens = torch.randint(0, recipe["vocabulary"], shape, device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    if recipe.get("compiled"):
+        model = torch.compile(model)
 
     def step():
-        _, loss = model(inputs, targets)
+        with narrow:
+            _, loss = model(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
