@@ -74,22 +74,28 @@ def test_replay_shows_the_smaller_batches(unbroken, capsys):
             assert first == 256 or offset % 16 in (15, 0)
 
 
+def test_replay_knows_that_warming_up_was_given_up(tmp_path, capsys):
+    config = warming_config(tmp_path)
+    assert train(config, "--training.steps", "2") == 0
+    given_up = ["--training.batch-warmup-steps=0", "--run.allow-change"]
+    assert train(config, "--training.steps", "3", *given_up) == 0
+    for step, sequences in ((2, 16), (3, 64)):
+        assert replay.main([str(tmp_path / "run"), "--step", str(step), "--json"]) == 0
+        page = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert len(page["sequences"]) == sequences
+
+
 def test_windows_at_documents_need_an_end_of_text(tmp_path):
     config = write_config(tmp_path, data={"windows": "documents"})
     with pytest.raises(UsageError, match=r"needs a tokenizer with an end of text.*'characters'"):
         train(config)
 
 
-def test_a_batch_as_small_as_a_micro_batch_is_not_divided():
-    """Of eight sequences two passes, of the four before them one."""
-    assert [
-        TrainingConfig(batch_size=8, micro_batch_size=4).accumulation_of(n) for n in (8, 4)
-    ] == [
-        2,
-        1,
-    ]
+def test_a_batch_that_grows_is_divided_into_its_own_micro_batches():
+    config = TrainingConfig(batch_size=8, micro_batch_size=4)
+    assert [config.accumulation_of(size) for size in (8, 4, 2)] == [2, 1, 1]
     batches = [tokens(0, 4), tokens(1, 8)]
-    _, divided = train_steps(batches=batches, micro_batch_size=4)
+    _, divided = train_steps(batches=batches, micro_batch_size=1)
     _, whole = train_steps(batches=batches)
     np.testing.assert_allclose(losses_of(divided), losses_of(whole), rtol=1e-6)
 
