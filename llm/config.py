@@ -291,6 +291,11 @@ class TrainingConfig(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of matrix products; auto: bfloat16 on accelerators, float32 on CPU"
     )
+    float8: bool = setting(
+        False,
+        "multiply the blocks' dense matrices in 8-bit floats, which Hopper and later do at twice "
+        "the rate of bfloat16; in training alone: evaluations and samples use compute_dtype",
+    )
     attention: Literal["auto", "plain", "cudnn", "splash"] = setting(
         "auto",
         "what computes attention: plain, NVIDIA's cudnn, the TPU's splash; auto: the fastest that "

@@ -58,7 +58,8 @@ def measure_decoding(
 def weight_bytes(decoder: Decoder) -> int:
     """Of all weights that a token reads whole; of the embeddings it reads a row."""
     weights = decoder.params.items()
-    return sum(weight.nbytes for name, weight in weights if not name.startswith("embed."))
+    tables = ("embed.", "value_embed.")
+    return sum(weight.nbytes for name, weight in weights if not name.startswith(tables))
 
 
 def cache_bytes(decoder: Decoder, batch_size: int, capacity: int) -> int:

@@ -58,12 +58,14 @@ class ModelSpec:
 
     attention: what computes the attention of whole texts; a kernel only where
       kernels.py:choose_attention found that it can be used.
+    float8: round what the blocks' dense matrices multiply to 8 bits; experts, routers and head not.
     """
 
     config: ModelConfig
     vocab_size: int
     compute_dtype: str = "float32"
     attention: Kernel = "plain"
+    float8: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", self.config.resolved())
@@ -112,7 +114,7 @@ def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Arra
         return [linear(x_BTD) for linear in linears]
     dtype = linears[0].dtype
     joined = jnp.concatenate([linear.weight[...] for linear in linears], axis=1).astype(dtype)
-    y = matmul(x_BTD, joined)
+    y = matmul(x_BTD, joined, float8=linears[0].float8)
     biases = [linear.bias[...] for linear in linears if linear.bias is not None]
     if biases:
         y = y + jnp.concatenate(biases).astype(dtype)[None, None]
@@ -184,7 +186,11 @@ class Attention(nnx.Module):
         config = self.config = spec.config
         self.kernel = spec.attention
         linear = functools.partial(
-            Linear, bias=config.bias, dtype=spec.compute_dtype, std=config.init_std
+            Linear,
+            bias=config.bias,
+            dtype=spec.compute_dtype,
+            std=config.init_std,
+            float8=spec.float8,
         )
         D, N, K, H = config.d_model, config.n_head, config.n_kv_head, config.head_size
         self.query = linear(("embed", "heads"), (D, N * H))
@@ -260,7 +266,11 @@ class MLP(nnx.Module):
         config = spec.config
         self.activation = config.activation
         linear = functools.partial(
-            Linear, bias=config.bias, dtype=spec.compute_dtype, std=config.init_std
+            Linear,
+            bias=config.bias,
+            dtype=spec.compute_dtype,
+            std=config.init_std,
+            float8=spec.float8,
         )
         D, F = config.d_model, config.d_ff
         self.up = linear(("embed", "mlp"), (D, F))

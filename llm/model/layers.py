@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm.config import ModelConfig
+from llm.model.float8 import float8_product
 from llm.model.sharding import is_divided
 
 
@@ -18,31 +19,39 @@ def drawn(axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> nnx.Para
     return nnx.Param(jnp.zeros(shape), axes=axes, std=std)
 
 
-def matmul(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
-    """x W as one product of two matrices.
+def matmul(x_BTD: jax.Array, weight_DF: jax.Array, *, float8: bool = False) -> jax.Array:
+    """x W as one product of two matrices, in their dtype or rounded to 8 bits (float8.py).
 
     Flattened, because XLA's CPU backend runs the weight's gradient, a contraction over both B and
     T, three times slower than over B T (jax 0.12, 2-core EPYC). Not where the mesh divides T: B and
     T could then not be joined without gathering x.
     """
+    product = float8_product if float8 else jnp.matmul
     if is_divided("sequence"):
-        return x_BTD @ weight_DF
+        return product(x_BTD, weight_DF)
     B, T, D = x_BTD.shape
-    return (x_BTD.reshape(B * T, D) @ weight_DF).reshape(B, T, -1)
+    return product(x_BTD.reshape(B * T, D), weight_DF).reshape(B, T, -1)
 
 
 class Linear(nnx.Module):
     """y = x W + b, with W stored [in, out]."""
 
     def __init__(
-        self, axes: tuple[str, str], shape: tuple[int, int], *, std: float, bias: bool, dtype: str
+        self,
+        axes: tuple[str, str],
+        shape: tuple[int, int],
+        *,
+        std: float,
+        bias: bool,
+        dtype: str,
+        float8: bool = False,
     ):
-        self.dtype = dtype
+        self.dtype, self.float8 = dtype, float8
         self.weight = drawn(axes, shape, std)
         self.bias = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        y = matmul(x_BTD, self.weight[...].astype(self.dtype))
+        y = matmul(x_BTD, self.weight[...].astype(self.dtype), float8=self.float8)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]
 
 

@@ -162,7 +162,7 @@ def _objective(
     dropout_key: jax.Array | None,
     mesh: Mesh,
 ) -> tuple[jax.Array, StepTerms]:
-    model = bind(spec, params)
+    model = bind(dataclasses.replace(spec, float8=training.float8), params)
     inputs_BT = constrain(rows_BT[:, :-1], "batch", "sequence")
     targets_BT = constrain(rows_BT[:, 1:], "batch", "sequence")
     hidden_BTD, routing_L = model.hidden_and_routing(
