@@ -752,11 +752,11 @@ class TokenPage {
       if (!at) return;
       // The panel says it all; the browser's own tooltip would cover the text.
       at.sample.element(at.index).removeAttribute("title");
-      if (!this.pinned && event.pointerType !== "touch") this.show(at.sample, at.index);
+      if (this.followsPointer(event)) this.show(at.sample, at.index);
     });
     samples.addEventListener("pointermove", (event) => {
-      const at = this.pinned ? null : this.stripAt(event);
-      if (at && event.pointerType !== "touch") this.show(at.sample, at.index);
+      const at = this.followsPointer(event) ? this.stripAt(event) : null;
+      if (at) this.show(at.sample, at.index);
     });
     samples.addEventListener("click", (event) => {
       const inText = this.tokenAt(event.target), at = inText ?? this.stripAt(event);
@@ -769,6 +769,13 @@ class TokenPage {
     });
     document.addEventListener("keydown", (event) => this.key(event));
     addEventListener("hashchange", () => this.followHash());
+  }
+
+  /** Whether pointing at a token shows it. Not where the panel would open over the text: it could come
+      between a pointer and the token that is about to be clicked. */
+  followsPointer(event) {
+    const covers = getComputedStyle(this.panel).getPropertyValue("--covers-text");
+    return !this.pinned && !covers && event.pointerType !== "touch";
   }
 
   isPinned({ sample, index }) {
