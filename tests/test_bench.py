@@ -9,6 +9,7 @@ from runs import QUICK_COMPILING, write_config
 
 from llm.commands.bench import main
 from llm.errors import DataError, UsageError
+from llm.inference.decode import Decoder
 from llm.measure import machine
 from llm.measure.timing import time_turns
 
@@ -60,6 +61,30 @@ def test_the_figures_of_each_part_agree_with_closed_forms(quick, capsys, tmp_pat
     assert report["data"]["batches_per_second"] > 0 and report["data"]["bytes_per_second"] > 0
     # Weights, two moments, in float32; and little else.
     assert 12 * matrices < report["checkpoint"]["bytes"] < 10 * 12 * matrices
+
+
+def test_decoding_is_measured_past_an_end_of_text(quick, capsys, monkeypatch):
+    """Random weights may draw it: in the second turn it is what they drew in the first."""
+    create, generate = Decoder.create, Decoder.generate
+    drawn, finishes = [], set()
+
+    def creates(spec, params, tokenizer):
+        if drawn and tokenizer.end_of_text is not None:
+            tokenizer.end_of_text = drawn[-1]
+        return create(spec, params, tokenizer)
+
+    def generates(self, requests):
+        for progress in generate(self, requests):
+            drawn.extend(token.id for token in progress.tokens)
+            finishes.add(progress.finish)
+            yield progress
+
+    monkeypatch.setattr(Decoder, "create", creates)
+    monkeypatch.setattr(Decoder, "generate", generates)
+    for _ in range(2):
+        bytes_alone = ("--tokenizer.kind", "bytes", "--parts", "decode", "--decode-batches", "1")
+        reported(capsys, quick, *bytes_alone)
+    assert finishes - {None} == {"length"}
 
 
 def test_the_start_is_timed_cold_and_warm(quick, capsys, monkeypatch):
