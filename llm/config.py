@@ -489,6 +489,11 @@ class Config(Section):
         """Tokens that each step predicts of a window."""
         return Ramp(self.model.context_length, self.training.window_warmup_steps)
 
+    @property
+    def first_model(self) -> ModelConfig:
+        """The model as the first steps see it, with a context of their windows."""
+        return self.model.model_copy(update={"context_length": self.window_ramp.at(0)})
+
     def resolved(self) -> Self:
         """The same settings with every size that follows from another written out."""
         return self.model_copy(update={"model": self.model.resolved()})

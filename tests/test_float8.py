@@ -41,6 +41,13 @@ def test_nothing_times_something_is_nothing():
         assert np.all(np.asarray(part) == 0.0)
 
 
+@pytest.mark.parametrize("tiny", [1e-36, 1e-30])
+def test_what_has_no_scale_in_float32_is_nothing_and_not_infinite(tiny):
+    y, gradient = jax.vjp(float8_product, jnp.full((3, 4), tiny), jnp.ones((4, 2)))
+    for part in (y, *gradient(jnp.full((3, 2), tiny))):
+        assert np.all(np.abs(np.asarray(part)) <= 8 * tiny)
+
+
 def test_training_with_8_bits_is_near_to_training_without_and_not_the_same():
     """The same few sequences again and again, which are learnt."""
     batches = [tokens(0)] * 12

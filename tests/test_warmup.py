@@ -12,6 +12,7 @@ from test_step import train as train_steps
 from llm.commands import replay
 from llm.config import OptimizerConfig, TrainingConfig
 from llm.errors import UsageError
+from llm.run.hosts import Hosts
 
 WARMING = {
     "tokenizer": {"kind": "bytes"},
@@ -62,6 +63,14 @@ def test_tokens_are_counted_as_they_are_trained_on(unbroken):
     assert [row["tokens"] for row in rows] == np.cumsum(trained).tolist()
 
 
+def test_hosts_hear_of_no_place_until_a_new_size_was_compiled_by_all(tmp_path, monkeypatch):
+    """Else one that compiles a little faster would find the others hanging."""
+    places = []
+    monkeypatch.setattr(Hosts, "mark", lambda self, place: places.append(place))
+    assert train(warming_config(tmp_path), "--checkpoint.every=0") == 0
+    assert [one for one in places if "," not in one] == ["step 5", "step 6", "step 7"]
+
+
 def test_replay_shows_the_smaller_batches(unbroken, capsys):
     for step, (sequences, window) in enumerate(SIZES, start=1):
         assert replay.main([str(unbroken / "run"), "--step", str(step), "--json"]) == 0
@@ -77,8 +86,9 @@ def test_replay_shows_the_smaller_batches(unbroken, capsys):
 def test_replay_knows_that_warming_up_was_given_up(tmp_path, capsys):
     config = warming_config(tmp_path)
     assert train(config, "--training.steps", "2") == 0
-    given_up = ["--training.batch-warmup-steps=0", "--run.allow-change"]
-    assert train(config, "--training.steps", "3", *given_up) == 0
+    # Of 64 at once: the batches before were smaller than such a micro-batch.
+    given_up = ["--training.batch-warmup-steps=0", "--training.micro-batch-size=64"]
+    assert train(config, "--training.steps", "3", *given_up, "--run.allow-change") == 0
     for step, sequences in ((2, 16), (3, 64)):
         assert replay.main([str(tmp_path / "run"), "--step", str(step), "--json"]) == 0
         page = json.loads(capsys.readouterr().out.splitlines()[-1])

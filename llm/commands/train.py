@@ -154,23 +154,21 @@ def _make_job(
     from llm.model.gpt import ModelSpec
     from llm.model.kernels import choose_attention
     from llm.model.remat import check_remat
-    from llm.model.sharding import check_divisible, make_mesh
+    from llm.model.sharding import check_divisible, check_sizes, make_mesh
     from llm.run.model import compute_dtype
     from llm.text.batches import check_windows
     from llm.training.loop import Job
 
     mesh, training = make_mesh(config.mesh), config.training
     dtype = compute_dtype(training.compute_dtype)
-    attention = choose_attention(training.attention, config.model, dtype, mesh)
+    attention = choose_attention(training.attention, config.first_model, dtype, mesh)
     check_remat(training.remat, mesh)
     corpus = _prepare_once(config, run, hosts, stop, progress)
     for note in corpus.notes:
         progress.say(note)
     check_windows(config, corpus)
     spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
-    for window in config.window_ramp.sizes():
-        model = spec.config.model_copy(update={"context_length": window})
-        check_divisible(mesh, model, spec.padded_vocab_size, training.smallest_rows)
+    check_sizes(mesh, config, spec.padded_vocab_size)
     if training.eval_batch_size:
         check_divisible(mesh, spec.config, spec.padded_vocab_size, training.eval_batch_size)
     return Job(config, spec, mesh, corpus, hosts)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from llm.config import Config
 from llm.model.gpt import ModelSpec
 from llm.model.kernels import choose_attention
-from llm.model.sharding import check_divisible, make_mesh
+from llm.model.sharding import check_sizes, make_mesh
 from llm.run.model import compute_dtype
 from llm.text.batches import TrainingBatches, check_windows, training_batches
 from llm.text.shards import TokenizedCorpus, prepare
@@ -52,6 +52,5 @@ def make_workload(config: Config, on_progress: Callable[[str, int, int | None], 
     training = config.training
     attention = choose_attention(training.attention, config.model, dtype, mesh)
     spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
-    rows = training.micro_batch_size or training.batch_size
-    check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
+    check_sizes(mesh, config, spec.padded_vocab_size)
     return Workload(config, spec, mesh, corpus)

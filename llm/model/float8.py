@@ -42,10 +42,11 @@ def _backward(kept, d_y) -> tuple[jax.Array, jax.Array]:
 
 
 def _rounded(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """x / s in 8 bits, and s, a float32 scalar; s = 1 where all is zero."""
+    """x / s in 8 bits, and s, a float32 scalar; s = 1 where all is (nearly) zero."""
     x = x.astype(jnp.float32)
     largest = jnp.max(jnp.abs(x))
-    scale = jnp.where(largest > 0.0, largest / float(jnp.finfo(dtype).max), 1.0)
+    scale = largest / float(jnp.finfo(dtype).max)
+    scale = jnp.where(scale > 0.0, scale, 1.0)
     return (x / scale).astype(dtype), scale
 
 

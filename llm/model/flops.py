@@ -38,8 +38,8 @@ def _share_used(spec: ModelSpec, name: str) -> Fraction:
     return Fraction(config.n_expert_active, config.n_expert) if of_experts else Fraction(1)
 
 
-def flops_per_token(spec: ModelSpec) -> float:
-    """FLOPs of one token's forward and backward pass.
+def flops_per_token(spec: ModelSpec, window: int | None = None) -> float:
+    """FLOPs of one token's forward and backward pass; `window` is T where not the context's.
 
         6 (matrix weights + head) + 12 L (N H) T / 2
 
@@ -55,13 +55,21 @@ def flops_per_token(spec: ModelSpec) -> float:
         if name.startswith("blocks.") and name.endswith(".weight")
     )
     head = config.d_model * spec.vocab_size
-    keys_seen = config.context_length / 2
+    keys_seen = (window or config.context_length) / 2
     return float(6 * (matrices + head)) + 12 * config.n_layer * config.d_model * keys_seen
 
 
-def mfu(spec: ModelSpec, tokens_per_second: float, devices: list[jax.Device]) -> float | None:
-    """Share of the devices' peak in [0, 1], or None when a peak is unknown."""
+def mfu(
+    spec: ModelSpec,
+    tokens_per_second: float,
+    devices: list[jax.Device],
+    window: int | None = None,
+) -> float | None:
+    """Share of the devices' bfloat16 peak, or None when a peak is unknown.
+
+    In [0, 1], but for training.float8, whose peak is twice as high where devices have one.
+    """
     peaks = [peak_flops(device) for device in devices]
     if not all(peaks):
         return None
-    return tokens_per_second * flops_per_token(spec) / sum(peaks)  # type: ignore[arg-type]
+    return tokens_per_second * flops_per_token(spec, window) / sum(peaks)  # type: ignore[arg-type]

@@ -117,15 +117,15 @@ def config_at(run: RunDirectory, config: Config, step: int) -> Config:
 
     The last start before that step decides, and the changes recorded since are undone.
     """
-    values = config.model_dump()
+    # A copy, not a configuration anew: what was set since, micro_batch_size say, need not suit it.
+    before: dict[str, Any] = {}
     for start in reversed(run.read_provenance()["starts"]):
         if start["from_step"] < step:
             break
         for name in _SETTINGS_OF_BATCHES:
             if name in start["changed"]:
-                section, key = name.split(".")
-                values[section][key] = start["changed"][name][0]
-    return Config.model_validate(values)
+                before[name.removeprefix("training.")] = start["changed"][name][0]
+    return config.model_copy(update={"training": config.training.model_copy(update=before)})
 
 
 def versions() -> dict[str, str]:

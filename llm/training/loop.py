@@ -209,6 +209,9 @@ class Loop:
         self._skipped = outputs.metrics.skipped()
         self._receipt_tokens = job.receipt_tokens()
         self.first_step_at: float | None = None
+        # A step of another batch or window than the one before is compiled first.
+        self._shape: tuple[int, ...] | None = None
+        self._compiled_for, self._settled = self._step + 1, self._step
 
     def run(self) -> None:
         """To the last step.
@@ -255,6 +258,8 @@ class Loop:
     def _train(self, tokens_BT: np.ndarray) -> None:
         """Dispatch one step, then read the metrics of the one before."""
         self._mark(f"step {self._step}")
+        if tokens_BT.shape != self._shape:
+            self._shape, self._compiled_for = tokens_BT.shape, self._step + 1
         on_mesh = shard_batch(self._job.mesh, tokens_BT, BATCH_AXES)
         state, metrics = self._train_step(self._state, on_mesh)
         self._state = state
@@ -283,6 +288,7 @@ class Loop:
         if pending is None:
             return
         values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+        self._settled = pending.step
         # With a step dispatched after it, that one's answer stays; `_train` reads step by step.
         self._stop.read(leave=self._step - pending.step)
         now = time.perf_counter()
@@ -313,7 +319,12 @@ class Loop:
             "learning_rate": values["learning_rate"],
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
-            "mfu": mfu(self._job.spec, tokens / seconds, list(self._job.mesh.devices.flat)),
+            "mfu": mfu(
+                self._job.spec,
+                tokens / seconds,
+                list(self._job.mesh.devices.flat),
+                self._job.config.window_ramp.at(step - 1),
+            ),
         }
         row |= {name: values[name] for name in ROUTER_METRICS if name in values}
         if not values["finite"]:
@@ -435,8 +446,9 @@ class Loop:
             self._leave()
 
     def _mark(self, place: str) -> None:
-        """Where this process is, for the others. Not in the first step, which compiles for long."""
-        if self.first_step_at is not None:
+        """Where this process is, for the others. Not while a step is compiled, which takes each
+        process as long as it takes: only once that step was taken, and so by all."""
+        if self._settled >= self._compiled_for:
             self._job.hosts.mark(place)
 
     def _is_due(self, every: int) -> bool:

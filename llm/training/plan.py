@@ -23,7 +23,7 @@ from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec
 from llm.model.kernels import choose_attention
 from llm.model.roofline import Roofline, link_seconds, roofline
-from llm.model.sharding import check_divisible, make_mesh
+from llm.model.sharding import check_sizes, make_mesh
 from llm.training.estimate import Arithmetic, StateBytes, state_bytes
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
@@ -122,7 +122,7 @@ def model_spec(
     if dtype == "auto":
         dtype = "bfloat16" if target.is_accelerator else "float32"
     wanted, outline = config.training.attention, target.outline(sizes)
-    kernel = choose_attention(wanted, config.model.resolved(), dtype, outline)
+    kernel = choose_attention(wanted, config.first_model.resolved(), dtype, outline)
     return ModelSpec(config.model, vocab_size, dtype, kernel)
 
 
@@ -139,8 +139,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     spec = model_spec(config, vocab_size, target, sizes)
     # What stands in for another device cannot compile its kernels.
     compiled_spec = dataclasses.replace(spec, attention="plain") if target.stands_in else spec
-    rows = training.micro_batch_size or training.batch_size
-    check_divisible(mesh, spec.config, spec.padded_vocab_size, rows)
+    check_sizes(mesh, config, spec.padded_vocab_size)
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(spec, optimizer, mesh, stacked=training.scan_layers)
     windows = jax.ShapeDtypeStruct(

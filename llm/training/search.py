@@ -13,7 +13,7 @@ from llm.config import Config, MeshConfig
 from llm.errors import UsageError
 from llm.model.devices import sheet_of
 from llm.model.gpt import ModelSpec
-from llm.model.sharding import MESH_AXES, check_divisible
+from llm.model.sharding import MESH_AXES, check_sizes
 from llm.training.estimate import Arithmetic, abstract_mesh
 from llm.training.plan import Plan, available_memory, model_spec, plan_step
 from llm.training.targets import Target
@@ -118,8 +118,10 @@ def _micro_batches(config: Config, spec: ModelSpec, sizes: dict[str, int]) -> It
         rows *= 2
         if training.batch_size % micro:
             continue
+        candidate = training.model_copy(update={"micro_batch_size": micro})
         try:
-            check_divisible(mesh, spec.config, spec.padded_vocab_size, micro)
+            whole = config.model_copy(update={"training": candidate})
+            check_sizes(mesh, whole, spec.padded_vocab_size)
         except UsageError:
             return
-        yield training.model_copy(update={"micro_batch_size": micro})
+        yield candidate
