@@ -86,10 +86,11 @@ def test_replay_shows_the_smaller_batches(unbroken, capsys):
 def test_replay_knows_that_warming_up_was_given_up(tmp_path, capsys):
     config = warming_config(tmp_path)
     assert train(config, "--training.steps", "2") == 0
-    # Of 64 at once: the batches before were smaller than such a micro-batch.
-    given_up = ["--training.batch-warmup-steps=0", "--training.micro-batch-size=64"]
-    assert train(config, "--training.steps", "3", *given_up, "--run.allow-change") == 0
-    for step, sequences in ((2, 16), (3, 64)):
+    # The batch before is not divisible by the micro-batch of now.
+    larger = ["--training.batch-size=128", "--training.micro-batch-size=128"]
+    given_up = [*larger, "--training.batch-warmup-steps=0", "--run.allow-change"]
+    assert train(config, "--training.steps", "3", *given_up) == 0
+    for step, sequences in ((2, 16), (3, 128)):
         assert replay.main([str(tmp_path / "run"), "--step", str(step), "--json"]) == 0
         page = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert len(page["sequences"]) == sequences
