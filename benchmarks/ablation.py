@@ -1,6 +1,6 @@
 """What each switch of the recipe is worth: the recipe with one changed, on two corpora.
 
-    python benchmarks/ablation.py run [--data.source FILE ...]    all of it: two hours on two cores
+    python benchmarks/ablation.py run [--shakespeare FILE]    all of it: over an hour on two cores
     python benchmarks/ablation.py run --only "tied head"
     python benchmarks/ablation.py table
 
