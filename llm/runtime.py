@@ -14,6 +14,11 @@ _M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 _NEVER = -1
 
+# GPUs only; the CPU and TPU backends repeat bit for bit as they are. The first turns off the search
+# for the fastest kernel of each product, without which XLA has none for those that it would write
+# in Triton ("No supported config found", jax 0.11): the second leaves them all to cuBLAS.
+_DETERMINISTIC = ("--xla_gpu_deterministic_ops=true", "--xla_gpu_enable_triton_gemm=false")
+
 
 def prepare_process(deterministic: bool = False) -> None:
     """Set up this process for JAX; call before JAX is imported.
@@ -23,9 +28,8 @@ def prepare_process(deterministic: bool = False) -> None:
     """
     keep_freed_memory()
     if deterministic:
-        # GPUs only; the CPU and TPU backends repeat bit for bit as they are.
         flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+        os.environ["XLA_FLAGS"] = " ".join([flags, *_DETERMINISTIC]).strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     # Programs compiled ahead of time for the CPU log a harmless difference of feature lists.

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
-from llm.runtime import cache_dir, keep_freed_memory, prepare_process
+from llm.runtime import _DETERMINISTIC, cache_dir, keep_freed_memory, prepare_process
 
 VARIABLES = (
     "JAX_COMPILATION_CACHE_DIR",
@@ -57,7 +58,14 @@ def test_deterministic_adds_to_the_users_flags(environment):
     assert os.environ["XLA_FLAGS"].split() == [
         "--xla_users_own=1",
         "--xla_gpu_deterministic_ops=true",
+        "--xla_gpu_enable_triton_gemm=false",
     ]
+
+
+def test_the_compiler_knows_what_deterministic_asks_for():
+    flags = [flag.removeprefix("--").split("=") for flag in _DETERMINISTIC]
+    options = {name: value == "true" for name, value in flags}
+    assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
 
 
 def test_preparing_imports_no_jax():
