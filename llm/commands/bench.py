@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,13 @@ def main(arguments: list[str]) -> int:
         # Its own store of compiled programs: compile times are of compiling.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
         prepare_process()
-        report = measure(config, options, folder)
-    print(json.dumps(report) if options.json else table(report))
+        report: dict[str, Any] = {}
+        for part, values in measure(config, options, folder):
+            report[part] = values
+            if not options.json:
+                print(table(part, values), flush=True)
+    if options.json:
+        print(json.dumps(report))
     return 0
 
 
@@ -69,8 +74,8 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(arguments)
 
 
-def measure(config: Config, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """machine, model, and one object for each part that was asked for."""
+def measure(config: Config, options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Any]]:
+    """machine, model, and one object for each part that was asked for, each once it is measured."""
     from llm.measure import machine
     from llm.measure.workload import make_workload
     from llm.model.flops import flops_per_token, parameter_count
@@ -84,21 +89,19 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> dict[s
             machine.matmul_peak(workload.spec.compute_dtype),
             machine.read_bandwidth(),
         )
-        report: dict[str, Any] = {
-            "machine": _machine(workload)
-            | {"matmul_flops": matmul, "read_bytes_per_second": bandwidth},
-            "model": {
-                "parameters": parameter_count(workload.spec),
-                "flops_per_token": flops_per_token(workload.spec),
-                "tokens_per_step": workload.tokens_per_step,
-            },
+        peaks = {"matmul_flops": matmul, "read_bytes_per_second": bandwidth}
+        yield "machine", _machine(workload) | peaks
+        model = {
+            "parameters": parameter_count(workload.spec),
+            "flops_per_token": flops_per_token(workload.spec),
+            "tokens_per_step": workload.tokens_per_step,
         }
+        yield "model", model
         for part in PARTS:
             if part in options.parts:
                 say(f"measuring {part}")
                 (folder / part).mkdir()
-                report[part] = _part(part, workload, options, folder / part, matmul, bandwidth)
-    return report
+                yield part, _part(part, workload, options, folder / part, matmul, bandwidth)
 
 
 def _part(
@@ -150,15 +153,12 @@ def _machine(workload: "Workload") -> dict[str, Any]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report for a person, a line a figure."""
+def table(part: str, values: Any) -> str:
+    """A part of the report for a person, a line a figure."""
     lines: list[str] = []
-    for part, values in report.items():
-        for entry in values if isinstance(values, list) else [values]:
-            lines.append(
-                part if "batch_size" not in entry else f"{part}, {entry['batch_size']} rows"
-            )
-            lines += [f"    {name:22} {_shown(name, value)}" for name, value in entry.items()]
+    for entry in values if isinstance(values, list) else [values]:
+        lines.append(part if "batch_size" not in entry else f"{part}, {entry['batch_size']} rows")
+        lines += [f"    {name:22} {_shown(name, value)}" for name, value in entry.items()]
     return "\n".join(lines)
 
 
