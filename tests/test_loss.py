@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from llm.config import MeshConfig
-from llm.model.loss import LossOptions, chunks_for, head_loss, token_log_likelihood
+from llm.model.loss import (
+    LossOptions,
+    chunks_for,
+    head_loss,
+    log_sum_exp,
+    log_sum_exp_in_one_pass,
+    token_log_likelihood,
+)
 from llm.model.sharding import make_mesh, sharding_of
 
 B, T, D, VOCAB, PADDED = 3, 8, 5, 7, 10
@@ -180,10 +187,29 @@ def exchanged_elements(program):
     return inside, outside
 
 
+def test_one_pass_gives_the_logarithm_of_the_sum():
+    rng = np.random.default_rng(0)
+    logits = 20.0 * rng.normal(size=(3, 5, 1000)).astype(np.float32)
+    logits[..., 900:] = -np.inf  # padding
+    logits[0, 0] = -np.inf
+    logits[0, 0, 7] = 3.0  # one alone
+    logits[1, 1] += 300.0  # exp would overflow
+    exact = logits.astype(np.float64)
+    largest = exact.max(-1)
+    expected = largest + np.log(np.exp(exact - largest[..., None]).sum(-1))
+    np.testing.assert_allclose(log_sum_exp_in_one_pass(logits), expected, rtol=3e-7)
+    np.testing.assert_allclose(log_sum_exp(logits), expected, rtol=3e-7)
+    traced = jax.jit(log_sum_exp).trace(jax.ShapeDtypeStruct(logits.shape, "float32"))
+    on = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu")}
+    assert on["cuda"].count("stablehlo.reduce") == 1 and on["cpu"].count("stablehlo.reduce") > 1
+
+
 def test_chunks_divide_the_length_where_they_can_and_respect_the_choice():
     assert chunks_for(12, 64, 65) == 2
     assert chunks_for(8, 1024, 50304) * (2**24 // (8 * 50304)) >= 1024
     assert 64 % chunks_for(12, 64, 65, chunk_length=10) == 0
     assert chunks_for(12, 64, 65, chunk_length=16) == 4
     assert chunks_for(1, 1, 65) == 1
+    assert chunks_for(32, 1024, 50304) == 128
+    assert chunks_for(32, 1024, 50304, device_kind="NVIDIA H200") == 8
     assert chunks_for(12, 257, 65) == 3

@@ -188,6 +188,11 @@ def chunks_of(parts: int) -> int:
     return 2 * parts if parts > 1 else 1
 
 
+def device_kind(mesh: Mesh) -> str:
+    """What JAX calls the mesh's devices, for instance "NVIDIA H200" or "cpu"."""
+    return mesh.devices.flat[0].device_kind
+
+
 def batch_shares(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a mesh divides the batch."""
     return math.prod(mesh.shape[name] for name in LOGICAL_TO_MESH["batch"] or ())

@@ -80,6 +80,7 @@ class Arithmetic:
 
     Args:
       sizes: mesh axis -> devices along it.
+      device_kind: what they are, as JAX names it.
 
         R rows of a forward pass  T positions, both of one device  t shares of heads and columns
     """
@@ -88,6 +89,7 @@ class Arithmetic:
     optimizer: OptimizerConfig
     training: TrainingConfig
     sizes: Mapping[str, int]
+    device_kind: str = ""
 
     def shares(self, logical_axis: str) -> int:
         names = LOGICAL_TO_MESH[logical_axis]
@@ -236,7 +238,13 @@ class Arithmetic:
         that gradient's sum in float32."""
         vocabulary = self.spec.padded_vocab_size / self.shares("vocab")
         whole = self.spec.config.context_length
-        chunks = chunks_for(self.rows, whole, self.spec.padded_vocab_size, self.training.loss_chunk)
+        chunks = chunks_for(
+            self.rows,
+            whole,
+            self.spec.padded_vocab_size,
+            self.training.loss_chunk,
+            self.device_kind,
+        )
         logits = self.rows * self.positions / chunks * vocabulary
         head = self.spec.config.d_model * vocabulary
         gradient = self.element if chunks == 1 else 4

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import LossOptions, chunks_for, head_loss
-from llm.model.sharding import batch_shares, constrain, shard_batch
+from llm.model.sharding import batch_shares, constrain, device_kind, shard_batch
 from llm.text.splits import TokenSplit
 from llm.training.step import BATCH_AXES
 
@@ -42,7 +42,7 @@ def make_evaluation_step(spec: ModelSpec, mesh: Mesh) -> EvaluationStep:
             tokens_BT[:, 1:],
             mask_BT.astype(jnp.float32),
             LossOptions(spec.vocab_size, spec.config.logit_soft_cap),
-            chunks_for(rows_per_device, T, spec.padded_vocab_size),
+            chunks_for(rows_per_device, T, spec.padded_vocab_size, device_kind=device_kind(mesh)),
         ).nll
 
     compiled = jax.jit(evaluation_step)

@@ -148,7 +148,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     started = time.monotonic()
     step = make_train_step(compiled_spec, config.optimizer, training, mesh)
     lowered = step.lower(state, windows)
-    arithmetic = Arithmetic(spec, config.optimizer, training, sizes)
+    arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)
     available = available_memory(target, memory_fraction)
     try:
         compiled = lowered.compile()

@@ -84,7 +84,7 @@ def find_candidates(
         spec = model_spec(config, vocab_size, target, sizes)
         for training in _micro_batches(config, spec, sizes):
             settings = training.model_copy(update={"remat": remat, "scan_layers": True})
-            arithmetic = Arithmetic(spec, config.optimizer, settings, sizes)
+            arithmetic = Arithmetic(spec, config.optimizer, settings, sizes, target.kind)
             memory = arithmetic.memory()
             if memory <= SLACK * limit:
                 changed = {"mesh": MeshConfig(**sizes), "training": settings}

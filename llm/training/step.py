@@ -16,7 +16,7 @@ from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import LossOptions, chunks_for, head_loss
 from llm.model.remat import check_remat
 from llm.model.router import Routing
-from llm.model.sharding import batch_shares, constrain, sharding_of
+from llm.model.sharding import batch_shares, constrain, device_kind, sharding_of
 from llm.training.compiler import compiler_options
 from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_momentum
 from llm.training.state import HISTORY, TrainState, state_shardings
@@ -181,7 +181,9 @@ def _objective(
         training.z_loss,
     )
     rows_per_device = B // batch_shares(mesh)
-    chunks = chunks_for(rows_per_device, T, spec.padded_vocab_size, training.loss_chunk)
+    chunks = chunks_for(
+        rows_per_device, T, spec.padded_vocab_size, training.loss_chunk, device_kind(mesh)
+    )
     terms = head_loss(hidden_BTD, model.head_weight(), targets_BT, weights_BT, options, chunks)
     if routing_L is None:
         return terms.objective, StepTerms(terms.objective, terms.nll, None)
