@@ -11,7 +11,13 @@ import pytest
 
 from llm.config import MeshConfig
 from llm.model.sharding import MESH_AXES, make_mesh
-from llm.training.compiler import HIDE_LATENCY, SCOPED_VMEM, WINDOWS_FROM, compiler_options
+from llm.training.compiler import (
+    HIDE_LATENCY,
+    JOIN_UP_TO,
+    SCOPED_VMEM,
+    WINDOWS_FROM,
+    compiler_options,
+)
 
 
 def mesh_of(kind, **axes):
@@ -34,18 +40,20 @@ def test_products_stay_whole_unless_the_mesh_divides_their_columns():
 
 
 def test_other_devices_are_told_nothing():
-    for kind in ("cpu", "NVIDIA H100", "TPU v4", "TPU7x"):
+    for kind in ("cpu", "TPU v4", "TPU7x"):
         assert compiler_options(mesh_of(kind)) == {}
 
 
 def test_several_gpus_hide_the_latency_of_transfers(monkeypatch):
-    """By an option that this compiler knows: it would refuse another name, on a CPU too."""
+    """By options that this compiler knows: it would refuse another name, on a CPU too."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    options = compiler_options(mesh_of("NVIDIA H100 80GB HBM3", data=8))
-    assert options == {HIDE_LATENCY: True}
+    kind = "NVIDIA H100 80GB HBM3"
+    assert compiler_options(mesh_of(kind)) == {JOIN_UP_TO: "0"}
+    options = compiler_options(mesh_of(kind, data=8))
+    assert options == {JOIN_UP_TO: "0", HIDE_LATENCY: True}
     assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
-    monkeypatch.setenv("XLA_FLAGS", f"--{HIDE_LATENCY}=false")
-    assert compiler_options(mesh_of("NVIDIA H100 80GB HBM3", data=8)) == {}
+    monkeypatch.setenv("XLA_FLAGS", f"--{HIDE_LATENCY}=false --{JOIN_UP_TO}=32")
+    assert compiler_options(mesh_of(kind, data=8)) == {}
 
 
 def test_the_environment_counts_more(monkeypatch):

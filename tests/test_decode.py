@@ -1,6 +1,7 @@
 """Cached decoding against full passes in numpy, and the promises of a batch: rows share nothing."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from llm.inference.decode import Decoder, Request, encode_prompt, round_up
 from llm.inference.filters import CANDIDATES, Sampling
 from llm.inference.programs import decode_chunk, empty, for_decoding, prefill_piece
 from llm.model.gpt import GPT, ModelSpec, bind, initialise, logical_axes
+from llm.model.layers import few_rows_product, filled_up_product
 from llm.model.sharding import make_mesh, tree_shardings
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -344,10 +346,43 @@ def test_preparation_for_decoding_keeps_the_function(gpt2):
     before, after = _full_pass(spec, params, ids), _full_pass(prepared_spec, prepared, ids)
     np.testing.assert_allclose(before, after, atol=1e-5)
     assert isinstance(bind(prepared_spec, prepared), GPT)
+    assert not prepared_spec.joined
     half = dataclasses.replace(spec, compute_dtype="bfloat16")
     dtypes = {name: weight.dtype for name, weight in for_decoding(half, params)[1].items()}
     assert dtypes["blocks.0.mlp.up.weight"] == dtypes["head.weight"] == jnp.bfloat16
     assert dtypes["embed.weight"] == dtypes["final_norm.scale"] == jnp.float32
+
+
+@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_joined_matrices_keep_the_function(config, gpt2):
+    """As on a GPU: queries, keys and values by one product, and the gate with what it gates."""
+    spec, params, decoder = gpt2 if config is GPT2 else make(config)
+    joined_spec, joined = for_decoding(spec, params, join=True)
+    names = {name.split(".", 2)[2] for name in joined if name.startswith("blocks.0.")}
+    assert "attention.query_key_value.weight" in names and "attention.key.weight" not in names
+    assert ("mlp.up_gate.weight" in names) == (config is LLAMA) != ("mlp.up.weight" in names)
+    ids = np.arange(CONTEXT)[None]
+    before, after = _full_pass(spec, params, ids), _full_pass(joined_spec, joined, ids)
+    np.testing.assert_allclose(before, after, atol=1e-5)
+    joined_decoder = Decoder(joined_spec, joined, ByteTokenizer())
+    [(one, _)], [(other, _)] = collect(decoder, MIXED[:1]), collect(joined_decoder, MIXED[:1])
+    assert ids_of(one) == ids_of(other)
+    for a, b in zip(one[1:], other[1:], strict=True):
+        assert abs(a.prediction.logprob - b.prediction.logprob) < 1e-4
+
+
+def test_a_few_rows_multiply_as_many_do():
+    """By the way of a GPU, whose program is looked at: it has none that multiplies a single row."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(7, 32)), rng.normal(size=(32, 48))
+    for rows in (1, 2, 7):
+        arrays = x[:rows].astype(np.float32), weight.astype(np.float32)
+        found = filled_up_product(*arrays, "float32")
+        np.testing.assert_allclose(found, x[:rows] @ weight, atol=1e-5)
+    product = jax.jit(functools.partial(few_rows_product, dtype="float32"))
+    traced = product.trace(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
+    on = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu")}
+    assert "tensor<8x48xf32>" in on["cuda"] and "tensor<8x48xf32>" not in on["cpu"]
 
 
 def test_the_empty_prompt_starts_from_an_end_of_text_or_a_newline():

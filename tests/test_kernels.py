@@ -17,6 +17,7 @@ from test_context import example, outcomes, random_params
 from llm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.errors import UsageError
 from llm.model import kernels
+from llm.model.attention import attend, causal_mask
 from llm.model.context import zigzag_positions
 from llm.model.gpt import ModelSpec, bind
 from llm.model.kernels import LANES, block_of, choose_attention, splash_attention
@@ -67,15 +68,24 @@ MODEL = ModelConfig(
 )
 
 
-def test_a_model_with_splash_computes_what_it_does_without(monkeypatch):
+def plain_attention(query, key, value, **unused):
+    return attend(query, key, value, causal_mask(query.shape[1]))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "axes"), [("splash", {"data": 2, "tensor": 2}), ("cudnn", {"data": 4})]
+)
+def test_a_model_with_a_kernel_computes_what_it_does_without(kernel, axes, monkeypatch):
+    """cuDNN's, which needs a GPU, is plain attention here: the model multiplies apart for it."""
     monkeypatch.setattr(kernels, "splash_attention", interpreted)
+    monkeypatch.setattr(kernels, "cudnn_attention", plain_attention)
     params = random_params(ModelSpec(MODEL, 70))
-    tokens = np.random.default_rng(0).integers(0, 70, (2, LANES), dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, 70, (4, LANES), dtype=np.int32)
     found = []
-    for kernel in ("plain", "splash"):
-        spec = ModelSpec(MODEL, 70, attention=kernel)
+    for attention in ("plain", kernel):
+        spec = ModelSpec(MODEL, 70, attention=attention)
         hidden = jax.jit(lambda params, spec=spec: bind(spec, params).hidden(tokens))
-        with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])):
+        with jax.set_mesh(make_mesh(MeshConfig(**axes), jax.devices()[:4])):
             found.append(np.asarray(hidden(params)))
     assert np.std(found[0]) > 0.1
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)

@@ -30,13 +30,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from llm.config import ModelConfig
 from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
 from llm.model.context import from_zigzag, to_zigzag, zigzag_positions
 from llm.model.experts import Experts
 from llm.model.kernels import Kernel, causal_attention
-from llm.model.layers import Linear, activate, drawn, matmul, residual_std
+from llm.model.layers import (
+    LEAST_ROWS,
+    Linear,
+    activate,
+    drawn,
+    few_rows_product,
+    matmul,
+    residual_std,
+)
 from llm.model.norm import Norm
 from llm.model.remat import Remat, keep
 from llm.model.router import Routing
@@ -47,6 +56,12 @@ from llm.model.stack import is_stacked, layer_names
 # Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights. Inside
 # training the blocks may be stacked, "blocks.*.attention.query.weight" (stack.py).
 Params = dict[str, jax.Array]
+
+# The parts of a block's joined matrices, side by side in this order.
+JOINED = {
+    "attention.query_key_value": ("attention.query", "attention.key", "attention.value"),
+    "mlp.up_gate": ("mlp.up", "mlp.gate"),
+}
 
 # Fewer rows than this are multiplied in about the time that it takes to read the matrix.
 FEW_TOKENS = 64
@@ -59,6 +74,8 @@ class ModelSpec:
     attention: what computes the attention of whole texts; a kernel only where
       kernels.py:choose_attention found that it can be used.
     float8: round what the blocks' dense matrices multiply to 8 bits; experts, routers and head not.
+    joined: what multiplies the same input is one matrix, JOINED. For decoding, which reads all
+      weights for one token: inference/programs.py:for_decoding makes such weights.
     """
 
     config: ModelConfig
@@ -66,6 +83,7 @@ class ModelSpec:
     compute_dtype: str = "float32"
     attention: Kernel = "plain"
     float8: bool = False
+    joined: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", self.config.resolved())
@@ -150,6 +168,9 @@ class Embed(nnx.Module):
                 if positions_BT is None
                 else table[positions_BT]
             )
+            # XLA's GPU backend would put B last for the table's gradient, a sum over B, and then
+            # transpose between that and what products take, in every layer.
+            x_BTD = with_layout_constraint(x_BTD, Layout((0, 1, 2)))
         return x_BTD.astype(self.dtype)
 
 
@@ -193,9 +214,13 @@ class Attention(nnx.Module):
             float8=spec.float8,
         )
         D, N, K, H = config.d_model, config.n_head, config.n_kv_head, config.head_size
-        self.query = linear(("embed", "heads"), (D, N * H))
-        self.key = linear(("embed", "kv_heads"), (D, K * H))
-        self.value = linear(("embed", "kv_heads"), (D, K * H))
+        self.joined = spec.joined
+        if self.joined:
+            self.query_key_value = linear(("embed", "heads"), (D, (N + 2 * K) * H))
+        else:
+            self.query = linear(("embed", "heads"), (D, N * H))
+            self.key = linear(("embed", "kv_heads"), (D, K * H))
+            self.value = linear(("embed", "kv_heads"), (D, K * H))
         self.out = linear(("heads_in", "width"), (N * H, D), std=residual_std(config))
         if config.qk_norm:
             self.query_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
@@ -209,7 +234,7 @@ class Attention(nnx.Module):
         """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated."""
         B, T, _ = x_BTD.shape
         config = self.config
-        query, key, value = apply_side_by_side([self.query, self.key, self.value], x_BTD)
+        query, key, value = self._products(x_BTD)
         if more_values_BTC is not None:
             value = value + self.value_gain(more_values_BTC)
         query = query.reshape(B, T, config.n_head, config.head_size)
@@ -221,6 +246,19 @@ class Attention(nnx.Module):
             query = rotate(query, positions_BT, config.rope_theta)
             key = rotate(key, positions_BT, config.rope_theta)
         return query, key, value
+
+    def _products(self, x_BTD: jax.Array) -> list[jax.Array]:
+        """x W_q, x W_k and x W_v."""
+        if self.joined:
+            queries = self.config.n_head * self.config.head_size
+            keys = self.config.n_kv_head * self.config.head_size
+            return jnp.split(self.query_key_value(x_BTD), [queries, queries + keys], axis=-1)
+        linears = [self.query, self.key, self.value]
+        if self.kernel == "cudnn" and not self.query.float8:
+            # It reads arrays of their own: parts of a joined one would be copied, and their
+            # gradients joined again, a tenth of a GPU's traffic in a step of GPT-2 124M.
+            return [linear(x_BTD) for linear in linears]
+        return apply_side_by_side(linears, x_BTD)
 
     def __call__(
         self, x_BTD, positions_BT, more_values_BTC=None, *, zigzag=False, dropout_key=None
@@ -273,15 +311,25 @@ class MLP(nnx.Module):
             float8=spec.float8,
         )
         D, F = config.d_model, config.d_ff
-        self.up = linear(("embed", "mlp"), (D, F))
-        if self.activation == "swiglu":
-            self.gate = linear(("embed", "mlp"), (D, F))
+        is_gated = self.activation == "swiglu"
+        self.joined = spec.joined and is_gated
+        if self.joined:
+            self.up_gate = linear(("embed", "mlp"), (D, 2 * F))
+        else:
+            self.up = linear(("embed", "mlp"), (D, F))
+            self.gate = linear(("embed", "mlp"), (D, F)) if is_gated else None
         self.down = linear(("mlp_in", "width"), (F, D), std=residual_std(config))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
-        gate_BTF = self.gate(x_BTD) if self.activation == "swiglu" else None
-        return self.down(activate(self.activation, up_BTF, gate_BTF))
+        if self.joined:
+            parts: list[Any] = jnp.split(self.up_gate(x_BTD), 2, axis=-1)
+        else:
+            up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
+            parts = [up_BTF, None if self.gate is None else self.gate(x_BTD)]
+        # Computed again in the backward pass from what the products gave, which is kept anyway:
+        # its inner values would be written and read once more, each as wide as the products.
+        active = jax.checkpoint(functools.partial(activate, self.activation))
+        return self.down(active(*parts))
 
 
 class Block(nnx.Module):
@@ -529,7 +577,11 @@ class GPT(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., vocab_size] from [..., D]: the padding of the vocabulary is cut away."""
-        scores = jnp.matmul(hidden, self.head_weight(), preferred_element_type=jnp.float32)
+        weight_DV = self.head_weight()
+        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+        if hidden.ndim == 2 and len(hidden) < LEAST_ROWS:
+            product = functools.partial(few_rows_product, dtype=jnp.float32)
+        scores = product(hidden, weight_DV)
         return soft_cap(scores[..., : self.spec.vocab_size], self.spec.config.logit_soft_cap)
 
 

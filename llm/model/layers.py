@@ -5,6 +5,9 @@ What it is not: a part of its own; gpt.py and experts.py put these together.
     B batch  T position  D model width  F feed-forward width  L layers
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +15,9 @@ from flax import nnx
 from llm.config import ModelConfig
 from llm.model.float8 import float8_product
 from llm.model.sharding import is_divided
+
+# The fewest rows that an NVIDIA GPU's matrix units multiply at once.
+LEAST_ROWS = 8
 
 
 def drawn(axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> nnx.Param:
@@ -30,7 +36,29 @@ def matmul(x_BTD: jax.Array, weight_DF: jax.Array, *, float8: bool = False) -> j
     if is_divided("sequence"):
         return product(x_BTD, weight_DF)
     B, T, D = x_BTD.shape
+    if B * T < LEAST_ROWS and not float8:
+        product = functools.partial(few_rows_product, dtype=x_BTD.dtype)
     return product(x_BTD.reshape(B * T, D), weight_DF).reshape(B, T, -1)
+
+
+def few_rows_product(x_RD: jax.Array, weight_DF: jax.Array, dtype: Any) -> jax.Array:
+    """x W for fewer than LEAST_ROWS rows, as decoding has them, in `dtype`.
+
+    XLA's GPU backend takes a product of a single row apart: it writes the weight times the row,
+    then sums that. Of several rows it makes a matrix product, which reads the weight once.
+    """
+    filled_up = functools.partial(filled_up_product, dtype=dtype)
+    product = functools.partial(jnp.matmul, preferred_element_type=dtype)
+    return jax.lax.platform_dependent(x_RD, weight_DF, cuda=filled_up, default=product)
+
+
+def filled_up_product(x_RD: jax.Array, weight_DF: jax.Array, dtype: Any) -> jax.Array:
+    """x W, computed with LEAST_ROWS rows."""
+    rows = len(x_RD)
+    x_RD = jnp.pad(x_RD, ((0, LEAST_ROWS - rows), (0, 0)))
+    y_RF = jnp.matmul(x_RD, weight_DF, preferred_element_type=dtype)
+    # Behind a barrier: what is added to it would be filled up too, by a kernel of its own.
+    return jax.lax.optimization_barrier(y_RF)[:rows]
 
 
 class Linear(nnx.Module):

@@ -61,6 +61,9 @@ def _backward(centered, epsilon, kept, d_out) -> tuple[jax.Array, jax.Array]:
     rmsnorm has no mean(d), since it takes no mean away.
     """
     x, mean, root, scale_D = kept
+    # Kept, not computed again from x: on GPUs the sums over rows would stand between the parts of
+    # what follows, and d_out n, in float32, would be written and read for the gains' gradient.
+    mean, root = jax.lax.optimization_barrier((mean, root))
     y = x.astype(jnp.float32)
     n = (y if mean is None else y - mean) * root
     d = d_out * _as_last(scale_D, x.ndim)

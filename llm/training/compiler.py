@@ -8,7 +8,11 @@ Windows: a product whose operand is still to be gathered may be cut into as many
 shares, each beside the transfer of the next. Weights that fsdp gathers can travel beside the
 layer before instead, and their products stay whole.
 
-GPUs of a mesh ($XLA_FLAGS). The scheduler that hides latency starts a transfer early and computes
+GPUs ($XLA_FLAGS). Products that multiply the same array stay apart: where two are joined, their
+results are copied out of the joint one, and the gradients into it; the three of attention stand
+apart on purpose (gpt.py:Attention).
+
+GPUs of a mesh. The scheduler that hides latency starts a transfer early and computes
 until it is there; it is the one flag that NVIDIA's JAX images set. Flags for pipelined collectives,
 which JAX 0.10 had, are gone in 0.12, where the compiler decides.
 
@@ -20,6 +24,8 @@ any of it here.
 import os
 
 from jax.sharding import Mesh
+
+from llm.model.sharding import device_kind
 
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 WINDOWS_FROM = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
@@ -33,17 +39,20 @@ _VMEM_KIB = {
     "TPU v6e": 98304,
 }
 _NO_WINDOWS_MIB = 1_000_000
+JOIN_UP_TO = "xla_gpu_dot_merger_threshold_mb"
 HIDE_LATENCY = "xla_gpu_enable_latency_hiding_scheduler"
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     """For jax.jit; none of what the environment sets, and none for devices not listed here."""
-    kind, options = mesh.devices.flat[0].device_kind, dict[str, str | bool]()
+    kind, options = device_kind(mesh), dict[str, str | bool]()
     if kind in _VMEM_KIB:
         options[SCOPED_VMEM] = str(_VMEM_KIB[kind])
         if mesh.shape["tensor"] == 1:
             options[WINDOWS_FROM] = str(_NO_WINDOWS_MIB)
-    elif kind.startswith("NVIDIA ") and mesh.devices.size > 1:
-        options[HIDE_LATENCY] = True
+    elif kind.startswith("NVIDIA "):
+        options[JOIN_UP_TO] = "0"
+        if mesh.devices.size > 1:
+            options[HIDE_LATENCY] = True
     said = os.environ.get("LIBTPU_INIT_ARGS", "") + os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in said}
