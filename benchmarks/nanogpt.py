@@ -15,8 +15,8 @@ What it is not: a comparison of losses, which is configs/shakespeare_char_cpu.to
     gpt2    12 layers x 768, batch 16 x 1024, GPT-2's vocabulary: for a GPU
     small   2 layers x 64, batch 4 x 32: to see that the script runs
 
-All without dropout; float32 on a CPU, bfloat16 on a GPU. With --compile also nanoGPT through
-torch.compile, as its train.py does by default.
+All without dropout and biases; float32 on a CPU, bfloat16 on a GPU. With --compile also nanoGPT
+through torch.compile, as its train.py does by default.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def our_step(recipe):
         "--training.micro-batch-size": 0,
         "--model.dropout": 0.0,
     }
-    words = [str(word) for pair in flags.items() for word in pair]
+    words = [str(word) for pair in flags.items() for word in pair] + ["--model.no-bias"]
     config = load_config(ROOT / "configs" / recipe["config"], words)
     mesh, dtype = make_mesh(config.mesh), compute_dtype("auto")
     attention = choose_attention("auto", config.model, dtype, mesh)

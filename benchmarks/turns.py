@@ -15,11 +15,14 @@ from collections.abc import Callable, Sequence
 class Side:
     """A process that takes turns: a line to it starts one, its line back holds the times.
 
+    It begins to set itself up when it is made, beside the others; `wait` until it is ready.
+
     Args:
       command: a program that ends in `serve`.
       settings: what its `make_step` is given.
 
     Attributes:
+      version: of what it measures, once it is ready.
       milliseconds: of every step.
       turns: median milliseconds of each turn.
     """
@@ -31,10 +34,15 @@ class Side:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self.version = self._ask(json.dumps(settings))
+        self.version = ""
+        self._tell(json.dumps(settings))
+
+    def wait(self) -> None:
+        self.version = self._answer()
 
     def take_turn(self) -> None:
-        times = json.loads(self._ask("go"))
+        self._tell("go")
+        times = json.loads(self._answer())
         self.milliseconds += times
         self.turns.append(statistics.median(times))
 
@@ -43,9 +51,12 @@ class Side:
         self.process.stdin.close()
         self.process.wait()
 
-    def _ask(self, line: str) -> str:
-        assert self.process.stdin is not None and self.process.stdout is not None
+    def _tell(self, line: str) -> None:
+        assert self.process.stdin is not None
         print(line, file=self.process.stdin, flush=True)
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
         answer = self.process.stdout.readline().strip()
         if not answer:
             sys.exit(f"{self.name} stopped; what it printed stands above")
@@ -54,6 +65,8 @@ class Side:
 
 def take_turns(sides: Sequence[Side], rounds: int) -> None:
     """Each in turn, `rounds` times; then print what each took, and the first beside the others."""
+    for side in sides:
+        side.wait()
     for _ in range(rounds):
         for side in sides:
             side.take_turn()
