@@ -99,6 +99,18 @@ def test_a_person_gets_a_table(quick, capsys):
     assert "tokens_per_second" in shown and "mfu_of_peak" in shown and "unknown" in shown
 
 
+def test_a_part_is_shown_before_the_next_is_measured(quick, capsys, monkeypatch):
+    """So that a measurement that is stopped, or runs into a limit, leaves what it has."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llm.measure.loop.measure_loop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([quick, "--parts", "step", "loop", "--turns", "1"])
+    assert "mfu_of_peak" in capsys.readouterr().out
+
+
 def test_what_cannot_be_measured_is_refused_by_name(quick, capsys, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         main([quick, "--parts", "stepp"])

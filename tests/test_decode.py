@@ -26,6 +26,10 @@ LLAMA = ModelConfig(
     norm="rmsnorm", bias=False, activation="swiglu", qk_norm=True, tie_embeddings=False,
     logit_soft_cap=15.0,
 )  # fmt: skip
+MIXTURE = ModelConfig(
+    n_layer=1, n_head=2, d_model=32, context_length=CONTEXT, positions="rotary",
+    activation="swiglu", n_expert=4, n_expert_active=2, value_embeddings=1,
+)  # fmt: skip
 
 
 def make(config, scale=6.0):
@@ -353,14 +357,22 @@ def test_preparation_for_decoding_keeps_the_function(gpt2):
     assert dtypes["embed.weight"] == dtypes["final_norm.scale"] == jnp.float32
 
 
-@pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
-def test_joined_matrices_keep_the_function(config, gpt2):
-    """As on a GPU: queries, keys and values by one product, and the gate with what it gates."""
+@pytest.mark.parametrize(
+    ("config", "joined_too"),
+    [
+        (GPT2, False),
+        (LLAMA, True),
+        (MIXTURE, False),
+    ],
+    ids=["gpt2", "llama", "mixture with biases"],
+)
+def test_joined_matrices_keep_the_function(config, joined_too, gpt2):
+    """As on a GPU: queries, keys and values by one product, and a gate with what it gates."""
     spec, params, decoder = gpt2 if config is GPT2 else make(config)
     joined_spec, joined = for_decoding(spec, params, join=True)
     names = {name.split(".", 2)[2] for name in joined if name.startswith("blocks.0.")}
     assert "attention.query_key_value.weight" in names and "attention.key.weight" not in names
-    assert ("mlp.up_gate.weight" in names) == (config is LLAMA) != ("mlp.up.weight" in names)
+    assert ("mlp.up_gate.weight" in names) == joined_too != ("mlp.up.weight" in names)
     ids = np.arange(CONTEXT)[None]
     before, after = _full_pass(spec, params, ids), _full_pass(joined_spec, joined, ids)
     np.testing.assert_allclose(before, after, atol=1e-5)

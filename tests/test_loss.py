@@ -187,6 +187,15 @@ def exchanged_elements(program):
     return inside, outside
 
 
+def test_an_id_that_no_column_has_has_no_loss():
+    """An id out of range is a corpus that does not belong to the model: NaN, not some number."""
+    hidden, head, weights = np.ones((1, 4, 8), "float32"), np.ones((8, 10), "float32"), [[1.0] * 4]
+    for id_, known in ((9, True), (10, False), (-1, False)):
+        targets = np.array([[1, 2, 3, id_]], np.int32)
+        found = head_loss(hidden, head, targets, np.float32(weights), LossOptions(10), 2).nll
+        assert bool(np.isfinite(found)) == known
+
+
 def test_one_pass_gives_the_logarithm_of_the_sum():
     rng = np.random.default_rng(0)
     logits = 20.0 * rng.normal(size=(3, 5, 1000)).astype(np.float32)

@@ -85,18 +85,20 @@ def for_decoding(
         devices = list(_devices(params))
         join = len(devices) == 1 and devices[0].platform in ("gpu", "cuda")
     if join:
-        prepared = _join(prepared)
+        prepared = _join_matrices(prepared)
     return dataclasses.replace(spec, config=config, joined=join), prepared
 
 
-def _join(params: Params) -> Params:
+def _join_matrices(params: Params) -> Params:
     """Side by side what gpt.py:JOINED names, and all else as it is."""
     joined = dict(params)
     for whole, (first, *others) in JOINED.items():
         for name in (name for name in params if f".{first}." in name):
             names = [name, *(name.replace(first, other) for other in others)]
-            # An MLP without a gate has nothing to join, and experts join nothing.
-            if all(name in params and params[name].ndim <= 2 for name in names):
+            # An MLP without a gate has nothing to join, and experts, whose biases are matrices and
+            # whose weights are stacks of them, join nothing.
+            dimensions = 2 if name.endswith(".weight") else 1
+            if all(name in params and params[name].ndim == dimensions for name in names):
                 parts = [joined.pop(name) for name in names]
                 joined[name.replace(first, whole)] = jnp.concatenate(parts, axis=-1)
     return joined

@@ -326,10 +326,7 @@ class MLP(nnx.Module):
         else:
             up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
             parts = [up_BTF, None if self.gate is None else self.gate(x_BTD)]
-        # Computed again in the backward pass from what the products gave, which is kept anyway:
-        # its inner values would be written and read once more, each as wide as the products.
-        active = jax.checkpoint(functools.partial(activate, self.activation))
-        return self.down(active(*parts))
+        return self.down(activate(self.activation, *parts))
 
 
 class Block(nnx.Module):

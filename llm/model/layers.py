@@ -83,8 +83,17 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """f(up) as model.activation says; silu(gate) * up for swiglu, the one that has a gate."""
+    """f(up) as model.activation says; silu(gate) * up for swiglu, the one that has a gate.
+
+    Its gradient computes it again from what products gave, which is kept anyway: the inner values
+    would be written and read once more, each as wide as the hidden layer.
+    """
+    return _activated(kind, up, gate)
+
+
+def _activated(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
     match kind:
         case "gelu":
             return jax.nn.gelu(up, approximate=False)
@@ -94,6 +103,20 @@ def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
             return jnp.square(jax.nn.relu(up))
     assert kind == "swiglu" and gate is not None, kind
     return jax.nn.silu(gate) * up
+
+
+def _activate_forward(kind, up, gate):
+    return _activated(kind, up, gate), (up, gate)
+
+
+def _activate_backward(kind, kept, d_out):
+    # Behind a barrier: the compiler would find that it has the same values, and keep them.
+    kept = jax.lax.optimization_barrier(kept)
+    _, pullback = jax.vjp(functools.partial(_activated, kind), *kept)
+    return pullback(d_out)
+
+
+activate.defvjp(_activate_forward, _activate_backward)
 
 
 def residual_std(config: ModelConfig) -> float:

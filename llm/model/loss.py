@@ -21,7 +21,7 @@ from llm.model.sharding import constrain, shares
 # Logits that exist at once in the loss: 64 MiB of float32. Below it the head's matrix products are
 # large enough for a CPU; above it they would be the largest buffer of the step. On GPUs 1 GiB: each
 # part reads and writes the sum of the head's gradient, and a step of GPT-2 124M took 90.6 ms with
-# 64 MiB, 73.8 ms with 1.6 GiB and 74.1 ms with 0.8 (32 x 1024 tokens on an H200, jax 0.11).
+# 64 MiB, 73.8 ms with 1.5 GiB and 74.1 ms with 0.8 (32 x 1024 tokens on an H200, jax 0.11).
 CHUNK_LOGITS = 2**24
 GPU_CHUNK_LOGITS = 2**28
 
@@ -192,9 +192,11 @@ def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> Los
     logits_BTV = jnp.where(real_V[None, None, :], logits_BTV, -jnp.inf)
     log_z_BT = log_sum_exp(logits_BTV)
     # Picked by a sum, which goes with the others over V in one pass; the gradient of an indexed
-    # element would be scattered into an array of its own.
+    # element would be scattered into an array of its own. An id that no column has gives NaN.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
     target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
+    is_id_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
+    target_BT = jnp.where(is_id_BT, target_BT, jnp.nan)
     nll_BT = log_z_BT - target_BT
     objective_BT = nll_BT
     if options.label_smoothing:
@@ -223,7 +225,8 @@ def log_sum_exp_in_one_pass(logits_BTV: jax.Array) -> jax.Array:
     def add(one, other):
         (m, s), (n, t) = one, other
         larger, smaller = jnp.maximum(m, n), jnp.minimum(m, n)
-        # Two of -inf have no difference, and sums of 0 or of what is then -inf for good.
+        # -inf less -inf is NaN. A factor of 1 there does no harm: the sum is multiplied by
+        # exp(-inf) as soon as a finite logit comes.
         factor = jnp.where(smaller == larger, 1.0, jnp.exp(smaller - larger))
         return larger, jnp.where(m >= n, s + t * factor, t + s * factor)
 

@@ -1,6 +1,7 @@
 """Rematerialisation: what a block keeps of its forward pass until its backward pass.
 
-    none      everything that the backward pass reads
+    none      everything that the backward pass reads; what norms and activations can compute from
+              that again, they do (norm.py, layers.py:activate)
     dots      its input, its products with weights, and what an attention kernel (kernels.py) needs
               beside its inputs; the rest is computed again
     block     its input alone; the whole block is computed again (Chen et al. 2016, "Training Deep

@@ -144,7 +144,7 @@ class Arithmetic:
         """Bytes that a block keeps for its backward pass, by training.remat."""
         match self.training.remat:
             case "none":
-                return self._products() + self._rest() + self._float32() + self._scores_bytes()
+                return self._products() + self._rest() + self._scores_bytes()
             case "dots":
                 return self._products() + self._kernel_results()
             case "block":
@@ -172,13 +172,6 @@ class Arithmetic:
         hidden = self.mlp_rows * config.d_ff / self.shares("mlp")
         moved = 3 * self.mlp_rows * config.d_model if config.has_experts else 0.0
         return (numbers + hidden + moved) * self.element
-
-    def _float32(self) -> float:
-        """What only a pass without rematerialisation keeps besides: each norm's input and two of
-        its terms in float32, less one that is kept anyway; the non-linearity's terms."""
-        config = self.spec.config
-        terms = 3 * self.mlp_rows * config.d_ff / self.shares("mlp") * self.element
-        return self.rows * self.positions * 5 * config.d_model * 4 + terms
 
     def _kernel_results(self) -> float:
         """What a kernel's backward pass reads beside its inputs: the mixture, and a sum a query."""
