@@ -152,8 +152,8 @@ CHUNK, AUTO = {"loss_chunk": 2048}, {"loss_chunk": 0}
         (LLAMA, {"data": 4, "fsdp": 16}, {"micro_batch_size": 64, "remat": "dots"} | CHUNK, 30.78,
          3579),
         (LLAMA, {"fsdp": 256}, {"micro_batch_size": 512, "remat": "block"} | CHUNK, 9.24, 1099),
-        (MOE, {"data": 2, "expert": 8}, {"capacity_factor": 1.25} | AUTO, 11.19, 45.2),
-        (MOE, {"expert": 8}, {"capacity_factor": 0.0} | AUTO, 20.37, 84.1),
+        (MOE, {"data": 2, "expert": 8}, {"capacity_factor": 1.25} | AUTO, 8.51, 45.2),
+        (MOE, {"expert": 8}, {"capacity_factor": 0.0} | AUTO, 17.03, 84.1),
     ],
     ids=str,
 )  # fmt: skip

@@ -144,7 +144,7 @@ class Arithmetic:
         """Bytes that a block keeps for its backward pass, by training.remat."""
         match self.training.remat:
             case "none":
-                return self._products() + self._rest() + self._scores_bytes()
+                return self._products() + self._rest() + self._twice() + self._scores_bytes()
             case "dots":
                 return self._products() + self._kernel_results()
             case "block":
@@ -172,6 +172,13 @@ class Arithmetic:
         hidden = self.mlp_rows * config.d_ff / self.shares("mlp")
         moved = 3 * self.mlp_rows * config.d_model if config.has_experts else 0.0
         return (numbers + hidden + moved) * self.element
+
+    def _twice(self) -> float:
+        """The experts' hidden layer once more, which libtpu 0.0.52 keeps in two orders or paddings
+        where nothing is computed again: by what it counts, not by why."""
+        if not self.spec.config.has_experts:
+            return 0.0
+        return self.mlp_rows * self.spec.config.d_ff / self.shares("mlp") * self.element
 
     def _kernel_results(self) -> float:
         """What a kernel's backward pass reads beside its inputs: the mixture, and a sum a query."""
