@@ -169,8 +169,10 @@ class Embed(nnx.Module):
                 else table[positions_BT]
             )
             # XLA's GPU backend would put B last for the table's gradient, a sum over B, and then
-            # transpose between that and what products take, in every layer.
-            x_BTD = with_layout_constraint(x_BTD, Layout((0, 1, 2)))
+            # transpose between that and what products take, in every layer. Not where a mesh
+            # divides x: the partitioner would gather it for this.
+            if not any(map(is_divided, ("batch_by_columns", "sequence", "width"))):
+                x_BTD = with_layout_constraint(x_BTD, Layout((0, 1, 2)))
         return x_BTD.astype(self.dtype)
 
 
