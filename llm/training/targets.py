@@ -1,8 +1,8 @@
 """What a step is planned for: devices that are here, a slice of TPUs, GPUs that are not here.
 
 TPUs need not be present: their compiler, libtpu, works anywhere (`jax.experimental.topologies`).
-The compiler of a GPU needs one, so for GPUs that are not here the step is compiled for as many CPU
-devices, which gives what does not depend on the compiler.
+That of GPUs, in JAX's CUDA plugin, is not asked: for GPUs that are not here the step is compiled
+for as many CPU devices, which gives what does not depend on the compiler.
 """
 
 import dataclasses
