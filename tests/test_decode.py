@@ -315,8 +315,8 @@ def test_a_generation_of_many_chunks_compiles_its_programs_once(gpt2, devices, m
     assert (decode_chunk._cache_size(), prefill_piece._cache_size()) == tuple(n + 1 for n in before)
 
 
-def test_a_step_neither_sorts_the_vocabulary_nor_joins_weights():
-    """On a CPU either takes as long as much of what the model computes for a token."""
+def test_a_step_neither_sorts_the_vocabulary_nor_joins_weights_nor_transposes_the_cache():
+    """On a CPU each takes as long as much of what the model computes for a token."""
     spec = ModelSpec(GPT2, 1000)
     decoder = Decoder.create(spec, initialise(spec, jax.random.key(0)), ByteTokenizer())
     batch = decoder.batch([Request(PROMPT, SAMPLING)])
@@ -329,6 +329,10 @@ def test_a_step_neither_sorts_the_vocabulary_nor_joins_weights():
     assert f"f32[1,{CANDIDATES}]" in text and " sort(" not in text
     D = GPT2.d_model
     assert f"f32[{D},{4 * D}]" in text and f"f32[{D},{3 * D}]" not in text
+    N, H, S = GPT2.n_head, GPT2.head_size, state.cache.capacity
+    assert f"f32[1,{N},{S},{H}]" in text
+    assert f"[{N},{H},{S}]" not in text and f"[1,{N},{H},{S}]" not in text
+    assert f"[{S},{N},{H}]" not in text and f"[1,{S},{N},{H}]" not in text
 
 
 def test_parameters_spread_over_a_mesh_give_the_same_samples(gpt2):

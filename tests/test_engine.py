@@ -159,7 +159,7 @@ def test_rows_join_and_leave_beside_a_running_row(engine, expected, monkeypatch)
     joined, sizes = [], set()
 
     def another(listener):
-        sizes.add((len(engine._rows), engine._state and engine._state.cache.keys[0].shape[1]))
+        sizes.add((len(engine._rows), engine._state and engine._state.cache.capacity))
         if listener.deliveries == 1:
             joined.append(Listener(engine, LONG))
         if listener.deliveries == 3:

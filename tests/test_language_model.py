@@ -484,9 +484,9 @@ def test_no_device_gathers_a_weight_and_the_cache_is_divided(spread):
     decoder = Decoder.create(spec, params, spread.tokenizer)
     batch = decoder.batch([Request([1, 2, 3], Sampling(), top=10)])
     state, _ = exhaust(decoder.prefill(batch, CONTEXT))
-    for keys in state.cache.keys:  # [B, S, K, H], K over four devices
+    for keys in state.cache.keys:  # [B, K, S, H], K over four devices
         shapes = {shard.data.shape[:3] for shard in keys.addressable_shards}
-        assert shapes == {(1, CONTEXT, 1)}
+        assert shapes == {(1, 1, CONTEXT)}
     decoding = decode_chunk.lower(
         decoder.spec, decoder.params, state, batch.settings, batch.watch_BW, np.ones(1, bool), 4,
         256, top=batch.top,

@@ -326,7 +326,7 @@ class Engine:
         needed = round_up(len(staying) + len(joining))
         capacity = self._capacity([*staying, *joining])
         if self._state is not None and staying:
-            B, S = len(self._rows), self._state.cache.keys[0].shape[1]
+            B, S = len(self._rows), self._state.cache.capacity
             B = needed if needed > B or 4 * needed <= B else B
             if (B, max(S, capacity)) == (len(self._rows), S):
                 return

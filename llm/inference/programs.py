@@ -168,9 +168,9 @@ def place_rows(target: DecodeState, source: DecodeState, places_B: jax.Array) ->
 
     def place(to, from_):
         if to.ndim > 2:
-            S = to.shape[1]
-            from_ = from_[:, :S]
-            from_ = jnp.pad(from_, ((0, 0), (0, S - from_.shape[1]), (0, 0), (0, 0)))
+            S = to.shape[2]
+            from_ = from_[:, :, :S]
+            from_ = jnp.pad(from_, ((0, 0), (0, 0), (0, S - from_.shape[2]), (0, 0)))
         return to.at[places_B].set(from_, mode="drop")
 
     return jax.tree.map(place, target, source)

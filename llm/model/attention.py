@@ -42,12 +42,13 @@ def attend(
     scores_BKGTS = attention_scores(query_BTNH, key_BSKH, visible_BTS)
     largest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
     exponentials_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
-    sums_BTKG = jnp.einsum("BKGTS->BTKG", exponentials_BKGTS)
+    sums_BKGT1 = exponentials_BKGTS.sum(axis=-1, keepdims=True)
     dropped_BKGTS = drop(exponentials_BKGTS, dropout, dropout_key).astype(value_BSKH.dtype)
-    mixed_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH", dropped_BKGTS, value_BSKH, preferred_element_type=jnp.float32
+    # In the order of the batched product; another would have decoding transpose the cached values.
+    mixed_BKGTH = jnp.einsum(
+        "BKGTS,BSKH->BKGTH", dropped_BKGTS, value_BSKH, preferred_element_type=jnp.float32
     )
-    mixed_BTKGH = mixed_BTKGH / sums_BTKG[..., None]
+    mixed_BTKGH = jnp.moveaxis(mixed_BKGTH / sums_BKGT1, 3, 1)
     return mixed_BTKGH.reshape(B, T, N, H).astype(value_BSKH.dtype)
 
 

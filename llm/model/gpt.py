@@ -101,8 +101,9 @@ class ModelSpec:
 class KVCache:
     """Keys and values of the tokens seen so far, one pair of arrays a layer.
 
-    keys, values: L arrays [B, S, K, H] in the compute dtype; entries at or beyond `length_B` are
-      stale and never seen.
+    keys, values: L arrays [B, K, S, H] in the compute dtype; entries at or beyond `length_B` are
+      stale and never seen. Heads before positions: a head's entries lie together, as products over
+      one head at a time read them; XLA's CPU backend would transpose the cache for every token.
     length_B: int32, tokens held in each row.
     """
 
@@ -113,13 +114,18 @@ class KVCache:
     @classmethod
     def create(cls, spec: ModelSpec, batch_size: int, capacity: int) -> "KVCache":
         config = spec.config
-        shape = (batch_size, capacity, config.n_kv_head, config.head_size)
+        shape = (batch_size, config.n_kv_head, capacity, config.head_size)
         layers = [jnp.zeros(shape, spec.compute_dtype) for _ in range(2 * config.n_layer)]
         return cls(
             keys=tuple(layers[0::2]),
             values=tuple(layers[1::2]),
             length_B=jnp.zeros((batch_size,), jnp.int32),
         )
+
+    @property
+    def capacity(self) -> int:
+        """Positions S that there is room for in each row."""
+        return self.keys[0].shape[2]
 
 
 def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Array]:
@@ -286,17 +292,21 @@ class Attention(nnx.Module):
         return jax.lax.collapse(weights_BKGTS, 1, 3)
 
     def extend(
-        self, x_BTD, positions_BT, more_values_BTC, keys_BSKH, values_BSKH
+        self, x_BTD, positions_BT, more_values_BTC, keys_BKSH, values_BKSH
     ) -> tuple[jax.Array, ...]:
         """As __call__, also looking at cached positions; the output, and the longer cache."""
         query, key, value = self.project(x_BTD, positions_BT, more_values_BTC)
-        rows_B1 = jnp.arange(x_BTD.shape[0])[:, None]
-        keys_BSKH = keys_BSKH.at[rows_B1, positions_BT].set(key)
-        values_BSKH = values_BSKH.at[rows_B1, positions_BT].set(value)
-        slots_S = jnp.arange(keys_BSKH.shape[1])
+        B, _, K, _ = key.shape
+        # An index for each axis: of a slice of heads XLA's CPU backend makes two transposes.
+        rows_B11, heads_11K = jnp.arange(B)[:, None, None], jnp.arange(K)[None, None, :]
+        place_BTK = rows_B11, heads_11K, positions_BT[:, :, None]
+        keys_BKSH = keys_BKSH.at[place_BTK].set(key)
+        values_BKSH = values_BKSH.at[place_BTK].set(value)
+        slots_S = jnp.arange(keys_BKSH.shape[2])
         visible_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
+        keys_BSKH, values_BSKH = keys_BKSH.swapaxes(1, 2), values_BKSH.swapaxes(1, 2)
         mixed_BTNH = attend(query, keys_BSKH, values_BSKH, visible_BTS)
-        return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1)), keys_BSKH, values_BSKH
+        return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1)), keys_BKSH, values_BKSH
 
 
 class MLP(nnx.Module):
@@ -380,18 +390,18 @@ class Block(nnx.Module):
         return self.mlp(x_BTD, capacity_factor) if self.has_experts else (self.mlp(x_BTD), None)
 
     def extend(
-        self, x_BTD, positions_BT, beside: Beside, layer, keys_BSKH, values_BSKH
+        self, x_BTD, positions_BT, beside: Beside, layer, keys_BKSH, values_BKSH
     ) -> tuple[jax.Array, ...]:
         x_BTD = self.shortcut(x_BTD, beside.first_BTD)
-        branch, keys_BSKH, values_BSKH = self.attention.extend(
+        branch, keys_BKSH, values_BKSH = self.attention.extend(
             self.attention_norm(x_BTD),
             positions_BT,
             beside.values_of(layer),
-            keys_BSKH,
-            values_BSKH,
+            keys_BKSH,
+            values_BKSH,
         )
         x_BTD = x_BTD + branch
-        return x_BTD + self._feed(self.mlp_norm(x_BTD))[0], keys_BSKH, values_BSKH
+        return x_BTD + self._feed(self.mlp_norm(x_BTD))[0], keys_BKSH, values_BKSH
 
 
 class GPT(nnx.Module):
@@ -560,11 +570,11 @@ class GPT(nnx.Module):
         beside = self._beside(x_BTD, tokens_BT)
         keys, values = [], []
         for layer, block in enumerate(self.blocks):
-            x_BTD, keys_BSKH, values_BSKH = block.extend(
+            x_BTD, keys_BKSH, values_BKSH = block.extend(
                 x_BTD, positions_BT, beside, layer, cache.keys[layer], cache.values[layer]
             )
-            keys.append(keys_BSKH)
-            values.append(values_BSKH)
+            keys.append(keys_BKSH)
+            values.append(values_BKSH)
         longer = KVCache(tuple(keys), tuple(values), cache.length_B + T)
         return self.final_norm(x_BTD), longer
 
