@@ -57,7 +57,8 @@ train: $(VENV)/installed-train-$(ACCELERATOR)
 	@echo "The probability of every token: open $(RUN)/samples.html in a browser."
 
 test: $(VENV)/installed-test-$(ACCELERATOR)
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(TESTS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder $(TESTS)
 
 venv: $(VENV)/bin/python
 

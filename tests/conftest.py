@@ -21,6 +21,16 @@ os.environ.setdefault(
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
+# Files whose tests are whole runs, or wait for several processes.
+LONGEST = ("hosts", "train_command", "faults", "kills", "decode", "surfaces", "warmup", "serve")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: the last to begin are what one worker alone would end with."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
     """The folder of a run that nothing disturbed: config.toml, run/, cache/, corpus.txt."""

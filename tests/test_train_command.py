@@ -68,17 +68,6 @@ def test_a_run_that_is_lengthened_goes_on_and_records_it(copy):
     assert start["changed"] == {"training.steps": [STEPS, 14]}
 
 
-@pytest.mark.parametrize("place", ["step:step=6", "checkpoint.before_commit:step=8"])
-def test_resume_after_kill_9_is_bitwise(unbroken_process, tmp_path, place):
-    config = write_config(tmp_path)
-    code, output = run_process(config, fault=f"{place}:kill")
-    assert code == -signal.SIGKILL, output
-    code, output = run_process(config)
-    assert code == 0, output
-    assert losses(tmp_path / "run") == losses(unbroken_process / "run")
-    assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
-
-
 @pytest.mark.parametrize("place", ["step:step=5:term", "evaluation:step=6:int"])
 def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_path, place):
     config = write_config(tmp_path)

@@ -103,15 +103,17 @@ class TrainingBatches:
     def iterate(self, from_step: int = 0) -> Generator[Ids, None, None]:
         """Batch `from_step` and all that follow, read ahead in the background.
 
-        Closing the iterator, or letting go of it, ends the reading.
+        The first is read here and now: while the device computes with it, grain is imported, which
+        takes as long as a short step. Closing the iterator, or letting go of it, ends the reading.
         """
+        yield self[from_step]
         import grain
 
         own_rows = len(np.arange(self._batch.full)[self._rows(self._batch.full)])
         batch_tokens = max(1, own_rows) * (self._context_length + 1)
         batches = max(1, min(_BLOCK_BATCHES, _BLOCK_TOKENS // batch_tokens))
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BLOCKS_AHEAD)
-        blocks = grain.MapDataset.source(_Blocks(self, from_step, batches))
+        blocks = grain.MapDataset.source(_Blocks(self, from_step + 1, batches))
         reading = iter(blocks.to_iter_dataset(options))
         try:
             for block in reading:
