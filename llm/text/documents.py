@@ -23,7 +23,8 @@ PIECE_BYTES = 2**18
 # width) every pattern of tiktoken and ours in bpe.py ends a piece, whatever follows: cutting there
 # changes no token. They all begin a piece with at most one character that is not a letter.
 _SAFE_CUT = re.compile("[^\\W_](?=[\\s\uff0c\u3002\u3001\uff1b\uff1a\uff01\uff1f])")
-_CUT_SEARCH_CHARACTERS = 4096
+# Looked for in the end of a text, and in a longer end of it where there is none.
+_CUT_SEARCH_CHARACTERS = (256, 4096)
 
 _UTF8_REPLACEMENT = "\ufffd".encode()
 
@@ -97,7 +98,8 @@ def pieces(blocks: Iterable[str]) -> Iterator[str]:
 
 
 def _last_safe_cut(text: str) -> int:
-    for start in (max(0, len(text) - _CUT_SEARCH_CHARACTERS), 0):
+    for characters in (*_CUT_SEARCH_CHARACTERS, len(text)):
+        start = max(0, len(text) - characters)
         ends = [match.end() for match in _SAFE_CUT.finditer(text, start)]
         if ends:
             return ends[-1]
