@@ -21,6 +21,8 @@ def test_a_run_survives_25_kills_bit_for_bit(tmp_path):
     assert code == 0, output
     hit = train_under_kills(write_config(broken, **SETTINGS), broken / "run", KILLS, SEED)
     assert hit.total() == KILLS
+    # Whatever else the seed draws: in a step, and when a save only waits for its name.
+    assert hit["step"] and hit["checkpoint.before_commit"], hit
     assert losses(broken / "run") == losses(unbroken / "run")
     assert params_sha256(broken / "run", STEPS) == params_sha256(unbroken / "run", STEPS)
     # The steps since the last save, and those that ran while one was being written.
