@@ -19,8 +19,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-MIB = 2**20
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -40,11 +38,15 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     import tiktoken
 
+    from llm.config import TokenizerConfig
+    from llm.measure.data import loader_speed, prepare_text, write_text
+    from llm.text.batches import TrainingBatches
+
     cores = len(os.sched_getaffinity(0))
     texts = write_text(folder / "text", options.mib)
     raw = tiktoken.get_encoding(options.tokenizer)
     raw.encode_ordinary("to build its tables")
-    size = options.mib * MIB / 1e6
+    size = sum(len(text.encode()) for text in texts) / 1e6
     kinds: dict[str, list[float]] = {"bytes": [], options.tokenizer: [], "raw": []}
     for turn in range(options.turns):
         for kind, times in kinds.items():
@@ -52,56 +54,18 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
             if kind == "raw":
                 raw.encode_ordinary_batch(texts, num_threads=cores)
             else:
-                corpus = prepared(kind, folder, f"{kind}-{turn}")
+                cache, tokenizer = folder / f"{kind}-{turn}", TokenizerConfig(kind=kind)
+                corpus = prepare_text(folder / "text", cache, tokenizer)
             times.append(time.perf_counter() - start)
+    batches = TrainingBatches(corpus.train, context_length=64, batch_size=12, seed=0)
     fractions = [a / b for a, b in zip(kinds["raw"], kinds[options.tokenizer], strict=True)]
     return {
         "cores": cores,
         "bytes_mb_per_s": size / statistics.median(kinds["bytes"]),
         "bpe_mb_per_s": size / statistics.median(kinds[options.tokenizer]),
         "of_raw": statistics.median(fractions),
-        "batches_per_s": loader_speed(corpus.train),
+        "batches_per_s": loader_speed(batches, seconds=2.0),
     }
-
-
-def write_text(folder: Path, mib: int) -> list[str]:
-    """Files of a MiB of Python source, each unlike the others; their texts."""
-    folder.mkdir()
-    source = "".join(
-        path.read_text("utf-8", "replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))
-    )
-    texts = []
-    for number in range(mib):
-        start = number * 37_123 % (len(source) - MIB)
-        text = source[start : start + MIB].encode()[:MIB].decode("utf-8", "ignore")
-        (folder / f"{number}.txt").write_text(text)
-        texts.append(text)
-    return texts
-
-
-def prepared(kind: str, folder: Path, cache: str):
-    from llm.config import DataConfig, TokenizerConfig
-    from llm.text.shards import prepare
-
-    data = DataConfig(
-        source=[str(folder / "text")], validation="tail:0.1", cache_dir=str(folder / cache)
-    )
-    return prepare(data, TokenizerConfig(kind=kind))
-
-
-def loader_speed(split) -> float:
-    """Batches a second over two seconds, after the second, with which reading ahead begins."""
-    from llm.text.batches import TrainingBatches
-
-    batches = TrainingBatches(split, context_length=64, batch_size=12, seed=0).iterate()
-    next(batches)
-    next(batches)
-    count, start = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < 2.0:
-        next(batches)
-        count += 1
-    batches.close()
-    return count / seconds
 
 
 if __name__ == "__main__":

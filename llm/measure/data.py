@@ -1,16 +1,17 @@
 """Data: text to token shards, and shards to batches."""
 
 import contextlib
+import itertools
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from llm.config import DataConfig
+from llm.config import DataConfig, TokenizerConfig
 from llm.measure.timing import time_turns
 from llm.measure.workload import Workload
 from llm.text.batches import TrainingBatches
-from llm.text.shards import prepare
+from llm.text.shards import TokenizedCorpus, prepare
 
 _MIB = 2**20
 
@@ -29,19 +30,21 @@ def measure_data(workload: Workload, folder: Path, turns: int, mib: int = 8) -> 
     batches = workload.batches()
     result: dict[str, Any] = {"batches_per_second": loader_speed(batches), "bytes_per_second": None}
     if workload.config.tokenizer.kind != "bpe":
-        size = write_text(folder / "text", mib)
-        numbers = iter(range(10 * turns))
+        texts = write_text(folder / "text", mib)
+        size = sum(len(text.encode()) for text in texts)
+        caches = (folder / f"cache-{number}" for number in itertools.count())
 
         def turn() -> None:
-            data = DataConfig(
-                source=str(folder / "text"),
-                validation="tail:0.1",
-                cache_dir=str(folder / f"cache-{next(numbers)}"),
-            )
-            prepare(data, workload.config.tokenizer)
+            prepare_text(folder / "text", next(caches), workload.config.tokenizer)
 
         result["bytes_per_second"] = size / time_turns(turn, turns, warm_up=0).median
     return result
+
+
+def prepare_text(text: Path, cache: Path, tokenizer: TokenizerConfig) -> TokenizedCorpus:
+    """A folder of text as verified shards in an empty folder, a tenth of it held out."""
+    data = DataConfig(source=str(text), validation="tail:0.1", cache_dir=str(cache))
+    return prepare(data, tokenizer)
 
 
 def loader_speed(batches: TrainingBatches, seconds: float = 1.0) -> float:
@@ -56,14 +59,15 @@ def loader_speed(batches: TrainingBatches, seconds: float = 1.0) -> float:
     return count / passed
 
 
-def write_text(folder: Path, mib: int) -> int:
-    """Files of about a MiB of Python source, each unlike the others; their bytes in all."""
+def write_text(folder: Path, mib: int) -> list[str]:
+    """Files of about a MiB of Python source, each unlike the others; their texts."""
     folder.mkdir()
     source = "".join(
         path.read_text("utf-8", "replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))
     )
-    total = 0
+    texts = []
     for number in range(mib):
         start = number * 37_123 % (len(source) - _MIB)
-        total += (folder / f"{number}.txt").write_text(source[start : start + _MIB], "utf-8")
-    return total
+        texts.append(source[start : start + _MIB])
+        (folder / f"{number}.txt").write_text(texts[-1], "utf-8")
+    return texts
