@@ -132,6 +132,37 @@ def test_top_p_cuts_equal_tokens_by_lower_id():
     assert np.flatnonzero(found.weights_RV[0]).tolist() == list(range(350))
 
 
+@pytest.mark.parametrize("candidates", [1, CANDIDATES])  # with 1, bisection finds the last kept
+@pytest.mark.parametrize("first, second", [(3, 9), (9, 3)])
+def test_neighbouring_floats_are_told_apart(candidates, first, second):
+    """Their distance to the likeliest is rounded to one and the same number; their rank is not."""
+    likeliest, higher, lower = neighbours_at_one_distance()
+    logprobs = np.full((1, VOCAB), -12.0, np.float32)
+    logprobs[0, [7, first, second]] = likeliest, higher, lower
+    for k, kept in ((2, {7, first}), (3, {7, first, second})):
+        settings = RowSettings.stack([Sampling(top_k=k)], [0])
+        found = apply_filters(logprobs, Candidates.of(logprobs, candidates), settings)
+        assert set(np.flatnonzero(found.weights_RV[0]).tolist()) == kept
+        assert found.kept_tokens_R[0] == k
+
+
+def neighbours_at_one_distance():
+    """float32 log-probabilities: a, then b > c next to each other, with a - b == a - c."""
+    b = np.float32(-5.0)
+    c = np.nextafter(b, np.float32(-9.0))
+    for a in np.linspace(-0.02, -0.9, 4001, dtype=np.float32):
+        if a - b == a - c:
+            return a, b, c
+    raise AssertionError("no such numbers")
+
+
+def test_where_all_is_kept_the_mass_is_one():
+    """The sum of 700 probabilities in float32 is not."""
+    _, found = run(random_rows(8, seed=5), [Sampling()] * 8)
+    assert found.kept_tokens_R.tolist() == [VOCAB] * 8
+    assert found.kept_mass_R.tolist() == [1.0] * 8
+
+
 def test_extreme_settings_stay_finite():
     samplings = [
         Sampling(temperature=1e-45), Sampling(temperature=1e-30), Sampling(temperature=1e300),

@@ -19,7 +19,7 @@ from llm.inference.records import (
     read_records,
     to_line,
 )
-from llm.inference.transcript import StopStrings, Transcript
+from llm.inference.transcript import Match, StopStrings, Transcript
 from llm.text.tokenizer import END_OF_TEXT, ByteTokenizer, Tokenizer, tiktoken_tokenizer
 
 
@@ -176,7 +176,7 @@ def test_the_end_of_a_sample_flushes_an_unfinished_character():
 WORDS = st.lists(st.text(alphabet="ab", min_size=0, max_size=4), min_size=1, max_size=10)
 
 
-@given(WORDS, st.lists(st.text(alphabet="ab", min_size=1, max_size=4), min_size=1, max_size=3))
+@given(WORDS, st.lists(st.text(alphabet="ab", min_size=1, max_size=8), min_size=1, max_size=3))
 def test_stop_strings_cut_where_the_first_one_begins(words, stops):
     tokenizer = TableTokenizer([word.encode() for word in words])
     transcript, filter_, out, stopped = Transcript(tokenizer), StopStrings(stops), [], False
@@ -219,6 +219,24 @@ def test_text_that_cannot_become_a_stop_string_is_not_withheld():
         for id_ in (0, 1, 2, 0, 1, 1)
     ]
     assert released == [[0], [], [], [1, 2, 0], [], [1]]
+
+
+def test_a_long_stop_string_costs_what_the_text_costs():
+    """A request may bring one of a megabyte; it must not hold the server's other streams up."""
+
+    class Counted(str):
+        looked_at = 0
+
+        def __getitem__(self, place):
+            assert isinstance(place, int), "a slice copies the string"
+            self.looked_at += 1
+            return super().__getitem__(place)
+
+    stop = Counted("b" + "ab" * 500_000)
+    match = Match(stop)
+    for word in ["bab", "abb", "x"] * 100:
+        assert match.read(word) is None
+    assert stop.looked_at <= 5 * 700  # characters of the text
 
 
 PREDICTION = Prediction(

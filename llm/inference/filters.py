@@ -145,21 +145,25 @@ def apply_filters(
       logprobs_RV: float32 log-softmax of the raw logits, all finite.
       candidates: Candidates.of(logprobs_RV), of any count but 0.
     """
-    # How far below the likeliest: >= 0, 0 for the likeliest and its ties at any temperature, and
-    # as distinct as the log-probabilities are (both are <= 0, so the difference loses nothing).
+    # How far below the likeliest: >= 0, and 0 for the likeliest and its ties at any temperature.
+    # It may be rounded: two neighbouring log-probabilities can have one gap, so that ranks are
+    # told apart by the log-probabilities themselves.
     gap_RV = candidates.logprobs_RC[:, :1] - logprobs_RV
     log_weights_RV = 0.0 - gap_RV / settings.temperature_R[:, None]
     weights_RV = jnp.exp(log_weights_RV)
-    kept_RV = _within_top_k_and_top_p(gap_RV, weights_RV, candidates, settings)
+    kept_RV = _within_top_k_and_top_p(logprobs_RV, weights_RV, candidates, settings)
     kept_RV &= weights_RV >= settings.min_p_R[:, None]
     kept_weights_RV = jnp.where(kept_RV, weights_RV, 0.0)
+    kept_tokens_R = jnp.sum(kept_RV, axis=-1, dtype=jnp.int32)
     kept_mass_R = jnp.sum(jnp.where(kept_RV, jnp.exp(logprobs_RV), 0.0), axis=-1)
+    everything_R = kept_tokens_R == logprobs_RV.shape[-1]
     return Filtered(
         weights_RV=kept_weights_RV,
         total_R=jnp.sum(kept_weights_RV, axis=-1),
         log_weights_RV=log_weights_RV,
-        kept_tokens_R=jnp.sum(kept_RV, axis=-1, dtype=jnp.int32),
-        kept_mass_R=jnp.minimum(kept_mass_R, 1.0),  # rounding may reach 1 + 1e-7
+        kept_tokens_R=kept_tokens_R,
+        # The sum of all is 1 but for rounding, and part of it may be rounded to 1 + 1e-7.
+        kept_mass_R=jnp.where(everything_R, 1.0, jnp.minimum(kept_mass_R, 1.0)),
     )
 
 
@@ -189,7 +193,7 @@ def draw(filtered: Filtered, settings: RowSettings, positions_R: jax.Array) -> j
 
 
 def _within_top_k_and_top_p(
-    gap_RV: jax.Array, weights_RV: jax.Array, candidates: Candidates, settings: RowSettings
+    logprobs_RV: jax.Array, weights_RV: jax.Array, candidates: Candidates, settings: RowSettings
 ) -> jax.Array:
     """bool [R, V]: top_k, then top_p on what it left.
 
@@ -198,16 +202,16 @@ def _within_top_k_and_top_p(
     """
     count_R, settled_R = _prefix_among_candidates(weights_RV, candidates, settings)
     last_R1 = jnp.maximum(count_R, 1)[:, None] - 1
-    last_gap_R1 = candidates.logprobs_RC[:, :1] - jnp.take_along_axis(
-        candidates.logprobs_RC, last_R1, axis=-1
-    )
+    last_logprob_R1 = jnp.take_along_axis(candidates.logprobs_RC, last_R1, axis=-1)
     last_id_R1 = jnp.take_along_axis(candidates.ids_RC, last_R1, axis=-1)
     everything_R = (count_R == 0)[:, None]
-    kept_RV = everything_R | _up_to(gap_RV, last_gap_R1, last_id_R1)
+    kept_RV = everything_R | _up_to(logprobs_RV, last_logprob_R1, last_id_R1)
     return jax.lax.cond(
         jnp.all(settled_R),
         lambda: kept_RV,
-        lambda: jnp.where(settled_R[:, None], kept_RV, _by_bisection(gap_RV, weights_RV, settings)),
+        lambda: jnp.where(
+            settled_R[:, None], kept_RV, _by_bisection(logprobs_RV, weights_RV, settings)
+        ),
     )
 
 
@@ -240,25 +244,30 @@ def _prefix_among_candidates(
     return jnp.where(settled_R & (count_R < V), count_R, 0), settled_R
 
 
-def _by_bisection(gap_RV: jax.Array, weights_RV: jax.Array, settings: RowSettings) -> jax.Array:
+def _by_bisection(
+    logprobs_RV: jax.Array, weights_RV: jax.Array, settings: RowSettings
+) -> jax.Array:
     """bool [R, V] as `_within_top_k_and_top_p`, for any settings."""
-    V = gap_RV.shape[-1]
+    V = logprobs_RV.shape[-1]
+    surprisal_RV = 0.0 - logprobs_RV
     top_k_R = jnp.where(settings.top_k_R == 0, V, settings.top_k_R).astype(jnp.float32)
-    first_k_RV = _shortest_prefix(gap_RV, jnp.ones_like(weights_RV), top_k_R)
+    first_k_RV = _shortest_prefix(surprisal_RV, jnp.ones_like(weights_RV), top_k_R)
     left_RV = jnp.where(first_k_RV, weights_RV, 0.0)
     target_R = settings.top_p_R * jnp.sum(left_RV, axis=-1)
-    nucleus_RV = _shortest_prefix(gap_RV, left_RV, target_R)
+    nucleus_RV = _shortest_prefix(surprisal_RV, left_RV, target_R)
     return first_k_RV & (nucleus_RV | (settings.top_p_R >= 1.0)[:, None])
 
 
-def _shortest_prefix(gap_RV: jax.Array, masses_RV: jax.Array, target_R: jax.Array) -> jax.Array:
+def _shortest_prefix(
+    surprisal_RV: jax.Array, masses_RV: jax.Array, target_R: jax.Array
+) -> jax.Array:
     """bool [R, V]: the fewest tokens in rank order whose masses reach the target; else all.
 
-    First the gap of the last of them, then, among its ties, the id. The bits of floats >= 0 are in
+    First the surprisal of the last of them, then, among its ties, the id. The bits of floats >= 0 are in
     the order of the floats, so bisecting integers finds a float exactly in 31 halvings.
     """
-    bits_RV = jax.lax.bitcast_convert_type(gap_RV, jnp.int32)
-    ids_1V = jnp.arange(gap_RV.shape[-1], dtype=jnp.int32)[None, :]
+    bits_RV = jax.lax.bitcast_convert_type(surprisal_RV, jnp.int32)
+    ids_1V = jnp.arange(surprisal_RV.shape[-1], dtype=jnp.int32)[None, :]
 
     def mass(chosen_RV):
         return jnp.sum(jnp.where(chosen_RV, masses_RV, 0.0), axis=-1)
@@ -274,7 +283,7 @@ def _shortest_prefix(gap_RV: jax.Array, masses_RV: jax.Array, target_R: jax.Arra
     id_R = _least(
         lambda id_R: below_R + mass(tied_RV & (ids_1V <= id_R[:, None])) >= target_R,
         jnp.argmax(tied_RV, axis=-1).astype(jnp.int32),
-        jnp.full_like(lowest_R, gap_RV.shape[-1] - 1),
+        jnp.full_like(lowest_R, surprisal_RV.shape[-1] - 1),
     )
     return (bits_RV < bits_R[:, None]) | (tied_RV & (ids_1V <= id_R[:, None]))
 
@@ -295,10 +304,13 @@ def _least(holds, low_R: jax.Array, high_R: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda b: jnp.any(b[0] < b[1]), halve, (low_R, high_R))[1]
 
 
-def _up_to(gap_RV: jax.Array, last_gap_R1: jax.Array, last_id_R1: jax.Array) -> jax.Array:
-    """bool [R, V]: what stands no later in rank order than (gap, id)."""
-    ids_1V = jnp.arange(gap_RV.shape[-1], dtype=jnp.int32)[None, :]
-    return (gap_RV < last_gap_R1) | ((gap_RV == last_gap_R1) & (ids_1V <= last_id_R1))
+def _up_to(
+    logprobs_RV: jax.Array, last_logprob_R1: jax.Array, last_id_R1: jax.Array
+) -> jax.Array:
+    """bool [R, V]: what stands no later in rank order than (log-probability, id)."""
+    ids_1V = jnp.arange(logprobs_RV.shape[-1], dtype=jnp.int32)[None, :]
+    tied_RV = (logprobs_RV == last_logprob_R1) & (ids_1V <= last_id_R1)
+    return (logprobs_RV > last_logprob_R1) | tied_RV
 
 
 @jax.jit

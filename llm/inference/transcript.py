@@ -90,26 +90,21 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str]):
-        self._stops = tuple(stops)
-        self._longest = max(map(len, stops), default=0)
-        self._start: int | None = None
-        self._text = ""
+        self._matches = [Match(stop) for stop in stops]
         self._withheld: list[Token] = []
 
     def add(self, token: Token) -> tuple[list[Token], bool]:
         """The tokens that are final now, and whether a stop string was completed."""
-        if not self._stops:
+        if not self._matches:
             return [token], False
-        if self._start is None:
-            self._start = token.text_offset
-        searched = max(0, len(self._text) - self._longest + 1)
-        self._text += token.text
         self._withheld.append(token)
-        found = [self._text.find(stop, searched) for stop in self._stops]
-        if any(place >= 0 for place in found):
-            cut = self._start + min(place for place in found if place >= 0)
+        starts = [match.read(token.text) for match in self._matches]
+        found = [start for start in starts if start is not None]
+        if found:
+            cut = token.text_offset + min(found)
             return [_cut(token, cut) for token in self.release()], True
-        safe = self._start + len(self._text) - self._length_of_possible_start()
+        end = token.text_offset + len(token.text)
+        safe = end - max(match.length for match in self._matches)
         final = 0
         for token in self._withheld:
             if token.text_offset + len(token.text) > safe:
@@ -123,13 +118,40 @@ class StopStrings:
         released, self._withheld = self._withheld, []
         return released
 
-    def _length_of_possible_start(self) -> int:
-        """Characters at the end of the text that a stop string may begin with."""
-        tail = self._text[-self._longest :]
-        return max(
-            (n for stop in self._stops for n in range(1, len(stop)) if tail.endswith(stop[:n])),
-            default=0,
-        )
+
+class Match:
+    """How much of a stop string the end of a growing text spells.
+
+    Knuth, Morris and Pratt 1977: each character is looked at once, so that a long stop string costs
+    no more than the text. What is known of the string's own repetitions grows with `length`.
+
+    Attributes:
+      length: characters of the stop string, from its first, that the text ends with.
+    """
+
+    def __init__(self, stop: str):
+        self.length = 0
+        self._stop = stop
+        self._borders = [0, 0]  # of n characters of it: how many both begin and end them, under n
+
+    def read(self, text: str) -> int | None:
+        """Where the stop string begins if this text completes it, else None.
+
+        Counted from the text's own beginning, so below 0 where it began before.
+        """
+        for place, character in enumerate(text, start=1):
+            self.length = self._longest(self.length, character)
+            if self.length == len(self._stop):
+                return place - self.length
+            if self.length == len(self._borders):
+                self._borders.append(self._longest(self._borders[-1], character))
+        return None
+
+    def _longest(self, length: int, character: str) -> int:
+        """`length` after one more character."""
+        while length and self._stop[length] != character:
+            length = self._borders[length]
+        return length + 1 if self._stop[length] == character else 0
 
 
 def _cut(token: Token, end: int) -> Token:
