@@ -231,9 +231,9 @@ def test_a_device_that_fails_ends_what_it_held_and_the_engine_goes_on(
         raise RuntimeError("no memory on the device")
 
     answers = expected([SHORT])
-    for part in ("chunk", "prefill"):
+    for owner, part in ((Decoder, "chunk"), (Decoder, "prefill"), (Engine, "_empty")):
         with monkeypatch.context() as broken:
-            broken.setattr(Decoder, part, fails)
+            broken.setattr(owner, part, fails)
             assert "no memory" in str(Listener(engine, SHORT).wait().error)
     assert_same(Listener(engine, SHORT).wait(), *answers)
 

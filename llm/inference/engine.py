@@ -142,6 +142,8 @@ class Engine:
         self.decoder = decoder
         self.limits = dataclasses.replace(limits, max_batch=round_up(limits.max_batch))
         self._changed = threading.Condition()
+        # A job that has not ended is in _waiting, in _group or in _rows, and while it moves in both:
+        # whatever fails then, _drop_everything finds it and tells it.
         self._waiting: deque[Job] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -219,7 +221,7 @@ class Engine:
     def active(self) -> int:
         """Rows that are being computed, prompts included."""
         group = self._group
-        jobs = [*self._rows, *(group.jobs if group else [])]
+        jobs = {*self._rows, *(group.jobs if group else [])}
         return sum(job is not None and not job.ended for job in jobs)
 
     @property
@@ -294,13 +296,13 @@ class Engine:
                 _fail(job, error)
             self._group = None
             return
-        self._group = None
         for row, job in enumerate(group.jobs):
             if not job.ended:
                 self._begin(job, of_row(described, row))
         going_on = [(row, job) for row, job in enumerate(group.jobs) if not job.ended]
         if going_on:
             self._join(state, going_on)
+        self._group = None
 
     def _begin(self, job: Job, described: Described | None) -> None:
         with guard(job):
