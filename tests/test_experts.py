@@ -168,6 +168,11 @@ def test_an_expert_has_its_share_of_slots_rounded_up_and_never_more_than_there_a
     assert slots(10, 4, 2, factor) == expected
 
 
+def test_a_factor_counts_as_it_is_written():
+    assert 1.1 * 100 > 110
+    assert slots(100, 2, 1, 1.1) == 55
+
+
 @pytest.mark.parametrize("groups", [[0] * 40, [3] * 39 + [1], [0, 1, 2, 3] * 10, [2, 0]], ids=str)
 def test_rows_lie_in_blocks_of_one_group_however_they_are_spread(groups):
     group_R = np.array(groups)
@@ -247,6 +252,22 @@ def test_decoding_in_bfloat16_leaves_the_router_in_float32():
     _, params = for_decoding(spec, random_params(spec))
     assert params["blocks.0.mlp.router.weight"].dtype == jnp.float32
     assert params["blocks.0.mlp.up.weight"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_gradients_of_biases_in_bfloat16_are_summed_in_float32(factor):
+    """One expert, so that each of 16,384 rows adds 1 to what is a sum of them all."""
+    config = ModelConfig(**SIZES, n_expert=1, n_expert_active=1, bias=True).resolved()
+    graph, state = nnx.split(Experts(config, "bfloat16"))
+    x_BTD = jnp.ones((64, 256, config.d_model), jnp.bfloat16)
+
+    def total(state, x_BTD, one):
+        return jnp.sum((one * nnx.merge(graph, state)(x_BTD, factor)[0]).astype(jnp.float32))
+
+    # The factor is an argument: the sum of a constant would be multiplied out.
+    one = jnp.ones((64, 256, 1), jnp.bfloat16)
+    gradient = named(jax.jit(jax.grad(total))(state, x_BTD, one))["down.bias"]
+    np.testing.assert_allclose(gradient, np.full((1, config.d_model), 16384.0), rtol=0.005)
 
 
 def test_initial_experts_are_drawn_apart_by_the_rules_of_the_mlp():

@@ -8,18 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llm.config import ModelConfig
 from llm.model.gpt import (
     KVCache,
     ModelSpec,
     abstract_params,
+    apply_side_by_side,
     bind,
     initialise,
     logical_axes,
 )
-from llm.model.layers import residual_std
+from llm.model.layers import Linear, residual_std
 from llm.model.norm import Norm, normalise
+from llm.model.shortcuts import Gain
 
 VOCAB, LENGTH = 11, 10
 SMALL = {
@@ -321,6 +324,30 @@ BIG = ModelSpec(
 
 
 @functools.cache
+@pytest.mark.parametrize("kind", ["a bias", "joined biases", "a gain"])
+def test_gradients_over_rows_in_bfloat16_are_summed_in_float32(kind):
+    """Each of 16,384 rows adds 1 to the sum over them; in bfloat16 many would be lost."""
+    rows = jnp.ones((64, 256, 2), jnp.bfloat16)
+    linear = Linear(("embed", "mlp"), (2, 3), std=0.02, bias=True, dtype="bfloat16")
+    modules = {"a gain": [Gain(1.0)], "a bias": [linear], "joined biases": [linear, linear]}[kind]
+    graph, state = nnx.split(nnx.List(modules))
+
+    def total(state, rows, one):
+        modules = list(nnx.merge(graph, state))
+        joined = kind == "joined biases"
+        outputs = apply_side_by_side(modules, rows) if joined else [modules[0](rows)]
+        return sum(jnp.sum((one * output).astype(jnp.float32)) for output in outputs)
+
+    # The factor is an argument: the sum of a constant would be multiplied out.
+    one = jnp.ones((64, 256, 1), jnp.bfloat16)
+    flat = nnx.to_flat_state(jax.jit(jax.grad(total))(state, rows, one))
+    found = [leaf[...] for path, leaf in flat if path[-1] in ("bias", "scale")]
+    expected = {"a gain": 32768.0, "a bias": 16384.0, "joined biases": 32768.0}[kind]
+    for gradient in found:
+        np.testing.assert_array_equal(gradient, np.full(gradient.shape, expected))
+    assert found
+
+
 def fresh(spec, seed=0):
     params = jax.jit(initialise, static_argnums=0)(spec, jax.random.key(seed))
     return {name: np.asarray(value) for name, value in params.items()}

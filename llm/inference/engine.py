@@ -142,8 +142,8 @@ class Engine:
         self.decoder = decoder
         self.limits = dataclasses.replace(limits, max_batch=round_up(limits.max_batch))
         self._changed = threading.Condition()
-        # A job that has not ended is in _waiting, in _group or in _rows, and while it moves in both:
-        # whatever fails then, _drop_everything finds it and tells it.
+        # A job that has not ended is in _waiting, in _group or in _rows, or in two while it moves:
+        # whatever fails, _drop_everything finds it and tells it.
         self._waiting: deque[Job] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -263,8 +263,8 @@ def _shortest_prefix(
 ) -> jax.Array:
     """bool [R, V]: the fewest tokens in rank order whose masses reach the target; else all.
 
-    First the surprisal of the last of them, then, among its ties, the id. The bits of floats >= 0 are in
-    the order of the floats, so bisecting integers finds a float exactly in 31 halvings.
+    First the surprisal of the last of them, then, among its ties, the id. The bits of floats >= 0
+    are in the order of the floats, so bisecting integers finds a float exactly in 31 halvings.
     """
     bits_RV = jax.lax.bitcast_convert_type(surprisal_RV, jnp.int32)
     ids_1V = jnp.arange(surprisal_RV.shape[-1], dtype=jnp.int32)[None, :]
@@ -304,9 +304,7 @@ def _least(holds, low_R: jax.Array, high_R: jax.Array) -> jax.Array:
     return jax.lax.while_loop(lambda b: jnp.any(b[0] < b[1]), halve, (low_R, high_R))[1]
 
 
-def _up_to(
-    logprobs_RV: jax.Array, last_logprob_R1: jax.Array, last_id_R1: jax.Array
-) -> jax.Array:
+def _up_to(logprobs_RV: jax.Array, last_logprob_R1: jax.Array, last_id_R1: jax.Array) -> jax.Array:
     """bool [R, V]: what stands no later in rank order than (log-probability, id)."""
     ids_1V = jnp.arange(logprobs_RV.shape[-1], dtype=jnp.int32)[None, :]
     tied_RV = (logprobs_RV == last_logprob_R1) & (ids_1V <= last_id_R1)

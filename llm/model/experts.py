@@ -24,6 +24,7 @@ sources are in router.py.
 import functools
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm.config import ModelConfig
 from llm.model.grouped import grouped_matmul, lay_out
-from llm.model.layers import activate, drawn, residual_std
+from llm.model.layers import activate, drawn, residual_std, spread
 from llm.model.remat import PRODUCT
 from llm.model.router import Router, Routes, Routing
 from llm.model.sharding import constrain, partition_of, shares
 
-# "up.weight" [E, D, F], "up.bias" [E, F], ...: in the compute dtype
+# "up.weight" [E, D, F], ... in the compute dtype; "up.bias" [E, F], ... in float32
 Weights = Mapping[str, jax.Array]
 
 _AXES = {
@@ -92,7 +93,11 @@ class Experts(nnx.Module):
     def _weights(self) -> Weights:
         state = nnx.to_flat_state(nnx.state(self))
         named = {".".join(map(str, path)): weight[...] for path, weight in state}
-        return {name: named[name].astype(self.dtype) for name in _AXES if name in named}
+        return {
+            name: named[name].astype(self.dtype) if name.endswith("weight") else named[name]
+            for name in _AXES
+            if name in named
+        }
 
 
 def mlp(
@@ -165,7 +170,7 @@ def _grouped(
     def product(x_NMD, name):
         y = grouped_matmul(x_NMD, weights[f"{name}.weight"], expert_N)
         if f"{name}.bias" in weights:
-            y = y + weights[f"{name}.bias"][expert_N][:, None, :]
+            y = y + spread(weights[f"{name}.bias"][expert_N][:, None, :], y)
         return checkpoint_name(y, PRODUCT)
 
     rows_1AD = jnp.repeat(x_BTD.reshape(1, B * T, D), K, axis=1)
@@ -190,7 +195,7 @@ def with_capacity(
     def product(x_BECD, name):
         y = jnp.einsum("BECD,EDF->BECF", x_BECD, weights[f"{name}.weight"])
         if f"{name}.bias" in weights:
-            y = y + weights[f"{name}.bias"][None, :, None, :]
+            y = y + spread(weights[f"{name}.bias"][None, :, None, :], y)
         width = "width" if name == "down" else "mlp"
         y = constrain(y, "batch_of_experts", "expert", None, width)
         return checkpoint_name(y, PRODUCT)
@@ -205,8 +210,12 @@ def with_capacity(
 
 
 def slots(length: int, experts: int, active: int, factor: float) -> int:
-    """C: factor times the even share T K / E, rounded up; T is as many as can be used."""
-    return min(length, math.ceil(factor * length * active / experts))
+    """C: factor times the even share T K / E, rounded up; T is as many as can be used.
+
+    The factor as it is written: 1.1 * 100 is a little over 110 in binary floats.
+    """
+    share = Fraction(length * active, experts)
+    return min(length, math.ceil(Fraction(str(factor)) * share))
 
 
 def assign(chosen_BTK: jax.Array, experts: int, capacity: int) -> tuple[jax.Array, jax.Array]:

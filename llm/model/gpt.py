@@ -45,6 +45,7 @@ from llm.model.layers import (
     few_rows_product,
     matmul,
     residual_std,
+    spread,
 )
 from llm.model.norm import Norm
 from llm.model.remat import Remat, keep
@@ -141,7 +142,7 @@ def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Arra
     y = matmul(x_BTD, joined, float8=linears[0].float8)
     biases = [linear.bias[...] for linear in linears if linear.bias is not None]
     if biases:
-        y = y + jnp.concatenate(biases).astype(dtype)[None, None]
+        y = y + spread(jnp.concatenate(biases), y)
     widths = [linear.weight.shape[1] for linear in linears]
     ends = list(itertools.accumulate(widths))
     return jnp.split(y, ends[:-1], axis=-1)

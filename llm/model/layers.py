@@ -61,6 +61,15 @@ def filled_up_product(x_RD: jax.Array, weight_DF: jax.Array, dtype: Any) -> jax.
     return jax.lax.optimization_barrier(y_RF)[:rows]
 
 
+def spread(weight: jax.Array, like: jax.Array) -> jax.Array:
+    """A float32 bias or gain beside every row of an array: of its shape and in its dtype.
+
+    Rounded after it is spread, so that its gradient, a sum over all rows, adds up float32 numbers:
+    in bfloat16 256 + 1 is 256.
+    """
+    return jnp.broadcast_to(weight, like.shape).astype(like.dtype)
+
+
 class Linear(nnx.Module):
     """y = x W + b, with W stored [in, out]."""
 
@@ -80,7 +89,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         y = matmul(x_BTD, self.weight[...].astype(self.dtype), float8=self.float8)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]
+        return y if self.bias is None else y + spread(self.bias[...], y)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm.config import ModelConfig
+from llm.model.layers import spread
 
 
 class Beside(NamedTuple):
@@ -44,7 +45,7 @@ class Gain(nnx.Module):
         self.scale = nnx.Param(jnp.full((), start), axes=())
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.scale[...].astype(x.dtype) * x
+        return spread(self.scale[...], x) * x
 
 
 class Shortcut(nnx.Module):
