@@ -113,6 +113,21 @@ def test_arrays_of_another_model_are_refused_by_name(saved):
         restore_group(saved, "params", wanted)
 
 
+def test_the_best_stays_until_a_better_one_is_on_disk(tmp_path):
+    """An evaluation names the next best while an older step is still being saved."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.clean()
+    save(checkpoints, 1)
+    checkpoints.best = 1
+    checkpoints.best = 3
+    save(checkpoints, 2)
+    assert saved_steps(tmp_path) == [1, 2]
+    save(checkpoints, 3)
+    save(checkpoints, 4)
+    assert saved_steps(tmp_path) == [3, 4]
+    checkpoints.close()
+
+
 def test_the_newest_and_the_best_stay(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.clean()

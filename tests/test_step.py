@@ -227,6 +227,29 @@ def test_evaluation_weighs_tokens_not_batches():
     assert result.bits_per_byte == pytest.approx(nats.sum() / lengths.sum() / np.log(2), rel=1e-6)
 
 
+def test_an_evaluation_is_one_batch_ahead_of_the_device():
+    """What was sent cannot be called back by a stop, and lies in the device's memory."""
+    events = []
+
+    class Loss:
+        def __init__(self, number):
+            self.number = number
+
+        def block_until_ready(self):
+            events.append(f"waited for {self.number}")
+
+        def __array__(self, *_, **__):
+            return np.float32(1.0)
+
+    def step(_params, tokens_BT, _mask_BT):
+        events.append(f"sent {tokens_BT[0, 0]}")
+        return Loss(tokens_BT[0, 0])
+
+    batches = [(np.full((1, 3), n), np.ones((1, 2))) for n in range(4)]
+    assert evaluate(step, {}, batches, np.ones(4, np.int32)).tokens == 8
+    assert events[:6] == ["sent 0", "sent 1", "waited for 0", "sent 2", "waited for 1", "sent 3"]
+
+
 def test_a_loss_spike_is_skipped_and_does_not_enter_the_history():
     """64 ordinary losses, then weights that make the next one huge: the update is masked."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])

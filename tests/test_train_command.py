@@ -1,20 +1,33 @@
 """Whole runs: whatever stops one, the same command gives what an unbroken run would have given."""
 
+import errno
+import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
+import sys
 import time
 
 import pytest
-from runs import STEPS, losses, params_sha256, run_process, train, train_process, write_config
+from runs import (
+    STEPS,
+    losses,
+    params_sha256,
+    run_process,
+    starts,
+    train,
+    train_process,
+    write_config,
+)
 
 from llm.commands import run_command
 from llm.commands.train import main
 from llm.errors import CheckpointError, DataError, NonFiniteError, RunLockedError, UsageError
 from llm.model import remat
 from llm.run.directory import RunDirectory, RunLock
+from llm.text.tokenizer import CharacterTokenizer
 
 
 def test_a_run_writes_what_the_design_promises(unbroken):
@@ -82,6 +95,19 @@ def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_p
     assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
 
 
+@pytest.mark.parametrize(
+    ("step", "batch", "code", "evaluated"), [(6, 64, 75, True), (6, 8, 75, False), (12, 64, 0, True)]
+)
+def test_an_evaluation_that_was_whole_when_the_stop_came_is_kept(
+    tmp_path, step, batch, code, evaluated
+):
+    """Of 64 windows there is one batch, of 8 there are several."""
+    config = write_config(tmp_path, training={"eval_batch_size": batch})
+    assert run_process(config, fault=f"evaluation:step={step}:int")[0] == code
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert any(row["kind"] == "eval" and row["step"] == step for row in rows) == evaluated
+
+
 def test_another_number_of_devices_gives_the_same_losses_within_rounding(
     unbroken, unbroken_process
 ):
@@ -130,6 +156,53 @@ def test_settings_that_make_another_model_are_refused_with_a_diff(copy):
     )  # fmt: skip
     start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
     assert start["changed"]["optimizer.learning_rate"] == [0.01, 0.02]
+
+
+def test_another_compute_dtype_is_refused_though_both_say_auto(copy):
+    """As a run begun on a GPU that goes on where "auto" is float32."""
+    provenance = copy / "run" / "run.json"
+    text = provenance.read_text()
+    provenance.write_text(text.replace('"compute_dtype": "float32"', '"compute_dtype": "bfloat16"'))
+    with pytest.raises(
+        UsageError,
+        match=r"has 'bfloat16', this command has 'float32' .*--training.compute-dtype bfloat16",
+    ):
+        train(copy / "config.toml", "--training.steps", "20")
+    assert len(starts(copy / "run")) == 1
+
+
+def test_a_compute_dtype_that_is_what_auto_stood_for_is_taken(copy):
+    train(copy / "config.toml", "--training.steps=13", "--training.compute-dtype=float32")
+    changed = starts(copy / "run")[-1]["changed"]
+    assert changed["training.compute_dtype"] == ["auto", "float32"]
+    with pytest.raises(
+        UsageError, match=r"compute_dtype: the run has 'float32', this .*'bfloat16'"
+    ):
+        train(copy / "config.toml", "--training.steps=14", "--training.compute-dtype=bfloat16")
+
+
+def test_fewer_steps_than_are_trained_are_refused_before_anything_is_written(copy):
+    run = copy / "run"
+    before = {path: path.read_bytes() for path in run.glob("*.*")}
+    with pytest.raises(UsageError, match=rf"steps = 6, .* to step {STEPS}; expected at least"):
+        train(copy / "config.toml", "--training.steps", "6")
+    assert {path: path.read_bytes() for path in run.glob("*.*")} == before
+
+
+def test_the_best_step_does_not_stay_where_it_is_not_asked_for(copy):
+    flags = ["--checkpoint.no-keep-best", "--checkpoint.every=1", "--checkpoint.keep=1"]
+    train(copy / "config.toml", "--training.steps=14", *flags)
+    assert [path.name for path in (copy / "run" / "checkpoints").iterdir()] == ["14"]
+
+
+def test_held_out_text_of_one_token_is_refused(tmp_path):
+    config = write_config(tmp_path, data={"validation": "tail:0.00001"})
+    with pytest.raises(UsageError, match=r"'tail:0.00001' holds out 1 token.*data.validation ="):
+        train(config)
+    assert os.listdir(tmp_path / "run") == ["run.lock"]
+    none = ["--data.validation", "none", "--training.steps", "1"]
+    assert train(config, *none) == train(config, *none) == 0
+    assert len(starts(tmp_path / "run")) == 1
 
 
 def test_a_corpus_that_changed_is_named(copy, unbroken, tmp_path):
@@ -182,6 +255,34 @@ def test_a_folder_that_is_not_a_run_is_left_alone(unbroken, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_start_that_fails_before_it_is_a_run_leaves_room_for_the_same_command(
+    tmp_path, monkeypatch
+):
+    """Without a package, without room for the tokenizer, killed as config.toml is written."""
+    config = write_config(tmp_path, training={"steps": 1})
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match=r"logging.wandb_project needs the package wandb"):
+        train(config, "--logging.wandb-project", "x")
+    assert os.listdir(tmp_path / "run") == ["run.lock"]
+
+    def no_room(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    flags = ["--logging.tensorboard"] * (importlib.util.find_spec("tensorboardX") is not None)
+    with monkeypatch.context() as patch:
+        patch.setattr(CharacterTokenizer, "save", no_room)
+        with pytest.raises(CheckpointError, match=r"no room for .*tokenizer"):
+            train(config, *flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "write_config", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, *flags)
+    assert train(config, *flags) == 0
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path):
     config = write_config(
         tmp_path, optimizer={"learning_rate": 1e38, "min_learning_rate": 0.0, "warmup_steps": 0}
@@ -221,7 +322,6 @@ def test_help_needs_no_jax(tmp_path):
         "    main(['--help'])\nassert not {'jax', 'numpy', 'grain', 'orbax'} & set(sys.modules)"
     )
     import subprocess
-    import sys
 
     from runs import ROOT
 

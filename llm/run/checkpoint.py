@@ -189,11 +189,22 @@ class Checkpoints:
     def __init__(self, root: Path, keep: int, hosts: Hosts | None = None):
         self.root, self.keep = root, keep
         self._hosts = hosts or Hosts()
-        self.best: int | None = None
+        self._best: list[int] = []
         self._job: _Job | None = None
         self._failure: BaseException | None = None
         self._checkpointer: Any = None
         self._needed = 0
+
+    @property
+    def best(self) -> int | None:
+        """A step that stays, however old. One that is still to be saved may be named: until it is
+        on disk, the one before it stays too."""
+        return self._best[-1] if self._best else None
+
+    @best.setter
+    def best(self, step: int | None) -> None:
+        if step != self.best:
+            self._best = [] if step is None else [*self._best[-1:], step]
 
     def clean(self) -> None:
         """Remove what a dead process left half-written or half-deleted. In process 0."""
@@ -348,7 +359,8 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         steps = self.steps()
-        stay = {*steps[-self.keep :], self.best}
+        best = self._best[-1:] if self.best in steps else self._best
+        stay = {*steps[-self.keep :], *best}
         for step in steps:
             if step not in stay:
                 doomed = self.root / f"{step}.deleting"

@@ -75,6 +75,9 @@ def evaluate(
     nats, tokens, text_bytes = [], 0, 0
     for tokens_BT, mask_BT in batches:
         nats.append(step(params, tokens_BT, mask_BT))
+        # One batch ahead of the device, no more: what was sent to it cannot be called back when
+        # the run is told to stop, and all batches of a large split would lie in its memory.
+        jax.block_until_ready(nats[-2:-1])
         if split is None:
             predicted = tokens_BT[:, 1:][np.asarray(mask_BT, dtype=bool)]
             tokens += predicted.size

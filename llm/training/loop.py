@@ -114,6 +114,10 @@ class _Pending:
     metrics: dict[str, jax.Array]
 
 
+class _EvaluationStoppedError(Exception):
+    """The run was told to stop, and batches of the evaluation are left."""
+
+
 def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
     """The newest state that verifies, or a fresh one when nothing was ever saved. Collective.
 
@@ -369,18 +373,19 @@ class Loop:
         split = self._job.corpus.validation
         if len(split) < 2 or self._outputs.metrics.has_evaluation(self._step):
             return
-        result = evaluate(
-            self._evaluation_step,
-            self._state.weights,
-            self._until_stopped(split),
-            self._job.corpus.tokenizer.byte_lengths(),
-            None if self._job.hosts.alone else split,
-        )
-        if self._stop.requested:
-            return  # incomplete; the next start evaluates this step anew
+        try:
+            result = evaluate(
+                self._evaluation_step,
+                self._state.weights,
+                self._until_stopped(split),
+                self._job.corpus.tokenizer.byte_lengths(),
+                None if self._job.hosts.alone else split,
+            )
+        except _EvaluationStoppedError:
+            return  # the next start evaluates this step anew
         self._report(result)
         self._keep_if_best()
-        text = self._sampler(self._state.params)
+        text = "" if self._stop.requested else self._sampler(self._state.params)
         if text:
             self._outputs.progress.say(text)
         self._clock = time.perf_counter()
@@ -394,13 +399,14 @@ class Loop:
             batch_size=size,
             rows=self._job.rows(size),
         ):
+            if self._stop.requested:
+                self._stop.read()
+                raise _EvaluationStoppedError
             self._mark(f"step {self._step}, in its evaluation")
             yield batch
             fault_point("evaluation", self._step)
             self._stop.ask()
             self._stop.read(leave=1)
-            if self._stop.requested:
-                break
         self._stop.read()
 
     def _report(self, result: Evaluation) -> None:
