@@ -25,8 +25,11 @@ def measure_decoding(
       bandwidth: measured, bytes/s.
     Returns:
       seconds_per_token: of one token in each row: what `tokens` take more than one does, so that
-        the prompt's share and what is done once stay out.
-      bytes_per_token: read for it: matrices in their compute dtype, and the cache at its capacity.
+        the prompt's share and what is done once stay out; null where that is not more, by the
+        machine's noise or for a context of two tokens. So are tokens_per_second and
+        bandwidth_share.
+      bytes_per_token: read for it: matrices in their compute dtype, of a mixture's experts those
+        that the rows choose at most, and the cache at its capacity.
       bandwidth_share: of the measured bandwidth.
     """
     spec, mesh = workload.spec, workload.mesh
@@ -44,24 +47,39 @@ def measure_decoding(
 
     long = time_turns(lambda: continued(tokens), turns)
     short = time_turns(lambda: continued(1), turns)
-    seconds = max(long.median - short.median, 1e-9) / max(1, tokens - 1)
-    capacity = min(round_up(len(prompt) + tokens, at_least=64), spec.config.context_length)
-    size = weight_bytes(decoder) + cache_bytes(decoder, batch_size, capacity)
+    more = long.median - short.median
+    seconds = more / (tokens - 1) if tokens > 1 and more > 0 else None
+    capacity = round_up(len(prompt) + tokens, at_least=64)
+    size = weight_bytes(decoder, batch_size) + cache_bytes(decoder, batch_size, capacity)
     return {
         "batch_size": batch_size,
         "tokens": tokens,
         "seconds_per_token": seconds,
-        "tokens_per_second": batch_size / seconds,
+        "tokens_per_second": batch_size / seconds if seconds else None,
         "bytes_per_token": size,
-        "bandwidth_share": size / seconds / bandwidth / mesh.size,
+        "bandwidth_share": size / seconds / bandwidth / mesh.size if seconds else None,
     }
 
 
-def weight_bytes(decoder: Decoder) -> int:
-    """Of all weights that a token reads whole; of the embeddings it reads a row."""
-    weights = decoder.params.items()
-    tables = ("embed.", "value_embed.")
-    return sum(weight.nbytes for name, weight in weights if not name.startswith(tables))
+def weight_bytes(decoder: Decoder, rows: int) -> int:
+    """Of all weights that one token of each row reads whole; of the embeddings it reads a row.
+
+    Of a mixture's E experts, K are read for one row, and at most K times the rows for several.
+    """
+    config = decoder.spec.config
+    read = min(config.n_expert, rows * config.n_expert_active)
+    total = 0
+    for name, weight in decoder.params.items():
+        if is_of_experts(name, weight):
+            total += weight.nbytes * read // config.n_expert
+        elif not name.startswith(("embed.", "value_embed.")):
+            total += weight.nbytes
+    return total
+
+
+def is_of_experts(name: str, weight: jax.Array) -> bool:
+    """Whether this is one weight or bias of each expert: dense ones have a dimension less."""
+    return ".mlp." in name and weight.ndim == (3 if name.endswith(".weight") else 2)
 
 
 def cache_bytes(decoder: Decoder, batch_size: int, capacity: int) -> int:
