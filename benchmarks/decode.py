@@ -11,6 +11,7 @@ key/value cache; nanoGPT, a clone of https://github.com/karpathy/nanoGPT at PATH
 """
 
 import argparse
+import copy
 import functools
 import sys
 from pathlib import Path
@@ -67,14 +68,15 @@ def our_step(model):
         d_model=model["width"],
         context_length=CONTEXT,
     )
-    tokenizer = tiktoken_tokenizer("gpt2")
+    tokenizer = copy.copy(tiktoken_tokenizer("gpt2"))
+    tokenizer.end_of_text = None  # random weights may draw it, and the text would end there
     spec = ModelSpec(config, tokenizer.vocab_size)
     decoder = Decoder.create(spec, initialise(spec, jax.random.key(0)), tokenizer)
     request = Request(np.arange(PROMPT), Sampling(temperature=0.0), max_new_tokens=NEW)
 
     def step():
-        for _ in decoder.generate([request]):
-            pass
+        tokens = sum(len(progress.tokens) for progress in decoder.generate([request]))
+        assert tokens == PROMPT + NEW
 
     return f"jax-{jax.__version__}", step
 

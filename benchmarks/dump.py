@@ -8,6 +8,7 @@ text, and with the dump also to the file: drawing, prefill, text, records, JSON.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -59,7 +60,8 @@ def prepare(options: argparse.Namespace, path: Path):
 
     config = load_config(options.config, [])
     kind = config.tokenizer.kind
-    tokenizer = ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind)
+    tokenizer = copy.copy(ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind))
+    tokenizer.end_of_text = None  # random weights may well draw it, and the rows would end there
     dtype = compute_dtype(config.training.compute_dtype)
     spec = ModelSpec(config.model, tokenizer.vocab_size, dtype)
     optimizer = make_optimizer(config.optimizer)
@@ -86,7 +88,9 @@ def prepare(options: argparse.Namespace, path: Path):
                 if dumps:
                     for token in progress.tokens:
                         file.write(to_line(builder.token(progress.row, token)))
-        return time.perf_counter() - start
+        seconds = time.perf_counter() - start
+        assert len(text) == options.samples * (len(prompt) + options.tokens)
+        return seconds
 
     return turn
 
