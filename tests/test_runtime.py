@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from llm.commands import run_command
 from llm.runtime import _DETERMINISTIC, cache_dir, keep_freed_memory, prepare_process
 
 VARIABLES = (
@@ -110,3 +113,15 @@ def test_keeping_memory_is_linux_only(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr("llm.runtime.ctypes.CDLL", lambda *_: pytest.fail("touched the C library"))
     keep_freed_memory()
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda: jnp.ones(2**46).block_until_ready(), lambda: np.ones(2**46)],
+    ids=["of the device", "of the machine"],
+)
+def test_too_little_memory_is_answered_with_what_needs_less(take, capsys):
+    assert run_command(lambda _: take(), []) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: out of memory (") and message.count("\n") == 1
+    assert "training.micro_batch_size" in message

@@ -31,6 +31,27 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
         print(f"error: no room to write ({error.strerror}); free some space", file=sys.stderr)
         _forget_stdout()
         return UsageError.exit_code
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"error: {_less_memory(error)}", file=sys.stderr)
+        return UsageError.exit_code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the device's, or of this machine's. By name: a command may fail before JAX is there."""
+    of_device = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
+    return of_device or isinstance(error, MemoryError)
+
+
+def _less_memory(error: Exception) -> str:
+    reason = str(error).split("\n")[0][:200] or "no more could be had"
+    return (
+        f"out of memory ({reason}). Less is needed for training by a smaller "
+        "training.micro_batch_size or training.eval_batch_size, by training.remat = 'block' or a "
+        "smaller model (`python -m llm plan CONFIG` says what a step needs), and for sampling and "
+        "scoring by fewer texts at once"
+    )
 
 
 def _forget_stdout() -> None:
