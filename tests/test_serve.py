@@ -29,7 +29,7 @@ from llm.inference.engine import Engine, Limits  # noqa: E402
 from llm.inference.filters import Sampling  # noqa: E402
 from llm.inference.records import RecordBuilder, numerics_of, read_records, to_line  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
-from llm.interop.completions_api import RequestLimits  # noqa: E402
+from llm.interop.completions_api import RequestLimits, parse  # noqa: E402
 from llm.interop.server import Served, Server, Site, listen, make_app, run, url_of  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
 from llm.text.tokenizer import ByteTokenizer  # noqa: E402
@@ -367,6 +367,12 @@ def test_what_is_neutral_or_null_is_taken(running):
     assert answer.choices[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize(("max_top", "listed"), [(5, 5), (12, 10)])
+def test_records_without_a_number_are_never_too_many(max_top, listed):
+    body = b'{"prompt": "a", "records": true}'
+    assert parse(body, RequestLimits(max_top=max_top)).records == listed
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -541,6 +547,47 @@ def test_a_stopped_engine_is_503(running):
 
     answer = asyncio.run(ask())
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
+
+
+@pytest.fixture
+def stopping(running, monkeypatch):
+    """A server of its own that is slow and waits a fifth of a second for what runs."""
+    chunk = Decoder.chunk
+
+    def slow_chunk(*arguments):
+        time.sleep(0.1)
+        return chunk(*arguments[:-1], 1)
+
+    monkeypatch.setattr(Decoder, "chunk", slow_chunk)
+    engine = Engine(running.decoder, Limits(max_batch=4))
+    app = make_app(running.served, engine, LIMITS, SITE)
+    listener, ready = listen("127.0.0.1", 0), threading.Event()
+    server = Server(app, grace=0.2, ready=ready.set)
+    engine.start()
+    thread = threading.Thread(target=run, args=(server, engine, listener))
+    thread.start()
+    assert ready.wait(60.0)
+    yield server, engine, url_of(listener)
+    server.should_exit = True
+    thread.join(60.0)
+    assert not thread.is_alive()
+
+
+def test_when_the_grace_time_is_over_clients_are_told(stopping, capfd):
+    server, engine, url = stopping
+    fields = {"prompt": "ab", "max_tokens": 90, "temperature": 0}
+
+    def ask(**more):
+        return httpx.post(f"{url}/v1/completions", json=fields | more, timeout=60.0)
+
+    with ThreadPoolExecutor(2) as pool:
+        whole, streamed = pool.submit(ask), pool.submit(ask, stream=True)
+        until(lambda: engine.active == 2)
+        server.should_exit = True
+        answer, events = whole.result(), events_of(streamed.result())
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "shutting_down"
+    assert events[-1]["error"]["code"] == "shutting_down"
+    assert capfd.readouterr().err == ""
 
 
 def test_a_second_signal_ends_the_process_at_once(monkeypatch, capfd):

@@ -156,10 +156,12 @@ class CompletionRequest(BaseModel):
 
     @pydantic.field_validator("records")
     @classmethod
-    def _check_records(cls, value: Any) -> int | None:
+    def _check_records(cls, value: Any, info: pydantic.ValidationInfo) -> int | None:
         """How many alternatives; None for no records."""
         if isinstance(value, bool):
-            return DEFAULT_TOP if value else None
+            # A client that names no number is not refused for one.
+            assert isinstance(info.context, RequestLimits)
+            return min(DEFAULT_TOP, info.context.max_top) if value else None
         if value is None or (isinstance(value, int) and value >= 0):
             return value
         raise ValueError("expected true, false, or how many alternatives to list, 0 or more")
@@ -212,7 +214,7 @@ def parse(body: bytes, limits: RequestLimits) -> CompletionRequest:
         if name not in CompletionRequest.model_fields:
             raise APIError(400, _unknown(name), param=name, code="unknown_parameter")
     try:
-        request = CompletionRequest.model_validate(values)
+        request = CompletionRequest.model_validate(values, context=limits)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise APIError(400, _explain(problem), param=_name(problem["loc"])) from None

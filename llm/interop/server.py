@@ -64,6 +64,8 @@ BODY_SECONDS = 60.0
 DISCARDED = 2**26
 # A stop waits so long for what the device computes.
 STOP_SECONDS = 10.0
+# After the grace time so long for the device's chunk to end and for clients to be told.
+TELL_SECONDS = 5.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -429,6 +431,7 @@ def url_of(listener: socket.socket) -> str:
 
 def run(server: "Server", engine: Engine, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
+    server.engine = engine
     try:
         server.run(sockets=[listener])
     finally:
@@ -443,23 +446,39 @@ class Server(uvicorn.Server):
     Args:
       grace: seconds that a stop waits for what runs.
       ready: called when requests are answered.
+
+    Attributes:
+      engine: what computes; `run` sets it.
     """
+
+    engine: Engine
 
     def __init__(self, app: ASGIApp, grace: float, ready: Callable[[], None]):
         config = uvicorn.Config(
             app,
             log_level="error",
             lifespan="off",
-            timeout_graceful_shutdown=grace,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=grace + TELL_SECONDS,  # type: ignore[arg-type]
             server_header=False,
             ws="none",
         )
         super().__init__(config)
-        self._ready = ready
+        self._grace, self._ready = grace, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn would cancel what still runs, and its clients would not be told why."""
+        stopping = asyncio.create_task(self._stop_engine())
+        await super().shutdown(sockets)
+        stopping.cancel()
+
+    async def _stop_engine(self) -> None:
+        """After the grace time. Every job gets a ClosedError, and so every client an answer."""
+        await asyncio.sleep(self._grace)
+        await asyncio.to_thread(self.engine.stop, TELL_SECONDS)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
