@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from example_records import SAMPLING, NGram, given, sampled, scored, training_text
 
-from llm.inference.view import attention_page, diff_page, page
+from llm.inference.attention_view import attention_page
+from llm.inference.view import diff_page, page
 
 selenium = pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402
@@ -347,6 +348,15 @@ def test_records_added_one_by_one_make_the_same_page(open_page, browser, records
     assert find(browser, ".key-s .blind").get_attribute("textContent") == (
         f"{math.log(records[0]['tokenizer']['vocab_size']):.1f}"
     )
+
+
+def test_the_distance_of_cached_decoding_is_shown_as_a_measurement(open_page, records):
+    browser = open_page("empty")
+    numerics = records[0]["numerics"] | {"cached_minus_full_nats": 0.01234}
+    run = records[0] | {"numerics": numerics}
+    browser.execute_script("tokenPage.addRecord(arguments[0])", run)
+    shown = find(browser, "#run").get_attribute("textContent")
+    assert shown.endswith("off a full pass by0.0123 nats, on a probe")
 
 
 def test_an_open_character_shows_its_bytes_until_it_is_closed(open_page):

@@ -313,13 +313,17 @@ def test_lines_are_strict_json_in_ascii():
             to_line({"logprob": bad})
 
 
-def test_records_are_read_back_as_they_were_written(tmp_path):
+def sample_records():
     builder, tokens = RecordBuilder(ByteTokenizer()), sample_tokens()
-    records = [
+    return [
         builder.run(CHECKPOINT, Sampling(), NUMERICS, 10),
         *(builder.token(0, token) for token in tokens),
         builder.end(0, tokens, "length", "generated"),
     ]
+
+
+def test_records_are_read_back_as_they_were_written(tmp_path):
+    records = sample_records()
     path = tmp_path / "out.jsonl"
     path.write_text("".join(map(to_line, records)))
     assert read_records(path) == records
@@ -347,6 +351,56 @@ def test_what_is_not_a_file_of_records_is_named(tmp_path, content, words):
     with pytest.raises(DataError) as error:
         read_records(path)
     assert all(word in str(error.value) for word in [str(path), *words])
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        (1, "checkpoint", None),
+        (1, "checkpoint.step", "3"),
+        (1, "tokenizer.vocab_size", 0),
+        (1, "sampling", 0.5),
+        (1, "numerics.cached_minus_full_nats", "small"),
+        (2, "sample", '0"><h1>'),
+        (2, "phase", 'p"><script>alert(1)</script>'),
+        (3, "id", True),
+        (3, "bytes", [256]),
+        (3, "logprob", 0.5),
+        (3, "logprob", -(10**400)),
+        (3, "rank", "1"),
+        (3, "utf8", "other"),
+        (3, "top", None),
+        (3, "top", [1]),
+        (3, "top[1].token", 7),
+        (3, "top[1].kept", "yes"),
+        (8, "perplexity", [1.0]),
+        (8, "text", None),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_line(tmp_path, line, name, value):
+    lines = [json.loads(to_line(record)) for record in sample_records()]
+    *path, field = name.replace("[1]", ".1").split(".")
+    place = lines[line - 1]
+    for part in path:
+        place = place[int(part) if part.isdigit() else part]
+    place[field] = value
+    file = tmp_path / "bad.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    with pytest.raises(DataError) as error:
+        read_records(file)
+    start = f"{file}, line {line}: {name} = {json.dumps(value)[:60]}: expected "
+    assert str(error.value).startswith(start) and "--probs" in str(error.value)
+
+
+def test_a_number_that_is_read_as_infinity_is_refused(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    lines = "".join(map(to_line, sample_records()))
+    file.write_text(lines.replace('"entropy":2.0', '"entropy":1e999', 1))
+    with pytest.raises(DataError, match="line 3: entropy = Infinity: expected a finite number"):
+        read_records(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="line 1: not strict JSON"):
+        read_records(file)
 
 
 def test_a_missing_file_of_records_is_a_usage_error(tmp_path):

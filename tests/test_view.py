@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import unicodedata
 import zlib
@@ -21,9 +22,11 @@ from hypothesis import given as for_all
 from hypothesis import strategies as st
 
 from llm.errors import UsageError
+from llm.files import write_output
 from llm.inference import scales
+from llm.inference.attention_view import attention_page
 from llm.inference.paint import paint_stream
-from llm.inference.view import attention_page, diff_page, page, paint_tokens, write_page
+from llm.inference.view import diff_page, page, write_page
 
 NASTY = [
     b"</script><script>alert(1)</script>",
@@ -102,6 +105,11 @@ def spelled(text: str) -> str:
         else c
         for c in text
     )
+
+
+def paint_tokens(records, environ) -> str:
+    """The whole of what `paint_stream` gives piece by piece."""
+    return "".join(paint_stream(records, environ))
 
 
 def joined_text(records) -> str:
@@ -308,6 +316,28 @@ def test_ink_can_be_read_on_every_level(theme):
         assert (light + 0.05) / (dark + 0.05) >= 4.5
 
 
+def test_the_distance_of_cached_decoding_is_shown_as_a_measurement(samples):
+    numerics = samples[0]["numerics"] | {"cached_minus_full_nats": 0.01234}
+    source = page([samples[0] | {"numerics": numerics}, *samples[1:]], title="t")
+    assert "<dt>off a full pass by</dt><dd>0.0123 nats, on a probe</dd>" in source
+
+
+def test_no_field_of_a_record_can_bring_an_element_into_a_page():
+    evil = '"><h1 id=evil>'
+    records = given([b"a", b"b"])
+    records[1:3] = [
+        record | {"sample": evil, "phase": evil, "id": evil, "rank": evil if n else None}
+        for n, record in enumerate(records[1:3])
+    ]
+    records[-1]["sample"] = evil
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scales, "rank_level", lambda rank: None)  # it compares
+        source = page(records, title="t")
+    assert not [
+        tag for tag, attributes in Parsed(source).elements if attributes.get("id") == "evil"
+    ]
+
+
 def test_writing_replaces_the_file_as_a_whole(tmp_path, samples):
     path = tmp_path / "page.html"
     path.write_text("old")
@@ -320,8 +350,22 @@ def test_writing_replaces_the_file_as_a_whole(tmp_path, samples):
 
 
 def test_page_that_cannot_be_written_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match=r"missing.page\.html cannot be written"):
+    with pytest.raises(UsageError, match=r"cannot write .*missing.page\.html: No such file"):
         write_page([], tmp_path / "missing" / "page.html", title="t")
+
+
+def test_only_an_ordinary_file_is_replaced(tmp_path, samples):
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    link.symlink_to(file)
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (link, pipe):
+        write_output(path, b"all", UsageError)
+    assert link.is_symlink() and file.read_bytes() == b"all"
+    assert pipe.is_fifo() and os.read(reader, 9) == b"all"
+    os.close(reader)
+    with pytest.raises(UsageError, match=f"cannot write {tmp_path}: Is a directory; name a file"):
+        write_output(tmp_path, b"all", UsageError)
 
 
 def test_large_dumps_stay_small():
@@ -468,7 +512,6 @@ def test_terminal_text_streams_as_records_come(samples):
         len(seen) for part in paint_stream(watched(), {}) if "wrap" in re.sub(SGR, "", part)
     )
     assert first_text < 12
-    assert "".join(paint_stream(samples, {})) == paint_tokens(samples, {})
 
 
 def causal_weights(layers=2, heads=3, length=5):

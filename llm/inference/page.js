@@ -330,7 +330,7 @@ function facts(run) {
     ["on", numerics?.platform
       && `${numerics.platform}, ${numerics.compute_dtype}, JAX ${numerics.jax}`],
     ["off a full pass by", numerics?.cached_minus_full_nats == null ? null
-      : `at most ${numerics.cached_minus_full_nats.toFixed(4)} nats`],
+      : `${numerics.cached_minus_full_nats.toFixed(4)} nats, on a probe`],
   ].filter(([, value]) => value).map(([term, value]) =>
     el("div", "", el("dt", "", term), el("dd", "", escaped(value))));
 }

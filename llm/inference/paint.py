@@ -25,22 +25,17 @@ _RESET = "\x1b[0m"
 _FAINT, _ITALIC, _UNDERLINE = 2, 3, 4
 
 
-def paint_tokens(
+def paint_stream(
     records: Iterable[Mapping[str, Any]], environ: Mapping[str, str] = os.environ
-) -> str:
+) -> Iterator[str]:
     """The samples of these records, coloured by probability, with a legend.
+
+    Piece by piece: a token as soon as its last character is complete.
 
     Args:
       environ: COLORTERM says whether the terminal knows 24-bit colours, else it gets 256;
         COLORFGBG, where the terminal sets it, whether its paper is light.
     """
-    return "".join(paint_stream(records, environ))
-
-
-def paint_stream(
-    records: Iterable[Mapping[str, Any]], environ: Mapping[str, str] = os.environ
-) -> Iterator[str]:
-    """As `paint_tokens`, piece by piece: a token as soon as its last character is complete."""
     palette = _palette(environ)
     yield _legend(palette)
     sample: Any = None

@@ -24,14 +24,15 @@ Promises beside those of the fields:
   -sum_logprob / (ln 2 * bytes of these tokens); the last two are null where there is nothing to
   divide by. A scored text ends by "length": all its tokens are there.
 
-What it is not: a view; view.py shows the same records as a page or in colour.
+What it is not: a view; view.py shows the same records as a page, paint.py in colour.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from llm.errors import DataError, UsageError
 
@@ -215,7 +216,7 @@ def read_records(path: str | Path) -> list[Record]:
 
     Raises:
       UsageError: there is no such file.
-      DataError: it holds something else; the message names the line.
+      DataError: it holds something else; the message names the line, and the field that is wrong.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -225,30 +226,138 @@ def read_records(path: str | Path) -> list[Record]:
         lines.pop()
     records = [_read_line(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
     if not records or records[0]["type"] != "run":
-        raise DataError(
-            f"{path} does not begin with a run record; expected a file that `sample.py --probs` or "
-            "`python -m llm score --probs` wrote"
-        )
-    if records[0]["schema"] != SCHEMA:
-        raise DataError(
-            f"{path} has records of schema {records[0]['schema']!r}, this program reads {SCHEMA}"
-        )
+        raise DataError(f"{path} does not begin with a run record; expected {_WRITTEN}")
     return records
+
+
+_WRITTEN = "a file as `sample.py --probs` and `python -m llm score --probs` write it"
 
 
 def _read_line(line: bytes, where: str) -> Record:
     try:
         record = json.loads(line, parse_constant=_refuse)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not strict JSON ({error}); was the file cut short?") from None
     kind = record.get("type") if isinstance(record, dict) else None
-    if kind not in _FIELDS:
+    if not isinstance(kind, str) or kind not in _FIELDS:
         raise DataError(f"{where}: no record of type 'run', 'token' or 'end': {line[:60]!r}")
     missing = [field for field in _FIELDS[kind] if field not in record]
     if missing:
         raise DataError(f"{where}: the {kind} record lacks {', '.join(missing)}")
+    if kind == "run" and record["schema"] != SCHEMA:
+        raise DataError(
+            f"{where}: records of schema {record['schema']!a}; this program reads {SCHEMA}"
+        )
+    _check_record(record, kind, where)
     return record
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not a number in JSON")
+
+
+def _check_record(record: Record, kind: str, where: str) -> None:
+    """Raise a DataError for a field of another type: what shows records relies on them."""
+    _check_fields(record, _CHECKS[kind], where)
+    if kind == "token":
+        for number, entry in enumerate(record["top"]):
+            _check_fields(entry, _ALTERNATIVE, where, "top", number)
+    if kind == "run":
+        for part, checks in _PARTS.items():
+            _check_fields(record[part], checks, where, part)
+
+
+def _check_fields(
+    record: Record,
+    checks: "Mapping[str, Check]",
+    where: str,
+    part: str = "",
+    number: int | None = None,
+) -> None:
+    """Of a record, or of a part of one, which may be one of a list."""
+    for field, (types, expected, holds) in checks.items():
+        value = record.get(field)
+        if type(value) in types and (holds is None or value is None or holds(value)):
+            continue
+        index = "" if number is None else f"[{number}]"
+        name = f"{part}{index}.{field}" if part else field
+        raise DataError(
+            f"{where}: {name} = {json.dumps(value)[:60]}: expected {expected}, in {_WRITTEN}"
+        )
+
+
+class Check(NamedTuple):
+    """What the value of a field can be.
+
+    Attributes:
+      types: of the value; exact, for JSON's true is no number.
+      expected: the same in words.
+      holds: what else is asked of it, where it is not null.
+    """
+
+    types: tuple[type, ...]
+    expected: str
+    holds: Callable[[Any], bool] | None = None
+
+
+_NULL = type(None)
+# 1e999 is read as infinity, and an integer may be larger than any float.
+_MOST = sys.float_info.max
+
+
+def _is_bytes(value: list[Any]) -> bool:
+    try:
+        bytes(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _one_of(*values: str) -> Check:
+    return Check((str,), f"one of {', '.join(values)}", lambda value: value in values)
+
+
+def _or_null(check: Check) -> Check:
+    return Check((*check.types, _NULL), f"{check.expected}, or null", check.holds)
+
+
+_STRING = Check((str,), "a string")
+_INTEGER = Check((int,), "an integer")
+_NUMBER = Check((float, int), "a finite number", lambda value: -_MOST <= value <= _MOST)
+_LOGPROB = Check(
+    (float, int), "a log-probability, finite and at most 0", lambda value: -_MOST <= value <= 0
+)
+_BYTES = Check((list,), "a list of integers from 0 to 255", _is_bytes)
+_OBJECT = Check((dict,), "an object")
+_OBJECTS = Check((list,), "a list of objects", lambda value: {*map(type, value)} <= {dict})
+_CHECKS: dict[str, dict[str, Check]] = {
+    "run": {
+        "checkpoint": _OBJECT, "tokenizer": _OBJECT, "sampling": _or_null(_OBJECT),
+        "numerics": _OBJECT, "top": _INTEGER,
+    },
+    "token": {
+        "sample": _INTEGER, "phase": _one_of("prompt", "generated"), "position": _INTEGER,
+        "id": _INTEGER, "token": _STRING, "bytes": _BYTES, "text": _STRING,
+        "text_offset": _INTEGER, "byte_offset": _INTEGER,
+        "utf8": _one_of("ok", "open", "continue", "close", "bad"),
+        "logprob": _or_null(_LOGPROB), "rank": _or_null(_INTEGER), "entropy": _or_null(_NUMBER),
+        "sampling_logprob": _or_null(_NUMBER), "kept_mass": _or_null(_NUMBER),
+        "kept_tokens": _or_null(_INTEGER), "top": _OBJECTS,
+    },
+    "end": {
+        "sample": _INTEGER, "finish": _STRING, "tokens": _INTEGER, "sum_logprob": _NUMBER,
+        "perplexity": _or_null(_NUMBER), "bits_per_byte": _or_null(_NUMBER), "text": _STRING,
+    },
+}  # fmt: skip
+_ALTERNATIVE = {
+    "id": _INTEGER, "token": _STRING, "bytes": _BYTES, "logprob": _LOGPROB,
+    "kept": Check((bool, _NULL), "true, false or null"),
+}  # fmt: skip
+_PARTS = {
+    "checkpoint": {"run": _STRING, "step": _INTEGER, "params_sha256": _STRING},
+    "tokenizer": {
+        "name": _STRING, "sha256": _STRING,
+        "vocab_size": Check((int,), "an integer, 1 or more", lambda value: value > 0),
+    },
+    "numerics": {"path": _or_null(_STRING), "cached_minus_full_nats": _or_null(_NUMBER)},
+}  # fmt: skip

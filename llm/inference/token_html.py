@@ -30,16 +30,19 @@ class Sample:
 
 def sample_html(sample: Sample, kind: str, vocab_size: int, multiple: bool) -> str:
     """One sample: heading, summary, strip, and its tokens in two phases."""
+    number = escape(str(sample.name))
     phases: list[tuple[str, list[str]]] = []
     for cell in cells(sample.tokens):
         phase = cell.tokens[0]["phase"]
         if not phases or phases[-1][0] != phase:
             phases.append((phase, []))
-        phases[-1][1].append(_cell_html(cell, sample.name, kind, vocab_size))
-    text = "".join(f'<span class="{phase}">{"".join(parts)}</span>' for phase, parts in phases)
-    name = f"Sample {sample.name}"
+        phases[-1][1].append(_cell_html(cell, number, kind, vocab_size))
+    text = "".join(
+        f'<span class="{escape(phase)}">{"".join(parts)}</span>' for phase, parts in phases
+    )
+    name = f"Sample {number}"
     return (
-        f'<section class="sample{" mixed" if len(phases) > 1 else ""}" id="s{sample.name}">'
+        f'<section class="sample{" mixed" if len(phases) > 1 else ""}" id="s{number}">'
         f"<h2{'' if multiple else ' class=unseen'}>{name}</h2>"
         f'<p class="end">{_end_line(sample)}</p>{_strip(sample.tokens, kind)}'
         f'<div class="text" tabindex="0" role="group" aria-label="{name}, text">{text}</div>'
@@ -107,8 +110,11 @@ def _bars(
     )
 
 
-def _cell_html(cell: Cell, sample: int, kind: str, vocab_size: int) -> str:
-    """Tokens that share no character, as text; those that do, under the text they share."""
+def _cell_html(cell: Cell, sample: str, kind: str, vocab_size: int) -> str:
+    """Tokens that share no character, as text; those that do, under the text they share.
+
+    sample: its number, escaped.
+    """
     spans = [
         _token_html(f"s{sample}t{cell.start + i}", token, kind, vocab_size, inner, extra)
         for i, token in enumerate(cell.tokens)
@@ -135,7 +141,7 @@ def _token_html(
 ) -> str:
     return (
         f'<span class="t{extra} {_levels(token, kind, vocab_size)}" id="{element}" '
-        f'title="{_tooltip(token, kind)}">{inner}</span>'
+        f'title="{escape(_tooltip(token, kind))}">{inner}</span>'
     )
 
 

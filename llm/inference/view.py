@@ -1,11 +1,12 @@
-"""Token-probability records as a page that people read, in a browser or as colours in a terminal.
+"""Token-probability records as a page that people read in a browser.
 
 The page is one file that loads nothing. The tokens are written into it as coloured text, so that
 it can be read, and coloured by another number, without JavaScript; page.js adds the panel, the
 strip's clicks, the table and the keys from the same records, which the page carries in a packed
 form. Numbers are rounded to four decimals there; the JSONL file is the exact source.
 
-What it is not: where the records come from (records.py). A server's live page is in live_view.py.
+What it is not: where the records come from (records.py), or their colours in a terminal (paint.py).
+A server's live page is in live_view.py.
 
 Text in a record is a stranger's: it is escaped wherever it is written.
 """
@@ -16,24 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from llm.errors import UsageError
-from llm.files import write_atomic
+from llm.files import write_output
 from llm.inference import scales
-from llm.inference.attention_view import attention_page
 from llm.inference.document import THEME, Choice, document, escape
 from llm.inference.packing import packed
-from llm.inference.paint import paint_tokens
 from llm.inference.records import Record
 from llm.inference.spelling import TokenRecord
 from llm.inference.token_html import Sample, sample_html
-
-__all__ = [
-    "attention_page",
-    "diff_page",
-    "page",
-    "paint_tokens",
-    "write_diff_page",
-    "write_page",
-]
 
 
 def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:
@@ -42,24 +32,14 @@ def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:
     Raises:
       UsageError: the file cannot be written.
     """
-    _write(page(records, title=title), path)
+    write_output(path, page(records, title=title).encode(), UsageError)
 
 
 def write_diff_page(
     records_a: Sequence[Record], records_b: Sequence[Record], path: Path, *, title: str
 ) -> None:
     """As `write_page`, of `diff_page`."""
-    _write(diff_page(records_a, records_b, title=title), path)
-
-
-def _write(content: str, path: Path) -> None:
-    try:
-        write_atomic(path, content.encode())
-    except OSError as error:
-        raise UsageError(
-            f"the page {path} cannot be written ({error.strerror}); name a file in a folder that "
-            "exists and can be written"
-        ) from None
+    write_output(path, diff_page(records_a, records_b, title=title).encode(), UsageError)
 
 
 def page(records: Sequence[Record], *, title: str) -> str:
@@ -238,8 +218,9 @@ def run_facts(run: Record) -> Iterator[tuple[str, str]]:
         yield "computed", _COMPUTED.get(path, path)
     if platform := numerics.get("platform"):
         yield "on", f"{platform}, {numerics.get('compute_dtype')}, JAX {numerics.get('jax')}"
-    if (bound := numerics.get("cached_minus_full_nats")) is not None:
-        yield "off a full pass by", f"at most {bound:.4f} nats"
+    if (distance := numerics.get("cached_minus_full_nats")) is not None:
+        # Measured on one short text, it bounds nothing.
+        yield "off a full pass by", f"{distance:.4f} nats, on a probe"
 
 
 _COMPUTED = {"teacher_forced": "in one teacher-forced pass", "cached": "by cached decoding"}
