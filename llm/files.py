@@ -22,6 +22,26 @@ def write_atomic(path: Path, content: bytes) -> None:
     flush_folder(path.parent)
 
 
+def write_output(path: str | Path, content: bytes, error: type[Exception]) -> None:
+    """`write_atomic` for a file that a person named. A link stays one, and what is no ordinary file
+    (a pipe, /dev/null) is written to, not replaced.
+
+    Args:
+      error: what is raised, with a message for that person, where it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(content)
+        else:
+            write_atomic(target, content)
+    except OSError as failed:
+        raise error(
+            f"cannot write {path}: {failed.strerror}; name a file in a folder that exists, has "
+            "room and can be written"
+        ) from None
+
+
 def flush_tree(root: Path) -> None:
     """Every file and folder below `root`, and `root` itself, to disk."""
     for folder, _, files in os.walk(root):

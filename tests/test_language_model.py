@@ -31,6 +31,7 @@ from llm.inference.score import _describe_batch
 from llm.interop import results
 from llm.interop.language_model import LanguageModel
 from llm.model.gpt import ModelSpec, bind, initialise
+from llm.model.sharding import check_divisible
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
 from llm.run.model import predicting_mesh
@@ -448,6 +449,8 @@ def test_the_page_works_in_a_frame_that_the_notebook_cannot_break(lm, tmp_path):
         ({"n_head": 25, "d_model": 1600}, 8, {"fsdp": 8}),  # GPT-2 XL
         ({"n_head": 32, "n_kv_head": 8, "d_model": 4096, "d_ff": 14336}, 8, {"tensor": 8}),
         ({"n_head": 8, "n_kv_head": 1, "d_model": 64}, 4, {"fsdp": 4}),
+        # Twelve numbers a row of the table of values.
+        ({"n_head": 8, "n_kv_head": 1, "d_model": 96, "value_embeddings": 1}, 8, {"fsdp": 4}),
         ({"n_head": 3, "d_model": 33}, 8, {}),  # nothing divides: one device
     ],
 )  # fmt: skip
@@ -455,6 +458,7 @@ def test_a_model_is_spread_by_what_its_sizes_allow(model, devices, axes):
     spec = ModelSpec(ModelConfig(n_layer=1, **model), 257)
     mesh = predicting_mesh(spec, jax.devices()[:devices])
     assert {name: size for name, size in mesh.shape.items() if size > 1} == axes
+    check_divisible(mesh, spec.config, spec.padded_vocab_size, batch_size=mesh.size)
 
 
 @pytest.fixture(scope="module")

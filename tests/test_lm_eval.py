@@ -1,5 +1,7 @@
 """lm-evaluation-harness on our models gives the numbers that its own models give."""
 
+import argparse
+import errno
 import functools
 import json
 import math
@@ -16,7 +18,7 @@ from runs import QUICK_COMPILING
 
 import llm.run.model
 from llm.commands import run_command
-from llm.commands.eval import main
+from llm.commands.eval import _report, main
 from llm.commands.import_hf import write_run
 from llm.config import Config, ModelConfig
 from llm.errors import UsageError
@@ -327,6 +329,10 @@ def test_what_a_tokenizer_cannot_encode_is_named_with_its_task_and_document():
         ({"do_sample": True, "top_k": -1, "top_p": 0.9}, (1.0, 0, 0.9, 0.0, 16, ())),
         ({"do_sample": True, "temperature": 0, "min_p": 0.1}, (0.0, 0, 1.0, 0.1, 16, ())),
         ({"num_beams": 1, "repetition_penalty": 1.0, "max_tokens": 31}, (0.0, 0, 1.0, 0.0, 31, ())),
+        (
+            {"do_sample": True, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
+            (1.0, 0, 1.0, 0.0, 16, ()),
+        ),
     ],
 )  # fmt: skip
 def test_generation_settings_mean_what_they_mean_to_the_harness(given, expected):
@@ -345,6 +351,13 @@ def test_generation_settings_mean_what_they_mean_to_the_harness(given, expected)
         ({"max_gen_toks": CONTEXT}, "max_gen_toks = 32: expected 1 to 31"),
         ({"do_sample": True, "top_p": 1.5}, "top_p"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
+        ({"max_gen_toks": "abc"}, "max_gen_toks = 'abc': expected an integer; .*--gen-kwargs"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens = 2.5: expected an integer"),
+        ({"top_k": "x"}, "top_k = 'x': expected an integer"),
+        ({"until": {"a": 1}}, "until = {'a': 1}: expected a text or a list of texts"),
+        ({"until": [1]}, r"until = \[1\]: expected a text or a list of texts"),
+        ({"temperature": "hot"}, "temperature = 'hot': expected a number"),
+        ({"do_sample": "no"}, "do_sample = 'no': expected true or false"),
     ],
 )
 def test_generation_settings_that_cannot_be_honoured_are_refused(given, named):
@@ -457,10 +470,29 @@ def test_flags_that_cannot_be_used_are_answered_before_any_work(flags, named, ca
     assert named in capsys.readouterr().err
 
 
+def test_results_replace_a_file_as_a_whole_or_leave_it(tmp_path, monkeypatch):
+    output = tmp_path / "out.json"
+    output.write_text("before")
+    options = argparse.Namespace(output=str(output), samples=None, json=False)
+
+    def fails(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(UsageError, match=r"cannot write .*out.json: No space left"):
+            _report(options, {"a": 1}, {})
+    assert output.read_text() == "before" and list(tmp_path.iterdir()) == [output]
+    _report(options, {"a": 1}, {})
+    assert json.loads(output.read_text()) == {"a": 1}
+
+
 def test_a_task_that_cannot_run_here_is_refused_before_any_work(tasks, tmp_path, capsys):
     where = ("--tasks", "writing", "--include-path", tasks)
     assert run(*where, "--gen-kwargs", "max_gen_toks=32") == 2
     assert "task writing: max_gen_toks = 32" in capsys.readouterr().err
+    assert run(*where, "--gen-kwargs", "top_k=x") == 2
+    assert "task writing: top_k = 'x': expected an integer" in capsys.readouterr().err
     broken = TASKS["choices"].replace("multiple_choice", "many_choices")
     write_task(tmp_path, "broken", broken, CHOICES)
     assert run("--tasks", "broken", "--include-path", tmp_path) == 2

@@ -28,7 +28,7 @@ from llm.commands import run_command
 from llm.commands.import_hf import write_run
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import DataError
-from llm.inference.paint import paint_tokens
+from llm.inference.paint import paint_stream
 from llm.inference.records import read_records
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.sharding import make_mesh
@@ -303,7 +303,7 @@ def test_page_and_terminal_show_the_text(surfaces, scored, drawn):
     parsed = Parsed(result.html() if drawn else surfaces.lm.score(TEXT, top=TOP).html())
     text = text_of(records)
     assert parsed.text == spelled(text)
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", paint_tokens(records, {}))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", "".join(paint_stream(records, {})))
     shown = spelled(text).replace("\n", "\u21b5\n").replace("\t", "\u2192   ")
     assert f"\nsample 0\n{shown}\n" in plain
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llm.commands.texts import check_writable, with_dashes
 from llm.errors import UsageError
+from llm.files import write_output
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -208,16 +209,11 @@ def _report(
 ) -> None:
     line = json.dumps(results, allow_nan=False)
     if options.output:
-        _write(options.output, json.dumps(results, allow_nan=False, indent=1) + "\n")
+        text = json.dumps(results, allow_nan=False, indent=1) + "\n"
+        write_output(options.output, text.encode("ascii"), UsageError)
     if options.samples:
         rows = [{"task": task, **row} for task, of_task in documents.items() for row in of_task]
-        _write(options.samples, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+        write_output(options.samples, text.encode("ascii"), UsageError)
     if options.json:
         print(line)
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="ascii")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None

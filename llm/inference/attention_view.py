@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import UsageError
-from llm.files import write_atomic
+from llm.files import write_output
 from llm.inference.document import THEME, Choice, document, escape, visible
 
 # L layers  N heads  T query position  S key position
@@ -38,11 +38,7 @@ def write_attention_page(
     Raises:
       UsageError: as `attention_page`, or the file cannot be written.
     """
-    content = attention_page(weights, tokens, title=title).encode()
-    try:
-        write_atomic(path, content)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    write_output(path, attention_page(weights, tokens, title=title).encode(), UsageError)
 
 
 def check_page_size(layers: int, heads: int, tokens: int) -> None:

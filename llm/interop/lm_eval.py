@@ -57,6 +57,20 @@ GENERATION_BATCH = 16
 # The harness's own default for a task that does not say how much to write.
 MAX_GEN_TOKS = 256
 
+# The settings of generation that this decoder has: their types, and what these are to a person.
+_TYPES: Mapping[str, tuple[tuple[type, ...], str]] = {
+    "until": ((str, list), "a text or a list of texts"),
+    "max_gen_toks": ((int,), "an integer"),
+    "max_new_tokens": ((int,), "an integer"),
+    "max_tokens": ((int,), "an integer"),
+    "max_completion_tokens": ((int,), "an integer"),
+    "do_sample": ((bool,), "true or false"),
+    "temperature": ((int, float), "a number"),
+    "top_k": ((int,), "an integer"),
+    "top_p": ((int, float), "a number"),
+    "min_p": ((int, float), "a number"),
+}
+
 # Settings of other decoders, and the value at which each does nothing.
 _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -107,7 +121,7 @@ class Settings:
           UsageError: a setting that this decoder does not have, or a wrong value of one it has.
         """
         default = min(MAX_GEN_TOKS, max(1, context_length // 2))
-        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), default))
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(_checked(given), default))
         stop = handle_stop_sequences(kwargs.pop("until"), eos=None)
         max_new_tokens = kwargs.pop("max_gen_toks")
         if not 0 < max_new_tokens < context_length:
@@ -116,10 +130,9 @@ class Settings:
                 f"the model's context of {context_length} has room for a prompt; set it with "
                 f"--gen-kwargs max_gen_toks={max(1, context_length // 2)}"
             )
-        temperature = kwargs.pop("temperature", None)
-        temperature = 1.0 if temperature is None else temperature
-        # vLLM's -1 and Hugging Face's None keep all tokens, as 0 does here.
-        top_k = max(0, kwargs.pop("top_k", None) or 0)
+        temperature = kwargs.pop("temperature", 1.0)
+        # vLLM's -1 keeps all tokens, as 0 does here.
+        top_k = max(0, kwargs.pop("top_k", 0))
         sample: dict[str, Any] = {
             "temperature": temperature if kwargs.pop("do_sample") else 0.0,
             "top_k": top_k,
@@ -129,6 +142,26 @@ class Settings:
         _refuse_unknown(kwargs)
         sampling = Sampling.of(validate({"sample": sample}, where="generation_kwargs").sample)
         return cls(sampling, max_new_tokens, tuple(string for string in stop if string))
+
+
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without those that are null: to Hugging Face too that is as good as absent.
+
+    Raises:
+      UsageError: a value of another type, which the harness would take for something or fail at.
+    """
+    kwargs = {name: v for name, v in given.items() if v is not None or name not in _TYPES}
+    for name, (types, expected) in _TYPES.items():
+        if name not in kwargs:
+            continue
+        value = kwargs[name]
+        texts = value if type(value) is list else []
+        if type(value) not in types or not all(isinstance(text, str) for text in texts):
+            raise UsageError(
+                f"{name} = {value!r}: expected {expected}; correct it in the task or with "
+                f"--gen-kwargs {name}=VALUE"
+            )
+    return kwargs
 
 
 def _refuse_unknown(kwargs: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import UsageError
-from llm.files import write_atomic
+from llm.files import write_output
 from llm.inference.records import TOKEN_FIELDS, Record, RecordBuilder, to_line
 from llm.inference.transcript import Token
 from llm.inference.view import page, write_page
@@ -176,10 +176,7 @@ class Shown(abc.ABC):
           UsageError: it cannot be written.
         """
         content = "".join(map(to_line, self.records())).encode("ascii")
-        try:
-            write_atomic(Path(path), content)
-        except OSError as error:
-            raise UsageError(f"cannot write {path}: {error.strerror}") from None
+        write_output(path, content, UsageError)
 
     def html(self) -> str:
         """The page, one self-contained HTML document."""
