@@ -10,6 +10,7 @@ nowhere else. Nothing in this file imports JAX, so `--help` answers at once.
 
 import dataclasses
 import difflib
+import os
 import tomllib
 import typing
 from collections.abc import Mapping, Sequence
@@ -33,6 +34,8 @@ from llm.ramp import DOUBLINGS, Ramp
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 AxisSize = Annotated[int, Field(ge=-1)]
+# JAX takes the lowest 32 bits of a seed: two that are equal in them would initialise alike.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # TOML has lists, a frozen setting holds a tuple.
 Sources = Annotated[
     str | tuple[str, ...],
@@ -55,13 +58,19 @@ class RunConfig(Section):
     """Where the run lives and what makes it repeatable."""
 
     dir: str = setting("", "run directory; empty: runs/<name of the configuration file>")
-    seed: int = setting(1337, "seed of initialisation, data order and dropout")
+    seed: Seed = setting(1337, "seed of initialisation, data order and dropout; below 2^32")
     allow_change: bool = setting(
         False, "on resume, accept another learning rate, schedule or batch size, and record it"
     )
     deterministic: bool = setting(
         False, "ask the backend for bitwise repetition, and check it on the first step"
     )
+
+    @pydantic.field_validator("dir")
+    @classmethod
+    def _expand_home(cls, value: str) -> str:
+        # No shell has read what stands in a file, or behind the = of a flag.
+        return os.path.expanduser(value)
 
 
 class DataConfig(Section):
@@ -287,7 +296,9 @@ class TrainingConfig(Section):
         0, "steps in which windows grow: an eighth of context_length, a quarter, a half; 0: off"
     )
     eval_every: NonNegativeInt = setting(250, "steps between evaluations; 0: only at the end")
-    eval_batch_size: NonNegativeInt = setting(0, "sequences per evaluation batch; 0: batch_size")
+    eval_batch_size: NonNegativeInt = setting(
+        0, "sequences per evaluation batch; 0: micro_batch_size, or batch_size without one"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of matrix products; auto: bfloat16 on accelerators, float32 on CPU"
     )
@@ -430,7 +441,10 @@ class SamplingConfig(Section):
     min_p: Probability = setting(
         0.0, "keep tokens at least this fraction as likely as the likeliest"
     )
-    seed: int = setting(1337, "sample i is a function of seed and i alone")
+    # The noise has 64 bits of seed, and so has the server's request (completions_api.py).
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = setting(
+        1337, "sample i is a function of seed and i alone; below 2^63"
+    )
 
 
 class DistributedConfig(Section):

@@ -4,8 +4,8 @@
 
 A fault is PLACE[:step=N]:ACTION; several are separated by commas. Without the variable nothing
 happens. Actions: kill (SIGKILL, nothing is cleaned up), term and int (the signals), enospc (no
-space left on device), raise (an unexpected error), hang (nothing more happens), nan (the
-caller makes its value NaN).
+space left on device), raise (an unexpected error), hang (nothing more happens); any other word is
+handed to the place, such as torn at metrics.write.
 """
 
 import errno

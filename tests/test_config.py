@@ -100,13 +100,20 @@ def test_every_spelling_of_a_switch(write, flags, expected, in_file):
 
 
 def test_lists_numbers_and_words_that_begin_with_a_dash_are_values():
-    flags = ["--data.source", "a b.txt", "c", "--run.seed", "-5", "--sample.prompt", "-x y"]
+    flags = ["--data.source", "a b.txt", "c", "--sample.seed", "-5", "--sample.prompt", "-x y"]
     config = load_config(None, flags)
     assert config.data.source == ("a b.txt", "c")
-    assert config.run.seed == -5
+    assert config.sample.seed == -5
     assert config.sample.prompt == "-x y"
     assert load_config(None, ["--sample.prompt=--x"]).sample.prompt == "--x"
     assert load_config(None, ["--data.source", "one"]).data.source == "one"
+
+
+def test_a_run_directory_may_lie_in_the_home(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = write("[run]\ndir = '~/runs/one'\n")
+    assert load_config(path).run.dir == "/home/someone/runs/one"
+    assert load_config(path, ["--run.dir=~/two"]).run.dir == "/home/someone/two"
 
 
 def test_an_integer_is_a_number_too(write):
@@ -122,17 +129,18 @@ def test_an_integer_is_a_number_too(write):
 
 @given(
     seed=st.integers(-(2**63), 2**63 - 1),
+    run_seed=st.integers(0, 2**32 - 1),
     rate=st.floats(1e-12, 1e3),
     prompt=st.text(st.characters(exclude_categories=["Cs"])),
     sources=st.one_of(st.text("ab/*:é\"'\\\n"), st.lists(st.text("ab\U0001f600"), max_size=3)),
     bias=st.booleans(),
 )
-def test_what_is_written_is_read_back_equal(seed, rate, prompt, sources, bias):
+def test_what_is_written_is_read_back_equal(seed, run_seed, rate, prompt, sources, bias):
     config = validate(
         {
-            "run": {"seed": seed},
+            "run": {"seed": run_seed},
             "optimizer": {"learning_rate": rate, "min_learning_rate": 0.0},
-            "sample": {"prompt": prompt},
+            "sample": {"prompt": prompt, "seed": seed},
             "data": {"source": sources},
             "model": {"bias": bias},
         },
@@ -191,6 +199,8 @@ def test_resolved_writes_out_the_sizes_that_follow():
         ("[model]\nn_layer = true", ["model.n_layer = True", "expected a valid integer"]),
         ("[model]\nbias = 1", ["model.bias = 1", "expected a valid boolean"]),
         ("[run]\nseed = 1.0", ["run.seed = 1.0", "expected a valid integer"]),
+        ("[run]\nseed = -1", ["run.seed = -1", "greater than or equal to 0"]),
+        ("[run]\nseed = 4294967296", ["run.seed = 4294967296", "less than 4294967296"]),
         ("[data]\nsource = 3", ["data.source = 3", "expected a valid string"]),
         ("[data]\nsource = ['a', 3]", ["data.source", "expected a valid string"]),
         ("model = 3", ["model = 3", "expected a table"]),

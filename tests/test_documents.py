@@ -224,6 +224,35 @@ def test_rows_of_another_field(write):
         read([origin])
 
 
+@pytest.mark.parametrize("text", ["2020-01-01", "2020-01-01T00:00:00Z", "12:30:00", "1", "null"])
+def test_a_text_that_looks_like_another_type_stays_as_it_is_written(write, text):
+    lines = json.dumps({"text": text, "date": text}) + "\n"
+    assert read([write("rows.jsonl", lines, "rows")])[0] == [("rows.jsonl#0", text)]
+    assert read([write("rows.json", f"[{lines}]", "rows")])[0] == [("rows.json#0", text)]
+
+
+def test_a_text_of_rows_holds_any_separator_but_a_newline(write, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 5)
+    texts = ["one\u2028two\x85", "tab\tand\x1c", "學" * 9]
+    lines = "\r\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    found = read([write("rows.jsonl", "\ufeff" + lines.replace("\\t", "\t"), "rows")])[0]
+    assert [text for _, text in found] == texts
+
+
+def test_a_list_of_bare_texts_is_a_column(write):
+    content = json.dumps(["first", "", "third"], indent=1)
+    assert read([write("rows.json", content, "rows")])[0] == [
+        ("rows.json#0", "first"), ("rows.json#2", "third"),
+    ]  # fmt: skip
+
+
+def test_a_row_that_cannot_be_text_is_an_error_of_the_data(write):
+    with pytest.raises(DataError, match="has a row that is int; expected one JSON object a line"):
+        read([write("rows.jsonl", '{"text": "x"}\n3\n', "rows")])
+    with pytest.raises(DataError, match=r"rows.jsonl#0 has half of a surrogate pair, '\\ud83d'"):
+        read([write("rows.jsonl", '{"text": "x\\ud83d"}\n', "rows")])
+
+
 def test_a_field_that_is_no_text_is_named(write):
     with pytest.raises(DataError, match="the field 'text' is int; expected text"):
         read([write("rows.jsonl", '{"text": 3}\n', "rows")])
@@ -234,7 +263,7 @@ def test_an_empty_table_has_no_documents(write):
 
 
 def test_rows_that_are_no_json_are_an_error_of_the_data(write):
-    with pytest.raises(DataError, match=r"rows.jsonl cannot be read by `datasets`: JSON parse"):
+    with pytest.raises(DataError, match=r"rows.jsonl, line 2, is not JSON: Unterminated string"):
         read([write("rows.jsonl", '{"text": "x"}\n{"te', "rows")])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from runs import train, write_config
 from safetensors.numpy import load_file
 from test_hf import GOLDENS, VOCAB, logits_of, torch_and_transformers, write_golden
@@ -140,6 +141,9 @@ def test_gpt2s_vocabulary_is_known_and_no_other_is_taken_for_it(gpt2, tmp_path, 
     write({**vocabulary, "Ġthe": vocabulary["Ġof"], "Ġof": vocabulary["Ġthe"]})
     with pytest.raises(UsageError, match="is not GPT-2's"):
         import_hf.tokenizer_of(tmp_path, None, 50257)
+    write({"a": 0})
+    with pytest.raises(UsageError, match="of 1 token, is not GPT-2's"):
+        import_hf.tokenizer_of(tmp_path, None, 50257)
     assert import_hf.tokenizer_of(tmp_path, "gpt2", 50257) is gpt2
     with pytest.raises(UsageError, match=r"predicts 50304 tokens .* has 50257"):
         import_hf.tokenizer_of(tmp_path, "gpt2", 50304)
@@ -181,6 +185,23 @@ def test_nothing_is_overwritten(golden, trained, tmp_path, capsys):
         assert run(command, source, tmp_path / "taken") == 2
         assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "taken" / "notes.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_said_once_and_nothing_is_left(trained, tmp_path, capsys, monkeypatch):
+    """safetensors has an error of its own for it."""
+    whole = safetensors.numpy.save_file
+
+    def full(tensors, path, **more):
+        whole(tensors, path, **more)
+        reason = "No space left on device (os error 28)"
+        raise safetensors.SafetensorError(f"Error while serializing: I/O error: {reason}")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    assert run(export_hf, trained, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: no room for {tmp_path / 'out'} (No space left on device); ")
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_of_no_architecture_there_leaves_no_folder(tmp_path, capsys):

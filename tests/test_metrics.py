@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llm.run import metrics as metrics_module
 from llm.run.metrics import Metrics, read_metrics
 
 
@@ -72,3 +73,45 @@ def test_the_best_evaluation_is_the_lowest_validation_loss(tmp_path):
     assert metrics.best_evaluation() == (2, 2.0)
     assert metrics.has_evaluation(2)
     assert not metrics.has_evaluation(4)
+
+
+@pytest.mark.parametrize(
+    ("refused", "step", "expected"),
+    [
+        ([103, 111, 127, 140], 140, 1),  # between them updates were applied and not written
+        ([103, 111, 127, 140], 150, 0),
+        ([138, 139, 140], 140, 3),
+        ([138, 139, 140, 141], 140, 3),
+        ([], 140, 0),
+    ],
+)
+def test_skipped_updates_are_counted_in_a_row_up_to_the_step(tmp_path, refused, step, expected):
+    """With logging.every = 100: of the applied updates only the hundredth has a row."""
+    first = Metrics(tmp_path / "metrics.jsonl")
+    for number in sorted([100, *refused]):
+        first.write(row(number, **({"spike": True} if number in refused else {})))
+    first.close()
+    metrics, other = Metrics(tmp_path / "metrics.jsonl"), Metrics(tmp_path / "no", writes=False)
+    metrics.rewind(step)
+    other.remember(metrics.memory(), step)
+    assert metrics.skipped() == other.skipped() == expected
+
+
+def test_only_the_newest_steps_stay_in_memory_and_every_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_module, "NEWEST_ROWS", 5)
+    path = tmp_path / "metrics.jsonl"
+
+    def in_memory(metrics):
+        return [(r["kind"], r["step"]) for r in metrics.rows]
+
+    metrics = Metrics(path)
+    metrics.write(row(1, "eval", split="validation"))
+    for step in range(1, 21):
+        metrics.write(row(step))
+    metrics.close()
+    newest = [("eval", 1), *(("train", step) for step in range(16, 21))]
+    assert in_memory(metrics) == newest
+    again = Metrics(path)
+    again.rewind(20)
+    assert in_memory(again) == newest
+    assert len(read_metrics(path)) == 21

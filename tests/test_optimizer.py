@@ -48,6 +48,13 @@ def test_warmup_stable_decay_is_flat_until_its_last_fraction():
     )
 
 
+def test_a_warmup_that_reaches_into_the_decay_makes_no_jump():
+    wsd = factors(schedule="wsd", warmup_steps=90, decay_fraction=0.5)
+    steps = np.arange(STEPS + 1)
+    expected = np.minimum((steps + 1) / 91, np.interp(steps, [50, 100], [1.0, 0.1]))
+    np.testing.assert_allclose(wsd, expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_no_warmup_starts_at_the_peak(schedule):
     assert factors(schedule=schedule, warmup_steps=0)[0] == 1.0

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -23,7 +24,7 @@ from llm.errors import UsageError
 from llm.inference.attention_view import attention_page
 from llm.inference.decode import Progress
 from llm.inference.records import read_records
-from llm.inference.samples import continued, in_order
+from llm.inference.samples import continued, in_order, overlay
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.run.model import OpenedModel
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -181,6 +182,43 @@ def test_stop_strings_and_probs_to_stdout(capsys):
     assert "".join(t["text"] for t in tokens[1:]) == end["text"]
 
 
+def test_a_seed_beyond_64_bits_is_refused_from_python_too():
+    assert overlay(SAMPLE, {"seed": 2**63 - 1}, "generate").seed == 2**63 - 1
+    for seed in (2**63, 2**70, -(2**63) - 1):
+        with pytest.raises(UsageError, match="seed"):
+            overlay(SAMPLE, {"seed": seed}, "generate")
+
+
+def test_a_full_context_is_said_once(capsys):
+    long = ("--prompt", "x" * 60, "--greedy", "--num-samples", 2, "--max-new-tokens")
+    assert sample(*long, 5, "--probs", "-") == 0
+    said = "the context of 64 tokens is full after 4 new tokens; 5 were asked for\n"
+    captured = capsys.readouterr()
+    assert captured.err == said and "context of" not in captured.out
+    assert sample(*long, 4) == 0
+    assert "context" not in capsys.readouterr().err
+    assert sample("--prompt", "x" * 63, "y" * 61, "--greedy", "--max-new-tokens", 9) == 0
+    assert "full after 1 to 3 new tokens; 9 were asked for\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [sample, lambda: score("--text", "ab")])
+def test_a_warning_is_one_clean_line(command, model, monkeypatch, capsys):
+    def warning(run, step=None):
+        warnings.warn("step 20 is passed over: x has changed", stacklevel=2)
+        return model["model"]
+
+    monkeypatch.setattr(llm.run.model, "open_model", warning)
+    assert command() == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "WARNING: step 20 is passed over: x has changed"
+    assert not any("UserWarning" in line for line in said)
+
+
+def test_score_counts_one_token_as_one(capsys):
+    assert score("--text", "ab") == 0
+    assert capsys.readouterr().err.startswith("1 token \u00b7")
+
+
 def test_a_page_is_written(tmp_path, capsys):
     path = tmp_path / "out.html"
     assert sample("--prompt", "<b>", "--html", path) == 0
@@ -224,7 +262,9 @@ def test_in_bfloat16_the_distance_from_a_full_pass_is_measured(model, tmp_path, 
         (["--top", "-1"], ["--top"]),
         (["--watch", "257"], ["watch", "257"]),
         (["--stop", ""], ["stop"]),
-        (["--prompt", "x" * 70], ["70", "64"]),
+        (["--prompt", "x" * 70], ["70", "64", "by 6 tokens"]),
+        (["--prompt", "x" * 65], ["65", "64", "by 1 token\n"]),
+        (["--seed", "99999999999999999999"], ["seed", "less than 9223372036854775808"]),
         (["--prompt-file", "no/such/file"], ["no/such/file"]),
         (["--probs", "no/such/folder/out.jsonl"], ["no/such/folder"]),
         (["--html", "/"], ["folder"]),

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import DataError, UsageError
-from llm.text.splits import TokenSplit, check_window, is_held_out, tail_boundary
+from llm.text.splits import (
+    TokenSplit,
+    check_held_out,
+    check_window,
+    is_held_out,
+    tail_boundary,
+)
 from llm.text.stream import StreamWriter, TokenStream
 
 IDS = np.arange(50, dtype=np.int32) * 7 % 53
@@ -84,6 +90,17 @@ def test_documents_are_held_out_by_their_hash_alone():
 def test_hashes_at_the_ends_fall_on_their_sides():
     assert is_held_out("0" * 64, 1e-9)
     assert not is_held_out("f" * 64, 0.999)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_held_out_text_without_a_prediction_is_refused_with_the_number(tokens):
+    with pytest.raises(UsageError, match=rf"'tail:0.00001' holds out {tokens} token.* at least 2"):
+        check_held_out(split_of(tokens), "tail:0.00001")
+
+
+def test_two_tokens_or_none_wanted_pass():
+    check_held_out(split_of(2), "tail:0.00001")
+    check_held_out(split_of(0), "none")
 
 
 def test_a_split_longer_than_a_window_passes():

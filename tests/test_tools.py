@@ -1,17 +1,21 @@
 """verify, replay and diff tell the truth about a run."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from runs import STEPS, train, write_config
 
-from llm.commands import diff, replay, verify
+import llm.run.model
+from llm.commands import diff, replay, run_command, verify
 from llm.errors import CheckpointError, DataError, UsageError
 from llm.inference.distribution import Prediction
 from llm.inference.records import RecordBuilder, to_line
 from llm.inference.transcript import Transcript
+from llm.run.checkpoint import saved_steps
+from llm.run.directory import RunDirectory
 from llm.text.tokenizer import ByteTokenizer
 
 
@@ -47,6 +51,52 @@ def test_verify_finds_a_changed_byte(runs, tmp_path, capsys):
     assert [line["manifest_ok"] for line in lines] == [line["step"] != STEPS for line in lines]
 
 
+def removing(monkeypatch, run, times, adding=()):
+    """As a run that trains: the next `times` steps that are opened are removed before they are
+    read, each time after the next of `adding` was saved."""
+    open_model, removed, new = llm.run.model.open_model, [], list(adding)
+
+    def opening(path, step=None):
+        if len(removed) < times:
+            removed.append(step)
+            if new:
+                shutil.copytree(run / "checkpoints" / str(step), run / "checkpoints" / new.pop(0))
+            shutil.rmtree(run / "checkpoints" / str(step))
+        return open_model(path, step)
+
+    monkeypatch.setattr(llm.run.model, "open_model", opening)
+    return removed
+
+
+def test_verify_takes_the_newest_again_when_the_run_removed_it(runs, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(runs[0] / "run", tmp_path / "run")
+    removed = removing(monkeypatch, run, times=1, adding=["99"])
+    assert printed(capsys, verify, run)["step"] == 99
+    assert removed == [STEPS]
+
+
+def test_verify_of_steps_that_the_run_removed_meanwhile_finds_no_damage(
+    runs, tmp_path, capsys, monkeypatch
+):
+    run = shutil.copytree(runs[0] / "run", tmp_path / "run")
+    removed = removing(monkeypatch, run, times=1)
+    assert run_command(verify.main, [str(run), "--all"]) == 0
+    said = capsys.readouterr()
+    assert f"removed by the run meanwhile, which is no damage: step {removed[0]}" in said.err
+    verified = [json.loads(line)["step"] for line in said.out.splitlines()]
+    assert verified == saved_steps(run / "checkpoints") and verified[-1] == STEPS
+    removing(monkeypatch, run, times=1)
+    assert run_command(verify.main, [str(run), "--step", str(STEPS)]) == 2
+    assert f"which is no damage: step {STEPS};" in capsys.readouterr().err
+
+
+def test_verify_gives_up_when_the_newest_is_gone_each_time(runs, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(runs[0] / "run", tmp_path / "run")
+    removing(monkeypatch, run, verify.ATTEMPTS, [str(step) for step in range(90, 99)])
+    assert run_command(verify.main, [str(run)]) == 2
+    assert f"gone {verify.ATTEMPTS} times" in capsys.readouterr().err
+
+
 def test_replay_shows_text_and_documents_of_the_batch(runs, capsys):
     page = printed(capsys, replay, runs[0] / "run", "--step", 3, "--json")
     text = (runs[0] / "corpus.txt").read_text()
@@ -78,6 +128,58 @@ def test_replay_is_what_the_loop_trained_on(runs, tmp_path, capsys, monkeypatch)
 def test_replay_refuses_a_step_before_the_first(runs):
     with pytest.raises(UsageError, match="step 1 is the first"):
         replay.main([str(runs[0] / "run"), "--step", "0"])
+
+
+def test_replay_refuses_a_step_that_was_not_trained_yet(runs, tmp_path):
+    with pytest.raises(UsageError, match=f"not trained yet; .* expected 1 to {STEPS}$"):
+        replay.main([str(runs[0] / "run"), "--step", str(STEPS + 1)])
+    run = shutil.copytree(runs[0] / "run", tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    replay.check_step(RunDirectory(run), STEPS)  # there is its checkpoint
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UsageError, match="not trained yet"):
+        replay.main([str(run), "--step", "1"])
+
+
+def test_replay_counts_one_token_as_one():
+    sequence = {"row": 0, "ids": [7], "text": "x", "documents": []}
+    parts = [{"document": "a", "offset": 5, "tokens": count} for count in (1, 2)]
+    page = replay._page(1, sequence | {"documents": parts})
+    assert "a from token 5: 1 token\n" in page and "a from token 5: 2 tokens\n" in page
+
+
+def test_diff_says_how_much_was_compared(runs, tmp_path, capsys):
+    whole, part = runs[0] / "run", shutil.copytree(runs[0] / "run", tmp_path / "run")
+    lines = (part / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (part / "metrics.jsonl").write_text(lines[0])
+    report = printed(capsys, diff, whole, part, "--json")
+    assert (report["common_steps"], report["recorded_steps"]) == (1, [STEPS, 1])
+    assert diff.main([str(whole), str(part)]) == 0
+    said = capsys.readouterr().out
+    assert f"1 step in both: the first run has {STEPS} recorded, the second 1\n" in said
+    (part / "metrics.jsonl").unlink()
+    assert diff.main([str(part), str(whole)]) == 0
+    said = capsys.readouterr().out
+    assert "no step is recorded in both" in said and "equal" not in said
+    assert f"the first run has 0 recorded, the second {STEPS}" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("run.json", "[]", "run.json is not what a run writes: expected"),
+        ("run.json", "{}", "run.json is not what a run writes: expected"),
+        ("run.json", '{"data": {}, "starts": []}', "run.json is not what a run writes: expected"),
+        ("metrics.jsonl", "torn\n[1]\n", "metrics.jsonl, line 2: expected .* found \\[1\\]"),
+        ("metrics.jsonl", '{"a": 1}\n', "metrics.jsonl, line 1: expected"),
+    ],
+)
+def test_json_of_another_shape_is_named(runs, tmp_path, capsys, name, content, named):
+    run = shutil.copytree(runs[0] / "run", tmp_path / "run")
+    (run / name).write_text(content)
+    for command, arguments in ((diff, [runs[0] / "run"]), (replay, ["--step", 1])):
+        assert run_command(command.main, [str(run), *map(str, arguments)]) == 4
+        assert re.search(named, capsys.readouterr().err)
 
 
 def test_diff_names_the_seed_and_the_first_step(runs, capsys):

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 from runs import (
     STEPS,
@@ -96,7 +97,8 @@ def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("step", "batch", "code", "evaluated"), [(6, 64, 75, True), (6, 8, 75, False), (12, 64, 0, True)]
+    ("step", "batch", "code", "evaluated"),
+    [(6, 64, 75, True), (6, 8, 75, False), (12, 64, 0, True)],
 )
 def test_an_evaluation_that_was_whole_when_the_stop_came_is_kept(
     tmp_path, step, batch, code, evaluated
@@ -175,9 +177,7 @@ def test_a_compute_dtype_that_is_what_auto_stood_for_is_taken(copy):
     train(copy / "config.toml", "--training.steps=13", "--training.compute-dtype=float32")
     changed = starts(copy / "run")[-1]["changed"]
     assert changed["training.compute_dtype"] == ["auto", "float32"]
-    with pytest.raises(
-        UsageError, match=r"compute_dtype: the run has 'float32', this .*'bfloat16'"
-    ):
+    with pytest.raises(UsageError, match=r"the run has 'float32', this command has 'bfloat16'"):
         train(copy / "config.toml", "--training.steps=14", "--training.compute-dtype=bfloat16")
 
 
@@ -265,8 +265,12 @@ def test_a_start_that_fails_before_it_is_a_run_leaves_room_for_the_same_command(
         train(config, "--logging.wandb-project", "x")
     assert os.listdir(tmp_path / "run") == ["run.lock"]
 
-    def no_room(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    save = CharacterTokenizer.save
+
+    def no_room(tokenizer, folder):
+        save(tokenizer, folder)
+        if folder == tmp_path / "run" / "tokenizer":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def crash(*_):
         raise KeyboardInterrupt
@@ -292,6 +296,18 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(t
     assert list((tmp_path / "run").glob("nonfinite-step-*.npz"))
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_a_model_that_gives_no_probabilities_is_not_saved_and_said_to_have_diverged(
+    tmp_path, monkeypatch
+):
+    def nothing(_spec, _params, tokens_BT):
+        return np.full(tokens_BT[:, 1:].shape, np.nan, np.float32)
+
+    monkeypatch.setattr("llm.training.loop.receipt_logprobs", nothing)
+    with pytest.raises(NonFiniteError, match="diverged"):
+        train(write_config(tmp_path))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -420,7 +420,7 @@ def test_diff_of_different_tokenizers_or_counts_is_a_usage_error(samples):
     other[0] = other[0] | {"tokenizer": other[0]["tokenizer"] | {"sha256": "ee" * 32}}
     with pytest.raises(UsageError, match="different tokenizers"):
         diff_page(scored(TEXT), other, title="t")
-    with pytest.raises(UsageError, match="the first dump holds 1 samples, the second 2"):
+    with pytest.raises(UsageError, match="the first dump holds 1 sample, the second 2"):
         diff_page(scored(TEXT), samples, title="t")
 
 

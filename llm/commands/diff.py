@@ -6,13 +6,15 @@ second checkpoint gives it beside what the first one did.
 """
 
 import argparse
+import contextlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm.commands.texts import check_writable
 from llm.config import differences
-from llm.errors import UsageError
+from llm.errors import CheckpointError, UsageError
 from llm.inference.records import read_records
 from llm.inference.view import write_diff_page
 from llm.run.directory import RunDirectory
@@ -20,6 +22,18 @@ from llm.run.metrics import read_metrics
 
 # Where the run lies says nothing of what it computes.
 IGNORED = ("run.dir", "data.cache_dir")
+
+# What is read of run.json, of each of its starts, and of each line of metrics.jsonl.
+_DATA = {"fingerprint": str, "origins": list}
+_START = {
+    "from_step": int,
+    "code_sha256": str,
+    "versions": dict,
+    "devices": dict,
+    "mesh": dict,
+    "changed": dict,
+}
+_ROW = {"kind": str, "step": int}
 
 
 def main(arguments: list[str]) -> int:
@@ -54,17 +68,19 @@ def write_changes(before: str, after: str, html: str) -> None:
 
 
 def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
-    """first_difference: {step, loss_a, loss_b} or None; common_steps; and causes by kind."""
+    """first_difference: {step, loss_a, loss_b} or None; recorded_steps of each run, common_steps of
+    both; and causes by kind."""
     from llm.run.provenance import check_trained  # JAX, which `--help` does without
 
     config = differences(run_a.read_config(), run_b.read_config())
+    records = [read_whole_provenance(run) for run in (run_a, run_b)]
     for run in (run_a, run_b):
         check_trained(run)
-    records = [run.read_provenance() for run in (run_a, run_b)]
     losses = [_losses(run) for run in (run_a, run_b)]
     common = sorted(set(losses[0]) & set(losses[1]))
     first = next((step for step in common if losses[0][step] != losses[1][step]), None)
     return {
+        "recorded_steps": [len(of_run) for of_run in losses],
         "common_steps": len(common),
         "first_difference": None
         if first is None
@@ -73,7 +89,7 @@ def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
         "randomness": {k: list(v) for k, v in config.items() if k == "run.seed"},
         "data": _unequal(records, lambda r: r["data"]["fingerprint"]),
         "code": _unequal(records, lambda r: sorted({s["code_sha256"] for s in r["starts"]})),
-        "versions": _unequal(records, lambda r: r["starts"][-1]["versions"]),
+        "versions": _unequal(records, lambda r: r["starts"] and r["starts"][-1]["versions"]),
         "devices": _unequal(
             records, lambda r: [{**s["devices"], "mesh": s["mesh"]} for s in r["starts"]]
         ),
@@ -81,7 +97,56 @@ def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
 
 
 def _losses(run: RunDirectory) -> dict[int, float | None]:
-    return {row["step"]: row["loss"] for row in read_metrics(run.metrics) if row["kind"] == "train"}
+    return {row["step"]: row["loss"] for row in read_rows(run) if row["kind"] == "train"}
+
+
+def read_whole_provenance(run: RunDirectory) -> dict[str, Any]:
+    """run.json with all that is read of it.
+
+    Raises:
+      CheckpointError: it is JSON, and not what a run writes.
+    """
+    record = run.read_provenance()
+    if (
+        _holds(record, {"data": dict, "starts": list})
+        and _holds(record["data"], _DATA)
+        and all(_holds(start, _START) for start in record["starts"])
+    ):
+        return record
+    raise CheckpointError(
+        f"{run.provenance} is not what a run writes: expected an object with data "
+        f"({', '.join(_DATA)}) and starts (each with {', '.join(_START)}); restore it from a copy"
+    )
+
+
+def read_rows(run: RunDirectory) -> list[dict[str, Any]]:
+    """metrics.jsonl.
+
+    Raises:
+      CheckpointError: naming the first line that is JSON, and not a row.
+    """
+    rows = read_metrics(run.metrics)
+    for row in rows:
+        if not _holds(row, _ROW) or (row["kind"] == "train" and "loss" not in row):
+            raise CheckpointError(
+                f"{run.metrics}, line {_line_of(run.metrics, row)}: expected an object with kind, "
+                f"step and loss, found {json.dumps(row)[:80]}; remove the line, or restore the file"
+            )
+    return rows
+
+
+def _holds(value: object, kinds: Mapping[str, type]) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in kinds.items()
+    )
+
+
+def _line_of(path: Path, row: object) -> int | None:
+    for number, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
+        with contextlib.suppress(ValueError):
+            if json.loads(line) == row:
+                return number
+    return None
 
 
 def _unequal(records: list[dict[str, Any]], part: Any) -> list[Any]:
@@ -91,18 +156,27 @@ def _unequal(records: list[dict[str, Any]], part: Any) -> list[Any]:
 
 
 def _page(report: dict[str, Any]) -> str:
-    first = report["first_difference"]
-    lines = [f"{report['common_steps']} steps in both"]
-    lines.append(
-        "equal losses, bit for bit, at each of them"
-        if first is None
-        else f"they part at step {first['step']}: loss {first['loss_a']} and {first['loss_b']}"
-    )
+    causes: list[str] = []
     for kind in ("config", "randomness"):
-        lines += [f"{kind}: {name} is {a!r} and {b!r}" for name, (a, b) in report[kind].items()]
+        causes += [f"{kind}: {name} is {a!r} and {b!r}" for name, (a, b) in report[kind].items()]
     for kind in ("data", "code", "versions", "devices"):
         if report[kind]:
-            lines.append(f"{kind} differ: {report[kind][0]} and {report[kind][1]}")
-    if len(lines) == 2:
-        lines.append("nothing else differs: config, data, code, versions, devices, seed")
-    return "\n".join(lines)
+            causes.append(f"{kind} differ: {report[kind][0]} and {report[kind][1]}")
+    nothing = "nothing else differs: config, data, code, versions, devices, seed"
+    return "\n".join([*_compared(report), *(causes or [nothing])])
+
+
+def _compared(report: dict[str, Any]) -> list[str]:
+    """How many steps there are to compare, and where the losses part in them."""
+    common, first = report["common_steps"], report["first_difference"]
+    one, other = report["recorded_steps"]
+    counts = f"the first run has {one} recorded, the second {other}"
+    if not common:
+        return [f"no step is recorded in both, so no losses are compared: {counts}"]
+    head = f"{common} {'step' if common == 1 else 'steps'} in both"
+    return [
+        head if one == other == common else f"{head}: {counts}",
+        "equal losses, bit for bit, at each of them"
+        if first is None
+        else f"they part at step {first['step']}: loss {first['loss_a']} and {first['loss_b']}",
+    ]

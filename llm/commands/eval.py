@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.texts import check_writable, with_dashes
+from llm.commands.texts import check_writable, open_and_say, with_dashes
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.runtime import prepare_process
@@ -33,9 +33,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(harness.task_names(options.include_path)))
         return 0
 
-    from llm.run.model import open_model
-
-    opened = open_model(options.run, options.step)
+    opened = open_and_say(options.run, options.step)
     tasks = harness.load_tasks(options.tasks, options.include_path)
     how = _options(options, opened)
     harness.check_tasks(tasks, how, opened.spec.config.context_length)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm.commands.import_hf import whole_folder
+from llm.commands.texts import open_and_say
 from llm.runtime import prepare_process
 
 
@@ -22,9 +23,8 @@ def main(arguments: list[str]) -> int:
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.interop.hf import to_hf
-    from llm.run.model import open_model
 
-    opened = open_model(options.run, options.step)
+    opened = open_and_say(options.run, options.step)
     tokenizer = opened.tokenizer
     with whole_folder(Path(options.folder)) as partial:
         to_hf(

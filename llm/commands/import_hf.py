@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm.errors import UsageError
+from llm.errors import LLMError, UsageError
+from llm.files import disk_full_reason, free_bytes, is_disk_full, readable_bytes
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` to write into; it becomes `path` when all is written, or goes away.
 
     Raises:
-      UsageError: `path` is there already, or its parent cannot be written.
+      UsageError: `path` is there already, its parent cannot be written, or there is no room.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} exists already; give the name of a new folder")
@@ -87,6 +88,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)  # as mkdir would have it; mkdtemp keeps others out
         partial.rename(path)
+    except LLMError:
+        raise
+    except Exception as error:
+        # Of whatever class: safetensors has one of its own.
+        if not is_disk_full(error):
+            raise
+        raise UsageError(
+            f"no room for {path} ({disk_full_reason(error)}); "
+            f"{readable_bytes(free_bytes(partial))} are free, and nothing was left there: free "
+            "some space, or name a folder on another disk"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -141,9 +153,9 @@ def _gpt2_tokenizer(folder: Path) -> "Tokenizer":
     # tokenizer.json lists special tokens apart, vocab.json does not.
     if vocabulary not in (expected, expected | tokenizer.special_tokens):
         raise UsageError(
-            f"the vocabulary of {folder}, of {len(vocabulary)} tokens, is not GPT-2's, the one "
-            "that can be imported; if it is another encoding of tiktoken, say which: "
-            "--tokenizer NAME"
+            f"the vocabulary of {folder}, of {len(vocabulary)} "
+            f"{'token' if len(vocabulary) == 1 else 'tokens'}, is not GPT-2's, the one that can be "
+            "imported; if it is another encoding of tiktoken, say which: --tokenizer NAME"
         )
     return tokenizer
 

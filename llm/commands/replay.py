@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from llm.errors import UsageError
 
 if TYPE_CHECKING:
+    from llm.run.directory import RunDirectory
     from llm.text.splits import TokenSplit
 
 
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object."""
+    from llm.commands.diff import read_whole_provenance
     from llm.run.directory import RunDirectory
     from llm.run.provenance import check_corpus, check_trained, config_at
     from llm.text.batches import training_batches
@@ -32,7 +34,9 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--step {chosen.step}: expected 1 or more; step 1 is the first update")
     run = RunDirectory(Path(chosen.run))
     config = run.read_config()
+    read_whole_provenance(run)
     check_trained(run)
+    check_step(run, chosen.step)
     corpus = prepare(config.data, config.tokenizer)
     check_corpus(run, corpus)
     batches = training_batches(config_at(run, config, chosen.step), corpus)
@@ -54,6 +58,25 @@ def main(arguments: list[str]) -> int:
         for sequence in sequences:
             print(_page(chosen.step, sequence))
     return 0
+
+
+def check_step(run: "RunDirectory", step: int) -> None:
+    """Raise a UsageError for a step that the run has not come to, as far as its files say."""
+    from llm.commands.diff import read_rows
+    from llm.run.checkpoint import saved_steps
+
+    # Not every step has a line (logging.every), and lines may be lost on a full disk.
+    last = max([0, *saved_steps(run.checkpoints), *(row["step"] for row in read_rows(run))])
+    if not last:
+        raise UsageError(
+            f"--step {step}: not trained yet; {run.path} has no step in metrics.jsonl and no "
+            "checkpoint"
+        )
+    if step > last:
+        raise UsageError(
+            f"--step {step}: not trained yet; {run.path} has come to step {last} by its metrics "
+            f"and checkpoints; expected 1 to {last}"
+        )
 
 
 def documents(split: "TokenSplit", start: int, length: int) -> Iterator[dict[str, Any]]:
@@ -81,9 +104,13 @@ def _run_length(split: "TokenSplit", position: int, limit: int) -> int:
     return low
 
 
+def _tokens(count: int) -> str:
+    return f"{count} token" if count == 1 else f"{count} tokens"
+
+
 def _page(step: int, sequence: dict[str, Any]) -> str:
     sources = "\n".join(
-        f"  {part['document']} from token {part['offset']}: {part['tokens']} tokens"
+        f"  {part['document']} from token {part['offset']}: {_tokens(part['tokens'])}"
         for part in sequence["documents"]
     )
     head = f"step {step}, sequence {sequence['row']}"

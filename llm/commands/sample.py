@@ -19,6 +19,7 @@ from llm.commands.texts import (
     add_record_flags,
     as_text,
     check_record_flags,
+    open_and_say,
     open_records,
     paint,
     paints,
@@ -47,9 +48,8 @@ def main(arguments: list[str]) -> int:
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.inference.decode import Decoder
-    from llm.run.model import open_model
 
-    opened = open_model(options.run, options.step)
+    opened = open_and_say(options.run, options.step)
     settings = overlay(opened.config.sample, flags, where="the flags")
     prompts = [*options.prompt, *(as_text(data, opened.tokenizer, name) for name, data in files)]
     prompts += stdin_prompts(options.stdin, not prompts, opened.tokenizer)
@@ -153,7 +153,9 @@ def _run(
     kept: list[Record] | None = [] if options.html else None
     with ExitStack() as stack:
         file = open_records(options.probs, stack)
-        records = written(_records(first, builder, decoder, requests), file, kept)
+        records = _records(first, builder, decoder, requests)
+        records = _noting_full_context(records, decoder, settings.max_new_tokens)
+        records = written(records, file, kept)
         if options.probs == "-":
             for _ in records:
                 pass
@@ -178,6 +180,33 @@ def _records(
         if progress.finish is not None:
             yield builder.end(progress.row, tokens, progress.finish, counted="generated")
             tokens = []
+
+
+def _noting_full_context(
+    records: "Iterable[Record]", decoder: "Decoder", asked: int
+) -> "Iterator[Record]":
+    """The same records; after the last, a line on stderr when the context cut samples short."""
+    counts, new = [], 0
+    for record in records:
+        # Not the end record's count, which is of the tokens whose probability was asked for.
+        if record["type"] == "token":
+            new += record["phase"] == "generated"
+        elif record["type"] == "end":
+            if record["finish"] == "context":
+                counts.append(new)
+            new = 0
+        yield record
+    if counts:
+        context = decoder.spec.config.context_length
+        print(_full_context(context, min(counts), max(counts), asked), file=sys.stderr)
+
+
+def _full_context(context: int, low: int, high: int, asked: int) -> str:
+    new = f"{high}" if low == high else f"{low} to {high}"
+    return (
+        f"the context of {context} {'token' if context == 1 else 'tokens'} is full after {new} new "
+        f"{'token' if high == 1 else 'tokens'}; {asked} {'was' if asked == 1 else 'were'} asked for"
+    )
 
 
 def show(records: "Iterable[Record]", samples: int, *, painted: bool) -> None:

@@ -22,6 +22,7 @@ from llm.commands.texts import (
     as_text,
     check_outputs,
     check_record_flags,
+    open_and_say,
     open_records,
     paint,
     paints,
@@ -58,9 +59,8 @@ def main(arguments: list[str]) -> int:
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.inference.score import Scorer
-    from llm.run.model import open_model
 
-    opened = open_model(options.run, options.step)
+    opened = open_and_say(options.run, options.step)
     texts = [encode(data, opened.tokenizer, name) for name, data in sources]
     if all(len(ids) < 2 for ids in texts):
         raise UsageError(
@@ -352,7 +352,7 @@ def _report(options: argparse.Namespace, opened: "OpenedModel", summary: Summary
         return
     per_byte = result["bits_per_byte"]
     parts = [
-        f"{result['tokens']:,} tokens",
+        f"{result['tokens']:,} {'token' if result['tokens'] == 1 else 'tokens'}",
         f"{result['total_nats']:.2f} nats",
         f"{result['nats_per_token']:.4f} nats per token",
         f"perplexity {result['perplexity'] or math.inf:.2f}",

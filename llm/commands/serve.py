@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llm.commands.texts import with_dashes
+from llm.commands.texts import open_and_say, with_dashes
 from llm.errors import UsageError
 from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
@@ -34,10 +34,9 @@ def main(arguments: list[str]) -> int:
     from llm.inference.engine import Engine, Limits
     from llm.interop.completions_api import RequestLimits
     from llm.interop.server import Server, listen, make_app, run, url_of
-    from llm.run.model import open_model
 
     listener = listen(options.host, options.port)
-    opened = open_model(options.run, options.step)
+    opened = open_and_say(options.run, options.step)
     decoder = Decoder.create(opened.spec, opened.params, opened.tokenizer)
     served = describe(opened, decoder, options)
     engine = Engine(decoder, Limits(options.max_batch, options.max_queue))

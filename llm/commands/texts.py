@@ -1,18 +1,32 @@
-"""What `sample` and `score` share: texts come in, records and pages go out."""
+"""What commands that read a model share: it is opened, texts come in, records and pages go out."""
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from llm.errors import UsageError
 from llm.inference.samples import DEFAULT_TOP
 
 if TYPE_CHECKING:
     from llm.inference.records import Record
+    from llm.run.model import OpenedModel
     from llm.text.tokenizer import Tokenizer
+
+
+def open_and_say(run: str, step: int | None) -> "OpenedModel":
+    """`open_model`; each warning, such as of a step that is passed over, in one line on stderr."""
+    from llm.run.model import open_model
+
+    def say(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"WARNING: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        return open_model(run, step)
 
 
 def add_record_flags(parser: argparse.ArgumentParser) -> None:

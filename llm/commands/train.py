@@ -57,8 +57,22 @@ def _claim(run: RunDirectory, config: Config, lock: RunLock) -> dict[str, Any]:
     """Settings that this start changes, once the directory is ours."""
     check_is_ours(run)
     changed = changes_on_resume(run.read_config(), config) if run.exists() else {}
+    _check_steps(run, config)
     lock.acquire()
     return changed
+
+
+def _check_steps(run: RunDirectory, config: Config) -> None:
+    """Raise a UsageError where more steps are trained than are asked for."""
+    from llm.run.checkpoint import saved_steps
+
+    trained = max(saved_steps(run.checkpoints), default=0) if run.exists() else 0
+    if trained > config.training.steps:
+        raise UsageError(
+            f"training.steps = {config.training.steps}, and {run.path} is trained to step "
+            f"{trained}; expected at least {trained}: set --training.steps {trained} or more, or "
+            "run.dir to another folder for a shorter run"
+        )
 
 
 def configure(arguments: list[str]) -> Config:
@@ -116,12 +130,17 @@ def _train(
     progress: Progress,
     started: float,
 ) -> None:
+    from llm.run.trackers import check_trackers
     from llm.training.loop import Loop, restore_or_create
 
+    if hosts.is_first:
+        check_trackers(config.logging)
     job = _make_job(config, run, hosts, stop, progress)
-    outputs = _make_outputs(config, run, hosts, progress)
+    # First of all that is written: until config.toml stands, nothing lies there that the same
+    # command would take for another's.
     if hosts.is_first and not run.exists():
         _begin(run, job)
+    outputs = _make_outputs(config, run, hosts, progress)
     try:
         with hosts.collective():
             state = restore_or_create(job, outputs.checkpoints, progress.say)
@@ -129,7 +148,7 @@ def _train(
         sampler = _make_sampler(job)
         rows = hosts.decide("the start", lambda: _record_start(run, job, outputs, step, changed))
         if not hosts.is_first:
-            outputs.metrics.rows = rows
+            outputs.metrics.remember(rows, step)
         _say_what_starts(job, run, step, progress)
         stop.check("nothing was trained yet")
         with hosts.collective():
@@ -156,17 +175,22 @@ def _make_job(
     from llm.model.remat import check_remat
     from llm.model.sharding import check_divisible, check_sizes, make_mesh
     from llm.run.model import compute_dtype
+    from llm.run.provenance import check_compute_dtype
     from llm.text.batches import check_windows
+    from llm.text.splits import check_held_out
     from llm.training.loop import Job
 
     mesh, training = make_mesh(config.mesh), config.training
     dtype = compute_dtype(training.compute_dtype)
+    # Here and not with the other settings: "auto" needs the devices, and all processes find them.
+    hosts.decide("the compute dtype", lambda: check_compute_dtype(run, dtype))
     attention = choose_attention(training.attention, config.first_model, dtype, mesh)
     check_remat(training.remat, mesh)
     corpus = _prepare_once(config, run, hosts, stop, progress)
     for note in corpus.notes:
         progress.say(note)
     check_windows(config, corpus)
+    check_held_out(corpus.validation, config.data.validation)
     spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
     check_sizes(mesh, config, spec.padded_vocab_size)
     if training.eval_batch_size:
@@ -245,7 +269,7 @@ def _record_start(
     from llm.run.provenance import describe_start
 
     redone = [row for row in outputs.metrics.rewind(step) if row["kind"] == "train"]
-    best = outputs.metrics.best_evaluation()
+    best = outputs.metrics.best_evaluation() if job.config.checkpoint.keep_best else None
     outputs.checkpoints.best = best[0] if best else None
     start = describe_start(
         step=step, mesh=dict(job.mesh.shape), devices=list(job.mesh.devices.flat), changed=changed

@@ -13,6 +13,10 @@ from typing import Any
 from llm.errors import CheckpointError, UsageError
 from llm.runtime import prepare_process
 
+# A run that trains may remove a step while it is read, but only when a newer one is whole: even the
+# second try hardly ever fails.
+ATTEMPTS = 5
+
 
 def main(arguments: list[str]) -> int:
     """0 when everything holds.
@@ -28,7 +32,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="nothing but the JSON objects")
     chosen = parser.parse_args(arguments)
     prepare_process()
-    results = [verify_step(Path(chosen.run), step) for step in _steps(chosen)]
+    results = _verify(chosen)
     for result in results:
         print(json.dumps({name: value for name, value in result.items() if name != "problem"}))
         if result["problem"] is None and not chosen.json:
@@ -39,8 +43,35 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def verify_step(run_dir: Path, step: int) -> dict[str, Any]:
-    """The JSON object of one step, and its problem as text or None."""
+def _verify(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """`verify_step` of each step that was asked for, but for those that are removed meanwhile."""
+    if chosen.step is None and not chosen.all:
+        return [_verify_newest(chosen)]
+    found = {step: verify_step(Path(chosen.run), step) for step in _steps(chosen)}
+    removed = [str(step) for step, result in found.items() if result is None]
+    results = [result for result in found.values() if result is not None]
+    said = f"removed by the run meanwhile, which is no damage: step {', '.join(removed)}"
+    if not results:
+        raise UsageError(f"{said}; leave --step and --all out to verify the newest")
+    if removed:
+        print(said, file=sys.stderr)
+    return results
+
+
+def _verify_newest(chosen: argparse.Namespace) -> dict[str, Any]:
+    for _ in range(ATTEMPTS):
+        result = verify_step(Path(chosen.run), _steps(chosen)[-1])
+        if result is not None:
+            return result
+    raise UsageError(
+        f"{chosen.run} removes its steps while they are read: the newest was gone {ATTEMPTS} "
+        "times, expected one to stay; set a larger checkpoint.keep, or verify when training has "
+        "ended"
+    )
+
+
+def verify_step(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The JSON object of one step, and its problem as text or None; None: the run removed it."""
     from llm.run.checkpoint import read_receipt, verify_files
     from llm.run.directory import RunDirectory
     from llm.run.model import open_model
@@ -59,7 +90,12 @@ def verify_step(run_dir: Path, step: int) -> dict[str, Any]:
         result["params_sha256"] = read_receipt(folder)["params_sha256"]
         opened = open_model(run_dir, step)
         result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
-    except CheckpointError as error:
+    except Exception as error:
+        # Whatever a reader of files says when they go away meanwhile.
+        if not folder.exists():
+            return None
+        if not isinstance(error, CheckpointError):
+            raise
         result["problem"] = str(error)
     return result
 

@@ -129,7 +129,7 @@ class Decoder:
         if length > limit:
             raise UsageError(
                 f"the prompt has {length} tokens, the model's context holds {limit}; shorten the "
-                f"prompt by {length - limit} tokens"
+                f"prompt by {length - limit} {'token' if length == limit + 1 else 'tokens'}"
             )
         if "" in request.stop:
             raise UsageError("a stop string is empty: it would stop before the first token")

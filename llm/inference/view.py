@@ -119,7 +119,7 @@ def _check_same_tokens(
         )
     if len(samples_a) != len(samples_b):
         raise UsageError(
-            f"the first dump holds {len(samples_a)} samples, the second {len(samples_b)}; "
+            f"the first dump holds {_counted(samples_a, 'sample')}, the second {len(samples_b)}; "
             + _SCORE_THE_SAME
         )
     for one, other in zip(samples_a, samples_b, strict=True):
@@ -137,9 +137,13 @@ def _check_same_sample(one: Sample, other: Sample) -> None:
     if len(one.tokens) != len(other.tokens):
         raise UsageError(
             f"the two dumps part at token {min(len(one.tokens), len(other.tokens))} of sample "
-            f"{one.name}: the first ends after {len(one.tokens)} tokens, the second after "
+            f"{one.name}: the first ends after {_counted(one.tokens, 'token')}, the second after "
             f"{len(other.tokens)}; {_SCORE_THE_SAME}"
         )
+
+
+def _counted(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}" + ("" if len(things) == 1 else "s")
 
 
 _SCORE_THE_SAME = "score the same text with both checkpoints"

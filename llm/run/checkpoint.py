@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, LLMError
 from llm.faults import fault_point
 from llm.files import (
     disk_full_reason,
@@ -374,11 +374,11 @@ class Checkpoints:
         if free < self._needed:
             raise CheckpointError(_no_room(self.root, self._needed, free))
 
-    def _explain(self, failure: BaseException, step: int | None) -> CheckpointError:
+    def _explain(self, failure: BaseException, step: int | None) -> LLMError:
         if is_disk_full(failure):
             why = disk_full_reason(failure)
             return CheckpointError(_no_room(self.root, self._needed, free_bytes(self.root), why))
-        if isinstance(failure, CheckpointError):
+        if isinstance(failure, LLMError):
             return failure
         reason = f"{type(failure).__name__}: {failure}".split("\n")[0][:500]
         return CheckpointError(

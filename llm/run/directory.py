@@ -218,6 +218,9 @@ def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]
     """
     changed = differences(before, now_)
     refused = {name for name in changed if not _is_free(name)}
+    if "auto" in changed.get("training.compute_dtype", ()):
+        # What it stands for is compared once the devices are known: provenance.py.
+        refused.discard("training.compute_dtype")
     may_be_allowed = {
         name for name in refused if name.split(".")[0] in ALLOWED_SECTIONS and name not in NEVER
     }

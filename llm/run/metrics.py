@@ -7,18 +7,23 @@
 Losses are nats per token. A number that is not finite is null, with "finite": false beside it.
 """
 
+import collections
 import errno
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from llm.faults import fault_point
 from llm.files import write_atomic
 from llm.run.directory import explained
+
+# The newest rows of steps stay in memory, for whoever measures them (llm/measure/loop.py, 200); not
+# all of them, because a row is half a kilobyte, and runs have millions of steps.
+NEWEST_ROWS = 1000
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -46,8 +51,15 @@ class Metrics:
     def __init__(self, path: Path, writes: bool = True):
         self._path, self._writes = path, writes
         self._file: IO[bytes] | None = None
-        self.rows: list[dict[str, Any]] = []
+        self._evaluated: list[dict[str, Any]] = []
+        self._trained: collections.deque[dict[str, Any]] = collections.deque(maxlen=NEWEST_ROWS)
+        self._skipped = 0
         self.lost = 0
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every evaluation, then the newest steps."""
+        return [*self._evaluated, *self._trained]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Keep the rows up to a step, the one that training resumes from; returns the others."""
@@ -56,17 +68,25 @@ class Metrics:
         for row in rows:
             if row["step"] <= step:
                 kept.setdefault((row["kind"], row["step"]), row)
-        self.rows = list(kept.values())
-        text = "".join(_line(row) for row in self.rows)
+        self.remember(kept.values(), step)
+        text = "".join(_line(row) for row in kept.values())
         if self._path.exists() and text != self._path.read_text(errors="replace"):
             with explained(self._path):
                 write_atomic(self._path, text.encode())
         return [row for row in rows if row["step"] > step]
 
+    def remember(self, rows: Iterable[dict[str, Any]], step: int) -> None:
+        """Go on from these rows at a step: those of `rewind`, or another process's `memory`."""
+        rows = list(rows)
+        trained = [row for row in rows if row["kind"] == "train"]
+        self._evaluated = [row for row in rows if row["kind"] == "eval"]
+        self._skipped = _skipped_before(trained, step)
+        self._trained = collections.deque(trained, maxlen=max(NEWEST_ROWS, self._skipped + 1))
+
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row and hand it to the operating system."""
         row = {name: _finite(value) for name, value in row.items()}
-        self.rows.append(row)
+        (self._trained if row["kind"] == "train" else self._evaluated).append(row)
         if not self._writes:
             return
         try:
@@ -89,30 +109,24 @@ class Metrics:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def skipped(self) -> int:
-        """How many of the newest updates, in a row, were not applied."""
-        rows = [row for row in self.rows if row["kind"] == "train"]
-        count = 0
-        while count < len(rows) and {"finite", "spike"} & set(rows[-1 - count]):
-            count += 1
-        return count
+        """How many updates in a row, up to the step that training resumes from, were refused."""
+        return self._skipped
 
     def memory(self) -> list[dict[str, Any]]:
         """The rows that decide how training goes on: what a process that reads no file is told."""
-        trained = [row for row in self.rows if row["kind"] == "train"]
-        evaluated = [row for row in self.rows if row["kind"] == "eval"]
-        return evaluated + trained[-1 - self.skipped() :]
+        return self._evaluated + list(self._trained)[-1 - self._skipped :]
 
     def best_evaluation(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest validation loss."""
         evaluated = [
             (row["loss"], row["step"])
-            for row in self.rows
-            if row["kind"] == "eval" and row["split"] == "validation" and row["loss"] is not None
+            for row in self._evaluated
+            if row["split"] == "validation" and row["loss"] is not None
         ]
         return min(evaluated)[::-1] if evaluated else None
 
     def has_evaluation(self, step: int) -> bool:
-        return any(row["kind"] == "eval" and row["step"] == step for row in self.rows)
+        return any(row["step"] == step for row in self._evaluated)
 
     def close(self) -> None:
         if self._file is not None:
@@ -127,6 +141,19 @@ class Metrics:
                 "and the lines that are lost are counted",
                 file=sys.stderr,
             )
+
+
+def _skipped_before(trained: list[dict[str, Any]], step: int) -> int:
+    """Refused updates in a row that end at a step.
+
+    Refused steps all have a row, applied ones only each logging.every: neighbours in the file need
+    not be neighbours in the run.
+    """
+    refused = {row["step"] for row in trained if {"finite", "spike"} & set(row)}
+    count = 0
+    while step - count in refused:
+        count += 1
+    return count
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -104,6 +104,24 @@ def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:
     )
 
 
+def check_compute_dtype(run: RunDirectory, dtype: str) -> None:
+    """The type of matrix products must be the one the run began with.
+
+    Args:
+      dtype: training.compute_dtype, decided: "auto" is another type on other devices.
+    Raises:
+      UsageError: naming both.
+    """
+    recorded = run.read_provenance()["model"]["compute_dtype"] if run.exists() else dtype
+    if recorded != dtype:
+        raise UsageError(
+            f"{run.path} holds a run with another training.compute_dtype: the run has "
+            f"{recorded!r}, this command has {dtype!r} on these devices; set "
+            f"--training.compute-dtype {recorded} to go on with it, or run.dir to another folder "
+            "for another experiment"
+        )
+
+
 # What a batch depends on and a run may change on the way.
 _SETTINGS_OF_BATCHES = (
     "training.batch_size",

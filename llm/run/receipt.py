@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, NonFiniteError
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import token_log_likelihood
 from llm.model.sharding import replicated
@@ -58,7 +58,17 @@ def _compute(spec: ModelSpec, params: Params, tokens_BT: jax.Array) -> jax.Array
 def make_receipt(
     tokens_BT: np.ndarray, logprobs_BT: jax.Array, tokenizer_sha256: str
 ) -> dict[str, Any]:
-    """The receipt as JSON; waits for the log-probabilities."""
+    """The receipt as JSON; waits for the log-probabilities.
+
+    Raises:
+      NonFiniteError: the model gives none; its weights can be finite all the same.
+    """
+    if not np.isfinite(logprobs_BT).all():
+        raise NonFiniteError(
+            "the weights are finite, but the model's log-probabilities are not: it has diverged, "
+            "and was not saved. Lower optimizer.learning_rate (with --run.allow-change): the same "
+            "command then goes on from the last checkpoint"
+        )
     return {
         "tokenizer_sha256": tokenizer_sha256,
         "tokens": tokens_BT.tolist(),

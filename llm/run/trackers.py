@@ -1,9 +1,10 @@
 """Optional copies of the metrics: TensorBoard files, Weights & Biases."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from llm.config import Config
+from llm.config import Config, LoggingConfig
 from llm.errors import UsageError
 from llm.run.directory import RunDirectory
 
@@ -17,12 +18,29 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def make_trackers(config: Config, run: RunDirectory) -> list[Tracker]:
-    """Those that the settings ask for.
+def check_trackers(logging: LoggingConfig) -> None:
+    """Raise a UsageError, which names the extra, where a package is not installed."""
+    needed = [
+        ("tensorboard", logging.tensorboard, "tensorboardX"),
+        ("wandb_project", logging.wandb_project, "wandb"),
+    ]
+    for name, wanted, package in needed:
+        if wanted and not _is_installed(package):
+            extra = name.removesuffix("_project")
+            raise UsageError(
+                f"logging.{name} needs the package {package}, which is not installed: install the "
+                f"extra {extra!r}, or leave the setting out"
+            )
 
-    Raises:
-      UsageError: its package is not installed; the message names the extra.
-    """
+
+def _is_installed(package: str) -> bool:
+    found = importlib.util.find_spec(package)
+    # Without an origin it is a folder of that name, which W&B leaves where it runs.
+    return found is not None and found.origin is not None
+
+
+def make_trackers(config: Config, run: RunDirectory) -> list[Tracker]:
+    """Those that the settings ask for; `check_trackers` has passed."""
     trackers: list[Tracker] = []
     if config.logging.tensorboard:
         trackers.append(TensorBoard(run))
@@ -35,12 +53,8 @@ class TensorBoard:
     """Event files in RUN/tensorboard."""
 
     def __init__(self, run: RunDirectory):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise UsageError(
-                "logging.tensorboard needs tensorboardX: install the extra 'tensorboard'"
-            ) from None
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(run.path / "tensorboard"))
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -55,12 +69,8 @@ class WeightsAndBiases:
     """A W&B run named as the run directory."""
 
     def __init__(self, config: Config, run: RunDirectory):
-        try:
-            import wandb
-        except ImportError:
-            raise UsageError(
-                "logging.wandb_project needs the package wandb: install the extra 'wandb'"
-            ) from None
+        import wandb
+
         self._run = wandb.init(
             project=config.logging.wandb_project,
             name=run.name,

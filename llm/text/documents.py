@@ -7,6 +7,7 @@ can reach across. Newlines stay as they are in the file.
 import codecs
 import hashlib
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
@@ -77,8 +78,8 @@ def read_documents(
                 yield Document(origin.name, origin.sha256, pieces(_blocks(origin, errors, report)))
         else:
             for number, text in _row_texts(origin, text_field, errors, report):
-                sha256 = hashlib.sha256(text.encode()).hexdigest()
-                yield Document(f"{origin.name}#{number}", sha256, pieces(_slices(text)))
+                name = f"{origin.name}#{number}"
+                yield Document(name, _sha256_of_text(text, name), pieces(_slices(text)))
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:
@@ -179,6 +180,16 @@ def _python_source(origin: Origin, report: ReadingReport) -> Iterator[Document]:
         yield Document(origin.name, origin.sha256, pieces(_slices(text)))
 
 
+def _sha256_of_text(text: str, name: str) -> str:
+    try:
+        return hashlib.sha256(text.encode()).hexdigest()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} has half of a surrogate pair, {text[error.start]!a}, at character "
+            f"{error.start}; expected text that can be UTF-8: mend or remove the row"
+        ) from None
+
+
 def _row_texts(
     origin: Origin, text_field: str, errors: str, report: ReadingReport
 ) -> Iterator[tuple[int, str]]:
@@ -199,9 +210,72 @@ def _row_texts(
 
 
 def _rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[str, Any]]:
-    """The rows of a json or parquet file or of a hub data set, streamed by `datasets`."""
+    """The rows of a json or parquet file or of a hub data set."""
     if origin.kind == "rows" and not origin.bytes:
         return
+    if origin.kind == "rows" and not origin.location.lower().endswith(".parquet"):
+        yield from _json_rows(origin, errors, report)
+    else:
+        yield from _streamed_rows(origin)
+
+
+def _json_rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[str, Any]]:
+    """Rows of JSON lines, or of one list of rows.
+
+    Not by `datasets`, which infers types: a text that looks like a date would become a date, and
+    how it was written be lost.
+    """
+    for row in _json_values(origin, errors, report):
+        # A bare text is a row of one column, as `datasets` has it.
+        row = {"text": row} if isinstance(row, str) else row
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{origin.name} has a row that is {type(row).__name__}; {_EXPECTED_JSON}"
+            )
+        yield row
+
+
+def _json_values(origin: Origin, errors: str, report: ReadingReport) -> Iterator[Any]:
+    """The value of each line, or the elements of a list, which is held in memory."""
+    lines = enumerate(_lines(_blocks(origin, errors, report)), 1)
+    for number, line in lines:
+        text = line.removeprefix("\ufeff") if number == 1 else line
+        if text.lstrip().startswith("["):
+            rest = [line for _, line in lines]
+            yield from _parsed("\n".join([text, *rest]), origin, number)
+        elif text.strip():
+            yield _parsed(text, origin, number)
+
+
+_EXPECTED_JSON = "expected one JSON object a line, or a list of them"
+# Control characters inside of texts are let through.
+_JSON = json.JSONDecoder(strict=False)
+
+
+def _parsed(text: str, origin: Origin, line: int) -> Any:
+    try:
+        return _JSON.decode(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{origin.name}, line {line}, is not JSON: {error}; {_EXPECTED_JSON}"
+        ) from None
+
+
+def _lines(blocks: Iterable[str]) -> Iterator[str]:
+    """Ended by newlines alone: other separators may stand inside of a JSON text."""
+    parts: list[str] = []
+    for block in blocks:
+        end, *rest = block.split("\n")
+        parts.append(end)
+        if rest:
+            yield "".join(parts)
+            yield from rest[:-1]
+            parts = [rest[-1]]
+    yield "".join(parts)
+
+
+def _streamed_rows(origin: Origin) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file or of a hub data set, streamed by `datasets`."""
     import datasets
 
     # It logs what it then raises, and what it raises is answered here.
@@ -211,15 +285,8 @@ def _rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[s
         options: dict[str, Any] = {"name": config or None, "revision": origin.sha256}
         path, split = name, split or "train"
     else:
-        parquet = origin.location.lower().endswith(".parquet")
-        path, split = "parquet" if parquet else "json", "train"
+        path, split = "parquet", "train"
         options = {"data_files": [origin.location]}
-        if not parquet:
-            # A pass of our own finds, counts and places what is not UTF-8.
-            for _ in _blocks(origin, errors, report):
-                pass
-            # "utf-8" itself, so spelled, it reads without heeding encoding_errors.
-            options |= {"encoding": "utf8", "encoding_errors": errors}
     try:
         yield from datasets.load_dataset(path, split=split, streaming=True, **options)
     except Exception as error:

@@ -108,6 +108,21 @@ def tail_boundary(tokens: int, fraction: str) -> int:
     return int(tokens * (1 - Fraction(fraction)))
 
 
+def check_held_out(split: TokenSplit, validation: str) -> None:
+    """Raise a UsageError unless there is a token to predict from another, or nothing is held out.
+
+    Args:
+      validation: data.validation.
+    """
+    if validation == "none" or len(split) > 1:
+        return
+    raise UsageError(
+        f"data.validation = {validation!r} holds out {len(split)} token(s) of the text; expected "
+        "at least 2, one to predict from the other: hold out a larger fraction, or set "
+        "data.validation = 'none'"
+    )
+
+
 def check_window(split: TokenSplit, context_length: int) -> None:
     """Raise unless the split holds one window, context_length tokens and the one that follows.
 

@@ -8,6 +8,7 @@ What it is not: it knows no mathematics (step.py) and no file formats (llm/run/)
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -340,6 +341,8 @@ class Loop:
     def _refuse_or_skip(self, pending: _Pending, values: dict[str, Any]) -> None:
         """The step itself has left the weights as they were; here the run goes on or ends."""
         what = f"step {pending.step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+        if not values["finite"] and math.isfinite(values["loss"] + values["grad_norm"]):
+            what += ", but the new weights would not be finite"
         may_skip = values["finite"] or self._settings.on_nonfinite == "skip"
         if may_skip and self._skipped < self._settings.max_skipped:
             self._outputs.progress.say(f"WARNING: {what}; this update was skipped")
@@ -352,7 +355,7 @@ class Loop:
         in_a_row = f"the last {self._skipped} updates were skipped"
         raise NonFiniteError(
             f"{what}; {in_a_row if may_skip else 'the update was not applied'}. The batch is in "
-            f"{batch}; the checkpoints before it are good. Lower optimizer.learning_rate (with "
+            f"{batch}; checkpoints, if any, are good. Lower optimizer.learning_rate (with "
             "--run.allow-change), or set training.on_nonfinite = 'skip' to pass over such batches"
         )
 
@@ -461,7 +464,8 @@ class Loop:
         return every > 0 and self._step % every == 0
 
     def _tokens_before(self) -> int:
-        """Tokens trained on until now; the batch size may have changed on the way."""
+        """Tokens trained on until now: as the last row has it, and the steps after that row by
+        today's batch size."""
         seen = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
         step, tokens = (seen[-1]["step"], seen[-1]["tokens"]) if seen else (0, 0)
         return tokens + sum(map(self._batches.tokens_of, range(step, self._step)))

@@ -26,7 +26,8 @@ def learning_rate_factor(config: OptimizerConfig, steps: int, step: jax.Array) -
     wsd        1 until the last decay_fraction of the steps, then linear to m
     constant   1
 
-    with m = min_learning_rate / learning_rate.
+    and the smaller of the two where wsd begins to decay before its warmup ends, so that the rate
+    never jumps; with m = min_learning_rate / learning_rate.
     """
     floor = config.min_learning_rate / config.learning_rate
     warmup = config.warmup_steps
@@ -39,7 +40,7 @@ def learning_rate_factor(config: OptimizerConfig, steps: int, step: jax.Array) -
             decayed = 1.0 - (1.0 - floor) * progress
         case "constant":
             decayed = jnp.ones_like(progress)
-    return jnp.where(step < warmup, (step + 1) / (warmup + 1), decayed)
+    return jnp.minimum((step + 1) / (warmup + 1), decayed)
 
 
 def muon_momentum(config: OptimizerConfig, step: jax.Array) -> jax.Array | float:
