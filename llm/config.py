@@ -535,8 +535,8 @@ def load_config(
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file as nested dictionaries."""
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        # Some editors begin a file with a byte order mark, which TOML does not know.
+        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         near = sorted(str(p) for p in Path("configs").glob("*.toml"))
         hint = f"; there are: {', '.join(near)}" if near else ""

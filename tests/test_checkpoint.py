@@ -32,7 +32,7 @@ def groups(seed=0):
     }
 
 
-def receipt(sha256):
+def receipt():
     return {"tokens": [[1, 2]], "logprobs": [[-1.0]], "tokenizer_sha256": "t"}
 
 

@@ -313,6 +313,13 @@ def test_the_flags_are_not_blamed_for_the_file(write):
     assert message(good, "--model.n-head", "2").startswith("in the flags: ")
 
 
+def test_a_byte_order_mark_is_passed_over(tmp_path):
+    """Some editors write one."""
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbf[model]\nn_layer = 3\n")
+    assert load_config(path, []).model.n_layer == 3
+
+
 def test_a_file_that_cannot_be_read_is_named(write, tmp_path):
     assert "no configuration file" in message(tmp_path / "missing.toml")
     assert "is a folder" in message(tmp_path)

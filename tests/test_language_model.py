@@ -70,7 +70,7 @@ def folder(tmp_path_factory):
         checkpoints.save(
             step,
             {"params": params, "training": {"step": np.int32(step)}},
-            lambda _, logprobs=logprobs: make_receipt(tokens, logprobs, tokenizer.sha256),
+            lambda logprobs=logprobs: make_receipt(tokens, logprobs, tokenizer.sha256),
         )
     checkpoints.close()
     run.write_config(Config(model=MODEL, sample=SAMPLE))

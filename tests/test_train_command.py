@@ -287,6 +287,35 @@ def test_a_start_that_fails_before_it_is_a_run_leaves_room_for_the_same_command(
     assert train(config, *flags) == 0
 
 
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(copy):
+    """A disk that is not mounted looks like this."""
+    metrics = (copy / "run" / "metrics.jsonl").read_bytes()
+    shutil.rmtree(copy / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match=rf"goes to step {STEPS}, and .* no checkpoint"):
+        train(copy / "config.toml", "--training.steps", "20")
+    assert (copy / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_settings_by_which_nothing_was_trained_are_not_held_against_others(tmp_path, monkeypatch):
+    """A first start that failed at its first step, say for lack of memory; then a smaller model."""
+    config = write_config(tmp_path)
+    monkeypatch.setenv("LLM_FAULT", "step:step=1:raise")
+    with pytest.raises(RuntimeError):
+        train(config, "--model.d-model", "64", "--run.seed", "3")
+    monkeypatch.delenv("LLM_FAULT")
+    train(config)
+    assert RunDirectory(tmp_path / "run").read_config().model.d_model == 32
+    assert len(losses(tmp_path / "run")) >= STEPS
+
+
+def test_a_tokenizer_that_is_gone_is_written_again(copy):
+    tokenizer = copy / "run" / "tokenizer" / "tokenizer.json"
+    content = tokenizer.read_bytes()
+    tokenizer.unlink()
+    train(copy / "config.toml", "--training.steps", "13")
+    assert tokenizer.read_bytes() == content
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(tmp_path):
     config = write_config(
         tmp_path, optimizer={"learning_rate": 1e38, "min_learning_rate": 0.0, "warmup_steps": 0}

@@ -6,15 +6,13 @@ second checkpoint gives it beside what the first one did.
 """
 
 import argparse
-import contextlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llm.commands.texts import check_writable
 from llm.config import differences
-from llm.errors import CheckpointError, UsageError
+from llm.errors import UsageError
 from llm.inference.records import read_records
 from llm.inference.view import write_diff_page
 from llm.run.directory import RunDirectory
@@ -22,18 +20,6 @@ from llm.run.metrics import read_metrics
 
 # Where the run lies says nothing of what it computes.
 IGNORED = ("run.dir", "data.cache_dir")
-
-# What is read of run.json, of each of its starts, and of each line of metrics.jsonl.
-_DATA = {"fingerprint": str, "origins": list}
-_START = {
-    "from_step": int,
-    "code_sha256": str,
-    "versions": dict,
-    "devices": dict,
-    "mesh": dict,
-    "changed": dict,
-}
-_ROW = {"kind": str, "step": int}
 
 
 def main(arguments: list[str]) -> int:
@@ -73,7 +59,7 @@ def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
     from llm.run.provenance import check_trained  # JAX, which `--help` does without
 
     config = differences(run_a.read_config(), run_b.read_config())
-    records = [read_whole_provenance(run) for run in (run_a, run_b)]
+    records = [run.read_provenance() for run in (run_a, run_b)]
     for run in (run_a, run_b):
         check_trained(run)
     losses = [_losses(run) for run in (run_a, run_b)]
@@ -97,56 +83,7 @@ def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
 
 
 def _losses(run: RunDirectory) -> dict[int, float | None]:
-    return {row["step"]: row["loss"] for row in read_rows(run) if row["kind"] == "train"}
-
-
-def read_whole_provenance(run: RunDirectory) -> dict[str, Any]:
-    """run.json with all that is read of it.
-
-    Raises:
-      CheckpointError: it is JSON, and not what a run writes.
-    """
-    record = run.read_provenance()
-    if (
-        _holds(record, {"data": dict, "starts": list})
-        and _holds(record["data"], _DATA)
-        and all(_holds(start, _START) for start in record["starts"])
-    ):
-        return record
-    raise CheckpointError(
-        f"{run.provenance} is not what a run writes: expected an object with data "
-        f"({', '.join(_DATA)}) and starts (each with {', '.join(_START)}); restore it from a copy"
-    )
-
-
-def read_rows(run: RunDirectory) -> list[dict[str, Any]]:
-    """metrics.jsonl.
-
-    Raises:
-      CheckpointError: naming the first line that is JSON, and not a row.
-    """
-    rows = read_metrics(run.metrics)
-    for row in rows:
-        if not _holds(row, _ROW) or (row["kind"] == "train" and "loss" not in row):
-            raise CheckpointError(
-                f"{run.metrics}, line {_line_of(run.metrics, row)}: expected an object with kind, "
-                f"step and loss, found {json.dumps(row)[:80]}; remove the line, or restore the file"
-            )
-    return rows
-
-
-def _holds(value: object, kinds: Mapping[str, type]) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), kind) for name, kind in kinds.items()
-    )
-
-
-def _line_of(path: Path, row: object) -> int | None:
-    for number, line in enumerate(path.read_text(errors="replace").split("\n"), start=1):
-        with contextlib.suppress(ValueError):
-            if json.loads(line) == row:
-                return number
-    return None
+    return {row["step"]: row["loss"] for row in read_metrics(run.metrics) if row["kind"] == "train"}
 
 
 def _unequal(records: list[dict[str, Any]], part: Any) -> list[Any]:

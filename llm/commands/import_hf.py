@@ -217,9 +217,7 @@ def _save_checkpoint(
     checkpoints = Checkpoints(root, keep=1)
     checkpoints.clean()
     try:
-        checkpoints.save(
-            0, groups, lambda _: make_receipt(tokens_BT, logprobs_BT, tokenizer.sha256)
-        )
+        checkpoints.save(0, groups, lambda: make_receipt(tokens_BT, logprobs_BT, tokenizer.sha256))
         checkpoints.wait()
     finally:
         checkpoints.close()

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object."""
-    from llm.commands.diff import read_whole_provenance
     from llm.run.directory import RunDirectory
     from llm.run.provenance import check_corpus, check_trained, config_at
     from llm.text.batches import training_batches
@@ -34,7 +33,6 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"--step {chosen.step}: expected 1 or more; step 1 is the first update")
     run = RunDirectory(Path(chosen.run))
     config = run.read_config()
-    read_whole_provenance(run)
     check_trained(run)
     check_step(run, chosen.step)
     corpus = prepare(config.data, config.tokenizer)
@@ -62,11 +60,12 @@ def main(arguments: list[str]) -> int:
 
 def check_step(run: "RunDirectory", step: int) -> None:
     """Raise a UsageError for a step that the run has not come to, as far as its files say."""
-    from llm.commands.diff import read_rows
     from llm.run.checkpoint import saved_steps
+    from llm.run.metrics import read_metrics
 
     # Not every step has a line (logging.every), and lines may be lost on a full disk.
-    last = max([0, *saved_steps(run.checkpoints), *(row["step"] for row in read_rows(run))])
+    recorded = [row["step"] for row in read_metrics(run.metrics)]
+    last = max([0, *saved_steps(run.checkpoints), *recorded])
     if not last:
         raise UsageError(
             f"--step {step}: not trained yet; {run.path} has no step in metrics.jsonl and no "

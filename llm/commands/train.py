@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.config import Config, load_config
+from llm.config import Config, differences, load_config
 from llm.errors import CheckpointError, DataError, UsageError
 from llm.faults import fault_point
 from llm.run.directory import (
@@ -56,17 +56,53 @@ def main(arguments: list[str]) -> int:
 def _claim(run: RunDirectory, config: Config, lock: RunLock) -> dict[str, Any]:
     """Settings that this start changes, once the directory is ours."""
     check_is_ours(run)
-    changed = changes_on_resume(run.read_config(), config) if run.exists() else {}
+    if not run.exists():
+        lock.acquire()
+        return {}
+    from llm.run.metrics import read_metrics
+    from llm.run.provenance import check_trained
+
+    before, rows = run.read_config(), read_metrics(run.metrics)
+    if not rows and not _holds_steps(run) and differences(before, config):
+        # Nothing was trained by those settings: whoever mends one of them begins.
+        lock.acquire()
+        run.config.unlink()
+        return {}
+    changed = changes_on_resume(before, config)
+    check_trained(run)
     _check_steps(run, config)
+    _check_checkpoints(run, before, rows)
     lock.acquire()
     return changed
+
+
+def _holds_steps(run: RunDirectory) -> bool:
+    """Whether anything was saved here, be it set aside as damaged since."""
+    return any(path.name[0].isdigit() for path in run.checkpoints.glob("*"))
+
+
+def _check_checkpoints(run: RunDirectory, before: Config, rows: list[dict[str, Any]]) -> None:
+    """Raise where the metrics go further than they could if nothing had ever been saved."""
+    if _holds_steps(run):
+        return
+    last, every = max((row["step"] for row in rows), default=0), before.checkpoint.every
+    # A save begins when the one before it is on disk, and the last evaluation after the last save.
+    was_saved = 0 < 2 * every < last or any(
+        row["kind"] == "eval" and row["step"] == before.training.steps for row in rows
+    )
+    if was_saved:
+        raise CheckpointError(
+            f"{run.metrics} goes to step {last}, and {run.checkpoints} holds no checkpoint: was it "
+            "moved, or is a disk not mounted? Put it back; to begin again, set run.dir to another "
+            "folder"
+        )
 
 
 def _check_steps(run: RunDirectory, config: Config) -> None:
     """Raise a UsageError where more steps are trained than are asked for."""
     from llm.run.checkpoint import saved_steps
 
-    trained = max(saved_steps(run.checkpoints), default=0) if run.exists() else 0
+    trained = max(saved_steps(run.checkpoints), default=0)
     if trained > config.training.steps:
         raise UsageError(
             f"training.steps = {config.training.steps}, and {run.path} is trained to step "
@@ -136,9 +172,9 @@ def _train(
     if hosts.is_first:
         check_trackers(config.logging)
     job = _make_job(config, run, hosts, stop, progress)
-    # First of all that is written: until config.toml stands, nothing lies there that the same
-    # command would take for another's.
-    if hosts.is_first and not run.exists():
+    if hosts.is_first:
+        # First of all that is written: until config.toml stands, nothing lies there that the same
+        # command would take for another's.
         _begin(run, job)
     outputs = _make_outputs(config, run, hosts, progress)
     try:
@@ -250,11 +286,16 @@ def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, progress: Pro
 
 
 def _begin(run: RunDirectory, job: "Job") -> None:
-    """Everything that the run needs to be opened later; config.toml last."""
+    """Everything that the run needs to be opened later; config.toml last.
+
+    The tokenizer at every start, whatever became of the file: its corpus was compared.
+    """
     from llm.run.provenance import describe_run
 
     with explained(run.tokenizer):
         job.corpus.tokenizer.save(run.tokenizer)
+    if run.exists():
+        return
     run.write_provenance(describe_run(run, job.spec, job.corpus))
     run.write_config(job.config)
 

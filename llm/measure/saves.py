@@ -38,7 +38,7 @@ def measure_saves(workload: Workload, folder: Path, pairs: int, block: int = 12)
         start = time.perf_counter()
         logprobs = receipt_logprobs(workload.spec, state.params, some)
         checkpoints.save(
-            int(state.step), to_groups(state), lambda _: make_receipt(some, logprobs, "")
+            int(state.step), to_groups(state), lambda: make_receipt(some, logprobs, "")
         )
         held.append(time.perf_counter() - start)
 

@@ -48,7 +48,7 @@ GROUPS = ("params", "training")
 Groups = Mapping[str, Mapping[str, Any]]
 Receipt = Mapping[str, Any]
 # From the sha256 of the parameters to what else the receipt says.
-MakeReceipt = Callable[[str], Receipt]
+MakeReceipt = Callable[[], Receipt]
 
 
 def saved_steps(root: Path) -> list[int]:
@@ -226,7 +226,7 @@ class Checkpoints:
         Waits for an earlier save first. Safe against the next step's donation of the arrays.
 
         Args:
-          make_receipt: called in the background with the parameters' sha256.
+          make_receipt: called in the background.
         Raises:
           CheckpointError: an earlier save failed, or there is no room for this one.
         """
@@ -344,7 +344,7 @@ class Checkpoints:
         """From Orbax's files to a step that counts; then, and only then, remove old ones."""
         fault_point("checkpoint.after_write", step)
         sha256 = params_sha256(params)
-        receipt = {"schema": 1, "step": step, "params_sha256": sha256, **make_receipt(sha256)}
+        receipt = {"schema": 1, "step": step, "params_sha256": sha256, **make_receipt()}
         (partial / RECEIPT).write_text(json.dumps(receipt, allow_nan=False))
         fault_point("checkpoint.before_manifest", step)
         (partial / MANIFEST).write_text(json.dumps(_manifest(partial), separators=(",", ":")))

@@ -18,7 +18,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from llm.config import Config, differences, read_toml, to_toml, validate
 from llm.errors import CheckpointError, RunLockedError, UsageError
@@ -79,12 +79,19 @@ class RunDirectory:
     def read_provenance(self) -> dict[str, Any]:
         """run.json as it was written."""
         try:
-            return json.loads(self.provenance.read_bytes())
+            record = json.loads(self.provenance.read_bytes())
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.provenance} cannot be read ({error}); restore it from a copy, or begin a "
                 "new run with another run.dir"
             ) from None
+        if not _is_provenance(record):
+            raise CheckpointError(
+                f"{self.provenance} is not what a run writes: expected an object with data "
+                f"({', '.join(_DATA)}) and starts (each with {', '.join(_START)}); restore it from "
+                "a copy"
+            )
+        return record
 
     def write_provenance(self, record: Mapping[str, Any]) -> None:
         """Raises: see `explained`."""
@@ -95,6 +102,33 @@ class RunDirectory:
         parent = self.path.parent if self.path.parent.is_dir() else Path()
         runs = sorted(str(folder.parent) for folder in parent.glob("*/config.toml"))[:5]
         return f"; there is {', '.join(runs)}" if runs else ""
+
+
+# What is read of run.json, and of each of its starts.
+_DATA = {"fingerprint": str, "origins": list}
+_START = {
+    "from_step": int,
+    "code_sha256": str,
+    "versions": dict,
+    "devices": dict,
+    "mesh": dict,
+    "changed": dict,
+}
+
+
+def _is_provenance(record: object) -> bool:
+    return (
+        holds(record, {"data": dict, "starts": list})
+        and holds(record["data"], _DATA)
+        and all(holds(start, _START) for start in record["starts"])
+    )
+
+
+def holds(value: object, kinds: Mapping[str, type]) -> TypeGuard[dict[str, Any]]:
+    """Whether it is a JSON object with these names, each of that type."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in kinds.items()
+    )
 
 
 @contextlib.contextmanager
@@ -172,6 +206,10 @@ def check_is_ours(run: RunDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise UsageError(
             f"run.dir = {run.path} is a file; expected a folder, or a name for a new one"
+        )
+    if run.checkpoints.exists() and not run.checkpoints.is_dir():
+        raise UsageError(
+            f"{run.checkpoints} is a file; expected a folder: move it away, or set another run.dir"
         )
     if run.exists() or not run.path.is_dir():
         return

@@ -17,9 +17,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from llm.errors import CheckpointError
 from llm.faults import fault_point
 from llm.files import write_atomic
-from llm.run.directory import explained
+from llm.run.directory import explained, holds
 
 # The newest rows of steps stay in memory, for whoever measures them (llm/measure/loop.py, 200); not
 # all of them, because a row is half a kilobyte, and runs have millions of steps.
@@ -27,18 +28,31 @@ NEWEST_ROWS = 1000
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line, in order; a last line that a crash cut off is left out."""
+    """Every whole line, in order; one that a crash cut off is left out.
+
+    Raises:
+      CheckpointError: naming a line that is JSON, and not a row.
+    """
     rows = []
     try:
         content = path.read_text(errors="replace")
     except FileNotFoundError:
         return []
-    for line in content.split("\n")[:-1]:
+    for number, line in enumerate(content.split("\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             continue
+        if not holds(row, _ROW) or "loss" not in row:
+            raise CheckpointError(
+                f"{path}, line {number}: expected an object with kind, step and loss, found "
+                f"{line[:80]}; remove the line, or restore the file"
+            )
+        rows.append(row)
     return rows
+
+
+_ROW = {"kind": str, "step": int}
 
 
 class Metrics:

@@ -84,7 +84,7 @@ def check_trained(run: RunDirectory) -> None:
     if imported is not None:
         raise UsageError(
             f"{run.path} was imported from {imported['from']}: it was not trained here, so it has "
-            "no steps; expected a run that was"
+            "no steps; expected a run that was, or to train, another run.dir"
         )
 
 

@@ -59,8 +59,8 @@ class Origin:
 
     Attributes:
       name: for people; does not depend on where the corpus lies on this machine.
-      kind: "text" one document, "python" one document of source code, "rows" json or parquet
-        through `datasets`, "hub" a data set of the Hugging Face hub.
+      kind: "text" one document, "python" one document of source code, "rows" json, or
+        parquet through `datasets`, "hub" a data set of the Hugging Face hub.
       location: path of the file, or NAME[:CONFIG[:SPLIT]] on the hub.
       bytes: size of the file; 0 for the hub, where it is not known.
       sha256: of the file's bytes; for the hub, the revision.

@@ -108,10 +108,13 @@ class Tokenizer(abc.ABC):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
-        """Write DIRECTORY/tokenizer.json; `load_tokenizer` needs nothing else."""
+        """Write DIRECTORY/tokenizer.json, if it is not there already; `load_tokenizer` needs
+        nothing else."""
         directory.mkdir(parents=True, exist_ok=True)
         saved = {"sha256": self.sha256, "definition": self.definition()}
-        write_atomic(directory / FILE_NAME, json.dumps(saved, indent=1).encode())
+        path, content = directory / FILE_NAME, json.dumps(saved, indent=1).encode()
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomic(path, content)
 
 
 class ByteTokenizer(Tokenizer):

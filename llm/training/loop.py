@@ -365,7 +365,7 @@ class Loop:
         logprobs = receipt_logprobs(self._job.spec, self._state.params, self._receipt_tokens)
         tokenizer_sha256 = self._job.corpus.tokenizer.sha256
 
-        def receipt(_params_sha256: str) -> dict[str, Any]:
+        def receipt() -> dict[str, Any]:
             return make_receipt(self._receipt_tokens, logprobs, tokenizer_sha256)
 
         checkpoints.save(self._step, to_groups(self._state), receipt)
