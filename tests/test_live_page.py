@@ -210,9 +210,11 @@ def text(browser):
 
 
 def text_of(records):
-    """What the page shows of records: a token without bytes by its name, and no control
-    characters."""
-    texts = [token["text"] if token["bytes"] else token["token"] for token in tokens_of(records)]
+    """What the page shows of records: a token without bytes by its name, unless it flushes a
+    character that was left open, and no control characters."""
+    texts = [
+        token["text"] or ("" if token["bytes"] else token["token"]) for token in tokens_of(records)
+    ]
     return spelled("".join(texts))
 
 
