@@ -40,7 +40,7 @@ def path(request) -> Path:
 def test_the_recipes_of_the_readme_are_there():
     assert {path.stem for path in FILES} >= {
         *GPT2, "quickstart", "shakespeare_char", "shakespeare_char_cpu", "modern_124m",
-        "llama3_8b", "moe_8x124m", "shakespeare_char_fast",
+        "llama3_8b", "moe_8x124m", "shakespeare_char_fast", "modern_shakespeare_char",
     }  # fmt: skip
 
 
