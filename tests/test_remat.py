@@ -64,8 +64,9 @@ keeps_what_is_there = pytest.mark.skipif(
 def test_the_less_a_block_keeps_the_less_memory_a_step_takes(scan):
     everything, dots, inputs = (gradients_of(remat, scan)[2] for remat in ("none", "dots", "block"))
     assert inputs < dots < everything
-    # A block's attention weights alone are 4 heads x 32 positions, where its input is 16 wide.
-    assert inputs < everything / 3
+    # A block's attention weights alone are 4 heads x 32 positions, where its input is 16 wide; what
+    # one block needs while it is computed again is in both.
+    assert inputs < everything / 2
 
 
 def test_offloaded_inputs_of_all_layers_wait_in_the_hosts_memory():
