@@ -14,7 +14,7 @@ from llm.model.remat import check_remat
 from llm.model.sharding import make_mesh
 from llm.training.step import accumulate_gradients
 
-LAYERS, BATCH, LENGTH = 4, 8, 32
+LAYERS, BATCH, LENGTH = 6, 8, 32
 
 
 def program_of(remat, scan):
@@ -64,9 +64,9 @@ keeps_what_is_there = pytest.mark.skipif(
 def test_the_less_a_block_keeps_the_less_memory_a_step_takes(scan):
     everything, dots, inputs = (gradients_of(remat, scan)[2] for remat in ("none", "dots", "block"))
     assert inputs < dots < everything
-    # A block's attention weights alone are 4 heads x 32 positions, where its input is 16 wide; what
-    # one block needs while it is computed again is in both.
-    assert inputs < everything / 2
+    # A block's attention weights alone are 4 heads x 32 positions, where its input is 16 wide. What
+    # one block needs while it is computed again is in both: hence six of them.
+    assert inputs < everything / 3
 
 
 def test_offloaded_inputs_of_all_layers_wait_in_the_hosts_memory():
