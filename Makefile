@@ -51,7 +51,7 @@ PYTHON = $(shell for python in python3.13 python3.12 python3.11 python3 python; 
 
 train: $(VENV)/installed-train-$(ACCELERATOR)
 	$(VENV)/bin/python train.py $(CONFIG) --run.dir $(RUN)
-	$(VENV)/bin/python sample.py $(RUN) --num-samples 2 --max-new-tokens 300 \
+	$(VENV)/bin/python sample.py $(RUN) --num-samples 2 --max-new-tokens 255 \
 	    --probs $(RUN)/samples.jsonl --html $(RUN)/samples.html
 	@echo
 	@echo "The probability of every token: open $(RUN)/samples.html in a browser."
