@@ -47,8 +47,8 @@ def measure(options: Any) -> None:
     import jax
 
     from llm.config import MeshConfig
-    from llm.model.collectives import read_collectives, total_bytes
     from llm.model.sharding import make_mesh
+    from llm.planning.collectives import read_collectives, total_bytes
 
     mesh = make_mesh(MeshConfig(data=1, context=-1), devices_of(options.topology))
     ways = ["constraint", "gathered", "ring", *(["splash"] if options.topology else [])]

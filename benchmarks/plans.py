@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm.commands.plan_tables import make_console, show_plan
+from llm.planning.plan_tables import make_console, show_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXTS, FACTS = ROOT / "configs" / "plans", ROOT / "build" / "plans"

@@ -18,7 +18,7 @@ from llm import errors
 if TYPE_CHECKING:
     import jax
 
-    from llm.interop.language_model import LanguageModel
+    from llm.api.language_model import LanguageModel
 
 __all__ = ["errors", "load"]
 
@@ -46,6 +46,6 @@ def load(
     from llm.runtime import prepare_process
 
     prepare_process()  # before JAX is imported, as it is below
-    from llm.interop.language_model import LanguageModel
+    from llm.api.language_model import LanguageModel
 
     return LanguageModel.load(run, step, devices)

@@ -17,7 +17,7 @@ from PIL import Image
 from selenium import webdriver
 
 from llm.inference.records import read_records
-from llm.inference.view import page
+from llm.pages.view import page
 
 SIZE = {"width": 1280, "height": 860, "deviceScaleFactor": 1.5, "mobile": False}
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from example_records import SAMPLING, NGram, given, sampled, scored, training_text
 
-from llm.inference.attention_view import attention_page
-from llm.inference.view import diff_page, page
+from llm.pages.attention_view import attention_page
+from llm.pages.view import diff_page, page
 
 selenium = pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402

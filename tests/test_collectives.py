@@ -11,9 +11,9 @@ import pytest
 from test_meshes import BATCH, OPTIMIZER, RECOMPUTED, SCANNED, SPEC
 
 from llm.config import MeshConfig, ModelConfig, TrainingConfig
-from llm.model.collectives import Collective, read_collectives, total_bytes
 from llm.model.gpt import ModelSpec, abstract_params, bind, logical_axes
 from llm.model.sharding import make_mesh, sharding_of, tree_shardings
+from llm.planning.collectives import Collective, read_collectives, total_bytes
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step

@@ -63,7 +63,7 @@ def test_the_environment_counts_more(monkeypatch):
 
 @pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu, extra 'plan'")
 def test_the_tpu_compiler_knows_these_options(monkeypatch, request):
-    from llm.training import targets
+    from llm.planning import targets
 
     environment = dict(os.environ)
     targets.prepare_environment("v5e:2x2", None, environment)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from llm.config import MeshConfig, ModelConfig
-from llm.model.collectives import read_collectives, total_bytes
 from llm.model.context import from_zigzag, to_zigzag, zigzag_positions
 from llm.model.gpt import ModelSpec, abstract_params, bind
 from llm.model.kernels import causal_attention
 from llm.model.sharding import is_divided, make_mesh
+from llm.planning.collectives import read_collectives, total_bytes
 
 ROWS, HEAD = 2, 16
 

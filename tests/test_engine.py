@@ -13,7 +13,10 @@ import pytest
 from llm.config import ModelConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference.decode import Decoder, Request
-from llm.inference.engine import (
+from llm.inference.filters import Sampling
+from llm.inference.score import Scorer
+from llm.model.gpt import ModelSpec, initialise
+from llm.serving.engine import (
     CHUNK_SECONDS,
     ClosedError,
     Engine,
@@ -22,9 +25,6 @@ from llm.inference.engine import (
     Pace,
     QueueFullError,
 )
-from llm.inference.filters import Sampling
-from llm.inference.score import Scorer
-from llm.model.gpt import ModelSpec, initialise
 from llm.text.tokenizer import ByteTokenizer
 
 CONTEXT, VOCAB = 96, 257
@@ -44,8 +44,8 @@ def few_shapes():
     """Prompts come in pieces of 16, the longest in six, into a cache of one size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llm.inference.decode.PIECE", 16)
-        patch.setattr("llm.inference.engine._piece", lambda length: 16)
-        patch.setattr("llm.inference.engine.LEAST_PREFILL", 128)
+        patch.setattr("llm.serving.engine._piece", lambda length: 16)
+        patch.setattr("llm.serving.engine.LEAST_PREFILL", 128)
         yield
 
 
@@ -152,8 +152,8 @@ def test_a_row_gets_in_company_what_it_gets_alone(engine, expected):
 
 def test_rows_join_and_leave_beside_a_running_row(engine, expected, monkeypatch):
     """The batch grows in rows and in capacity and shrinks again while one row runs through it."""
-    monkeypatch.setattr("llm.inference.engine.LEAST_CAPACITY", 32)
-    monkeypatch.setattr("llm.inference.engine.CHUNK", 4)  # 90 tokens: 20 chunks and more
+    monkeypatch.setattr("llm.serving.engine.LEAST_CAPACITY", 32)
+    monkeypatch.setattr("llm.serving.engine.CHUNK", 4)  # 90 tokens: 20 chunks and more
     first = dataclasses.replace(LONG, max_new_tokens=20)
     rest = [dataclasses.replace(SHORT, sampling=Sampling(1.0, seed=i)) for i in range(5)]
     joined, sizes = [], set()
@@ -194,8 +194,8 @@ def test_a_row_that_is_not_finite_ends_alone_and_poisons_no_row_after_it(
 ):
     """While one row runs, three fill the places beside it with NaN, and three others use them
     again, whose own caches are shorter than what the NaN has filled."""
-    monkeypatch.setattr("llm.inference.engine.LEAST_PREFILL", 64)
-    monkeypatch.setattr("llm.inference.engine.CHUNK", 4)
+    monkeypatch.setattr("llm.serving.engine.LEAST_PREFILL", 64)
+    monkeypatch.setattr("llm.serving.engine.CHUNK", 4)
     poisons, after = [], []
 
     def go_on(listener):
@@ -319,7 +319,7 @@ def test_warming_up_leaves_nothing_to_compile_for_a_short_request(model):
 
 def test_chunks_grow_while_they_are_quick_and_shrink_when_they_are_slow(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("llm.inference.engine.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("llm.serving.engine.time.perf_counter", lambda: clock[0])
     pace, seconds_per_step = Pace(), CHUNK_SECONDS / 7
     for _ in range(20):
         clock[0] += pace.steps * seconds_per_step

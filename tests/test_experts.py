@@ -17,12 +17,12 @@ from runs import STEPS, copied, losses, params_sha256, train, write_config
 from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig, validate
 from llm.errors import UsageError
 from llm.inference.programs import for_decoding
-from llm.model.collectives import read_collectives
 from llm.model.experts import Experts, slots
 from llm.model.flops import active_parameter_count, flops_per_token, parameter_count
 from llm.model.gpt import KVCache, ModelSpec, abstract_params, bind, initialise, logical_axes
 from llm.model.grouped import block_rows, lay_out
 from llm.model.sharding import check_divisible, make_mesh, sharding_of, tree_shardings
+from llm.planning.collectives import read_collectives
 from llm.training.optimizer import make_optimizer, partition_labels
 from llm.training.step import BATCH_AXES, accumulate_gradients
 

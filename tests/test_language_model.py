@@ -20,6 +20,8 @@ import llm
 import llm.commands.sample
 import llm.commands.score
 import llm.run.model
+from llm.api import results
+from llm.api.language_model import LanguageModel
 from llm.config import Config, ModelConfig, SamplingConfig
 from llm.errors import UsageError
 from llm.inference import samples
@@ -28,8 +30,6 @@ from llm.inference.filters import Sampling
 from llm.inference.programs import decode_chunk
 from llm.inference.records import read_records
 from llm.inference.score import _describe_batch
-from llm.interop import results
-from llm.interop.language_model import LanguageModel
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.sharding import check_divisible
 from llm.run.checkpoint import Checkpoints

@@ -21,8 +21,8 @@ from example_records import CHINESE, EMOJI, NGram, given, records_of, training_t
 from runs import ROOT, train, write_config
 
 from llm.config import SamplingConfig
-from llm.inference.live_view import live_page
 from llm.inference.records import read_records
+from llm.pages.live_view import live_page
 
 pytest.importorskip("selenium")
 import test_browser

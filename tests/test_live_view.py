@@ -12,8 +12,8 @@ from example_records import NGram, records_of
 from test_view import Parsed
 
 from llm.config import SamplingConfig
-from llm.inference.live_view import live_page
-from llm.interop.completions_api import CompletionRequest
+from llm.pages.live_view import live_page
+from llm.serving.completions_api import CompletionRequest
 
 NAME = "<script>alert(1)</script> & \u202eco"
 

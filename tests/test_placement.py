@@ -116,7 +116,7 @@ def slices():
     """(topology, number of slices) -> its devices, from the TPU compiler."""
     from jax.experimental import topologies
 
-    from llm.training import targets
+    from llm.planning import targets
 
     with pytest.MonkeyPatch.context() as patched:
         environment = dict(os.environ)

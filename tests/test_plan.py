@@ -17,19 +17,19 @@ from llm.commands import run_command
 from llm.commands.plan import find_vocab_size, main, parse
 from llm.config import Config, load_config, to_toml, validate
 from llm.errors import UsageError
-from llm.model.collectives import Collective
-from llm.model.cost import Cost, read_cost
 from llm.model.devices import GIB, SHEETS, compute_capability, find_kind
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec, abstract_params
-from llm.model.roofline import link_seconds, roofline
 from llm.model.sharding import MESH_AXES, make_mesh
-from llm.training import plan as plan_module
-from llm.training import search as search_module
-from llm.training import targets
-from llm.training.estimate import Arithmetic
-from llm.training.plan import available_memory, describe, plan_step, program_text
-from llm.training.search import find_candidates, meshes, search
+from llm.planning import plan as plan_module
+from llm.planning import search as search_module
+from llm.planning import targets
+from llm.planning.collectives import Collective
+from llm.planning.cost import Cost, read_cost
+from llm.planning.estimate import Arithmetic
+from llm.planning.plan import available_memory, describe, plan_step, program_text
+from llm.planning.roofline import link_seconds, roofline
+from llm.planning.search import find_candidates, meshes, search
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / "configs" / "llama3_8b.toml"
@@ -524,7 +524,7 @@ def test_a_missing_compiler_says_how_to_get_it(monkeypatch):
 
 def test_the_environment_can_still_be_prepared_when_the_targets_are_known():
     """JAX reads it when it is imported: nothing before may do that."""
-    code = "import sys, llm.commands.plan, llm.training.targets; sys.exit('jax' in sys.modules)"
+    code = "import sys, llm.commands.plan, llm.planning.targets; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
 
 

@@ -14,18 +14,18 @@ import pytest
 
 import llm.commands.sample
 import llm.commands.score
-import llm.inference.attention
 import llm.inference.samples
+import llm.pages.attention
 import llm.run.model
 from llm.commands import run_command
 from llm.commands.score import worst_passages
 from llm.config import Config, ModelConfig, SamplingConfig
 from llm.errors import UsageError
-from llm.inference.attention_view import attention_page
 from llm.inference.decode import Progress
 from llm.inference.records import read_records
 from llm.inference.samples import continued, in_order, overlay
 from llm.model.gpt import ModelSpec, bind, initialise
+from llm.pages.attention_view import attention_page
 from llm.run.model import OpenedModel
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -408,14 +408,14 @@ def test_score_writes_where_each_head_looks(tmp_path, model, capsys):
 
 def test_attention_that_does_not_fit_is_refused_with_its_size(tmp_path, monkeypatch, capsys):
     # 2 heads x 60 x 60 x 4 bytes; a page carries its lower triangles, 2 x 60 x 61 / 2.
-    monkeypatch.setattr(llm.inference.attention, "LARGEST_BYTES", 28799)
+    monkeypatch.setattr(llm.pages.attention, "LARGEST_BYTES", 28799)
     target = ("--text", "x" * 60, "--attention", tmp_path / "x.npz")
     assert score(*target) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in ("28.1 KiB", "1 layers x 2 heads", "59 tokens")), error
-    monkeypatch.setattr(llm.inference.attention, "LARGEST_BYTES", 28800)
+    monkeypatch.setattr(llm.pages.attention, "LARGEST_BYTES", 28800)
     assert score(*target) == 0
-    monkeypatch.setattr(llm.inference.attention_view, "MOST_PAGE_WEIGHTS", 3659)
+    monkeypatch.setattr(llm.pages.attention_view, "MOST_PAGE_WEIGHTS", 3659)
     capsys.readouterr()
     assert score(*target, "--attention-html", tmp_path / "x.html") == 2
     error = capsys.readouterr().err

@@ -25,13 +25,13 @@ pytest.importorskip("uvicorn")
 from llm.commands import run_command, serve  # noqa: E402
 from llm.config import ModelConfig  # noqa: E402
 from llm.inference.decode import Decoder, Request  # noqa: E402
-from llm.inference.engine import Engine, Limits  # noqa: E402
 from llm.inference.filters import Sampling  # noqa: E402
 from llm.inference.records import RecordBuilder, numerics_of, read_records, to_line  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
-from llm.interop.completions_api import RequestLimits, parse  # noqa: E402
-from llm.interop.server import Served, Server, Site, listen, make_app, run, url_of  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
+from llm.serving.completions_api import RequestLimits, parse  # noqa: E402
+from llm.serving.engine import Engine, Limits  # noqa: E402
+from llm.serving.server import Served, Server, Site, listen, make_app, run, url_of  # noqa: E402
 from llm.text.tokenizer import ByteTokenizer  # noqa: E402
 
 CONTEXT = 96
@@ -97,8 +97,8 @@ def running():
     with pytest.MonkeyPatch.context() as patch:
         # Few shapes: what takes the time is compilation.
         patch.setattr("llm.inference.decode.PIECE", 16)
-        patch.setattr("llm.inference.engine._piece", lambda length: 16)
-        patch.setattr("llm.inference.engine.LEAST_PREFILL", 128)
+        patch.setattr("llm.serving.engine._piece", lambda length: 16)
+        patch.setattr("llm.serving.engine.LEAST_PREFILL", 128)
         running = Running()
         yield running
         running.stop()

@@ -28,10 +28,10 @@ from llm.commands import run_command
 from llm.commands.import_hf import write_run
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import DataError
-from llm.inference.paint import paint_stream
 from llm.inference.records import read_records
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.sharding import make_mesh
+from llm.pages.paint import paint_stream
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer, tiktoken_tokenizer
 from llm.training.evaluate import make_evaluation_step
 
@@ -113,9 +113,9 @@ def served(surfaces):
     for package in ("starlette", "uvicorn"):
         pytest.importorskip(package)
     from llm.commands import serve
-    from llm.inference.engine import Engine, Limits
-    from llm.interop import server as http
-    from llm.interop.completions_api import RequestLimits
+    from llm.serving import server as http
+    from llm.serving.completions_api import RequestLimits
+    from llm.serving.engine import Engine, Limits
 
     decoder = surfaces.lm._decoder
     about = serve.describe(surfaces.lm.opened, decoder, serve.parse([str(surfaces.run)]))
@@ -337,7 +337,7 @@ def test_bytes_that_are_no_text_are_taken_and_said_everywhere(surfaces, served, 
 
 
 def page_of(records):
-    from llm.inference.view import page
+    from llm.pages.view import page
 
     return page(records, title="t")
 

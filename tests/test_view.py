@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference import scales
-from llm.inference.attention_view import attention_page
-from llm.inference.paint import paint_stream
-from llm.inference.view import diff_page, page, write_page
+from llm.pages import scales
+from llm.pages.attention_view import attention_page
+from llm.pages.paint import paint_stream
+from llm.pages.view import diff_page, page, write_page
 
 NASTY = [
     b"</script><script>alert(1)</script>",

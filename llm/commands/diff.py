@@ -14,7 +14,7 @@ from llm.commands.texts import check_writable
 from llm.config import differences
 from llm.errors import UsageError
 from llm.inference.records import read_records
-from llm.inference.view import write_diff_page
+from llm.pages.view import write_diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import read_metrics
 

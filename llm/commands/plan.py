@@ -16,9 +16,9 @@ from llm.errors import UsageError
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.training.plan import Plan
-    from llm.training.search import Candidate
-    from llm.training.targets import Target
+    from llm.planning.plan import Plan
+    from llm.planning.search import Candidate
+    from llm.planning.targets import Target
 
 
 def main(arguments: list[str]) -> int:
@@ -100,7 +100,7 @@ def find_vocab_size(config: Config, given: int | None) -> int:
 
 def memory_fraction(given: float | None) -> float:
     """Of a GPU's memory, what a program can have."""
-    from llm.training.plan import GPU_FRACTION
+    from llm.planning.plan import GPU_FRACTION
 
     text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
     name = "XLA_PYTHON_CLIENT_MEM_FRACTION" if given is None else "--memory-fraction"
@@ -114,7 +114,7 @@ def memory_fraction(given: float | None) -> float:
 
 
 def _find_target(chosen: argparse.Namespace) -> "Target":
-    from llm.training import targets
+    from llm.planning import targets
 
     count = (1 if chosen.devices is None else chosen.devices) if chosen.device else None
     targets.prepare_environment(chosen.topology, count)
@@ -131,8 +131,8 @@ def _find_target(chosen: argparse.Namespace) -> "Target":
 def _plans(
     chosen: argparse.Namespace, config: Config, vocab_size: int, target: "Target"
 ) -> tuple[list["Plan"], int]:
-    from llm.training.plan import plan_step
-    from llm.training.search import search
+    from llm.planning.plan import plan_step
+    from llm.planning.search import search
 
     fraction = memory_fraction(chosen.memory_fraction)
     if not chosen.search:
@@ -159,7 +159,7 @@ def _say(chosen: argparse.Namespace, text: str) -> None:
 
 
 def _write(chosen: argparse.Namespace, plans: list["Plan"], considered: int) -> None:
-    from llm.training.plan import describe
+    from llm.planning.plan import describe
 
     described = [describe(plan) for plan in plans]
     if chosen.json:
@@ -168,7 +168,7 @@ def _write(chosen: argparse.Namespace, plans: list["Plan"], considered: int) -> 
             answer = {"estimate": True, "considered": considered, "ranked": described}
         print(json.dumps(answer, allow_nan=False))
         return
-    from llm.commands.plan_tables import make_console, show_plan, show_ranking
+    from llm.planning.plan_tables import make_console, show_plan, show_ranking
 
     console = make_console()
     if chosen.search:

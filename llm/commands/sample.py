@@ -162,7 +162,7 @@ def _run(
         else:
             show(records, len(requests), painted=paints(options))
     if kept is not None:
-        from llm.inference.view import write_page
+        from llm.pages.view import write_page
 
         write_page(kept, Path(options.html), title=f"Samples from {opened.run}, step {opened.step}")
 

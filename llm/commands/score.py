@@ -249,7 +249,7 @@ def check_attention_texts(
     """Raise a UsageError, before anything is computed, for texts whose attention is not written."""
     if not (options.attention or options.attention_html):
         return
-    from llm.inference.attention import check_attention
+    from llm.pages.attention import check_attention
 
     if options.attention_html and len(texts) > 1:
         raise UsageError(
@@ -259,7 +259,7 @@ def check_attention_texts(
     for ids, name in zip(texts, names, strict=True):
         check_attention(opened.spec, ids, name)
     if options.attention_html:
-        from llm.inference.attention_view import check_page_size
+        from llm.pages.attention_view import check_page_size
 
         model = opened.spec.config
         check_page_size(model.n_layer, model.n_head, len(texts[0]))
@@ -269,8 +269,8 @@ def write_attention(
     options: argparse.Namespace, opened: "OpenedModel", texts: "Sequence[Ids]"
 ) -> None:
     """Where each head looks: all texts as arrays, one text as a page."""
-    from llm.inference.attention import attention_of
-    from llm.inference.attention_view import write_attention_page
+    from llm.pages.attention import attention_of
+    from llm.pages.attention_view import write_attention_page
 
     weights: Iterable[np.ndarray] = (attention_of(opened.spec, opened.params, i) for i in texts)
     if options.attention_html:
@@ -298,8 +298,8 @@ def _run(
     options: argparse.Namespace, opened: "OpenedModel", scorer: "Scorer", texts: "Sequence[Ids]"
 ) -> Summary:
     """Score everything, write what was asked for."""
-    from llm.inference.completions import openai_completion
     from llm.inference.records import RecordBuilder, numerics_of
+    from llm.serving.completions import openai_completion
 
     builder, summary = RecordBuilder(opened.tokenizer), Summary()
     if not _records_wanted(options):
@@ -323,7 +323,7 @@ def _run(
             completion = openai_completion(kept, opened.run, int(time.time()))
             file.write(json.dumps(completion, allow_nan=False) + "\n")
     if options.html and kept is not None:
-        from llm.inference.view import write_page
+        from llm.pages.view import write_page
 
         write_page(kept, Path(options.html), title=f"Scored by {opened.run}, step {opened.step}")
     return summary

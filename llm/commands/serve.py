@@ -18,8 +18,8 @@ from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.interop.server import Served, Site
     from llm.run.model import OpenedModel
+    from llm.serving.server import Served, Site
 
 # Tokens, of all kinds, at which cached decoding is compared with one whole pass in bfloat16.
 PROBE = 32
@@ -31,9 +31,9 @@ def main(arguments: list[str]) -> int:
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.inference.decode import Decoder
-    from llm.inference.engine import Engine, Limits
-    from llm.interop.completions_api import RequestLimits
-    from llm.interop.server import Server, listen, make_app, run, url_of
+    from llm.serving.completions_api import RequestLimits
+    from llm.serving.engine import Engine, Limits
+    from llm.serving.server import Server, listen, make_app, run, url_of
 
     listener = listen(options.host, options.port)
     opened = open_and_say(options.run, options.step)
@@ -118,7 +118,7 @@ def site_of(host: str, also: Sequence[str]) -> "Site":
     Where only this machine can reach the server, a request by another name is a page's trick. On
     other addresses the names that people use are not known, so only given ones are checked.
     """
-    from llm.interop.server import LOOPBACK, Site
+    from llm.serving.server import LOOPBACK, Site
 
     if "*" in also:
         return Site(names=None, guests=None)
@@ -140,7 +140,7 @@ def describe(opened: "OpenedModel", decoder: Any, options: argparse.Namespace) -
     """What the server says of the model that it serves."""
     from llm.inference.decode import Request
     from llm.inference.records import RecordBuilder
-    from llm.interop.server import Served
+    from llm.serving.server import Served
 
     name, spec = options.name or opened.run, opened.spec
     tokens = min(PROBE, spec.config.context_length)
@@ -160,8 +160,8 @@ def page(
     name: str, opened: "OpenedModel", numerics: dict[str, Any], options: argparse.Namespace
 ) -> str:
     """The live page."""
-    from llm.inference.live_view import live_page
     from llm.inference.records import RecordBuilder
+    from llm.pages.live_view import live_page
 
     builder = RecordBuilder(opened.tokenizer)
     return live_page(

@@ -68,7 +68,7 @@ def paints(options: argparse.Namespace) -> bool:
 
 def paint(records: "Iterable[Record]") -> None:
     """The records in colour on the terminal, as they come."""
-    from llm.inference.paint import paint_stream
+    from llm.pages.paint import paint_stream
 
     for part in paint_stream(records):
         sys.stdout.write(part)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference.document import THEME, Choice, document, escape, visible
+from llm.pages.document import THEME, Choice, document, escape, visible
 
 # L layers  N heads  T query position  S key position
 Weights = npt.NDArray[np.float32]

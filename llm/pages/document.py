@@ -16,8 +16,8 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from llm.inference import scales
-from llm.inference.spelling import JOINERS, escape_character, escaped, pieces
+from llm.pages import scales
+from llm.pages.spelling import JOINERS, escape_character, escaped, pieces
 
 # Each way of colouring: the letter of its levels' classes, and of its scale.
 MODES = {
@@ -140,7 +140,7 @@ THEME = Choice("theme", "Theme", {"auto": "auto", "light": "light", "dark": "dar
 
 @cache
 def _asset(name: str) -> str:
-    return (resources.files("llm.inference") / name).read_text("utf-8")
+    return (resources.files("llm.pages") / name).read_text("utf-8")
 
 
 @cache

@@ -8,7 +8,7 @@ its rows at the next chunk, whether it streams or waits. There is no CORS: pages
 no answer, and neither do names that a page made point to this machine (DNS rebinding), because
 Host and Origin are checked.
 
-What it is not: what requests mean (completions_api.py), or decoding (llm/inference/engine.py). The
+What it is not: what requests mean (completions_api.py), or decoding (llm/serving/engine.py). The
 one file that imports starlette and uvicorn.
 """
 
@@ -28,9 +28,8 @@ from urllib.parse import urlsplit
 
 from llm.errors import LLMError, UsageError
 from llm.inference.decode import Progress
-from llm.inference.engine import ClosedError, Delivery, Engine, Job, QueueFullError
 from llm.inference.records import RecordBuilder
-from llm.interop.completions_api import (
+from llm.serving.completions_api import (
     Answer,
     APIError,
     CompletionRequest,
@@ -39,6 +38,7 @@ from llm.interop.completions_api import (
     prompt_ids,
     samples,
 )
+from llm.serving.engine import ClosedError, Delivery, Engine, Job, QueueFullError
 
 try:
     import uvicorn

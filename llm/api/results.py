@@ -28,7 +28,7 @@ from llm.errors import UsageError
 from llm.files import write_output
 from llm.inference.records import TOKEN_FIELDS, Record, RecordBuilder, to_line
 from llm.inference.transcript import Token
-from llm.inference.view import page, write_page
+from llm.pages.view import page, write_page
 from llm.text.tokenizer import Ids, Tokenizer
 
 if TYPE_CHECKING:

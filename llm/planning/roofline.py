@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import jax
 
-from llm.model.collectives import Collective
-from llm.model.cost import Cost
 from llm.model.devices import Sheet
+from llm.planning.collectives import Collective
+from llm.planning.cost import Cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ text nor in its records, and its end record's `text` is the text of the tokens t
 `max_tokens` 0 with `echo` scores the prompt: nothing is drawn, `sampling` is null, and the end
 record sums the prompt.
 
-What it is not: HTTP (server.py), or decoding (llm/inference/engine.py).
+What it is not: HTTP (server.py), or decoding (llm/serving/engine.py).
 
 Source: https://platform.openai.com/docs/api-reference/completions
 """
@@ -36,12 +36,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm.errors import UsageError
-from llm.inference.completions import FINISH, logprobs_of
 from llm.inference.decode import Progress, Request, encode_prompt
 from llm.inference.filters import Sampling
 from llm.inference.records import Record, RecordBuilder
 from llm.inference.samples import DEFAULT_TOP
 from llm.inference.transcript import Token
+from llm.serving.completions import FINISH, logprobs_of
 from llm.text.tokenizer import Ids, Tokenizer
 
 _MOST_SEED = 2**63

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from llm.model.hlo import (
+from llm.planning.hlo import (
     Computations,
     Instruction,
     arrays,
@@ -24,7 +24,7 @@ from llm.model.hlo import (
     read_instruction,
     runs,
 )
-from llm.model.kernel_cost import splash_flops
+from llm.planning.kernel_cost import splash_flops
 
 # What moves nothing: names for what is there already, and loops, whose bodies are counted.
 _FREE = {

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llm.inference import scales
-from llm.inference.document import escape, visible
 from llm.inference.records import Record
-from llm.inference.spelling import Cell, TokenRecord, cells
+from llm.pages import scales
+from llm.pages.document import escape, visible
+from llm.pages.spelling import Cell, TokenRecord, cells
 
 # Beyond this many tokens a bar of the strip would be thinner than a pixel, and a peak would fade.
 _THIN_BARS = 400

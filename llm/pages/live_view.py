@@ -12,7 +12,7 @@ records, then [DONE]. An error is {"error": {"message"}}, as the body of an answ
 or as an event. To score a text is to ask for it with max_tokens 0. To take a branch is to ask with
 the ids of all tokens before it and of the alternative.
 
-What it is not: the server (llm/interop/server.py), or a client of other servers.
+What it is not: the server (llm/serving/server.py), or a client of other servers.
 """
 
 import html
@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llm.config import SamplingConfig
-from llm.inference.document import THEME, document, escape
-from llm.inference.packing import packed
 from llm.inference.records import Record
 from llm.inference.samples import DEFAULT_TOP
-from llm.inference.view import COLOUR_BY, GLOSSARY, SPACES, run_facts, toolbar
+from llm.pages.document import THEME, document, escape
+from llm.pages.packing import packed
+from llm.pages.view import COLOUR_BY, GLOSSARY, SPACES, run_facts, toolbar
 
 MOST_TOP = 100
 # JavaScript counts exactly up to here (ECMA-262, Number.MAX_SAFE_INTEGER).

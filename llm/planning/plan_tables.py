@@ -1,4 +1,4 @@
-"""A plan as a person reads it: tables of the facts that --json gives (llm/training/plan.py)."""
+"""A plan as a person reads it: tables of the facts that --json gives (llm/planning/plan.py)."""
 
 from typing import Any
 

@@ -22,9 +22,17 @@ from typing import Any, TypedDict, Unpack, overload
 import jax
 import numpy as np
 
+from llm.api.results import (
+    Floats,
+    Generation,
+    Origin,
+    Results,
+    Score,
+    ScoredToken,
+    scored_token,
+)
 from llm.config import Config, SamplingConfig
 from llm.errors import UsageError
-from llm.inference.attention import attention_of
 from llm.inference.decode import Decoder, Request
 from llm.inference.filters import Sampling
 from llm.inference.records import RecordBuilder, numerics_of
@@ -37,17 +45,9 @@ from llm.inference.samples import (
 )
 from llm.inference.score import Scorer
 from llm.inference.transcript import Token
-from llm.interop.results import (
-    Floats,
-    Generation,
-    Origin,
-    Results,
-    Score,
-    ScoredToken,
-    scored_token,
-)
 from llm.model.flops import parameter_count
 from llm.model.gpt import ModelSpec
+from llm.pages.attention import attention_of
 from llm.run.model import OpenedModel, open_model
 from llm.text.tokenizer import Ids, Tokenizer
 

@@ -14,9 +14,9 @@ from llm.errors import UsageError
 from llm.model.devices import sheet_of
 from llm.model.gpt import ModelSpec
 from llm.model.sharding import MESH_AXES, check_sizes
-from llm.training.estimate import Arithmetic, abstract_mesh
-from llm.training.plan import Plan, available_memory, model_spec, plan_step
-from llm.training.targets import Target
+from llm.planning.estimate import Arithmetic, abstract_mesh
+from llm.planning.plan import Plan, available_memory, model_spec, plan_step
+from llm.planning.targets import Target
 
 REMATS = ("none", "dots", "block")
 # How far arithmetic may be above the memory there is before it is believed. It was at most 1.4

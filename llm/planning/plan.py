@@ -16,19 +16,19 @@ import jax
 import jax.numpy as jnp
 
 from llm.config import Config
-from llm.model.collectives import Collective, read_collectives
-from llm.model.cost import Cost, read_cost
 from llm.model.devices import GIB, sheet_of
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec
 from llm.model.kernels import choose_attention
-from llm.model.roofline import Roofline, link_seconds, roofline
 from llm.model.sharding import check_sizes, make_mesh
-from llm.training.estimate import Arithmetic, StateBytes, state_bytes
+from llm.planning.collectives import Collective, read_collectives
+from llm.planning.cost import Cost, read_cost
+from llm.planning.estimate import Arithmetic, StateBytes, state_bytes
+from llm.planning.roofline import Roofline, link_seconds, roofline
+from llm.planning.targets import Target
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
-from llm.training.targets import Target
 
 # Of a GPU's memory JAX takes this share unless $XLA_PYTHON_CLIENT_MEM_FRACTION says another:
 # https://docs.jax.dev/en/latest/gpu_memory_allocation.html

@@ -15,7 +15,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from llm.model.hlo import byte_size, computations, fused, runs
+from llm.planning.hlo import byte_size, computations, fused, runs
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 

@@ -18,12 +18,12 @@ from typing import Any
 
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference import scales
-from llm.inference.document import THEME, Choice, document, escape
-from llm.inference.packing import packed
 from llm.inference.records import Record
-from llm.inference.spelling import TokenRecord
-from llm.inference.token_html import Sample, sample_html
+from llm.pages import scales
+from llm.pages.document import THEME, Choice, document, escape
+from llm.pages.packing import packed
+from llm.pages.spelling import TokenRecord
+from llm.pages.token_html import Sample, sample_html
 
 
 def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm.inference.records import Record
-from llm.inference.spelling import TokenRecord
-from llm.inference.token_html import Sample
+from llm.pages.spelling import TokenRecord
+from llm.pages.token_html import Sample
 
 _UTF8 = ("ok", "open", "continue", "close", "bad")
 _PLAIN_COLUMNS = (

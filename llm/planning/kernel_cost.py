@@ -11,7 +11,7 @@ two kernels, each of which computes scores and their gradients again, which make
 
 import math
 
-from llm.model.hlo import Instruction, arrays
+from llm.planning.hlo import Instruction, arrays
 
 # products of a pass: (forward, backward)
 PRODUCTS = {"plain": (2, 4), "cudnn": (2, 5), "splash": (2, 7)}

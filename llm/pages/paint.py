@@ -10,8 +10,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from llm.inference import scales
-from llm.inference.spelling import (
+from llm.pages import scales
+from llm.pages.spelling import (
     Cell,
     TokenRecord,
     cells,

@@ -23,10 +23,10 @@ from llm.model.experts import slots
 from llm.model.flops import flops_per_token
 from llm.model.gpt import ModelSpec, abstract_params
 from llm.model.grouped import block_count, block_rows
-from llm.model.kernel_cost import PRODUCTS
 from llm.model.loss import chunks_for
-from llm.model.roofline import bandwidth
 from llm.model.sharding import LOGICAL_TO_MESH
+from llm.planning.kernel_cost import PRODUCTS
+from llm.planning.roofline import bandwidth
 from llm.training.optimizer import make_optimizer
 from llm.training.state import TrainState, abstract_state
 

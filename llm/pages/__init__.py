@@ -1,0 +1,1 @@
+"""Records as pages in a browser and as colours in a terminal."""
