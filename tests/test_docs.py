@@ -17,10 +17,18 @@ from llm.errors import LLMError
 from llm.inference.records import END_FIELDS, RUN_FIELDS, TOKEN_FIELDS
 
 ROOT = Path(__file__).resolve().parent.parent
-README, DESIGN, TRANSFORMER = (
-    ROOT / name for name in ("README.md", "docs/design.md", "docs/transformer.md")
+README, CONFIGS, DESIGN, RECORDS, RUNS, TRANSFORMER = (
+    ROOT / name
+    for name in (
+        "README.md",
+        "configs/README.md",
+        "docs/design.md",
+        "docs/records.md",
+        "docs/runs.md",
+        "docs/transformer.md",
+    )
 )
-DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [README, CONFIGS, *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [str(path.relative_to(ROOT)) for path in DOCS]
 SETTINGS = set(flatten(Config()))
 SECTIONS = {name.split(".")[0] for name in SETTINGS}
@@ -175,10 +183,9 @@ def files() -> list[str]:
     return [name for name in result.stdout.splitlines() if (ROOT / name).exists()]
 
 
-@pytest.mark.parametrize("document", [README, DESIGN], ids=["README", "design"])
-def test_the_file_tree_is_the_files(document):
+def test_the_file_tree_is_the_files():
     """A folder whose files are listed has them all; one with no list stands for what is in it."""
-    listed = tree(document.read_text())
+    listed = tree(DESIGN.read_text())
     for path, meaning in listed.items():
         assert (ROOT / path).exists(), f"the tree lists {path}"
         has_list = any(other.startswith(path + "/") for other in listed)
@@ -201,30 +208,28 @@ def test_each_configuration_is_in_the_table_with_its_size():
     from llm.model.gpt import ModelSpec
 
     vocabulary = {"bytes": 257, "gpt2": 50257, "characters": 65, "cl100k_base": 100277}
-    rows = {row[0]: row for row in table_after(README.read_text(), "| file | model |")}
+    rows = {row[0]: row for row in table_after(CONFIGS.read_text(), "| file | model |")}
     paths = sorted((ROOT / "configs").glob("*.toml"))
-    assert set(rows) == {f"[{path.stem}](configs/{path.name})" for path in paths}
+    assert set(rows) == {f"[{path.stem}]({path.name})" for path in paths}
     for path in paths:
         config = load_config(path)
-        row = rows[f"[{path.stem}](configs/{path.name})"]
+        row = rows[f"[{path.stem}]({path.name})"]
         spec = ModelSpec(config.model, vocabulary[config.tokenizer.kind])
         tokens = config.training.batch_size * config.model.context_length
         expected = [parameter_count(spec), tokens, config.training.steps]
         assert [int(cell.replace(",", "")) for cell in row[2:5]] == expected, path.name
 
 
-@pytest.mark.parametrize("document", [README, DESIGN], ids=["README", "design"])
-def test_exit_codes_are_those_of_the_errors(document):
+def test_exit_codes_are_those_of_the_errors():
     kinds = [
         kind
         for kind in vars(llm.errors).values()
         if isinstance(kind, type) and issubclass(kind, LLMError) and kind is not LLMError
     ]
-    rows = table_after(document.read_text(), "| exit code |")
+    rows = table_after(RUNS.read_text(), "| exit code |")
     assert {int(row[0]) for row in rows} == {0, 1} | {kind.exit_code for kind in kinds}
-    if document == DESIGN:
-        named = {row[1].strip("`"): int(row[0]) for row in rows if row[1]}
-        assert named == {kind.__name__: kind.exit_code for kind in kinds}
+    named = {row[1].strip("`"): int(row[0]) for row in rows if row[1]}
+    assert named == {kind.__name__: kind.exit_code for kind in kinds}
 
 
 def section(text: str, heading: str) -> str:
@@ -241,7 +246,7 @@ def field_tables(text: str) -> list[tuple[str, ...]]:
 
 
 def test_the_fields_of_records_are_those_of_the_code():
-    described = field_tables(section(DESIGN.read_text(), "## Token-probability records"))
+    described = field_tables(section(RECORDS.read_text(), "## Token-probability records"))
     assert described == [RUN_FIELDS, TOKEN_FIELDS, END_FIELDS]
 
 
@@ -258,7 +263,7 @@ def test_the_record_in_the_readme_has_the_fields_of_the_code():
 def test_the_fields_of_metrics_are_those_of_the_code():
     from llm.training.step import ROUTER_METRICS
 
-    described = field_tables(section(DESIGN.read_text(), "### metrics.jsonl"))
+    described = field_tables(section(RUNS.read_text(), "### metrics.jsonl"))
     assert described == [dictionary_keys("_row"), ROUTER_METRICS, dictionary_keys("_report")]
 
 
@@ -284,7 +289,7 @@ def test_fault_points_are_those_of_the_code():
 def test_resume_rules_are_those_of_the_code():
     from llm.run.directory import ALLOWED_SECTIONS, FREE_SECTIONS, FREE_SETTINGS, NEVER
 
-    rows = table_after(DESIGN.read_text(), "| setting | on resume |")
+    rows = table_after(RUNS.read_text(), "| setting | on resume |")
     names = [tuple(re.findall(r"`([\w.]+)`", row[0])) for row in rows]
     assert names == [FREE_SECTIONS, FREE_SETTINGS, ALLOWED_SECTIONS, NEVER]
 
