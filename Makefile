@@ -1,5 +1,6 @@
 # make train    set up, train the quickstart model, write samples and a probability page
-# make test     set up, run the tests
+# make test     set up, run the tests that cover each claim once; minutes
+# make test-all set up, run every test: more kills, meshes, sizes, hostile input
 # make help     this text, and the settings
 #
 # Settings, as in `make train PYTHON=python3.12`:
@@ -9,7 +10,7 @@
 #   CONFIG, RUN   what `make train` trains, and where, configs/quickstart.toml and runs/quickstart
 #   TESTS         what `make test` runs, as in TESTS="tests/test_loss.py -x"
 #
-# Both install only what is missing, and can be interrupted and run again.
+# All install only what is missing, and can be interrupted and run again.
 
 VENV = .venv
 CONFIG = configs/quickstart.toml
@@ -47,7 +48,7 @@ CAN_BE_USED = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_i
 PYTHON = $(shell for python in python3.13 python3.12 python3.11 python3 python; do \
     $$python -c '$(CAN_BE_USED)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: train test venv clean help
+.PHONY: train test test-all test-thorough venv clean help
 
 train: $(VENV)/installed-train-$(ACCELERATOR)
 	$(VENV)/bin/python train.py $(CONFIG) --run.dir $(RUN)
@@ -56,9 +57,18 @@ train: $(VENV)/installed-train-$(ACCELERATOR)
 	@echo
 	@echo "The probability of every token: open $(RUN)/samples.html in a browser."
 
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder
+
 test: $(VENV)/installed-test-$(ACCELERATOR)
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-		--no-loadscope-reorder $(TESTS)
+	$(PYTEST) -m "not thorough" $(TESTS)
+
+test-all: $(VENV)/installed-test-$(ACCELERATOR)
+	$(PYTEST) $(TESTS)
+
+# What `make test` leaves out.
+test-thorough: $(VENV)/installed-test-$(ACCELERATOR)
+	$(PYTEST) -m thorough $(TESTS)
 
 venv: $(VENV)/bin/python
 
