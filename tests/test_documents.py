@@ -201,11 +201,11 @@ def expected(name):
 
 def test_rows_of_jsonl(write):
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
-    assert read([write("rows.jsonl", lines, "rows")])[0] == expected("rows.jsonl")
+    assert read([write("rows.jsonl", lines, "json")])[0] == expected("rows.jsonl")
 
 
 def test_rows_of_json(write):
-    assert read([write("rows.json", json.dumps(ROWS), "rows")])[0] == expected("rows.json")
+    assert read([write("rows.json", json.dumps(ROWS), "json")])[0] == expected("rows.json")
 
 
 def test_rows_of_parquet(tmp_path):
@@ -214,11 +214,11 @@ def test_rows_of_parquet(tmp_path):
 
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    assert read([origin_of(path, "rows")])[0] == expected("rows.parquet")
+    assert read([origin_of(path, "parquet")])[0] == expected("rows.parquet")
 
 
 def test_rows_of_another_field(write):
-    origin = write("rows.jsonl", '{"body": "x", "id": 1}\n', "rows")
+    origin = write("rows.jsonl", '{"body": "x", "id": 1}\n', "json")
     assert read([origin], text_field="body")[0] == [("rows.jsonl#0", "x")]
     with pytest.raises(DataError, match="row 0 has no field 'text'; its fields are body, id"):
         read([origin])
@@ -227,48 +227,48 @@ def test_rows_of_another_field(write):
 @pytest.mark.parametrize("text", ["2020-01-01", "2020-01-01T00:00:00Z", "12:30:00", "1", "null"])
 def test_a_text_that_looks_like_another_type_stays_as_it_is_written(write, text):
     lines = json.dumps({"text": text, "date": text}) + "\n"
-    assert read([write("rows.jsonl", lines, "rows")])[0] == [("rows.jsonl#0", text)]
-    assert read([write("rows.json", f"[{lines}]", "rows")])[0] == [("rows.json#0", text)]
+    assert read([write("rows.jsonl", lines, "json")])[0] == [("rows.jsonl#0", text)]
+    assert read([write("rows.json", f"[{lines}]", "json")])[0] == [("rows.json#0", text)]
 
 
 def test_a_text_of_rows_holds_any_separator_but_a_newline(write, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 5)
     texts = ["one\u2028two\x85", "tab\tand\x1c", "學" * 9]
     lines = "\r\n\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
-    found = read([write("rows.jsonl", "\ufeff" + lines.replace("\\t", "\t"), "rows")])[0]
+    found = read([write("rows.jsonl", "\ufeff" + lines.replace("\\t", "\t"), "json")])[0]
     assert [text for _, text in found] == texts
 
 
 def test_a_list_of_bare_texts_is_a_column(write):
     content = json.dumps(["first", "", "third"], indent=1)
-    assert read([write("rows.json", content, "rows")])[0] == [
+    assert read([write("rows.json", content, "json")])[0] == [
         ("rows.json#0", "first"), ("rows.json#2", "third"),
     ]  # fmt: skip
 
 
 def test_a_row_that_cannot_be_text_is_an_error_of_the_data(write):
     with pytest.raises(DataError, match="has a row that is int; expected one JSON object a line"):
-        read([write("rows.jsonl", '{"text": "x"}\n3\n', "rows")])
+        read([write("rows.jsonl", '{"text": "x"}\n3\n', "json")])
     with pytest.raises(DataError, match=r"rows.jsonl#0 has half of a surrogate pair, '\\ud83d'"):
-        read([write("rows.jsonl", '{"text": "x\\ud83d"}\n', "rows")])
+        read([write("rows.jsonl", '{"text": "x\\ud83d"}\n', "json")])
 
 
 def test_a_field_that_is_no_text_is_named(write):
     with pytest.raises(DataError, match="the field 'text' is int; expected text"):
-        read([write("rows.jsonl", '{"text": 3}\n', "rows")])
+        read([write("rows.jsonl", '{"text": 3}\n', "json")])
 
 
 def test_an_empty_table_has_no_documents(write):
-    assert read([write("rows.jsonl", "", "rows")])[0] == []
+    assert read([write("rows.jsonl", "", "json")])[0] == []
 
 
 def test_rows_that_are_no_json_are_an_error_of_the_data(write):
     with pytest.raises(DataError, match=r"rows.jsonl, line 2, is not JSON: Unterminated string"):
-        read([write("rows.jsonl", '{"text": "x"}\n{"te', "rows")])
+        read([write("rows.jsonl", '{"text": "x"}\n{"te', "json")])
 
 
 def test_rows_that_are_not_utf8_have_a_place_or_are_replaced(write):
-    origin = write("rows.jsonl", b'{"text": "a\xffb"}\n', "rows")
+    origin = write("rows.jsonl", b'{"text": "a\xffb"}\n', "json")
     with pytest.raises(DataError, match="byte 0xff at offset 11"):
         read([origin])
     found, report = read([origin], errors="replace")
@@ -279,7 +279,7 @@ def test_rows_that_are_not_utf8_have_a_place_or_are_replaced(write):
 def test_equal_texts_have_equal_hashes(write):
     origins = [
         write("a.txt", "same"),
-        write("rows.jsonl", '{"text": "same"}\n{"text": "other"}\n', "rows"),
+        write("rows.jsonl", '{"text": "same"}\n{"text": "other"}\n', "json"),
     ]
     found = read_documents(origins, errors="strict", text_field="text", report=ReadingReport())
     hashes = [document.sha256 for document in found if list(document.pieces)]

@@ -16,7 +16,7 @@ import pytest
 
 from llm.config import DataConfig, TokenizerConfig
 from llm.errors import DataError, UsageError
-from llm.text import bpe, documents, shards, splits
+from llm.text import bpe, documents, shards, sources, splits
 from llm.text.batches import TrainingBatches
 from llm.text.cache import silent
 from llm.text.shards import HEADER, open_corpus, prepare
@@ -478,6 +478,24 @@ def test_what_progress_raises_stops_the_work_and_leaves_nothing(make, corpus, ca
     left = [p for p in cache.rglob("*") if p.is_file() and p.suffix != ".lock"]
     assert stage == "tokenising" or left == []
     assert not list((cache / "shards").glob("*.partial"))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_preparing_asks_each_file_for_its_size_a_fixed_number_of_times(
+    make, corpus, kind, monkeypatch
+):
+    asked = collections.Counter()
+    size = sources.Origin.text_bytes.fget
+
+    def counted(origin):
+        asked[origin.name] += 1
+        return size(origin)
+
+    monkeypatch.setattr(sources.Origin, "text_bytes", property(counted))
+    prepared = make(corpus, kind, validation="none")
+    # Once for the vocabulary, once for the tokens; not once for each piece of text.
+    assert len(asked) == len(prepared.origins) > 40
+    assert max(asked.values()) <= 2
 
 
 def test_progress_counts_bytes_up_to_all(make, corpus):

@@ -103,11 +103,22 @@ def test_the_standard_library_is_python_source_without_tests(cache):
     assert origin.sha256 == sha256(content)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".ndjson", ".JSONL"])
-def test_tables_are_told_by_their_suffix(suffix, tmp_path, cache):
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        (".jsonl", "json"),
+        (".json", "json"),
+        (".parquet", "parquet"),
+        (".ndjson", "json"),
+        (".JSONL", "json"),
+        (".Parquet", "parquet"),
+        (".txt", "text"),
+    ],
+)
+def test_tables_are_told_by_their_suffix(suffix, kind, tmp_path, cache):
     (tmp_path / f"data{suffix}").write_text("{}")
     (origin,) = find_origins(str(tmp_path / f"data{suffix}"), cache).origins
-    assert origin.kind == "rows"
+    assert origin.kind == kind
 
 
 def test_json_files_of_a_folder_are_documents(tmp_path, cache):
@@ -115,7 +126,7 @@ def test_json_files_of_a_folder_are_documents(tmp_path, cache):
     (tmp_path / "f" / "settings.json").write_text("{}")
     (tmp_path / "f" / "rows.jsonl").write_text("{}")
     kinds = {o.name: o.kind for o in find_origins(str(tmp_path / "f"), cache).origins}
-    assert kinds == {"rows.jsonl": "rows", "settings.json": "text"}
+    assert kinds == {"rows.jsonl": "json", "settings.json": "text"}
 
 
 def test_a_missing_file_is_answered_with_near_names(corpus, cache):
@@ -292,7 +303,7 @@ def test_a_url_is_fetched_once(server, cache):
 def test_the_suffix_of_a_url_tells_a_table(server, cache):
     server.files["/rows.jsonl"] = b'{"text": "x"}'
     (origin,) = find_origins(f"{server.url}/rows.jsonl", cache).origins
-    assert origin.kind == "rows"
+    assert origin.kind == "json"
 
 
 def test_a_download_that_changed_in_the_cache_is_noticed(server, cache):

@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import DataError
-from llm.text.stream import Manifest, StreamWriter, TokenStream, smallest_dtype
+from llm.text.stream import StreamManifest, StreamWriter, TokenStream, smallest_dtype
 
 VOCAB = 300
 DOCUMENTS = {"one": [1, 2, 3], "zwei 學": list(range(200, 211)), "three#7": [299], "four": [5, 0]}
 ALL = [id_ for ids in DOCUMENTS.values() for id_ in ids]
 
 
-def write(folder, documents=None, dtype="uint16", shard_tokens=4) -> Manifest:
+def write(folder, documents=None, dtype="uint16", shard_tokens=4) -> StreamManifest:
     writer = StreamWriter(folder, "train", dtype, shard_tokens)
     for name, ids in (DOCUMENTS if documents is None else documents).items():
         writer.begin_document(name)
@@ -58,7 +58,7 @@ def test_the_manifest_survives_json(tmp_path):
     import json
 
     manifest = write(tmp_path)
-    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    assert StreamManifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
 
 
 def test_ids_beyond_16_bits_are_whole(tmp_path):

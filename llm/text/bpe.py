@@ -1,7 +1,7 @@
 """A byte-pair vocabulary trained on the corpus.
 
-Hugging Face `tokenizers` counts and merges; the result runs in tiktoken like every other
-encoding, so that one implementation encodes, in training and years later in sampling.
+Hugging Face `tokenizers` counts and merges. The result runs in tiktoken like every other encoding,
+so one implementation encodes both in training and, years later, in sampling.
 
 Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"; at
 byte level, Radford et al. 2019.
@@ -12,15 +12,15 @@ from collections.abc import Iterable
 from llm.errors import UsageError
 from llm.text.tokenizer import END_OF_TEXT, BytePairTokenizer
 
-# GPT-4's pattern with numbers in twos instead of threes, as nanochat's tokenizer.py has it: it
-# found that a small vocabulary wastes fewer tokens on numbers so.
+# GPT-4's pattern with numbers of at most two digits instead of three, as in nanochat's
+# tokenizer.py: a small vocabulary then wastes fewer tokens on numbers.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 
-# Counting pairs of a larger corpus changes a vocabulary little and keeps every distinct word in
-# memory. nanochat trains its 65,536 tokens on 2e9 characters; ours are smaller by default.
+# More text would change a vocabulary little, and every distinct word is kept in memory. nanochat
+# trains 65,536 tokens on 2e9 characters; our vocabularies are smaller by default.
 TRAINING_CHARACTERS = 2**28
 
 # All bytes, and the end of text.
@@ -31,9 +31,9 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BytePairTokenizer:
     """A byte-level BPE of at most `vocab_size` tokens, the end of text last.
 
     Args:
-      texts: the corpus in pieces; the first TRAINING_CHARACTERS characters of it count.
-      vocab_size: all bytes, merges and the end of text. A corpus too small for that many merges
-        gives fewer.
+      texts: the corpus in pieces; only its first TRAINING_CHARACTERS characters are used.
+      vocab_size: counts all bytes, the merges and the end of text. A corpus that is too small for
+        that many merges gives fewer tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UsageError(

@@ -1,9 +1,9 @@
 """The folder of prepared things: downloads, trained tokenizers, token shards.
 
 Each thing is a folder that is built once: written beside its place, flushed to disk and renamed. A
-process that dies half-way leaves a `.partial` folder that nobody trusts, and the next process
-removes it. A lock, which the kernel lets go of when its holder dies, keeps two processes from
-building the same thing at once: the second waits, then uses what the first built.
+process that dies half-way leaves a `.partial` folder, which nobody reads and the next process
+removes. A lock keeps two processes from building the same thing at once: the second waits, then
+uses what the first built. The kernel releases the lock when its holder dies.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from llm.errors import UsageError
 from llm.files import flush_folder, flush_tree
 from llm.runtime import cache_dir
 
-# Called with (what is being done, bytes done, bytes in all or None). What it raises stops the
-# work, and leaves nothing half-made.
-Progress = Callable[[str, int, int | None], None]
+# Called with (what is being done, bytes done, bytes in all or None). An exception from it stops
+# the work, and nothing half-made stays.
+OnProgress = Callable[[str, int, int | None], None]
 
 
 def silent(_what: str, _done: int, _total: int | None) -> None:
-    """The Progress that shows nothing."""
+    """The OnProgress that shows nothing."""
 
 
 def cache_root(setting: str) -> Path:
@@ -40,10 +40,10 @@ def cache_root(setting: str) -> Path:
 
 
 @contextlib.contextmanager
-def built_once(final: Path, on_progress: Progress = silent) -> Iterator[Path | None]:
-    """An empty folder that becomes `final` when the body ends well; None when `final` is there.
+def built_once(final: Path, on_progress: OnProgress = silent) -> Iterator[Path | None]:
+    """An empty folder that becomes `final` when the body succeeds; None if `final` exists already.
 
-    The body writes files into the folder it is given. When it raises, the folder is removed.
+    The body writes files into the folder. If the body raises, the folder is removed.
     """
     if final.exists():
         yield None
@@ -72,7 +72,7 @@ def _partial(final: Path) -> Path:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes left half-built; those that still build hold their lock."""
+    """Remove what dead processes left half-built; a process that still builds holds its lock."""
     for partial in folder.glob("*.partial"):
         with open(_lock_file(partial.with_suffix("")), "w") as lock:
             if _try_lock(lock.fileno()):
@@ -80,8 +80,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(final: Path, on_progress: Progress) -> Iterator[None]:
-    # The file stays for good: removing it would let two processes lock two files of one name.
+def _locked(final: Path, on_progress: OnProgress) -> Iterator[None]:
+    # The lock file stays: if it were removed, two processes could lock two files of one name.
     with open(_lock_file(final), "w") as lock:
         while not _try_lock(lock.fileno()):
             on_progress("waiting for another process", 0, None)

@@ -1,7 +1,7 @@
-"""Reading origins: bytes to documents, each a name and its text in pieces.
+"""Reading origins: bytes to documents. A document is a name and its text in pieces.
 
-A document may be larger than memory, so its text comes in pieces, cut where no tokenizer's token
-can reach across. Newlines stay as they are in the file.
+A document may be larger than memory, so its text comes in pieces, which end only at places that no
+token can span. Newlines stay as they are in the file.
 """
 
 import codecs
@@ -20,11 +20,11 @@ from llm.text.sources import Origin
 
 PIECE_BYTES = 2**18
 
-# Between a letter or digit and white space or CJK punctuation (, . enumeration comma ; : ! ?, full
-# width) every pattern of tiktoken and ours in bpe.py ends a piece, whatever follows: cutting there
-# changes no token. They all begin a piece with at most one character that is not a letter.
+# Every pattern of tiktoken, and ours in bpe.py, ends a pre-token between a letter or digit and
+# white space or full-width CJK punctuation (comma, full stop, enumeration comma, ; : ! ?), so
+# cutting a text there changes no token. All patterns begin a pre-token with at most one non-letter.
 _SAFE_CUT = re.compile("[^\\W_](?=[\\s\uff0c\u3002\u3001\uff1b\uff1a\uff01\uff1f])")
-# Looked for in the end of a text, and in a longer end of it where there is none.
+# The last place is searched for in the end of a text, then in a longer end.
 _CUT_SEARCH_CHARACTERS = (256, 4096)
 
 _UTF8_REPLACEMENT = "\ufffd".encode()
@@ -47,7 +47,7 @@ class Document:
 
 @dataclass
 class ReadingReport:
-    """What reading met on its way."""
+    """What reading replaced (characters) and skipped (names of files)."""
 
     replaced: int = 0
     skipped: list[str] = field(default_factory=list)
@@ -64,29 +64,31 @@ def read_documents(
 
     Args:
       errors: what to do with bytes that are not UTF-8: raise, or replace and count them.
-      text_field: of rows.
+      text_field: name of the field that holds the text of a row.
       report: counts up while the documents are read.
     Raises:
       DataError: bytes that are not UTF-8, with their offset; a row without text; a file that
         changed since it was hashed.
     """
     for origin in origins:
-        if origin.kind == "python":
-            yield from _python_source(origin, report)
-        elif origin.kind == "text":
-            if origin.bytes:
-                yield Document(origin.name, origin.sha256, pieces(_blocks(origin, errors, report)))
-        else:
-            for number, text in _row_texts(origin, text_field, errors, report):
-                name = f"{origin.name}#{number}"
-                yield Document(name, _sha256_of_text(text, name), pieces(_slices(text)))
+        match origin.kind:
+            case "text":
+                if origin.bytes:
+                    blocks = _blocks(origin, errors, report)
+                    yield Document(origin.name, origin.sha256, pieces(blocks))
+            case "python":
+                yield from _python_source(origin, report)
+            case "json":
+                yield from _row_documents(origin, text_field, _json_rows(origin, errors, report))
+            case "parquet" | "hub":
+                yield from _row_documents(origin, text_field, _dataset_rows(origin))
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:
-    """The same text in pieces that end where no token reaches across.
+    """The same text in pieces that end at places that no token spans.
 
-    A block without such a place is cut at its end, and the tokens of the word, number or run of
-    signs that is cut there may differ from those of the whole text.
+    A block without such a place is cut at its end. Tokens of the word, number or run of signs that
+    is cut there may differ from those of the whole text.
     """
     held = ""
     for block in filter(None, blocks):
@@ -113,7 +115,7 @@ def _slices(text: str) -> Iterator[str]:
 
 
 def _blocks(origin: Origin, errors: str, report: ReadingReport) -> Iterator[str]:
-    """The decoded file, block by block; checked at its end to be the file that was hashed."""
+    """The decoded file, block by block. At its end, its hash is compared with the origin's."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors)
     digest, offset, tail = hashlib.sha256(), 0, b""
     with open(origin.location, "rb") as file:
@@ -122,7 +124,7 @@ def _blocks(origin: Origin, errors: str, report: ReadingReport) -> Iterator[str]
             text = _decode(decoder, block, offset, origin)
             offset += len(block)
             if errors == "replace":
-                # Replacement characters that the file itself has are no replacements.
+                # Do not count replacement characters that are in the file itself.
                 report.replaced += text.count("\ufffd") - (tail + block).count(_UTF8_REPLACEMENT)
                 tail = (tail + block)[-2:]
             yield text
@@ -173,7 +175,7 @@ def _python_source(origin: Origin, report: ReadingReport) -> Iterator[Document]:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
         text = content.decode(encoding)
     except (SyntaxError, UnicodeDecodeError):
-        # The library of some machines holds files that are wrong on purpose.
+        # Some installations hold test files that are invalid on purpose.
         report.skipped.append(origin.name)
         return
     if text:
@@ -190,10 +192,11 @@ def _sha256_of_text(text: str, name: str) -> str:
         ) from None
 
 
-def _row_texts(
-    origin: Origin, text_field: str, errors: str, report: ReadingReport
-) -> Iterator[tuple[int, str]]:
-    for number, row in enumerate(_rows(origin, errors, report)):
+def _row_documents(
+    origin: Origin, text_field: str, rows: Iterable[dict[str, Any]]
+) -> Iterator[Document]:
+    """Each row with text as a document, named FILE#ROW."""
+    for number, row in enumerate(rows):
         if text_field not in row:
             raise DataError(
                 f"{origin.name}, row {number} has no field {text_field!r}; its fields are "
@@ -206,27 +209,18 @@ def _row_texts(
                 f"{type(text).__name__}; expected text"
             )
         if text:
-            yield number, text
-
-
-def _rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[str, Any]]:
-    """The rows of a json or parquet file or of a hub data set."""
-    if origin.kind == "rows" and not origin.bytes:
-        return
-    if origin.kind == "rows" and not origin.location.lower().endswith(".parquet"):
-        yield from _json_rows(origin, errors, report)
-    else:
-        yield from _streamed_rows(origin)
+            name = f"{origin.name}#{number}"
+            yield Document(name, _sha256_of_text(text, name), pieces(_slices(text)))
 
 
 def _json_rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[dict[str, Any]]:
     """Rows of JSON lines, or of one list of rows.
 
-    Not by `datasets`, which infers types: a text that looks like a date would become a date, and
-    how it was written be lost.
+    `datasets` does not read them, because it infers types: a text that looks like a date would
+    become a date, and its spelling would be lost.
     """
     for row in _json_values(origin, errors, report):
-        # A bare text is a row of one column, as `datasets` has it.
+        # A bare text is a row of one column, as in `datasets`.
         row = {"text": row} if isinstance(row, str) else row
         if not isinstance(row, dict):
             raise DataError(
@@ -236,7 +230,7 @@ def _json_rows(origin: Origin, errors: str, report: ReadingReport) -> Iterator[d
 
 
 def _json_values(origin: Origin, errors: str, report: ReadingReport) -> Iterator[Any]:
-    """The value of each line, or the elements of a list, which is held in memory."""
+    """The value of each line, or the elements of a list, which has to fit into memory."""
     lines = enumerate(_lines(_blocks(origin, errors, report)), 1)
     for number, line in lines:
         text = line.removeprefix("\ufeff") if number == 1 else line
@@ -262,7 +256,7 @@ def _parsed(text: str, origin: Origin, line: int) -> Any:
 
 
 def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    """Ended by newlines alone: other separators may stand inside of a JSON text."""
+    """Lines that end with a newline; other line separators may occur inside a JSON text."""
     parts: list[str] = []
     for block in blocks:
         end, *rest = block.split("\n")
@@ -274,16 +268,18 @@ def _lines(blocks: Iterable[str]) -> Iterator[str]:
     yield "".join(parts)
 
 
-def _streamed_rows(origin: Origin) -> Iterator[dict[str, Any]]:
+def _dataset_rows(origin: Origin) -> Iterator[dict[str, Any]]:
     """The rows of a parquet file or of a hub data set, streamed by `datasets`."""
     import datasets
 
-    # It logs what it then raises, and what it raises is answered here.
+    # `datasets` logs every error that it raises; the error is answered below.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if origin.kind == "hub":
         name, config, split = [*origin.location.split(":"), "", ""][:3]
         options: dict[str, Any] = {"name": config or None, "revision": origin.sha256}
         path, split = name, split or "train"
+    elif not origin.bytes:
+        return
     else:
         path, split = "parquet", "train"
         options = {"data_files": [origin.location]}

@@ -5,8 +5,8 @@
                                             data.validation = "documents:F", else one, text
     CACHE/tokenizers/FINGERPRINT/           tokenizers that were made from a corpus
 
-A fingerprint is a hash of all that decides what is in the folder: the content of the files, the
-tokenizer, the split. Equal settings on equal content find the same folder, wherever the corpus
+A fingerprint is a hash of everything that decides the content of the folder: the files, the
+tokenizer and the split. Equal settings on equal content find the same folder, wherever the corpus
 lies.
 """
 
@@ -28,11 +28,11 @@ from llm.config import DataConfig, TokenizerConfig
 from llm.errors import CheckpointError, DataError, UsageError
 from llm.files import is_disk_full
 from llm.text.bpe import PATTERN, TRAINING_CHARACTERS, train_bpe
-from llm.text.cache import Progress, built_once, cache_root, silent
+from llm.text.cache import OnProgress, built_once, cache_root, silent
 from llm.text.documents import Document, ReadingReport, read_documents
 from llm.text.sources import Found, Origin, find_origins
 from llm.text.splits import TokenSplit, is_held_out, tail_boundary
-from llm.text.stream import Manifest, StreamWriter, TokenStream, remedy, smallest_dtype
+from llm.text.stream import StreamManifest, StreamWriter, TokenStream, remedy, smallest_dtype
 from llm.text.tokenizer import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -44,16 +44,16 @@ from llm.text.tokenizer import (
     tiktoken_tokenizer,
 )
 
-# Raised when the same settings and content would give other tokens or another layout.
+# Increase it when the same settings and content would give other tokens or another layout.
 FORMAT = 1
 SHARD_TOKENS = 100_000_000
 HEADER = "header.json"
 
-# Opening compares sha256 up to this size, which costs less than 0.1 s; beyond it sizes, bounds and
-# each batch's ids are checked, and TokenizedCorpus.verify() reads everything.
+# Up to this size, opening compares the sha256 of every file. Beyond it, opening checks sizes and
+# bounds, the ids of each batch are checked, and TokenizedCorpus.verify() reads everything.
 VERIFY_ON_OPEN_BYTES = 2**26
 
-# One task of a tokenising thread: enough that handing it over costs nothing beside it.
+# One task of a tokenising thread: large enough that handing it over costs little in comparison.
 _TASK_CHARACTERS = 2**18
 
 _Item = TypeVar("_Item")
@@ -66,15 +66,15 @@ class TokenizedCorpus:
 
     Attributes:
       train, validation: the splits; validation is empty for data.validation = "none".
-      fingerprint: names these tokens; equal for equal content, tokenizer and split.
-      folder: where the shards are.
-      documents: how many there are; empty ones are not counted.
-      text_bytes: of all documents, as UTF-8.
-      replaced: how many replacement characters data.errors = "replace" put in.
+      fingerprint: identifies these tokens; equal for equal content, tokenizer and split.
+      folder: the folder that holds the shards.
+      documents: number of documents that are not empty.
+      text_bytes: size of all documents as UTF-8.
+      replaced: how many replacement characters data.errors = "replace" inserted.
       origins: the files, with sizes and hashes.
       notes: what a person should know, one sentence each.
-      reused: the shards were there already.
-      streams: what `train` and `validation` are parts of.
+      reused: whether the shards existed before.
+      streams: the streams that `train` and `validation` are parts of.
     """
 
     tokenizer: Tokenizer
@@ -101,21 +101,21 @@ class TokenizedCorpus:
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, *, on_progress: Progress = silent
+    data: DataConfig, tokenizer: TokenizerConfig, *, on_progress: OnProgress = silent
 ) -> TokenizedCorpus:
     """The corpus of the settings, tokenised: from the cache, or made now.
 
     Args:
-      on_progress: called with (what, bytes done, bytes in all or None) often enough for a bar; what
-        it raises stops the preparation and leaves nothing behind.
+      on_progress: called with (what, bytes done, bytes in all or None), often enough for a progress
+        bar. An exception from it stops the preparation, which leaves nothing behind.
     Raises:
       DataError: no text, text that cannot be read, shards that cannot be trusted, a full disk.
       UsageError: a setting that cannot be used, a split that leaves one side empty.
-      UnseenCharacterError: never for text of the corpus itself but for half surrogate pairs.
+      UnseenCharacterError: the corpus has half of a surrogate pair.
     """
     root = cache_root(data.cache_dir)
     check_kind(tokenizer.kind)
-    found = Found()
+    found = Found([], [])
     try:
         found = find_origins(data.source, root, on_progress)
         encoder = _tokenizer_for(tokenizer, data, found, root, on_progress)
@@ -129,23 +129,22 @@ def prepare(
         if is_disk_full(error):
             raise DataError(_disk_full(root, found.origins, error)) from None
         raise
-    corpus = open_corpus(folder, encoder, reused=partial is None)
-    # The shards may have been made from the same files in another place.
-    corpus = replace(corpus, origins=tuple(found.origins))
+    corpus = open_corpus(folder, encoder)
+    notes = corpus.notes
     if tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size:
-        note = (
+        notes += (
             f"the corpus is too small for {tokenizer.vocab_size} bpe tokens; it gave "
-            f"{encoder.vocab_size}"
+            f"{encoder.vocab_size}",
         )
-        corpus = replace(corpus, notes=(*corpus.notes, note))
-    return corpus
+    # The shards may have been made from the same files in another place.
+    return replace(corpus, origins=tuple(found.origins), notes=notes, reused=partial is None)
 
 
-def open_corpus(folder: Path, tokenizer: Tokenizer, *, reused: bool = True) -> TokenizedCorpus:
-    """Shards that `prepare` wrote.
+def open_corpus(folder: Path, tokenizer: Tokenizer) -> TokenizedCorpus:
+    """The corpus whose shards `prepare` wrote.
 
     Raises:
-      DataError: naming the file that is not as the header says, what was expected and found.
+      DataError: a file is not as the header says; the message says what was expected and found.
     """
     header = _read_header(folder)
     if header["tokenizer"]["sha256"] != tokenizer.sha256:
@@ -153,7 +152,7 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, *, reused: bool = True) -> T
             f"{folder / HEADER}: expected the tokenizer {tokenizer.name} ({tokenizer.sha256}), "
             f"found {header['tokenizer']['name']} ({header['tokenizer']['sha256']}){remedy(folder)}"
         )
-    manifests = {name: Manifest.from_json(m) for name, m in header["streams"].items()}
+    manifests = {name: StreamManifest.from_json(m) for name, m in header["streams"].items()}
     stored = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
     streams = {
         name: TokenStream(
@@ -176,13 +175,13 @@ def open_corpus(folder: Path, tokenizer: Tokenizer, *, reused: bool = True) -> T
         replaced=header["replaced"],
         origins=tuple(Origin(**origin) for origin in header["origins"]),
         notes=tuple(header["notes"]),
-        reused=reused,
+        reused=True,
         streams=tuple(streams.values()),
     )
 
 
 def _tokenizer_for(
-    config: TokenizerConfig, data: DataConfig, found: Found, root: Path, on_progress: Progress
+    config: TokenizerConfig, data: DataConfig, found: Found, root: Path, on_progress: OnProgress
 ) -> Tokenizer:
     if config.kind == "bytes":
         return ByteTokenizer()
@@ -206,7 +205,7 @@ def _tokenizer_for(
 
 
 def _made_from(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
-    """A tokenizer of the whole corpus, held-out text included, as nanoGPT's characters are."""
+    """A tokenizer made from the whole corpus, held-out text included, as in nanoGPT."""
     first = next(texts, None)
     if first is None:
         raise DataError(_NO_TEXT)
@@ -219,7 +218,7 @@ def _made_from(config: TokenizerConfig, texts: Iterator[str]) -> Tokenizer:
 _NO_TEXT = "the corpus has no text: every document is empty; point data.source at text"
 
 
-def _all_text(data: DataConfig, found: Found, on_progress: Progress) -> Iterator[str]:
+def _all_text(data: DataConfig, found: Found, on_progress: OnProgress) -> Iterator[str]:
     done, total = 0, _total_bytes(found.origins)
     for document in _documents(data, found, ReadingReport()):
         for text in document.pieces:
@@ -246,8 +245,8 @@ def _fingerprint(data: DataConfig, origins: Sequence[Origin], encoder: Tokenizer
 
 
 def _content(data: DataConfig, origins: Sequence[Origin]) -> dict[str, Any]:
-    """What decides the documents. Names count, because the shards hold them for `replay`."""
-    rows = any(origin.kind in ("rows", "hub") for origin in origins)
+    """Everything that decides the documents, names included: the shards hold them for `replay`."""
+    rows = any(origin.has_rows for origin in origins)
     return {
         "origins": [[origin.name, origin.kind, origin.sha256] for origin in origins],
         "errors": data.errors,
@@ -261,18 +260,18 @@ def _sha256_of_json(values: dict[str, Any]) -> str:
 
 
 def _tokenise(
-    folder: Path, data: DataConfig, found: Found, encoder: Tokenizer, on_progress: Progress
+    folder: Path, data: DataConfig, found: Found, encoder: Tokenizer, on_progress: OnProgress
 ) -> dict[str, Any]:
-    """Write the streams of the corpus; returns what the header says of them."""
+    """Write the streams of the corpus, and return the header that describes them."""
     report = ReadingReport()
     pieces = _marked_pieces(_documents(data, found, report), data.validation)
     names = ("train", "validation") if data.validation.startswith("documents:") else ("text",)
     dtype = smallest_dtype(encoder.vocab_size)
     writers = {name: StreamWriter(folder, name, dtype, SHARD_TOKENS) for name in names}
+    text_bytes, total = 0, _total_bytes(found.origins)
     try:
-        text_bytes = 0
         for piece, encoded in _encoded(pieces, encoder, data.workers or _cores()):
-            on_progress("tokenising", text_bytes, _total_bytes(found.origins))
+            on_progress("tokenising", text_bytes, total)
             if piece.begins:
                 writers[piece.stream].begin_document(piece.document)
             writers[piece.stream].add(encoded.ids)
@@ -331,7 +330,7 @@ def _marked_pieces(documents: Iterable[Document], validation: str) -> Iterator[_
 def _encoded(
     pieces: Iterable[_Piece], encoder: Tokenizer, workers: int
 ) -> Iterator[tuple[_Piece, _Encoded]]:
-    """Every piece with its ids, in order; an end of text ends each document, where there is one."""
+    """Every piece with its ids, in order; an end of text follows each document, if there is one."""
     end = [] if encoder.end_of_text is None else [encoder.end_of_text]
     end_ids = np.array(end, np.int32)
 
@@ -364,10 +363,10 @@ def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 def _in_order(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
 ) -> Iterator[tuple[_Item, _Result]]:
-    """Each item and what the function makes of it, in order, computed by threads.
+    """Each item with the function's result, in order, computed by threads.
 
-    Threads, not processes: tiktoken and NumPy let go of the interpreter's lock, and nothing is
-    copied. No more than two items a thread are on their way, so that memory is bounded.
+    Threads suffice, because tiktoken and NumPy release the interpreter's lock, and threads copy
+    nothing. At most two items per thread are in flight, so memory is bounded.
     """
     pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
     pending: collections.deque[tuple[_Item, Future[_Result]]] = collections.deque()
@@ -385,7 +384,7 @@ def _in_order(
 
 
 def _cores() -> int:
-    """How many this process may use, which can be fewer than there are."""
+    """How many cores this process may use, which can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -396,14 +395,14 @@ def _utf8_length(text: str) -> int:
 
 
 def _total_bytes(origins: Sequence[Origin]) -> int | None:
-    """Of the text; None where the files do not tell, as compressed ones."""
-    if any(o.kind == "hub" or o.location.lower().endswith(".parquet") for o in origins):
-        return None
-    return sum(origin.bytes for origin in origins)
+    """Size of the text; None if an origin does not tell. A pass over all origins: call it once."""
+    sizes = [origin.text_bytes for origin in origins]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if len(known) == len(sizes) else None
 
 
-def _check_sides(validation: str, manifests: dict[str, Manifest]) -> None:
-    """Raise unless there are tokens, on both sides where documents are held out."""
+def _check_sides(validation: str, manifests: dict[str, StreamManifest]) -> None:
+    """Raise unless there are tokens, and on both sides if documents are held out."""
     if not any(manifest.tokens for manifest in manifests.values()):
         raise DataError(_NO_TEXT)
     documents = sum(manifest.documents for manifest in manifests.values())
@@ -418,7 +417,7 @@ def _check_sides(validation: str, manifests: dict[str, Manifest]) -> None:
             )
 
 
-def _splits(validation: str, manifests: dict[str, Manifest]) -> dict[str, dict[str, Any]]:
+def _splits(validation: str, manifests: dict[str, StreamManifest]) -> dict[str, dict[str, Any]]:
     if "text" not in manifests:
         return {
             name: {"stream": name, "start": 0, "stop": manifest.tokens}
@@ -442,7 +441,7 @@ def _notes(report: ReadingReport) -> Iterator[str]:
 
 
 def _write_header(folder: Path, header: dict[str, Any]) -> None:
-    """header.json, which also hashes itself: nothing else vouches for the splits and counts."""
+    """header.json holds its own hash too: nothing else vouches for the splits and counts."""
     content = {"sha256": _sha256_of_json(header), **header}
     (folder / HEADER).write_text(json.dumps(content, indent=1))
 

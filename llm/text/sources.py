@@ -1,8 +1,9 @@
 """Where documents come from: files, folders, globs, URLs, the standard library, the hub.
 
-A source is a word in `data.source`. Here each becomes a list of origins, files (or a hub data set)
-with the identity of their content, so that a corpus that changed is noticed and named. Reading
-them is llm/text/documents.py.
+A source is a word in `data.source`. Each source becomes a list of origins: files, or a hub data
+set, with the identity of their content, so that a change to the corpus is noticed and named. To add
+a source, add a branch to `_origins_of` here and, for a new format, one to
+llm/text/documents.py:read_documents.
 """
 
 import collections
@@ -19,17 +20,24 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from llm.errors import DataError, UsageError
 from llm.files import is_disk_full, write_atomic
-from llm.text.cache import Progress, built_once, silent
+from llm.text.cache import OnProgress, built_once, silent
 
-ROW_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet")
+Kind = Literal["text", "python", "json", "parquet", "hub"]
 
-# Not source code of the library: its tests, its manual as one string, other people's packages.
+KIND_OF_SUFFIX: dict[str, Kind] = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+
+# These are not the library's source code: its tests, its manual as one string, other packages.
 STDLIB_WITHOUT = {
     "test",
     "tests",
@@ -40,8 +48,7 @@ STDLIB_WITHOUT = {
     "__pycache__",
 }
 
-# Hashing runs at about 1 GB/s (measured 2025 on one AMD EPYC core), so that only larger files gain
-# from being remembered.
+# A core hashes smaller files in milliseconds; remembering their hashes would gain nothing.
 REMEMBER_HASH_ABOVE_BYTES = 2**24
 
 _EXPECTED = "expected a path, URL, 'stdlib' or hf:NAME"
@@ -50,20 +57,17 @@ _BLOCK_BYTES = 2**20
 _DOWNLOAD_TIMEOUT_SECONDS = 60
 
 
-Kind = Literal["text", "python", "rows", "hub"]
-
-
 @dataclass(frozen=True)
 class Origin:
-    """One file, or one hub data set, and the identity of what is in it.
+    """One file, or one hub data set, and the identity of its content.
 
     Attributes:
       name: for people; does not depend on where the corpus lies on this machine.
-      kind: "text" one document, "python" one document of source code, "rows" json, or
-        parquet through `datasets`, "hub" a data set of the Hugging Face hub.
+      kind: "text" is one document; "python" is one document of source code; each row of "json",
+        "parquet" and "hub" (a data set of the Hugging Face hub) is a document.
       location: path of the file, or NAME[:CONFIG[:SPLIT]] on the hub.
-      bytes: size of the file; 0 for the hub, where it is not known.
-      sha256: of the file's bytes; for the hub, the revision.
+      bytes: size of the file; 0 for the hub, whose size is not known.
+      sha256: hash of the file's bytes; for the hub, the revision.
     """
 
     name: str
@@ -72,47 +76,68 @@ class Origin:
     bytes: int
     sha256: str
 
+    @property
+    def has_rows(self) -> bool:
+        return self.kind in ("json", "parquet", "hub")
 
-@dataclass
-class Found:
-    """What the sources came to."""
+    @property
+    def text_bytes(self) -> int | None:
+        """Size of the text; None if the file is compressed or its size is not known."""
+        return None if self.kind in ("parquet", "hub") else self.bytes
 
-    origins: list[Origin] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+
+class Found(NamedTuple):
+    """What the sources name, and what a person should know about it, a sentence each."""
+
+    origins: list[Origin]
+    notes: list[str]
 
 
 def find_origins(
-    sources: str | Sequence[str], cache: Path, on_progress: Progress = silent
+    sources: str | Sequence[str], cache: Path, on_progress: OnProgress = silent
 ) -> Found:
     """Every file that the sources name, in a fixed order, hashed.
 
     Raises:
       DataError: a source that names nothing, or that cannot be read or fetched.
     """
-    found = Found()
+    found = Found([], [])
     for source in [sources] if isinstance(sources, str) else sources:
-        if source == "stdlib":
-            _add_stdlib(found)
-        elif source.startswith("hf:"):
-            found.origins.append(_hub_origin(source.removeprefix("hf:"), cache))
-        elif source.startswith(("http://", "https://")):
-            path = _fetched(source, cache, on_progress)
-            found.origins.append(_unhashed(path, source))
-        elif source:
-            try:
-                _add_paths(source, found)
-            except OSError as error:
-                # A name that is too long, a folder that may not be entered, a file that went away.
-                shown = source if len(source) <= 200 else source[:200] + "..."
-                raise DataError(
-                    f"data.source = {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
-                ) from None
-        else:
-            raise UsageError(f"data.source has an empty name; {_EXPECTED}")
+        try:
+            origins, notes = _origins_of(source, cache, on_progress)
+        except OSError as error:
+            # The name is too long, a folder may not be entered, or a file went away.
+            shown = source if len(source) <= 200 else source[:200] + "..."
+            raise DataError(
+                f"data.source = {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
+            ) from None
+        found.origins.extend(origins)
+        found.notes.extend(notes)
     if not found.origins:
         raise DataError(f"data.source = {sources!r} names no documents")
-    found.origins = list(_hashed(_distinct(found.origins), cache, on_progress))
-    return found
+    return Found(_identified(found.origins, cache, on_progress), found.notes)
+
+
+def _origins_of(source: str, cache: Path, on_progress: OnProgress) -> Found:
+    """The origins of one source, in a fixed order; files are not hashed yet."""
+    if not source:
+        raise UsageError(f"data.source has an empty name; {_EXPECTED}")
+    if source == "stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        files = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
+        return Found([_unhashed(path, path.relative_to(root), "python") for path in files], [])
+    if source.startswith("hf:"):
+        return Found([_hub_origin(source.removeprefix("hf:"), cache)], [])
+    if source.startswith(("http://", "https://")):
+        return Found([_unhashed(_fetched(source, cache, on_progress), source)], [])
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return Found([_unhashed(path, path.name)], [])
+    if path.exists():
+        raise DataError(f"{path} is neither a file nor a folder")
+    return Found(_matches(source, path), [])
 
 
 def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None:
@@ -140,66 +165,55 @@ def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None
 _RESTORE = "; restore it, or begin a new run with another run.dir"
 
 
-def _distinct(origins: Sequence[Origin]) -> list[Origin]:
-    """The same origins; of those with one name, the second is called "NAME (2)", and so on."""
+def _identified(origins: Sequence[Origin], cache: Path, on_progress: OnProgress) -> list[Origin]:
+    """The same origins, each file hashed, with distinct names: "NAME", "NAME (2)" and so on."""
     times: collections.Counter[str] = collections.Counter()
-    distinct = []
+    total, done, identified = sum(origin.bytes for origin in origins), 0, []
     for origin in origins:
+        on_progress("hashing", done, total)
         times[origin.name] += 1
         number = times[origin.name]
         name = origin.name if number == 1 else f"{origin.name} ({number})"
-        distinct.append(replace(origin, name=name))
-    return distinct
+        sha256 = origin.sha256 or _sha256_of(Path(origin.location), cache)
+        identified.append(replace(origin, name=name, sha256=sha256))
+        done += origin.bytes
+    return identified
 
 
-def _unhashed(path: Path, name: str, kind: Kind | None = None) -> Origin:
-    kind = kind or ("rows" if path.suffix.lower() in ROW_SUFFIXES else "text")
-    # A name may hold any bytes; what is shown and stored is always printable as UTF-8.
+def _unhashed(path: Path, name: str | Path, kind: Kind | None = None) -> Origin:
+    kind = kind or KIND_OF_SUFFIX.get(path.suffix.lower(), "text")
+    # A name may hold any bytes, but the name that is shown and stored is always valid UTF-8.
     shown = os.fsencode(name).decode("utf-8", "backslashreplace")
     return Origin(shown, kind, str(path), path.stat().st_size, "")
 
 
-def _add_stdlib(found: Found) -> None:
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in _walk(root, STDLIB_WITHOUT):
-        if path.suffix == ".py":
-            found.origins.append(_unhashed(path, str(path.relative_to(root)), "python"))
-
-
-def _add_paths(source: str, found: Found) -> None:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        _add_folder(path, found)
-    elif path.is_file():
-        found.origins.append(_unhashed(path, path.name))
-    elif path.exists():
-        raise DataError(f"{path} is neither a file nor a folder")
-    elif glob.has_magic(source):
-        matches = sorted(glob.glob(str(path), recursive=True))
-        files = [Path(match) for match in matches if Path(match).is_file()]
-        if not files:
-            raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
-        root = _before_magic(path)
-        found.origins += [_unhashed(file, str(file.relative_to(root))) for file in files]
-    else:
+def _matches(source: str, path: Path) -> list[Origin]:
+    """The files that a glob matches."""
+    if not glob.has_magic(source):
         raise DataError(f"there is no file or folder {source}{_near_names(path)}")
+    matches = sorted(glob.glob(str(path), recursive=True))
+    files = [Path(match) for match in matches if Path(match).is_file()]
+    if not files:
+        raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
+    root = _before_magic(path)
+    return [_unhashed(file, file.relative_to(root)) for file in files]
 
 
-def _add_folder(root: Path, found: Found) -> None:
-    skipped = 0
+def _folder(root: Path) -> Found:
+    """The files of a folder; binary files are left out and counted."""
+    origins, skipped = [], 0
     for path in _walk(root, set()):
         if _is_binary(path):
             skipped += 1
             continue
-        # A .json file among others is more often a document than a table of documents.
+        # A .json file in a folder is more often a document than a table of documents.
         kind: Kind | None = "text" if path.suffix.lower() == ".json" else None
-        found.origins.append(_unhashed(path, str(path.relative_to(root)), kind))
-    if skipped:
-        found.notes.append(f"{root}: {skipped} binary files were left out")
+        origins.append(_unhashed(path, path.relative_to(root), kind))
+    return Found(origins, [f"{root}: {skipped} binary files were left out"] if skipped else [])
 
 
 def _walk(root: Path, without: set[str]) -> Iterator[Path]:
-    """Files below a folder in a fixed order, without hidden ones and links to folders."""
+    """Files below a folder in a fixed order, without hidden files and links to folders."""
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = sorted(s for s in subfolders if s not in without and s[0] != ".")
         for file in sorted(files):
@@ -229,7 +243,7 @@ def _before_magic(path: Path) -> Path:
 
 
 def _near_names(path: Path) -> str:
-    """What there is instead, in the deepest folder of the path that exists."""
+    """Names of files that exist, in the deepest folder of the path that exists."""
     fixed = _before_magic(path)
     wanted, folder = path.name, fixed if fixed != path else fixed.parent
     while not folder.is_dir():
@@ -240,23 +254,12 @@ def _near_names(path: Path) -> str:
     return f"; there is {listed}" if listed else f"; {folder} is empty"
 
 
-def _hashed(origins: Sequence[Origin], cache: Path, on_progress: Progress) -> Iterator[Origin]:
-    total, done = sum(origin.bytes for origin in origins), 0
-    for origin in origins:
-        if origin.kind == "hub":
-            yield origin
-            continue
-        on_progress("hashing", done, total)
-        yield replace(origin, sha256=_sha256_of(Path(origin.location), cache))
-        done += origin.bytes
-
-
 def _sha256_of(path: Path, cache: Path) -> str:
-    """sha256 of a file; that of a large one is remembered while the file is untouched."""
+    """sha256 of a file; the hash of a large file is remembered while the file is untouched."""
     status = path.stat()
     if status.st_size <= REMEMBER_HASH_ABOVE_BYTES:
         return _sha256_of_bytes(path)
-    # ctime cannot be set back, so that a file that was changed and dated back is noticed.
+    # ctime cannot be set back, so a file that was changed and dated back is noticed.
     place = os.fsencode(path.resolve())
     identity = [place.hex(), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     memory = cache / "hashes" / hashlib.sha256(place).hexdigest()
@@ -277,7 +280,7 @@ def _sha256_of_bytes(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetched(url: str, cache: Path, on_progress: Progress) -> Path:
+def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Path:
     """The file at a URL, from the cache or fetched once; its sha256 is kept beside it."""
     folder = cache / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:32]
     try:
@@ -299,7 +302,7 @@ def _fetched(url: str, cache: Path, on_progress: Progress) -> Path:
     return folder / name
 
 
-def _download(url: str, path: Path, on_progress: Progress) -> str:
+def _download(url: str, path: Path, on_progress: OnProgress) -> str:
     digest, done, total = hashlib.sha256(), 0, None
     try:
         with (
@@ -335,7 +338,7 @@ def _unreachable(what: str, why: str) -> str:
 
 
 def _hub_origin(spec: str, cache: Path) -> Origin:
-    """A hub data set at its newest revision; at the last one seen when the hub is out of reach."""
+    """A hub data set at its newest revision, or the last one seen if the hub is out of reach."""
     name = spec.split(":")[0]
     if not name:
         raise UsageError(
@@ -355,7 +358,7 @@ def _hub_origin(spec: str, cache: Path) -> Origin:
 
 
 def hub_revision(name: str) -> str:
-    """The commit that a hub data set is at; OSError when the hub is out of reach."""
+    """The newest commit of a hub data set; OSError if the hub is out of reach."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -364,5 +367,5 @@ def hub_revision(name: str) -> str:
     except RepositoryNotFoundError:
         raise DataError(f"the hub has no data set {name!r}, or it is private") from None
     except Exception as error:
-        # Whichever HTTP library the hub's client uses has its own errors for "no network".
+        # The HTTP library behind the hub's client has its own errors for "no network".
         raise OSError(str(error).split("\n")[0][:200]) from error

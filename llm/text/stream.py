@@ -1,12 +1,12 @@
-"""One long row of token ids on disk, in memory-mapped shard files, and where its documents begin.
+"""One long row of token ids on disk, in memory-mapped shards, with the places of its documents.
 
     train-00000.bin ...    token ids, little-endian uint16 or uint32, `shard_tokens` in each but
                            the last
-    train.documents        int64 pairs: where a document begins in tokens, where its name begins in
-                           train.names; a last pair says where everything ends
+    train.documents        int64 pairs: a document's first token, and the first byte of its name in
+                           train.names; a last pair holds the ends
     train.names            the documents' names, UTF-8, one after the other
 
-What it should hold, counts, bounds and sha256, is in its manifest, which header.json carries.
+Counts, bounds and hashes of these files are in the stream's StreamManifest, a part of header.json.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from llm.text.tokenizer import Ids
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of a stream: its size and what its bytes hash to."""
+    """A file of a stream: its size and its sha256."""
 
     name: str
     bytes: int
@@ -32,8 +32,8 @@ class StoredFile:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a stream's files hold.
+class StreamManifest:
+    """What a stream's files should hold.
 
     Attributes:
       smallest_id, largest_id: over all tokens; 0 and -1 when there are none.
@@ -100,7 +100,7 @@ class StreamWriter:
         self._smallest, self._largest = 2**63 - 1, -1
 
     def begin_document(self, name: str) -> None:
-        """What is added from here on is of this document."""
+        """Start a document: the ids added next belong to it."""
         self._mark()
         self._names.write(name.encode())
         self.documents += 1
@@ -122,10 +122,10 @@ class StreamWriter:
             if self.tokens % self._shard_tokens == 0:
                 self._close_shard()
 
-    def finish(self) -> Manifest:
+    def finish(self) -> StreamManifest:
         self._close_shard()
         self._mark()
-        return Manifest(
+        return StreamManifest(
             dtype=self._dtype.name,
             shard_tokens=self._shard_tokens,
             tokens=self.tokens,
@@ -138,7 +138,7 @@ class StreamWriter:
         )
 
     def abandon(self) -> None:
-        """Close every file; what they hold is of no use."""
+        """Close every file without finishing the stream."""
         for file in (self._shard, self._index, self._names):
             if file is not None:
                 file.abandon()
@@ -156,15 +156,15 @@ class TokenStream:
     """A stream that was written, memory-mapped.
 
     Args:
-      folder: where its files are.
-      manifest: what they should hold.
-      vocab_size: ids must be below it.
-      hashed: also compare each file's sha256, which reads all of it.
+      folder: the folder that holds its files.
+      manifest: what the files should hold.
+      vocab_size: all ids must be below it.
+      hashed: also compare each file's sha256, which reads the whole file.
     Raises:
-      DataError: naming the file, what was expected and what was found.
+      DataError: a file is not as the manifest says; the message says what was expected and found.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, vocab_size: int, *, hashed: bool):
+    def __init__(self, folder: Path, manifest: StreamManifest, vocab_size: int, *, hashed: bool):
         self.folder, self.manifest, self.vocab_size = folder, manifest, vocab_size
         if manifest.largest_id >= vocab_size:
             raise DataError(
@@ -204,11 +204,11 @@ class TokenStream:
             self.read_into(out[len(part) :], start + len(part))
 
     def check_ids(self, ids: Ids) -> None:
-        """Raise a DataError where an id, as just read, is not in the vocabulary.
+        """Raise a DataError if one of the ids, as just read, is not in the vocabulary.
 
-        The embedding of such an id would be NaN, far from the cause.
+        The embedding of such an id would be NaN, and the error would show far from its cause.
         """
-        # As unsigned numbers, so that one comparison finds negative ids too.
+        # Viewed as unsigned numbers, negative ids are large: one comparison finds both kinds.
         if ids.size and int(ids.view(np.uint32).max()) >= self.vocab_size:
             found = int(ids[(ids < 0) | (ids >= self.vocab_size)].flat[0])
             raise DataError(
@@ -218,11 +218,11 @@ class TokenStream:
 
     @property
     def document_marks(self) -> npt.NDArray[np.int64]:
-        """Where each document begins, ascending, and at last where the stream ends."""
+        """The first token of each document, ascending, then the end of the stream."""
         return self._index[:, 0]
 
     def document_at(self, position: int) -> tuple[str, int]:
-        """The name of the document that holds a token, and the token's place in it."""
+        """The name of the document that holds a token, and the token's index in it."""
         number = int(np.searchsorted(self._index[:, 0], position, side="right")) - 1
         start, name_start = self._index[number].tolist()
         name_stop = int(self._index[number + 1, 1])
@@ -235,7 +235,7 @@ class TokenStream:
 
 
 def remedy(folder: Path) -> str:
-    """What to do about shards that cannot be trusted."""
+    """Advice for the end of a message about shards that cannot be trusted."""
     return f"; delete {folder} and run the same command again to prepare it anew"
 
 
@@ -249,5 +249,5 @@ def _check_size(folder: Path, file: StoredFile) -> None:
 
 
 def _mapped(path: Path, dtype: np.dtype) -> npt.NDArray:
-    # The plain array on top of the map: slicing an np.memmap costs several times as much.
+    # A plain array over the map: slicing an np.memmap costs several times as much.
     return np.memmap(path, dtype, mode="r").view(np.ndarray)

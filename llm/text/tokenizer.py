@@ -1,7 +1,7 @@
 """Text to token ids and back: bytes, characters, byte-pair encodings; each token's bytes.
 
-A tokenizer is its definition, a small JSON object that says everything: saved with a run, it
-encodes and decodes without the corpus and without the network, and its sha256 names it.
+A tokenizer is fully described by its definition, a small JSON object. Saved with a run, it encodes
+and decodes without the corpus and without a network, and its sha256 identifies it.
 
 Sources: byte-level BPE is Radford et al. 2019, "Language Models are Unsupervised Multitask
 Learners"; it runs in tiktoken (https://github.com/openai/tiktoken). `characters` is nanoGPT's
@@ -32,7 +32,7 @@ FILE_NAME = "tokenizer.json"
 
 
 class UnseenCharacterError(UsageError):
-    """A character that the tokenizer has no token for, and its place in the text."""
+    """The tokenizer has no token for a character; the message gives its place in the text."""
 
     def __init__(self, text: str, index: int, why: str):
         self.character = text[index]
@@ -47,12 +47,12 @@ class UnseenCharacterError(UsageError):
 
 
 class Tokenizer(abc.ABC):
-    """Token ids 0 to vocab_size - 1, and the bytes that each stands for.
+    """Token ids 0 to vocab_size - 1, and the bytes of each token.
 
     Attributes:
       name: "bytes", "characters", "bpe" or the name of a tiktoken encoding.
       special_tokens: spelling -> id of tokens that stand for no text.
-      end_of_text: the id that ends a document; None where there is none.
+      end_of_text: the id that ends a document; None if there is none.
       token_table: the bytes of each id; b"" for special tokens and unassigned ids.
     """
 
@@ -73,7 +73,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def definition(self) -> dict[str, Any]:
-        """Everything that it takes to build an equal tokenizer, as JSON."""
+        """Everything needed to build an equal tokenizer, as JSON."""
 
     @property
     def vocab_size(self) -> int:
@@ -81,11 +81,11 @@ class Tokenizer(abc.ABC):
 
     @cached_property
     def sha256(self) -> str:
-        """Of the definition: equal tokenizers have equal hashes."""
+        """Hash of the definition: equal tokenizers have equal hashes."""
         return hashlib.sha256(_canonical(self.definition())).hexdigest()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for; b"" for special tokens and unassigned ids."""
+        """The bytes of a token; b"" for special tokens and unassigned ids."""
         if not 0 <= token_id < self.vocab_size:
             raise IndexError(f"token id {token_id} is not in [0, {self.vocab_size})")
         return self.token_table[token_id]
@@ -96,7 +96,7 @@ class Tokenizer(abc.ABC):
         return shown or self._special_names.get(token_id, f"<|unassigned {token_id}|>")
 
     def byte_lengths(self) -> Ids:
-        """int32 [vocab_size]: how many bytes each id stands for."""
+        """int32 [vocab_size]: the number of bytes of each token."""
         return np.fromiter(map(len, self.token_table), np.int32, self.vocab_size)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -108,8 +108,7 @@ class Tokenizer(abc.ABC):
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
-        """Write DIRECTORY/tokenizer.json, if it is not there already; `load_tokenizer` needs
-        nothing else."""
+        """Write DIRECTORY/tokenizer.json unless it exists; all that `load_tokenizer` needs."""
         directory.mkdir(parents=True, exist_ok=True)
         saved = {"sha256": self.sha256, "definition": self.definition()}
         path, content = directory / FILE_NAME, json.dumps(saved, indent=1).encode()
@@ -118,13 +117,13 @@ class Tokenizer(abc.ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and an end of text: any text, no training, no unknowns."""
+    """256 bytes and an end of text: encodes any text without training."""
 
     def __init__(self) -> None:
         super().__init__("bytes", [bytes([b]) for b in range(256)] + [b""], {END_OF_TEXT: 256})
 
     def encode(self, text: str) -> Ids:
-        """As `Tokenizer.encode`. Bytes that came in by surrogateescape go out as they were."""
+        """As `Tokenizer.encode`. Bytes decoded with surrogateescape become the same bytes again."""
         try:
             encoded = text.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError as error:
@@ -146,7 +145,7 @@ class CharacterTokenizer(Tokenizer):
         self._id_of[codes] = np.arange(len(codes))
 
     def encode(self, text: str) -> Ids:
-        # Whatever lies beyond the table's end meets its last entry, which is always -1.
+        # Code points beyond the end of the table use its last entry, which is always -1.
         ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
         unseen = np.flatnonzero(ids < 0)
         if unseen.size:
@@ -163,7 +162,7 @@ class CharacterTokenizer(Tokenizer):
 
 
 def characters_of(texts: Iterable[str]) -> str:
-    """Every character that occurs, once, in the order of code points."""
+    """Each distinct character once, in the order of code points."""
     seen = np.zeros(sys.maxunicode + 1, np.bool_)
     for text in texts:
         seen[_code_points(text)] = True
@@ -175,7 +174,7 @@ class BytePairTokenizer(Tokenizer):
 
     Args:
       name: "bpe" for a vocabulary trained here, else the name of the tiktoken encoding.
-      pattern: regular expression of the pieces across which no merge goes.
+      pattern: regular expression of the pre-tokens; no merge crosses their borders.
       ranks: token -> id, which is also the order of merges.
       special_tokens: spelling -> id.
     """
@@ -223,8 +222,8 @@ def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
     """A public encoding by its name, from tiktoken's cache or the network.
 
     Raises:
-      UsageError: no such name.
-      DataError: it is neither cached nor within reach.
+      UsageError: there is no encoding of this name.
+      DataError: the encoding is not cached and cannot be fetched.
     """
     import tiktoken
 
@@ -243,7 +242,7 @@ def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
     )
 
 
-# Tokens of the encodings that tiktoken 0.12 has, so that a plan needs none of them on this machine.
+# Sizes of the encodings that tiktoken knows, so that a plan needs none of them on this machine.
 _ENCODING_SIZES = {
     "gpt2": 50257,
     "r50k_base": 50257,
@@ -256,11 +255,11 @@ _ENCODING_SIZES = {
 
 
 def known_vocab_size(kind: str) -> int | None:
-    """Tokens of a kind of tokenizer before there is one; None where the corpus decides.
+    """The vocabulary size of a kind of tokenizer; None if the corpus decides it.
 
     Raises:
-      UsageError: no such kind.
-      DataError: an encoding that is neither known here nor within reach.
+      UsageError: there is no such kind.
+      DataError: the encoding is not known here and cannot be fetched.
     """
     check_kind(kind)
     if kind in ("characters", "bpe"):
@@ -271,7 +270,7 @@ def known_vocab_size(kind: str) -> int | None:
 
 
 def check_kind(kind: str) -> None:
-    """Raise a UsageError with the names there are, unless `kind` is one of them."""
+    """Raise a UsageError that lists the known kinds, unless `kind` is one of them."""
     if kind in ("bytes", "characters", "bpe"):
         return
     import tiktoken
@@ -290,7 +289,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that `save` wrote.
 
     Raises:
-      CheckpointError: the file is missing, or is not what was saved.
+      CheckpointError: the file is missing or is not what was saved.
     """
     path = Path(directory) / FILE_NAME
     try:
