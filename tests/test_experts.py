@@ -339,7 +339,7 @@ def compiled_on(axes, training):
     shardings = tree_shardings(mesh, logical_axes(LEARNT, stacked=config.scan_layers))
 
     def program(weights, tokens_BT):
-        return accumulate_gradients(LEARNT, config, weights, tokens_BT, None, mesh)
+        return accumulate_gradients(LEARNT, config, weights, tokens_BT, None)
 
     jitted = jax.jit(
         program,

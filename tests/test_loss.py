@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.config import MeshConfig
+from llm.config import MeshConfig, ModelConfig
+from llm.model import loss
+from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.loss import (
     LossOptions,
     chunks_for,
     head_loss,
     log_sum_exp,
     log_sum_exp_in_one_pass,
+    next_token_loss,
     token_log_likelihood,
 )
 from llm.model.sharding import make_mesh, sharding_of
@@ -222,3 +225,28 @@ def test_chunks_divide_the_length_where_they_can_and_respect_the_choice():
     assert chunks_for(32, 1024, 50304) == 128
     assert chunks_for(32, 1024, 50304, device_kind="NVIDIA H200") == 8
     assert chunks_for(12, 257, 65) == 3
+
+
+def test_the_loss_of_a_model_counts_the_rows_and_asks_for_the_devices_of_the_mesh(monkeypatch):
+    """Over two devices: half of the rows on each, and the kind of device that the mesh has."""
+    asked = []
+    monkeypatch.setattr(loss, "chunks_for", lambda *sizes: asked.append(sizes) or 2)
+    spec = ModelSpec(ModelConfig(n_layer=1, n_head=1, d_model=8, logit_soft_cap=5.0), VOCAB)
+    random = np.random.default_rng(2)
+    hidden = jnp.float32(random.normal(size=(4, T, 8)))
+    targets, weights = jnp.int32(random.integers(0, VOCAB, (4, T))), jnp.float32(np.ones((4, T)))
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    params = initialise(spec, jax.random.key(0))
+
+    @jax.jit
+    def terms(params, hidden):
+        model = bind(spec, params)
+        return next_token_loss(
+            model, hidden, targets, weights, label_smoothing=0.1, z_loss=1e-2, chunk_length=4
+        ), model.head_weight()
+
+    with jax.set_mesh(mesh):
+        found, head = terms(params, hidden)
+    assert asked == [(2, T, spec.padded_vocab_size, 4, jax.devices()[0].device_kind)]
+    expected = reference_loss(hidden, np.asarray(head), targets, weights, ALL_OPTIONS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

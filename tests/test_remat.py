@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from llm.config import MeshConfig, ModelConfig, TrainingConfig
+from llm.config import ModelConfig, TrainingConfig
 from llm.errors import UsageError
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.remat import check_remat
-from llm.model.sharding import make_mesh
 from llm.training.step import accumulate_gradients
 
 LAYERS, BATCH, LENGTH = 6, 8, 32
@@ -24,10 +23,9 @@ def program_of(remat, scan):
     training = TrainingConfig(batch_size=BATCH, remat=remat, scan_layers=scan)
     params = initialise(spec, jax.random.key(0), stacked=scan)
     tokens = np.random.default_rng(0).integers(0, 70, (BATCH, LENGTH + 1), dtype=np.int32)
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
 
     def program(params, tokens):
-        return accumulate_gradients(spec, training, params, tokens, None, mesh)
+        return accumulate_gradients(spec, training, params, tokens, None)
 
     return program, (params, tokens)
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm.model.gpt import soft_cap
-from llm.model.sharding import constrain, shares
+from llm.model.gpt import GPT, soft_cap
+from llm.model.sharding import constrain, kind_in_context, shares
 
 # Logits that exist at once in the loss: 64 MiB of float32. Below it the head's matrix products are
 # large enough for a CPU; above it they would be the largest buffer of the step. On GPUs 1 GiB: each
@@ -66,6 +66,32 @@ def token_log_likelihood(logits_BTV: jax.Array, targets_BT: jax.Array) -> jax.Ar
     logits_BTV = logits_BTV.astype(jnp.float32)
     target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+
+def next_token_loss(
+    model: GPT,
+    hidden_BTD: jax.Array,
+    targets_BT: jax.Array,
+    weights_BT: jax.Array,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_length: int = 0,
+) -> LossTerms:
+    """`head_loss` with the model's head, in as many chunks as suit the mesh in context.
+
+    Args:
+      hidden_BTD: `model.hidden` of the tokens before the targets.
+      targets_BT, weights_BT: as `head_loss` takes them.
+      label_smoothing, z_loss: as LossOptions has them.
+      chunk_length: positions whose logits exist at once; 0: `chunks_for` chooses.
+    """
+    spec = model.spec
+    B, T = targets_BT.shape
+    rows_per_device = max(1, B // shares("batch"))
+    chunks = chunks_for(rows_per_device, T, spec.padded_vocab_size, chunk_length, kind_in_context())
+    options = LossOptions(spec.vocab_size, spec.config.logit_soft_cap, label_smoothing, z_loss)
+    return head_loss(hidden_BTD, model.head_weight(), targets_BT, weights_BT, options, chunks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

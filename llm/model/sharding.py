@@ -193,6 +193,12 @@ def device_kind(mesh: Mesh) -> str:
     return mesh.devices.flat[0].device_kind
 
 
+def kind_in_context() -> str:
+    """`device_kind` of the mesh in context; "" without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return "" if device is None else device.device_kind
+
+
 def batch_shares(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a mesh divides the batch."""
     return math.prod(mesh.shape[name] for name in LOGICAL_TO_MESH["batch"] or ())

@@ -10,8 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm.model.gpt import ModelSpec, Params, bind
-from llm.model.loss import LossOptions, chunks_for, head_loss
-from llm.model.sharding import batch_shares, constrain, device_kind, shard_batch
+from llm.model.loss import next_token_loss
+from llm.model.sharding import constrain, shard_batch
 from llm.text.splits import TokenSplit
 from llm.training.step import BATCH_AXES
 
@@ -33,17 +33,9 @@ def make_evaluation_step(spec: ModelSpec, mesh: Mesh) -> EvaluationStep:
 
     def evaluation_step(params: Params, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
         model = bind(spec, params)
-        inputs_BT = constrain(tokens_BT[:, :-1], "batch", "sequence")
-        B, T = inputs_BT.shape
-        rows_per_device = max(1, B // batch_shares(mesh))
-        return head_loss(
-            model.hidden(inputs_BT),
-            model.head_weight(),
-            tokens_BT[:, 1:],
-            mask_BT.astype(jnp.float32),
-            LossOptions(spec.vocab_size, spec.config.logit_soft_cap),
-            chunks_for(rows_per_device, T, spec.padded_vocab_size, device_kind=device_kind(mesh)),
-        ).nll
+        hidden_BTD = model.hidden(constrain(tokens_BT[:, :-1], "batch", "sequence"))
+        weights_BT = mask_BT.astype(jnp.float32)
+        return next_token_loss(model, hidden_BTD, tokens_BT[:, 1:], weights_BT).nll
 
     compiled = jax.jit(evaluation_step)
 

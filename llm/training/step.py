@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from llm.config import OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, Params, bind
-from llm.model.loss import LossOptions, chunks_for, head_loss
+from llm.model.loss import next_token_loss
 from llm.model.remat import check_remat
 from llm.model.router import Routing
-from llm.model.sharding import batch_shares, constrain, device_kind, sharding_of
+from llm.model.sharding import constrain, sharding_of
 from llm.training.compiler import compiler_options
 from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_momentum
 from llm.training.state import HISTORY, TrainState, state_shardings
@@ -77,7 +77,7 @@ def make_train_step(
     def train_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(state.key, state.step) if spec.config.dropout else None
         gradients, loss = accumulate_gradients(
-            spec, training, state.weights, tokens_BT, dropout_key, mesh
+            spec, training, state.weights, tokens_BT, dropout_key
         )
         grad_norm = optax.tree.norm(gradients)
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
@@ -122,7 +122,6 @@ def accumulate_gradients(
     params: Params,
     tokens_BT: jax.Array,
     dropout_key: jax.Array | None,
-    mesh: Mesh,
 ) -> tuple[Params, StepTerms]:
     """Gradient and loss of the mean over all B T tokens, in A micro-batches one after the other.
 
@@ -136,7 +135,7 @@ def accumulate_gradients(
 
     def micro(index: int | jax.Array, rows_BT: jax.Array) -> tuple[Params, StepTerms]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return gradient(params, spec, training, rows_BT, tokens_BT.shape, key, mesh)
+        return gradient(params, spec, training, rows_BT, tokens_BT.shape, key)
 
     if micro_batches == 1:
         return micro(0, tokens_BT)
@@ -160,7 +159,6 @@ def _objective(
     rows_BT: jax.Array,
     batch_shape: tuple[int, int],
     dropout_key: jax.Array | None,
-    mesh: Mesh,
 ) -> tuple[jax.Array, StepTerms]:
     model = bind(dataclasses.replace(spec, float8=training.float8), params)
     inputs_BT = constrain(rows_BT[:, :-1], "batch", "sequence")
@@ -174,17 +172,15 @@ def _objective(
     B, T = targets_BT.shape
     tokens_in_step = batch_shape[0] * (batch_shape[1] - 1)
     weights_BT = jnp.full((B, T), 1.0 / tokens_in_step, jnp.float32)
-    options = LossOptions(
-        spec.vocab_size,
-        spec.config.logit_soft_cap,
-        training.label_smoothing,
-        training.z_loss,
+    terms = next_token_loss(
+        model,
+        hidden_BTD,
+        targets_BT,
+        weights_BT,
+        label_smoothing=training.label_smoothing,
+        z_loss=training.z_loss,
+        chunk_length=training.loss_chunk,
     )
-    rows_per_device = B // batch_shares(mesh)
-    chunks = chunks_for(
-        rows_per_device, T, spec.padded_vocab_size, training.loss_chunk, device_kind(mesh)
-    )
-    terms = head_loss(hidden_BTD, model.head_weight(), targets_BT, weights_BT, options, chunks)
     if routing_L is None:
         return terms.objective, StepTerms(terms.objective, terms.nll, None)
     share = B * T / tokens_in_step
