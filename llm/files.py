@@ -5,6 +5,7 @@ import datetime
 import errno
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -40,6 +41,35 @@ def write_output(path: str | Path, content: bytes, error: type[Exception]) -> No
             f"cannot write {path}: {failed.strerror}; name a file in a folder that exists, has "
             "room and can be written"
         ) from None
+
+
+def partial_folder(final: Path) -> Path:
+    """Where a folder is built until it is whole. Nobody trusts one that a dead process left."""
+    return final.with_name(f"{final.name}.partial")
+
+
+@contextlib.contextmanager
+def whole_folder(final: Path, before_rename: Callable[[], object] = lambda: None) -> Iterator[Path]:
+    """Build a folder beside its place, flush it to disk, then rename it to `final`.
+
+    The body writes into the empty folder that it is given. When the body raises, the folder is
+    removed. A crash at any instant leaves `final` whole or absent.
+
+    Args:
+      before_rename: called when everything is on disk and only the rename is left.
+    """
+    partial = partial_folder(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        flush_tree(partial)
+        before_rename()
+        partial.rename(final)
+        flush_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def flush_tree(root: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm.commands.import_hf import whole_folder
+from llm.commands.import_hf import new_folder
 from llm.commands.texts import open_and_say
 from llm.runtime import prepare_process
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
 
     opened = open_and_say(options.run, options.step)
     tokenizer = opened.tokenizer
-    with whole_folder(Path(options.folder)) as partial:
+    with new_folder(Path(options.folder)) as partial:
         to_hf(
             opened.spec.config,
             opened.spec.vocab_size,

@@ -10,16 +10,21 @@ the model was trained with (--tokenizer).
 
 import argparse
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.errors import LLMError, UsageError
-from llm.files import disk_full_reason, free_bytes, is_disk_full, readable_bytes
+from llm.files import (
+    disk_full_reason,
+    free_bytes,
+    is_disk_full,
+    partial_folder,
+    readable_bytes,
+    whole_folder,
+)
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -41,7 +46,7 @@ def main(arguments: list[str]) -> int:
     config, vocab_size, params = from_hf(folder)
     tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size)
     spec = ModelSpec(config, vocab_size)
-    with whole_folder(Path(options.run)) as partial:
+    with new_folder(Path(options.run)) as partial:
         sha256 = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
     if options.json:
@@ -71,8 +76,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` to write into; it becomes `path` when all is written, or goes away.
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `path` when all is written, or goes away.
 
     Raises:
       UsageError: `path` is there already, its parent cannot be written, or there is no room.
@@ -80,27 +85,23 @@ def whole_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} exists already; give the name of a new folder")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        partial_folder(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        yield partial
-        partial.chmod(0o755)  # as mkdir would have it; mkdtemp keeps others out
-        partial.rename(path)
+        with whole_folder(path) as partial:
+            yield partial
     except LLMError:
         raise
     except Exception as error:
-        # Of whatever class: safetensors has one of its own.
+        # safetensors raises a class of its own when the disk is full.
         if not is_disk_full(error):
             raise
         raise UsageError(
             f"no room for {path} ({disk_full_reason(error)}); "
-            f"{readable_bytes(free_bytes(partial))} are free, and nothing was left there: free "
+            f"{readable_bytes(free_bytes(path.parent))} are free, and nothing was left there: free "
             "some space, or name a folder on another disk"
         ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def tokenizer_of(folder: Path, named: str | None, vocab_size: int) -> "Tokenizer":

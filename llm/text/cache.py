@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llm.errors import UsageError
-from llm.files import flush_folder, flush_tree
+from llm.files import whole_folder
 from llm.runtime import cache_dir
 
 # Called with (what is being done, bytes done, bytes in all or None). An exception from it stops
@@ -54,21 +54,8 @@ def built_once(final: Path, on_progress: OnProgress = silent) -> Iterator[Path |
         if final.exists():
             yield None
             return
-        partial = _partial(final)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
+        with whole_folder(final) as partial:
             yield partial
-            flush_tree(partial)
-            partial.rename(final)
-            flush_folder(final.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-
-
-def _partial(final: Path) -> Path:
-    return final.with_name(final.name + ".partial")
 
 
 def _remove_leftovers(folder: Path) -> None:
