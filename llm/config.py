@@ -8,12 +8,10 @@ Data, not code: reading a configuration executes nothing of its author's. Defaul
 nowhere else. Nothing in this file imports JAX, so `--help` answers at once.
 """
 
-import dataclasses
 import difflib
 import os
 import tomllib
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -43,9 +41,14 @@ Sources = Annotated[
 ]
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """One setting: its default and its meaning, which is also its line in --help."""
-    return Field(default=default, description=meaning)
+def setting(default: Any, meaning: str, value: str | None = None, flag: str | None = None) -> Any:
+    """One setting or flag: its default and its meaning, which is also its line in --help.
+
+    Args:
+      value: what --help calls the value; by default a word for its type.
+      flag: the name of the flag, if it is not the name of the field.
+    """
+    return Field(default=default, description=meaning, title=value, alias=flag)
 
 
 class Section(BaseModel):
@@ -513,23 +516,23 @@ class Config(Section):
         return self.model_copy(update={"model": self.model.resolved()})
 
 
-def load_config(
-    path: str | Path | None, flags: Sequence[str] = (), program: str = "train.py"
-) -> Config:
+def load_config(path: str | Path, flags: Mapping[str, Any] | None = None) -> Config:
     """Defaults, then the file, then the flags.
 
     Args:
-      path: a TOML file, or None for the defaults alone.
-      flags: `--section.key value` words, as the shell gave them. `--help` prints and exits 0.
-      program: the name that --help shows.
+      path: a TOML file.
+      flags: `section.key` -> value.
     Raises:
-      UsageError: naming the setting, what was found and what was expected.
+      UsageError: names the setting, what was found and what was expected.
     """
-    values = read_toml(path) if path is not None else {}
-    name = str(path) if path is not None else "the defaults"
-    base = validate(values, where=name)
-    _overlay(values, parse_flags(base, flags, program))
-    return validate(values, where="the flags" if flags else name)
+    values = read_toml(path)
+    config = validate(values, where=str(path))
+    if not flags:
+        return config
+    for name, value in flags.items():
+        section, key = name.split(".")
+        values[section] = {**values.get(section, {}), key: value}
+    return validate(values, where="the flags")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -538,13 +541,17 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         # Some editors begin a file with a byte order mark, which TOML does not know.
         return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
-        near = sorted(str(p) for p in Path("configs").glob("*.toml"))
-        hint = f"; there are: {', '.join(near)}" if near else ""
-        raise UsageError(f"no configuration file at {path}{hint}") from None
+        raise UsageError(f"no configuration file at {path}{known_files()}") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder; expected a TOML configuration file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from None
+
+
+def known_files() -> str:
+    """The end of a message: the configuration files that there are."""
+    files = sorted(map(str, Path("configs").glob("*.toml")))
+    return f"; there are: {', '.join(files)}" if files else ""
 
 
 def to_toml(config: Config) -> str:
@@ -555,7 +562,7 @@ def to_toml(config: Config) -> str:
 
 
 def validate(values: Mapping[str, Any], where: str) -> Config:
-    """Nested dictionaries to a Config; every wrong setting is named in one UsageError."""
+    """Nested dictionaries to a Config; one UsageError names every wrong setting."""
     try:
         return Config.model_validate(values)
     except pydantic.ValidationError as error:
@@ -578,212 +585,83 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def parse_flags(base: Config, flags: Sequence[str], program: str) -> dict[str, dict[str, Any]]:
-    """What the flags change in `base`, as nested dictionaries, not yet validated together.
-
-    tyro parses into plain dataclasses of the same shape, so that ranges and combinations are
-    checked once, by pydantic, and answered in one voice.
-    """
-    if not flags:
-        return {}
-    import tyro
-
-    words = _spell_booleans(flags)
-    wants_help = bool({"-h", "--help"} & set(flags))
-    problem = None if wants_help else _flag_problem(base, words)
-    if problem:
-        raise UsageError(f"in the flags: {problem}")
-    # As --flag=value, because tyro takes a value that begins with a dash for a flag.
-    joined = [
-        word
-        for flag, values in _grouped(words)
-        for word in ([f"{flag}={values[0]}", *values[1:]] if values else [flag])
-    ]
-    parsed = tyro.cli(
-        _flag_shape(base), args=joined, prog=f"{program} CONFIG.toml", description=_HELP
-    )
-    changed: dict[str, dict[str, Any]] = {}
-    for section, settings in base:
-        for key, value in settings:
-            given = getattr(getattr(parsed, section), key)
-            if given != value:
-                changed.setdefault(section, {})[key] = given
-    return changed
-
-
-_HELP = "Pretrain a GPT-style language model. The same command again resumes the run."
-
-
-def _flag_shape(base: Config) -> Any:
-    """A dataclass of dataclasses with the settings' types, meanings and `base`'s values."""
-    import tyro
-
-    sections = []
-    for section, settings in base:
-        fields = []
-        for key, info in type(settings).model_fields.items():
-            # Only the bare type: tyro must not see pydantic's ranges.
-            bare: Any = _bare_type(info.annotation)
-            annotation = Annotated[bare, tyro.conf.arg(help=info.description)]
-            fields.append((key, annotation, dataclasses.field(default=getattr(settings, key))))
-        kind = dataclasses.make_dataclass(section.capitalize(), fields, frozen=True)
-        kind.__doc__ = type(settings).__doc__
-        sections.append((section, kind, dataclasses.field(default_factory=kind)))
-    return dataclasses.make_dataclass("Settings", sections, frozen=True)
-
-
-def _bare_type(annotation: Any) -> Any:
-    while typing.get_origin(annotation) is Annotated:
-        annotation = typing.get_args(annotation)[0]
-    return annotation
-
-
-def _flag_problem(base: Config, words: Sequence[str]) -> str | None:
-    """What is wrong with the first flag that cannot be read, or None.
-
-    Before tyro sees them: its own answer is a frame around several sentences. Ranges and
-    combinations are pydantic's, for files and flags alike.
-    """
-    kinds = {
-        f"{section}.{key}": _bare_type(info.annotation)
-        for section, settings in base
-        for key, info in type(settings).model_fields.items()
-    }
-    problems = (_problem_of(flag, values, kinds) for flag, values in _grouped(words))
-    return next(filter(None, problems), None)
-
-
-def _grouped(words: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Each flag with the words up to the next; words before the first flag belong to ""."""
-    groups: list[tuple[str, list[str]]] = [("", [])]
-    for word in words:
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            groups.append((flag, [value] if equals else []))
-        else:
-            groups[-1][1].append(word)
-    return groups if groups[0][1] else groups[1:]
-
-
-def _problem_of(flag: str, values: list[str], kinds: Mapping[str, Any]) -> str | None:
-    if not flag:
-        return f"unexpected word {values[0]!r}; settings are given as --section.key VALUE"
-    name = flag.removeprefix("--").replace("-", "_")
-    if kinds.get(name.replace(".no_", ".", 1)) is bool:
-        name = name.replace(".no_", ".", 1)
-        return f"{name} = {values[0]!r}: expected true or false" if values else None
-    if name not in kinds:
-        return f"unknown setting {flag}{_nearest_name(name.split('.'), as_flag=True)}"
-    kind = kinds[name]
-    if not values:
-        return f"{flag} has no value; expected {_type_name(kind)}"
-    if not _can_be(kind, values[0]):
-        return f"{name} = {values[0]!r}: expected {_type_name(kind)}"
-    if any(value.startswith("-") for value in values[1:]):
-        return f"{flag}: only the first of several values may begin with a dash"
-    if len(values) > 1 and not _takes_several(kind):
-        return f"{flag} takes one value; found {' '.join(map(repr, values))}"
-    return None
-
-
-def _takes_several(kind: Any) -> bool:
-    return any(typing.get_origin(part) is tuple for part in typing.get_args(kind))
-
-
-def _can_be(kind: Any, text: str) -> bool:
-    """Whether tyro can read this word as a value of this type."""
-    if typing.get_origin(kind) is Literal:
-        return text in typing.get_args(kind)
-    if kind in (int, float):
-        try:
-            kind(text)
-        except ValueError:
-            return False
-    return True
-
-
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
-    return {int: "an integer", float: "a number", bool: "true or false"}.get(kind, "text")
-
-
-def _spell_booleans(flags: Sequence[str]) -> list[str]:
-    """Let `--section.key true|false` stand beside tyro's `--section.key` / `--section.no-key`."""
-    booleans = {
-        f"{section}.{key}"
-        for section, settings in Config()
-        for key, value in settings
-        if isinstance(value, bool)
-    }
-    words: list[str] = []
-    for word in flags:
-        name, equals, value = word.partition("=")
-        if equals and name.removeprefix("--").replace("-", "_") in booleans:
-            words += [name, value]
-        else:
-            words.append(word)
-    spelled: list[str] = []
-    for word in words:
-        last = spelled[-1].removeprefix("--").replace("-", "_") if spelled else ""
-        if last in booleans and word.lower() in ("true", "false"):
-            if word.lower() == "false":
-                section, key = last.split(".")
-                spelled[-1] = f"--{section}.no-{key.replace('_', '-')}"
-        else:
-            spelled.append(word)
-    return spelled
-
-
-def _overlay(values: dict[str, Any], changed: Mapping[str, Mapping[str, Any]]) -> None:
-    for section, settings in changed.items():
-        values[section] = {**values.get(section, {}), **settings}
-
-
 def _explain(problem: Any) -> str:
-    """One pydantic problem in a person's words."""
+    """What is wrong with one setting."""
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path[:2])
-    found = problem["input"]
-    match problem["type"]:
-        case "extra_forbidden":
-            return f"unknown setting {name}{_nearest_name(path)}"
-        case "value_error":
-            reason = str(problem["ctx"]["error"])
-            return (
-                reason if not name else f"{name} = {found!r}: {reason}" if len(path) > 1 else reason
-            )
-        case "model_type" | "dict_type":
-            return f"{name} = {found!r}: expected a table, [{name}]"
-    message = problem["msg"].removeprefix("Input should be ")
-    return f"{name} = {found!r}: expected {message}"
-
-
-def _nearest_name(path: list[str], *, as_flag: bool = False) -> str:
-    """A hint that ends the message: the right name most like the one found, or the sections."""
-    sections = {section: list(type(settings).model_fields) for section, settings in Config()}
-    if path[0] in sections and len(path) == 1:
-        return f"; it is a section, with the settings {', '.join(sections[path[0]])}"
-    if len(path) == 1:
-        keys = [f"{section}.{key}" for section in sections for key in sections[section]]
-        near = difflib.get_close_matches(path[0], [*sections, *keys], 1)
-        # A key without its section: n_layer for model.n_layer.
-        near = [key for key in keys if key.split(".")[1] == path[0]] or near
-    else:
-        names = [f"{section}.{key}" for section, keys in sections.items() for key in keys]
-        here = difflib.get_close_matches(path[1], sections.get(path[0], []), 1)
-        near = (
-            [f"{path[0]}.{here[0]}"]
-            if here
-            else difflib.get_close_matches(".".join(path), names, 1)
+    if problem["type"] == "extra_forbidden":
+        near = nearest(name, [*Config.model_fields, *flatten(Config())])
+        sections = ", ".join(Config.model_fields)
+        return f"unknown setting {name}; " + (
+            f"did you mean {near}?" if near else f"the sections are {sections}"
         )
-    if not near:
-        return f"; sections are {', '.join(sections)}"
-    return (
-        f"; did you mean --{near[0].replace('_', '-')}?"
-        if as_flag
-        else f"; did you mean {near[0]}?"
-    )
+    if len(path) < 2 and problem["type"] == "value_error":
+        return expected(problem)
+    return f"{name} = {problem['input']!r}: {expected(problem)}"
+
+
+def expected(problem: Any) -> str:
+    """What pydantic expected instead of a value, in a person's words."""
+    match problem["type"]:
+        case "value_error":
+            return str(problem["ctx"]["error"])
+        case "model_type" | "dict_type":
+            return f"expected a table, [{problem['loc'][0]}]"
+    message = problem["msg"].removeprefix("Input should be ")
+    is_bound = message.startswith(("greater", "less"))
+    return f"expected {'a number ' * is_bound}{message}"
+
+
+# What nanoGPT and Hugging Face call a setting.
+_FOREIGN_NAMES = {
+    foreign: ours
+    for ours, names in {
+        "run.dir": "out_dir output_dir",
+        "data.source": "dataset dataset_name",
+        "model.n_layer": "num_hidden_layers num_layers",
+        "model.n_head": "num_attention_heads num_heads",
+        "model.n_kv_head": "num_key_value_heads",
+        "model.d_model": "n_embd hidden_size embed_dim",
+        "model.d_ff": "n_inner intermediate_size",
+        "model.context_length": "block_size n_positions n_ctx max_position_embeddings seq_len",
+        "model.activation": "hidden_act activation_function",
+        "model.norm_epsilon": "rms_norm_eps layer_norm_epsilon layer_norm_eps",
+        "model.tie_embeddings": "tie_word_embeddings",
+        "model.n_expert": "num_local_experts num_experts",
+        "model.n_expert_active": "num_experts_per_tok",
+        "optimizer.learning_rate": "lr",
+        "optimizer.min_learning_rate": "min_lr",
+        "optimizer.warmup_steps": "warmup_iters",
+        "optimizer.schedule": "lr_scheduler_type",
+        "optimizer.grad_clip": "max_grad_norm",
+        "training.steps": "max_iters max_steps num_train_epochs epochs",
+        "training.micro_batch_size": "per_device_train_batch_size gradient_accumulation_steps",
+        "training.eval_every": "eval_interval eval_steps",
+        "training.compute_dtype": "dtype torch_dtype bf16 fp16",
+        "training.remat": "gradient_checkpointing",
+        "checkpoint.every": "save_steps",
+        "checkpoint.keep": "save_total_limit",
+        "logging.every": "log_interval logging_steps",
+        "sample.max_new_tokens": "max_tokens max_length",
+    }.items()
+    for foreign in names.split()
+}
+
+
+def nearest(name: str, names: Collection[str]) -> str | None:
+    """The one of `names` that `name` most probably means: `model.d_model` for `model.n_embd`."""
+    section, _, key = name.rpartition(".")
+    keys = {known.rpartition(".")[2]: known for known in reversed([*names])}
+    here = [known for known in names if known.rpartition(".")[0] == section]
+    foreign = difflib.get_close_matches(key, _FOREIGN_NAMES, 1, 0.85)
+    candidates = [
+        keys.get(key),
+        *[_FOREIGN_NAMES[one] for one in foreign],
+        *[known for known in here if known.startswith(name)],
+        *difflib.get_close_matches(name, here, 1),
+        *difflib.get_close_matches(name, names, 1),
+    ]
+    return next((known for known in candidates if known in names), None)
 
 
 def _nearest_multiple(value: int, of: int) -> int:

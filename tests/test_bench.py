@@ -137,12 +137,10 @@ def test_a_part_is_shown_before_the_next_is_measured(quick, capsys, monkeypatch)
 
 
 def test_what_cannot_be_measured_is_refused_by_name(quick, capsys, tmp_path):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UsageError, match=r"--parts stepp: .*'decode'"):
         main([quick, "--parts", "stepp"])
-    assert "'decode'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UsageError, match="--turns 0: expected a number greater than 0"):
         main([quick, "--turns", "0"])
-    assert "at least 1" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"model\.n-layer"):
         main([quick, "--model.n-layers", "3"])
     with pytest.raises(DataError, match="nowhere"):

@@ -14,7 +14,8 @@ import jax
 import pytest
 
 from llm.commands import run_command
-from llm.commands.plan import find_vocab_size, main, parse
+from llm.commands.flags import parse
+from llm.commands.plan import Options, find_vocab_size, main
 from llm.config import Config, load_config, to_toml, validate
 from llm.errors import UsageError
 from llm.model.devices import GIB, SHEETS, compute_capability, find_kind
@@ -483,7 +484,7 @@ def test_a_device_without_a_data_sheet_has_no_time(written, capsys):
     ("words", "said"),
     [
         ("--device h10", "no such device; did you mean h100"),
-        ("--device h100 --devices 0", "--devices 0: expected at least 1"),
+        ("--device h100 --devices 0", "--devices 0: expected a number greater than 0"),
         ("--devices 8", "of what? add --device"),
         ("--topology v5p:4x4x4 --device h100", "leave out --devices"),
         ("--device h100 --devices 3 --mesh.fsdp 3", "nearest that can: 6 or 9"),
@@ -583,7 +584,8 @@ def test_plans_beside_the_configurations_are_of_commands_that_work():
     for text in texts:
         head = text.read_text().splitlines()[0]
         words = head.removeprefix("$ python -m llm plan ").split()
-        chosen, config = parse([str(ROOT / words[0]), *words[1:]])
+        chosen = parse(Options, [str(ROOT / words[0]), *words[1:]])
+        config = chosen.settings.resolved()
         assert text.name.startswith(Path(words[0]).stem)
         spec = ModelSpec(config.model, find_vocab_size(config, None))
         assert f"{parameter_count(spec):,}" in text.read_text()

@@ -1,40 +1,57 @@
-"""python -m llm bench CONFIG [--parts PART ...] [--json] [--section.key VALUE ...]: how fast it is.
+"""python -m llm bench CONFIG [--parts PART ...] [--section.key VALUE ...]: how fast is each part?
 
-Times what a run of this configuration does, part by part, beside what the machine can do at most:
+Times what a run of this configuration does, and compares it with what the machine can do at most:
 
-    step         the train step: compile time, tokens/s, MFU of the measured matmul peak, memory
-    loop         what the loop around it adds: data, dispatch, metrics
-    decode       sampling with the key/value cache, against the measured bandwidth of memory
+    step         the train step: compile time, tokens/s, memory, MFU of the
+                 measured peak of matrix products
+    loop         what the loop adds to the step: data, dispatch, metrics
+    decode       sampling with the key/value cache, and the share of the
+                 measured memory bandwidth that it reaches
     data         tokenising, and reading batches
     checkpoint   what a save adds, and how long it holds the loop
-    start        from the command to the first step, with and without compiled programs
+    start        from the command to the first step, with and without
+                 compiled programs
 
-Nothing is kept: it works in a temporary folder, with random weights and the configuration's corpus.
-Times are of this machine and moment; medians of --turns.
+Nothing is kept: the benchmark works in a temporary folder, with random weights and the corpus of
+the configuration. Times are medians of --turns and hold for this machine at this moment.
 """
 
-import argparse
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from llm.config import Config, load_config
+from pydantic import PositiveInt
+
+from llm.commands.flags import CommandLine, argument, parse
+from llm.config import Config, setting
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     from llm.measure.workload import Workload
 
-PARTS = ("step", "loop", "decode", "data", "checkpoint", "start")
+Part = Literal["step", "loop", "decode", "data", "checkpoint", "start"]
+PARTS = get_args(Part)
+
+
+class Options(CommandLine):
+    """The command line."""
+
+    config: str = argument("CONFIG", "configuration file")
+    parts: tuple[Part, ...] = setting(PARTS, "what to measure", "PART")
+    turns: PositiveInt = setting(15, "times that each thing is measured")
+    decode_batches: tuple[PositiveInt, ...] = setting((1, 64), "rows decoded together")
+    as_json: bool = setting(False, "print one JSON object", flag="json")
+    settings: Config = Config()
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options, flags = parse(arguments)
-    config = load_config(options.config, flags, "python -m llm bench").resolved()
+    options = parse(Options, arguments)
+    config = options.settings.resolved()
     with tempfile.TemporaryDirectory(prefix="llm-bench-") as name:
         folder = Path(name)
         # Its own store of compiled programs: compile times are of compiling.
@@ -43,38 +60,14 @@ def main(arguments: list[str]) -> int:
         report: dict[str, Any] = {}
         for part, values in measure(config, options, folder):
             report[part] = values
-            if not options.json:
+            if not options.as_json:
                 print(table(part, values), flush=True)
-    if options.json:
+    if options.as_json:
         print(json.dumps(report))
     return 0
 
 
-def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """This command's own flags, and the settings among them that overrule the file's."""
-    parser = argparse.ArgumentParser(
-        "python -m llm bench",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("config", metavar="CONFIG", help="configuration file")
-    add("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help="all by default")
-    add("--turns", type=_positive, default=15, metavar="N", help="of each thing that is timed (15)")
-    add(
-        "--decode-batches",
-        type=_positive,
-        nargs="+",
-        default=(1, 64),
-        metavar="N",
-        help="rows decoded together (1 64)",
-    )
-    add("--json", action="store_true", help="one JSON object on stdout")
-    return parser.parse_known_args(arguments)
-
-
-def measure(config: Config, options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Any]]:
+def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[str, Any]]:
     """machine, model, and one object for each part that was asked for, each once it is measured."""
     from llm.measure import machine
     from llm.measure.workload import make_workload
@@ -107,7 +100,7 @@ def measure(config: Config, options: argparse.Namespace, folder: Path) -> Iterat
 def _part(
     part: str,
     workload: "Workload",
-    options: argparse.Namespace,
+    options: Options,
     folder: Path,
     matmul: float,
     bandwidth: float,
@@ -178,10 +171,3 @@ def _shown(name: str, value: Any) -> str:
     if "seconds" in name:
         return f"{1000 * value:,.2f} ms" if value < 1 else f"{value:.2f} s"
     return f"{value:,.0f}"
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, found {value}")
-    return value

@@ -1,17 +1,20 @@
-"""python -m llm plan CONFIG [--topology v5p:4x4x4 | --devices 8 --device h100] [--search] [--json]
-[--section.key VALUE ...]: what a step will need on devices that need not be here.
+"""python -m llm plan CONFIG [--topology v5p:4x4x4 | --devices 8 --device h100] [--search]
+[--section.key VALUE ...]: what will a step need on devices that need not be here?
 
-Compiles the real training step and reads memory, collectives and costs from the program. It reads
-no corpus, makes no run and runs nothing: all that it prints is an estimate.
+Compiles the real training step, and reads memory, collectives and costs from the program. The
+plan reads no corpus, makes no run and runs nothing, so every number that it prints is an estimate.
 """
 
-import argparse
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from llm.config import Config, load_config
+import pydantic
+from pydantic import PositiveInt
+
+from llm.commands.flags import CommandLine, argument, parse
+from llm.config import Config, setting
 from llm.errors import UsageError
 from llm.runtime import prepare_process
 
@@ -21,55 +24,47 @@ if TYPE_CHECKING:
     from llm.planning.targets import Target
 
 
+class Options(CommandLine):
+    """The command line."""
+
+    config: str = argument("CONFIG", "configuration file")
+    topology: str = setting("", "a slice of TPUs: v5p:4x4x4, v5e:16x16 (needs '.[plan]')", "NAME")
+    devices: PositiveInt | None = setting(None, "number of devices of the kind --device")
+    device: str = setting(
+        "", "h100, a100, ... or cpu; without any: the device that is here", "NAME"
+    )
+    search: bool = setting(False, "rank meshes, remat and micro-batches")
+    tries: PositiveInt = setting(8, "most compilations of a search")
+    vocab_size: PositiveInt | None = setting(None, "size of a vocabulary that the corpus decides")
+    memory_fraction: float | None = setting(
+        None, "share of a GPU's memory to use; else $XLA_PYTHON_CLIENT_MEM_FRACTION, else 0.75"
+    )
+    as_json: bool = setting(False, "print one JSON object instead of tables", flag="json")
+    settings: Config = Config()
+
+    @pydantic.model_validator(mode="after")
+    def _check_devices(self) -> Self:
+        if self.topology and (self.devices is not None or self.device):
+            raise UsageError("--topology says which devices; leave out --devices and --device")
+        if self.devices is not None and not self.device:
+            raise UsageError(f"--devices {self.devices}: of what? add --device, as --device h100")
+        return self
+
+
 def main(arguments: list[str]) -> int:
     """0, also when it does not fit: then `fits` is false.
 
     Raises:
       UsageError: no such device or topology, or settings that cannot be used on it.
     """
-    chosen, config = parse(arguments)
+    chosen = parse(Options, arguments)
+    config = chosen.settings.resolved()
     vocab_size = find_vocab_size(config, chosen.vocab_size)
     prepare_process()
     target = _find_target(chosen)
     plans, considered = _plans(chosen, config, vocab_size, target)
     _write(chosen, plans, considered)
     return 0
-
-
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, Config]:
-    """The command's own flags, and the settings with all others over them."""
-    parser = argparse.ArgumentParser(
-        "python -m llm plan",
-        description=__doc__,
-        epilog="All other flags are settings, as --mesh.fsdp 8 (python train.py --help).",
-        allow_abbrev=False,
-    )
-    parser.add_argument("config", metavar="CONFIG", help="configuration file")
-    parser.add_argument(
-        "--topology", help="a slice of TPUs: v5p:4x4x4, v5e:16x16 (needs '.[plan]')"
-    )
-    parser.add_argument("--devices", type=int, help="how many --device there are")
-    parser.add_argument("--device", help="h100, a100, ... or cpu; without any: what is here")
-    parser.add_argument("--search", action="store_true", help="rank meshes, remat, micro-batches")
-    parser.add_argument("--tries", type=int, default=8, help="compilations of a search, at most")
-    parser.add_argument("--vocab-size", type=int, help="where the corpus would decide it")
-    parser.add_argument(
-        "--memory-fraction",
-        type=float,
-        help="of a GPU's memory; else $XLA_PYTHON_CLIENT_MEM_FRACTION, else JAX's own 0.75",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
-    chosen, settings = parser.parse_known_args(arguments)
-    if chosen.topology and (chosen.devices is not None or chosen.device):
-        raise UsageError("--topology says which devices; leave out --devices and --device")
-    if chosen.devices is not None and not chosen.device:
-        raise UsageError(f"--devices {chosen.devices}: of what? add --device, as --device h100")
-    if chosen.devices is not None and chosen.devices < 1:
-        raise UsageError(f"--devices {chosen.devices}: expected at least 1")
-    if chosen.tries < 1:
-        raise UsageError(f"--tries {chosen.tries}: expected at least 1")
-    config = load_config(chosen.config, settings, program="python -m llm plan")
-    return chosen, config.resolved()
 
 
 def find_vocab_size(config: Config, given: int | None) -> int:
@@ -81,8 +76,6 @@ def find_vocab_size(config: Config, given: int | None) -> int:
     from llm.text.tokenizer import known_vocab_size
 
     known = known_vocab_size(config.tokenizer.kind)
-    if given is not None and given < 1:
-        raise UsageError(f"--vocab-size {given}: expected at least 1")
     if known is not None and given not in (None, known):
         raise UsageError(
             f"--vocab-size {given}: tokenizer.kind = {config.tokenizer.kind!r} has {known} tokens; "
@@ -113,7 +106,7 @@ def memory_fraction(given: float | None) -> float:
     return fraction
 
 
-def _find_target(chosen: argparse.Namespace) -> "Target":
+def _find_target(chosen: Options) -> "Target":
     from llm.planning import targets
 
     count = (1 if chosen.devices is None else chosen.devices) if chosen.device else None
@@ -129,7 +122,7 @@ def _find_target(chosen: argparse.Namespace) -> "Target":
 
 
 def _plans(
-    chosen: argparse.Namespace, config: Config, vocab_size: int, target: "Target"
+    chosen: Options, config: Config, vocab_size: int, target: "Target"
 ) -> tuple[list["Plan"], int]:
     from llm.planning.plan import plan_step
     from llm.planning.search import search
@@ -153,16 +146,16 @@ def _spelled(config: Config) -> str:
     return f"{mesh or 'one device'}, remat {training.remat}, micro-batch {micro}"
 
 
-def _say(chosen: argparse.Namespace, text: str) -> None:
-    if not chosen.json or chosen.search:
+def _say(chosen: Options, text: str) -> None:
+    if not chosen.as_json or chosen.search:
         print(text, file=sys.stderr, flush=True)
 
 
-def _write(chosen: argparse.Namespace, plans: list["Plan"], considered: int) -> None:
+def _write(chosen: Options, plans: list["Plan"], considered: int) -> None:
     from llm.planning.plan import describe
 
     described = [describe(plan) for plan in plans]
-    if chosen.json:
+    if chosen.as_json:
         answer: dict[str, Any] = described[0]
         if chosen.search:
             answer = {"estimate": True, "considered": considered, "ranked": described}

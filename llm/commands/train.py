@@ -1,6 +1,6 @@
-"""python train.py CONFIG.toml [--section.key VALUE ...]: begin a run, or go on with it.
+"""python train.py CONFIG [--section.key VALUE ...]: pretrain a GPT-style language model.
 
-The same command twice means resume; of a finished run it says so.
+The same command again resumes the run; if the run is finished, it says so.
 """
 
 import contextlib
@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llm.config import Config, differences, load_config
+from llm.commands.flags import CommandLine, argument, parse
+from llm.config import Config, differences
 from llm.errors import CheckpointError, DataError, UsageError
 from llm.faults import fault_point
 from llm.run.directory import (
@@ -28,7 +29,14 @@ if TYPE_CHECKING:
     from llm.text.shards import TokenizedCorpus
     from llm.training.loop import Job, Outputs, Sampler
 
-USAGE = "python train.py CONFIG.toml [--section.key VALUE ...]"
+
+class Options(CommandLine):
+    """The command line."""
+
+    lists_settings = True
+
+    config: str = argument("CONFIG", "configuration file")
+    settings: Config = Config()
 
 
 def main(arguments: list[str]) -> int:
@@ -117,16 +125,10 @@ def configure(arguments: list[str]) -> Config:
     Raises:
       UsageError: no configuration file, or settings that cannot be used.
     """
-    words = list(arguments)
-    path = words.pop(0) if words and not words[0].startswith("-") else None
-    if path is None and not {"-h", "--help"} & set(words):
-        known = ", ".join(sorted(map(str, Path("configs").glob("*.toml"))))
-        raise UsageError(
-            f"no configuration file; usage: {USAGE}" + (f"; there are: {known}" if known else "")
-        )
-    config = load_config(path, words)
+    options = parse(Options, arguments)
+    config = options.settings
     if not config.run.dir:
-        name = f"runs/{Path(path or 'run').stem}"
+        name = f"runs/{Path(options.config).stem}"
         config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
     return config.resolved()
 

@@ -1,0 +1,282 @@
+"""The one parser of every command line: a pydantic model goes in, its values come out.
+
+A command declares its flags as the fields of a model (`CommandLine`), with type, default and
+meaning. A command that reads a configuration has a field `settings` and takes every setting as
+`--section.key`. There is one behaviour for all commands:
+
+    --top-k 5   --top_k=5      dashes or underscores, a space or an equals sign; no abbreviations
+    --json   --json=false      a switch; --no-json turns it off too
+    --prompt a b --prompt c    several values: a, b, c; a flag of one value takes the last
+
+pydantic checks the values, as it does in a configuration file. A mistake is a UsageError that says
+what was found, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+import pydantic
+from pydantic.fields import FieldInfo
+
+from llm.config import Config, Section, expected, known_files, load_config, nearest, setting
+from llm.errors import UsageError
+
+WIDEST_HELP = 100  # columns; longer lines are harder to read
+
+
+class CommandLine(Section):
+    """The arguments of one command. The docstring of the command's module is its help.
+
+    A flag is a field `top: int = setting(10, "alternatives in each record")`. An argument without
+    a flag is a field `run: str = argument("RUN", "run directory")`.
+    """
+
+    # Flags whose default is in the run's configuration: --help shows no other.
+    defaults_of_run: ClassVar[frozenset[str]] = frozenset()
+    # Whether --help lists the settings of `settings` too.
+    lists_settings: ClassVar[bool] = False
+
+    help: bool = setting(False, "show this text")
+
+
+def argument(name: str, meaning: str, default: Any = ...) -> Any:
+    """A field that is given by its place, without a flag."""
+    return pydantic.Field(default, title=name, description=meaning, repr=False)
+
+
+Options = TypeVar("Options", bound=CommandLine)
+
+
+def parse(options: type[Options], words: Sequence[str]) -> Options:
+    """The values that the words of a shell give. `--help` prints the help and exits with 0.
+
+    Raises:
+      UsageError: the words cannot be used.
+    """
+    flags = flags_of(options)
+    given = _read(flags, words, _usage(options))
+    changes = {name: given.pop(name) for name in [*given] if "." in name}
+    if "config" in given:
+        given["settings"] = load_config(given["config"], changes)
+    if given.get("help"):
+        print(_help(options, given.get("settings", Config())))
+        raise SystemExit(0)
+    try:
+        return options.model_validate(given)
+    except pydantic.ValidationError as error:
+        problems = [_explain(problem, flags, _usage(options)) for problem in error.errors()]
+        raise UsageError("\n  ".join(problems)) from None
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field of a model, as the command line spells it.
+
+    Attributes:
+      name: `top_k`, or `model.n_layer` of a setting.
+      types: the types that a value can have; a literal value stands for itself.
+    """
+
+    name: str
+    info: FieldInfo
+    types: tuple[Any, ...]
+
+    @property
+    def is_argument(self) -> bool:
+        return not self.info.repr
+
+    @property
+    def choices(self) -> list[str]:
+        return [kind for kind in self.types if isinstance(kind, str)]
+
+    @property
+    def spelling(self) -> str:
+        return self.info.title or "" if self.is_argument else spelled(self.name)
+
+    @property
+    def usage(self) -> str:
+        """The spelling with a name for its value: --model.n-layer N."""
+        if self.is_argument or bool in self.types:
+            return self.spelling
+        kind = "N" if int in self.types else "X" if float in self.types else "TEXT"
+        value = self.info.title or "|".join(self.choices) or kind
+        return f"{self.spelling} {value}{' ...' * (tuple in self.types)}"
+
+    def read(self, text: str) -> Any:
+        """The text as a value, or as it is: pydantic then says what was expected."""
+        if bool in self.types and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        for kind in (int, float):
+            if kind in self.types:
+                with contextlib.suppress(ValueError):
+                    return kind(text)
+        return text
+
+    def combined(self, values: list[Any]) -> Any:
+        """All values of a flag that takes several, the last value of any other."""
+        if tuple not in self.types or (len(values) == 1 and self.types[0] is not tuple):
+            return values[-1]
+        return tuple(values)
+
+    def help(self, default: Any, width: int) -> str:
+        """The flag on the left, its meaning and default on the right, or below a long flag."""
+        if default is True:
+            section, dot, key = self.name.rpartition(".")
+            default = f"on; {spelled(f'{section}{dot}no_{key}')}: off"
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+        is_plain = self.info.is_required() or shown is False or shown in (None, "")
+        about = f"{self.info.description}{'' if is_plain else f' ({shown})'}"
+        column, left = 2 * width // 5, f"  {self.usage}"
+        start = f"{left:{column}}" if len(left) < column - 1 else f"{left}\n{' ' * column}"
+        return start + f"\n{' ' * column}".join(textwrap.wrap(about, width - column))
+
+
+def spelled(name: str) -> str:
+    """--model.n-layer for model.n_layer."""
+    return f"--{name.replace('_', '-')}"
+
+
+def flags_of(model: type[pydantic.BaseModel], section: str = "") -> dict[str, Flag]:
+    """Every field by its name; a setting by `section.key`."""
+    flags: dict[str, Flag] = {}
+    for key, info in model.model_fields.items():
+        kind = info.annotation
+        if kind is Config:
+            flags |= flags_of(Config)
+        elif isinstance(kind, type) and issubclass(kind, Section):
+            flags |= flags_of(kind, f"{key}.")
+        else:
+            name = section + (info.alias or key)
+            flags[name] = Flag(name, info, tuple(_types(kind)))
+    return flags
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """tuple, int and "all" for `tuple[int, ...] | Literal["all"]`."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from inner
+    elif origin is None:
+        yield annotation
+    else:
+        if origin is tuple:
+            yield tuple
+        for part in inner[:1] if origin in (tuple, Annotated) else inner:
+            yield from _types(part)
+
+
+def _read(flags: Mapping[str, Flag], words: Sequence[str], usage: str) -> dict[str, Any]:
+    """The value of each flag and argument among the words."""
+    found: dict[str, list[Any]] = {}
+    places = [flag for flag in flags.values() if flag.is_argument]
+    left, hint = list(words), usage
+    while left:
+        word = left.pop(0)
+        if _is_flag(word):
+            flag, values = _read_flag(flags, word, left)
+            found.setdefault(flag.name, []).extend(map(flag.read, values))
+            hint = f"{flag.spelling} takes {'true or false' if bool in flag.types else 'one value'}"
+        elif places and word in (places[0].choices or [word]):
+            found[places.pop(0).name] = [word]
+        else:
+            raise UsageError(f"unexpected word {word!r}; {hint}")
+    return {name: flags[name].combined(values) for name, values in found.items()}
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and word != "-" and not word[1].isdigit()
+
+
+def _read_flag(flags: Mapping[str, Flag], word: str, left: list[str]) -> tuple[Flag, list[str]]:
+    """The flag that a word names, and its values, which are taken off the words that are left."""
+    spelling, equals, value = ("--help" if word == "-h" else word).partition("=")
+    name, values = spelling.lstrip("-").replace("-", "_"), [value] if equals else []
+    switches = {_off(flag.name): flag for flag in flags.values() if bool in flag.types}
+    flag = flags.get(name) or switches.get(name)
+    if flag is None or flag.is_argument or not spelling.startswith("--"):
+        raise UsageError(f"unknown flag {spelling}{_hint(flags, name)}")
+    if bool in flag.types:
+        if not values and left and left[0].lower() in ("true", "false"):
+            values = [left.pop(0)]
+        negated = {"true": "false", "false": "true"} if name != flag.name else {}
+        return flag, [negated.get(value, value) for value in values or ["true"]]
+    if not values and left and not left[0].startswith("--"):
+        values = [left.pop(0)]
+    if not values:
+        raise UsageError(f"{spelling} has no value; expected {flag.usage}")
+    while tuple in flag.types and left and not _is_flag(left[0]):
+        values.append(left.pop(0))
+    return flag, values
+
+
+def _off(name: str) -> str:
+    """model.no_bias for model.bias."""
+    section, dot, key = name.rpartition(".")
+    return f"{section}{dot}no_{key}"
+
+
+def _hint(flags: Mapping[str, Flag], name: str) -> str:
+    """The end of a message about an unknown flag: what would work."""
+    names = [flag.name for flag in flags.values() if not flag.is_argument]
+    inside = [spelled(key) for key in names if key.startswith(f"{name}.")]
+    if inside:
+        return f"; it is a section, with the settings {', '.join(inside)}"
+    near = nearest(name, names)
+    return f"; did you mean {spelled(near)}?" if near else "; --help lists the flags"
+
+
+def _explain(problem: Any, flags: Mapping[str, Flag], usage: str) -> str:
+    """What is wrong with one value."""
+    if not problem["loc"]:
+        return expected(problem)
+    flag = flags[str(problem["loc"][0])]
+    if problem["type"] == "missing":
+        files = known_files() if flag.name == "config" else ""
+        return f"{flag.usage} is missing; {usage}{files}"
+    return f"{flag.spelling} {problem['input']}: {expected(problem)}"
+
+
+def _usage(options: type[CommandLine]) -> str:
+    return f"usage: {' '.join(_document(options).partition(': ')[0].split())}"
+
+
+def _document(options: type[CommandLine]) -> str:
+    """The docstring of the command's module: its usage, a colon, what it does."""
+    return sys.modules[options.__module__].__doc__ or ""
+
+
+def _help(options: type[CommandLine], settings: Config) -> str:
+    """The docstring, the command's own flags, and the settings in their sections."""
+    width = min(shutil.get_terminal_size().columns, WIDEST_HELP)
+
+    def listed(flags: Mapping[str, Flag], defaults: Mapping[str, Any]) -> str:
+        lines = (
+            flag.help(defaults.get(name.split(".")[-1]), width) for name, flag in flags.items()
+        )
+        return "\n".join(lines)
+
+    description = inspect.cleandoc(_document(options)).partition(": ")[2]
+    paragraphs = [_usage(options), *(description[:1].upper() + description[1:]).split("\n\n")]
+    parts = [text if text.startswith(" ") else textwrap.fill(text, width) for text in paragraphs]
+    own = {name: flag for name, flag in flags_of(options).items() if "." not in name}
+    stated = own.keys() - options.defaults_of_run
+    parts.append(listed(own, {name: own[name].info.get_default() for name in stated}))
+    for section, values in settings if options.lists_settings else ():
+        parts.append(textwrap.fill(f"[{section}] {type(values).__doc__}", width))
+        parts.append(listed(flags_of(type(values), f"{section}."), dict(values)))
+    if "settings" in options.model_fields and not options.lists_settings:
+        parts.append(textwrap.fill(_SETTINGS_TOO, width))
+    return "\n\n".join(parts)
+
+
+_SETTINGS_TOO = (
+    "Every setting is a flag too, such as --training.steps 5; python train.py --help lists them."
+)
