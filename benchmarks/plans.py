@@ -1,15 +1,13 @@
-"""What llm plan says of this repository's large configurations: configs/plans/, and a table.
+"""What llm plan says of this repository's large configurations, as a table.
 
     python benchmarks/plans.py                        all of it
-    python benchmarks/plans.py --only llama3_8b.v5p   what has this in its name
-    python benchmarks/plans.py --table                texts and table of the plans that are there
+    python benchmarks/plans.py --only llama3_8b.v5p   plans with this in their name
+    python benchmarks/plans.py --table                the table of the plans that are there
 
-Each plan is kept as text, as the command prints it, and as JSON beside it in build/plans. Needs the
-extra `plan`; a plan takes minutes on two cores.
+Each plan is kept as JSON in build/plans. Needs the extra `plan`; a plan takes minutes on two cores.
 """
 
 import argparse
-import io
 import json
 import os
 import shlex
@@ -17,10 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llm.planning.plan_tables import make_console, show_plan
-
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS, FACTS = ROOT / "configs" / "plans", ROOT / "build" / "plans"
+FACTS = ROOT / "build" / "plans"
 LLAMA, GPT2, MOE = (f"configs/{name}.toml" for name in ("llama3_8b", "gpt2_1558m", "moe_8x124m"))
 SCANNED = "--training.scan-layers true"
 # name -> arguments of the command
@@ -65,8 +61,6 @@ def main() -> None:
     for name, arguments in ({} if chosen.table else {**PLANS, **GROWING}).items():
         if chosen.only in name:
             make_plan(name, arguments)
-    for name, arguments in PLANS.items():
-        write_text(name, arguments)
     print_table()
 
 
@@ -83,19 +77,6 @@ def make_plan(name: str, arguments: str) -> None:
         return
     FACTS.mkdir(parents=True, exist_ok=True)
     (FACTS / f"{name}.json").write_text(result.stdout)
-
-
-def write_text(name: str, arguments: str) -> None:
-    """The plan as the command prints it, below the command."""
-    facts = FACTS / f"{name}.json"
-    if not facts.exists():
-        return
-    text = io.StringIO()
-    show_plan(json.loads(facts.read_text()), make_console(text))
-    lines = [line.rstrip() for line in text.getvalue().splitlines()]
-    TEXTS.mkdir(parents=True, exist_ok=True)
-    head = f"$ python -m llm plan {arguments}"
-    (TEXTS / f"{name}.txt").write_text("\n".join([head, *lines, ""]))
 
 
 def print_table() -> None:

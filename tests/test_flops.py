@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from llm.config import ModelConfig
-from llm.model.devices import SHEETS, peak_flops
-from llm.model.flops import flops_per_token, mfu, parameter_count
+from llm.model.flops import PEAKS, flops_per_token, mfu, parameter_count, peak_flops
 from llm.model.gpt import ModelSpec, abstract_params, bind
 
 
@@ -101,7 +100,7 @@ def device(kind):
     ],
 )
 def test_the_longest_name_that_fits_gives_the_peak(kind, peak):
-    assert peak_flops(device(kind)) == peak
+    assert peak_flops(kind) == peak
 
 
 @pytest.mark.parametrize(
@@ -117,7 +116,7 @@ def test_the_longest_name_that_fits_gives_the_peak(kind, peak):
     ],
 )
 def test_an_unknown_device_has_no_peak(kind):
-    assert peak_flops(device(kind)) is None
+    assert peak_flops(kind) is None
 
 
 def test_mfu_is_the_share_of_all_devices_peaks_and_null_when_one_is_unknown():
@@ -133,5 +132,5 @@ def test_mfu_is_the_share_of_all_devices_peaks_and_null_when_one_is_unknown():
 
 
 def test_every_listed_device_finds_itself():
-    for name, sheet in SHEETS.items():
-        assert peak_flops(device(name)) == sheet.bfloat16_flops
+    for name, peak in PEAKS.items():
+        assert peak_flops(name) == peak

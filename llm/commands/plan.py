@@ -19,7 +19,7 @@ from llm.errors import UsageError
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.planning.plan import Plan
+    from llm.planning.plan import Facts
     from llm.planning.search import Candidate
     from llm.planning.targets import Target
 
@@ -115,7 +115,7 @@ def _find_target(chosen: Options) -> "Target":
         return targets.topology(chosen.topology)
     if count is None:
         return targets.present()
-    from llm.model.devices import find_kind
+    from llm.planning.devices import find_kind
 
     kind = "cpu" if chosen.device == "cpu" else find_kind(chosen.device)
     return targets.simulated(kind, count)
@@ -123,7 +123,7 @@ def _find_target(chosen: Options) -> "Target":
 
 def _plans(
     chosen: Options, config: Config, vocab_size: int, target: "Target"
-) -> tuple[list["Plan"], int]:
+) -> tuple[list["Facts"], int]:
     from llm.planning.plan import plan_step
     from llm.planning.search import search
 
@@ -151,19 +151,16 @@ def _say(chosen: Options, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _write(chosen: Options, plans: list["Plan"], considered: int) -> None:
-    from llm.planning.plan import describe
-
-    described = [describe(plan) for plan in plans]
+def _write(chosen: Options, plans: list["Facts"], considered: int) -> None:
     if chosen.as_json:
-        answer: dict[str, Any] = described[0]
+        answer: dict[str, Any] = plans[0]
         if chosen.search:
-            answer = {"estimate": True, "considered": considered, "ranked": described}
+            answer = {"estimate": True, "considered": considered, "ranked": plans}
         print(json.dumps(answer, allow_nan=False))
         return
     from llm.planning.plan_tables import make_console, show_plan, show_ranking
 
     console = make_console()
     if chosen.search:
-        show_ranking(described, considered, console)
-    show_plan(described[0], console)
+        show_ranking(plans, considered, console)
+    show_plan(plans[0], console)

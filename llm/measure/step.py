@@ -42,7 +42,7 @@ def measure_step(workload: Workload, matmul_flops: float, turns: int) -> dict[st
     timing = time_turns(turn, turns, warm_up=3)
     rate = workload.tokens_per_step / timing.median
     per_device = rate * flops_per_token(workload.spec) / len(devices)
-    peak = peak_flops(devices[0])
+    peak = peak_flops(devices[0].device_kind)
     return {
         "compile_seconds": compiling.median,
         "seconds": timing.median,

@@ -2,15 +2,51 @@
 
 MFU (model FLOPs utilisation, Chowdhery et al. 2022, PaLM, appendix B) is the share of a device's
 peak that the model's own arithmetic takes: forward and backward, nothing recomputed, no optimizer.
+
+Sources of the peaks: NVIDIA's data sheets of each product; Google's pages of each TPU version
+(https://cloud.google.com/tpu/docs/system-architecture-tpu-vm).
 """
 
 import math
+import re
+from collections.abc import Iterable
 from fractions import Fraction
 
 import jax
 
-from llm.model.devices import peak_flops
 from llm.model.gpt import ModelSpec, abstract_params
+
+# Dense bfloat16 FLOP/s with float32 accumulation, of one device as JAX counts devices: half a chip
+# for TPU v2, v3 and 7x. A device that is not listed has no peak and an MFU of null.
+PEAKS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090 Ti": 80e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "TPU v2": 22.5e12,
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 1153.5e12,
+}
+# Words in a device's name that mean a part of the chip of that name, and not how large a part.
+_PARTIAL = ("MIG", "Laptop", "Max-Q", "D")
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -59,6 +95,22 @@ def flops_per_token(spec: ModelSpec, window: int | None = None) -> float:
     return float(6 * (matrices + head)) + 12 * config.n_layer * config.d_model * keys_seen
 
 
+def listed_name(kind: str, names: Iterable[str]) -> str | None:
+    """The longest name that a device's kind begins with, in whole words; None if there is none.
+
+    "NVIDIA H100 80GB HBM3" is an H100, "NVIDIA L40" is no L4.
+    """
+    if any(word in _PARTIAL for word in kind.split()):
+        return None
+    fitting = [name for name in names if re.match(rf"{re.escape(name)}(?![\w.])", kind)]
+    return max(fitting, key=len, default=None)
+
+
+def peak_flops(kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one device by the name that JAX gives its kind, or None."""
+    return PEAKS.get(listed_name(kind, PEAKS) or "")
+
+
 def mfu(
     spec: ModelSpec,
     tokens_per_second: float,
@@ -69,7 +121,7 @@ def mfu(
 
     In [0, 1], but for training.float8, whose peak is twice as high where devices have one.
     """
-    peaks = [peak_flops(device) for device in devices]
+    peaks = [peak_flops(device.device_kind) for device in devices]
     if not all(peaks):
         return None
     return tokens_per_second * flops_per_token(spec, window) / sum(peaks)  # type: ignore[arg-type]

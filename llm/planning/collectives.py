@@ -1,11 +1,12 @@
 """What a compiled program sends between devices: its collectives, read from its HLO text.
 
-The text is `jax.stages.Compiled.as_text()`. A loop's body stands in it once and is counted as often
-as it runs. TPU compilers write a reduce-scatter as a fusion named "all-reduce-scatter", and an
-operation that goes on beside others as several pieces with one channel; both are counted as what
-they are. The CPU's has no reduce-scatter: an all-reduce of the whole and a slice stand for it.
+The text is `jax.stages.Compiled.as_text()`. A collective in a loop's body counts as often as the
+loop runs. TPU compilers write a reduce-scatter as a fusion named "all-reduce-scatter", and they
+write an operation that overlaps others as several pieces with one channel. Both are counted as the
+one operation that they are. The CPU compiler has no reduce-scatter: it writes an all-reduce of the
+whole array and a slice.
 
-What it is not: a time. That needs the bandwidth of the links and what runs beside them.
+Bytes are no time. A time needs the bandwidth of the links (roofline.py).
 """
 
 import dataclasses
@@ -24,10 +25,10 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 class Collective:
     """One operation of a program.
 
-    kind: one of KINDS. bytes: of the whole arrays, as one device has them before or after: what an
-    all-gather gives, a reduce-scatter and an all-reduce take. count: how often it runs each time
-    that the program does. group: how many devices take part. source: the JAX operation it is for.
-    members: the devices of the first group, as places in the mesh; empty where not written.
+    kind: one of KINDS. bytes: size of the whole arrays on one device: what an all-gather returns,
+    what a reduce-scatter and an all-reduce take. count: how often it is executed in one run of the
+    program. group: how many devices take part. source: the JAX operation that needs it. members:
+    the devices of the first group, as places in the mesh; empty if the text does not name them.
     """
 
     kind: str
@@ -42,7 +43,7 @@ def read_collectives(hlo: str) -> list[Collective]:
     """Every collective between more than one device, in the order of the text.
 
     Raises:
-      ValueError: a loop whose number of turns is not in the text.
+      ValueError: the text does not say how often a loop runs.
     """
     program = computations(hlo)
     times, inside_fusions = runs(program), fused(program)
@@ -52,8 +53,8 @@ def read_collectives(hlo: str) -> list[Collective]:
             collective = _read(line, name, times[name])
             if collective is None or collective.group == 1 or not collective.count:
                 continue
-            # Pieces of one operation lie in fusions and have its channel. Others may have the same
-            # number: all that come from shard_map do.
+            # The pieces of one operation are in fusions and share its channel. Outside fusions
+            # channels are not unique: all collectives that come from shard_map have the same one.
             channel = re.search(r"channel_id=(\d+)", line) if name in inside_fusions else None
             key = channel[1] if channel else f"{name} {number}"
             found.setdefault((key, collective.kind, collective.bytes), collective)
@@ -61,7 +62,7 @@ def read_collectives(hlo: str) -> list[Collective]:
 
 
 def total_bytes(collectives: list[Collective]) -> dict[str, int]:
-    """kind -> bytes of all of that kind in one run of the program, each times its count."""
+    """kind -> bytes of all collectives of that kind in one run of the program."""
     totals: dict[str, int] = defaultdict(int)
     for one in collectives:
         totals[one.kind] += one.bytes * one.count
@@ -101,7 +102,7 @@ def _top_level(shape: str) -> list[str]:
 
 
 def _first_group(line: str) -> tuple[int, ...]:
-    """The devices of one group, in each of the ways that HLO writes groups."""
+    """The devices of the first group, in any of the four ways in which HLO writes groups."""
     if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return tuple(int(member) for member in groups[1].split(",") if member)
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
@@ -119,7 +120,7 @@ def _first_group(line: str) -> tuple[int, ...]:
 
 
 def _along_axes(sizes: dict[str, int], axes: list[str]) -> tuple[int, ...]:
-    """The devices whose places on all other axes of a mesh are the first."""
+    """The first group along `axes` of a mesh: the place on every other axis is 0."""
     devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     chosen = tuple(slice(None) if axis in axes else 0 for axis in sizes)
     return tuple(devices[chosen].reshape(-1).tolist())

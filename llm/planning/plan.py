@@ -1,14 +1,14 @@
-"""What a training step will need, from the compiler that will compile it: before anyone pays.
+"""What a training step will need, from the compiler that will compile it, before anyone pays.
 
-The real step is compiled ahead of time for devices that need not be here, and its memory, its
-collectives and its costs are read. Nothing runs, so nothing here is a measurement.
+The real step is compiled ahead of time for devices that need not be here. Its memory and its
+collectives are read from the program; FLOPs and memory traffic are arithmetic (estimate.py).
+Nothing runs, so nothing here is a measurement.
 """
 
 import dataclasses
 import re
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,196 +16,145 @@ import jax
 import jax.numpy as jnp
 
 from llm.config import Config
-from llm.model.devices import GIB, sheet_of
-from llm.model.flops import flops_per_token, parameter_count
-from llm.model.gpt import ModelSpec
-from llm.model.kernels import choose_attention
+from llm.model.flops import flops_per_token, parameter_count, peak_flops
 from llm.model.sharding import check_sizes, make_mesh
 from llm.planning.collectives import Collective, read_collectives
-from llm.planning.cost import Cost, read_cost
-from llm.planning.estimate import Arithmetic, StateBytes, state_bytes
-from llm.planning.roofline import Roofline, link_seconds, roofline
+from llm.planning.devices import GIB, sheet_of
+from llm.planning.estimate import Arithmetic, state_bytes
+from llm.planning.hlo import cycles
+from llm.planning.roofline import link_seconds
 from llm.planning.targets import Target
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
 
-# Of a GPU's memory JAX takes this share unless $XLA_PYTHON_CLIENT_MEM_FRACTION says another:
+# JAX takes this share of a GPU's memory unless $XLA_PYTHON_CLIENT_MEM_FRACTION says another:
 # https://docs.jax.dev/en/latest/gpu_memory_allocation.html
 GPU_FRACTION = 0.75
 
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes on one device.
-
-    temporaries: activations, gradients and all else that lives within a step. source: who says so,
-    "compiler" or "arithmetic". compiler_temporaries: the compiler's count where the source is
-    another. program: the compiled code. needed: all of them together; of a program that the
-    compiler refused, its figure. available: what a program can have; None where not known.
-    """
-
-    state: StateBytes
-    temporaries: float | None
-    source: str
-    compiler_temporaries: int | None
-    program: int
-    needed: float
-    available: float | None
-
-    @property
-    def fits(self) -> bool | None:
-        return None if self.available is None else self.needed <= self.available
+Facts = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """A step on its devices. collectives, cost and what follows are None where it was refused."""
-
-    config: Config
-    spec: ModelSpec
-    target: Target
-    mesh: dict[str, int]
-    memory: Memory
-    collectives: list[Collective] | None
-    collective_seconds: list[float] | None
-    cost: Cost | None
-    roofline: Roofline | None
-    compile_seconds: float
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.training.batch_size * self.config.model.context_length
-
-    @property
-    def compiler_seconds(self) -> float | None:
-        """A step's time by the compiler's cycles; collectives are not in it.
-
-        It gives no cycles for kernels, which are taken at the device's peak.
-        """
-        sheet = sheet_of(self.target.kind)
-        if self.target.stands_in or not (self.cost and self.cost.cycles and sheet and sheet.clock):
-            return None
-        return self.cost.cycles / sheet.clock + self.cost.kernel_flops / sheet.bfloat16_flops
-
-    @property
-    def step_seconds(self) -> float | None:
-        """The longer of the compiler's time and the roofline's."""
-        if self.roofline is None:
-            return None
-        return max(self.roofline.seconds, self.compiler_seconds or 0.0)
-
-    @property
-    def mfu(self) -> float | None:
-        sheet = sheet_of(self.target.kind)
-        if self.step_seconds is None or sheet is None:
-            return None
-        peak = sheet.bfloat16_flops * len(self.target.devices)
-        return self.tokens_per_step * flops_per_token(self.spec) / (peak * self.step_seconds)
-
-    @property
-    def days(self) -> float | None:
-        """Of the whole run: training.steps, without evaluations and saves."""
-        seconds = self.step_seconds
-        return None if seconds is None else seconds * self.config.training.steps / 86400
-
-
-def model_spec(
-    config: Config, vocab_size: int, target: Target, sizes: Mapping[str, int]
-) -> ModelSpec:
-    """The model as the devices of the target would compute it on a mesh of these sizes.
-
-    Raises:
-      UsageError: they cannot compute attention by what training.attention asks for.
-    """
-    dtype = config.training.compute_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if target.is_accelerator else "float32"
-    wanted, outline = config.training.attention, target.outline(sizes)
-    kernel = choose_attention(wanted, config.first_model.resolved(), dtype, outline)
-    return ModelSpec(config.model, vocab_size, dtype, kernel)
-
-
-def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: float) -> Plan:
-    """Compile a configuration's step for devices, and read what it needs.
+def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: float) -> Facts:
+    """Compile a configuration's step for devices, and say what it needs.
 
     Args:
-      memory_fraction: of a GPU's memory, what a program can have.
+      memory_fraction: the share of a GPU's memory that a program can have.
+    Returns:
+      what `--json` prints (docs/plan.md): strict JSON with units in the names, and None for what is
+      not known. A device without a data sheet has no time, and `fits` is None. A program that the
+      compiler refuses for its memory has neither a time nor collectives.
     Raises:
       UsageError: the mesh does not fit the devices or the model.
     """
     mesh, training = make_mesh(config.mesh, target.devices), config.training
     sizes = {str(axis): size for axis, size in mesh.shape.items()}
-    spec = model_spec(config, vocab_size, target, sizes)
-    # What stands in for another device cannot compile its kernels.
-    compiled_spec = dataclasses.replace(spec, attention="plain") if target.stands_in else spec
+    spec = target.model_spec(config, vocab_size, sizes)
     check_sizes(mesh, config, spec.padded_vocab_size)
+    # CPU devices that stand in for a GPU cannot compile its kernels.
+    compiled_spec = dataclasses.replace(spec, attention="plain") if target.stands_in else spec
+    arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(spec, optimizer, mesh, stacked=training.scan_layers)
-    windows = jax.ShapeDtypeStruct(
-        (training.batch_size, config.model.context_length + 1), jnp.int32
-    )
+    windows = (training.batch_size, config.model.context_length + 1)
     started = time.monotonic()
     step = make_train_step(compiled_spec, config.optimizer, training, mesh)
-    lowered = step.lower(state, windows)
-    arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)
-    available = available_memory(target, memory_fraction)
+    lowered = step.lower(state, jax.ShapeDtypeStruct(windows, jnp.int32))
+    compiled, limit = None, available_memory(target, memory_fraction)
     try:
         compiled = lowered.compile()
+        memory = _compiled_memory(compiled, arithmetic, target)
     except jax.errors.JaxRuntimeError as error:
-        memory = _refused(str(error), state_bytes(state), available)
-        seconds = time.monotonic() - started
-        return Plan(config, spec, target, sizes, memory, None, None, None, None, seconds)
+        memory, most = refused_memory(str(error))
+        limit = min(most, limit or most)
     seconds = time.monotonic() - started
-    memory = _memory(compiled, state_bytes(state), arithmetic, target, available)
-    text = program_text(lowered, compiled)
-    collectives, cost = read_collectives(text), read_cost(text)
-    if target.stands_in:
-        cost = _with_kernel(cost, arithmetic)
-    bound, over_links = _bound(cost, collectives, arithmetic, target, list(mesh.devices.flat))
-    return Plan(config, spec, target, sizes, memory, collectives, over_links, cost, bound, seconds)
+    weights, moments, other = state_bytes(state)
+    in_state = {"weights_bytes": weights, "optimizer_bytes": moments, "other_state_bytes": other}
+    spare = None if limit is None else limit - memory["needed_bytes"]
+    verdict = {
+        "available_bytes": limit,
+        "fits": None if spare is None else spare >= 0,
+        "spare_bytes": spare,
+    }
+    return {
+        "estimate": True,
+        "target": target.name,
+        "devices": len(target.devices),
+        "device_kind": target.kind,
+        "compiled_for": "cpu" if target.stands_in else target.kind,
+        "compile_seconds": round(seconds, 1),
+        "mesh": sizes,
+        "remat": training.remat,
+        "batch_size": training.batch_size,
+        "micro_batch_size": training.micro_batch_size or training.batch_size,
+        "compute_dtype": spec.compute_dtype,
+        "attention": spec.attention,
+        "parameters": parameter_count(spec),
+        "memory": in_state | memory | verdict,
+        **_work_and_time(
+            arithmetic,
+            target,
+            list(mesh.devices.flat),
+            program_text(lowered, compiled) if compiled else None,
+        ),
+    }
 
 
-def _with_kernel(cost: Cost, arithmetic: Arithmetic) -> Cost:
-    """Of a program with plain attention, what it costs with the kernel that is meant."""
-    plain = dataclasses.replace(arithmetic.spec, attention="plain")
-    kernel, replaced = (
-        one.attention_flops_per_token() * one.tokens
-        for one in (arithmetic, dataclasses.replace(arithmetic, spec=plain))
-    )
-    return dataclasses.replace(cost, flops=cost.flops + kernel - replaced)
+def _compiled_memory(compiled: Any, arithmetic: Arithmetic, target: Target) -> Facts:
+    """Bytes on one device by the compiler's analysis.
 
-
-def _bound(
-    cost: Cost,
-    collectives: list[Collective],
-    arithmetic: Arithmetic,
-    target: Target,
-    placed: list[jax.Device],
-) -> tuple[Roofline | None, list[float] | None]:
-    """The roofline, and the seconds of each collective.
-
-    The CPU's compiler joins other operations, gathers in float32 and has no reduce-scatter. So of a
-    stand-in, memory traffic and links are by arithmetic.
+    For a stand-in the temporaries (activations, gradients and all else that lives within a step)
+    are arithmetic, because the CPU compiler keeps other arrays and keeps them in float32.
     """
-    sheet = sheet_of(target.kind)
-    if sheet is None:
-        return None, None
+    analysis = compiled.memory_analysis()
+    kept = analysis.argument_size_in_bytes
+    kept += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    temporaries = counted = analysis.temp_size_in_bytes
+    code = 0 if target.stands_in else analysis.generated_code_size_in_bytes
     if target.stands_in:
-        found = Roofline(
-            compute=cost.flops / sheet.bfloat16_flops,
-            memory=arithmetic.traffic() / sheet.memory_bandwidth,
-            links=arithmetic.link_seconds(sheet),
-        )
-        return found, None
-    over_links = [link_seconds(one, sheet, placed) for one in collectives]
-    return roofline(cost, collectives, sheet, placed), over_links
+        temporaries = arithmetic.temporaries()
+    return {
+        "temporaries_bytes": temporaries,
+        "temporaries_from": "arithmetic" if target.stands_in else "compiler",
+        "compiler_temporaries_bytes": counted if target.stands_in else None,
+        "program_bytes": code,
+        "needed_bytes": kept + temporaries + code,
+    }
+
+
+def refused_memory(message: str) -> tuple[Facts, float]:
+    """The needed bytes, and the device's, by the words of a TPU compiler that ran out of memory.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the message is about something else.
+    """
+    figures = re.search(
+        r"\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)", message
+    ) or re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
+    if "RESOURCE_EXHAUSTED" not in message or figures is None:
+        raise jax.errors.JaxRuntimeError(message)
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
+    needed, unit, most, unit_of_most = figures.groups()
+    facts = {
+        "temporaries_bytes": None,
+        "temporaries_from": "compiler",
+        "compiler_temporaries_bytes": None,
+        "program_bytes": 0,
+        "needed_bytes": float(needed) * units[unit],
+    }
+    return facts, float(most) * units[unit_of_most]
+
+
+def available_memory(target: Target, memory_fraction: float) -> float | None:
+    """Bytes of one device that a program can have; None if its data sheet is not here."""
+    sheet = sheet_of(target.kind)
+    return sheet and sheet.memory_gib * GIB * (memory_fraction if sheet.domain else 1.0)
 
 
 def program_text(lowered: Any, compiled: Any) -> str:
     """The program's HLO after optimisation.
 
-    TPU executables of JAX 0.10 do not give it; there the program is compiled once more and dumped.
+    Executables for absent TPUs do not give it; for them the program is compiled again and dumped.
     """
     try:
         return compiled.as_text()
@@ -218,138 +167,66 @@ def program_text(lowered: Any, compiled: Any) -> str:
             return dumped[-1].read_text()
 
 
-def available_memory(target: Target, memory_fraction: float) -> float | None:
-    """Bytes of one device that a program can have; None where its data sheet is not here."""
-    sheet = sheet_of(target.kind)
-    if sheet is None:
-        return None
-    return sheet.memory * (memory_fraction if sheet.domain else 1.0)
+def _work_and_time(
+    arithmetic: Arithmetic, target: Target, placed: list[jax.Device], text: str | None
+) -> Facts:
+    """Tokens, FLOPs, collectives and the least time of a step and of the whole run.
 
+    A stand-in's links are arithmetic: the CPU compiler gathers in float32 and has no
+    reduce-scatter, and its collectives have no seconds.
 
-def _memory(
-    compiled: Any,
-    state: StateBytes,
-    arithmetic: Arithmetic,
-    target: Target,
-    available: float | None,
-) -> Memory:
-    """From the compiler's analysis; of a stand-in, temporaries from arithmetic."""
-    analysis = compiled.memory_analysis()
-    kept = analysis.argument_size_in_bytes
-    kept += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    if target.stands_in:
-        guess = arithmetic.temporaries()
-        return Memory(
-            state, guess, "arithmetic", analysis.temp_size_in_bytes, 0, kept + guess, available
-        )
-    temporaries, code = analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes
-    return Memory(state, temporaries, "compiler", None, code, kept + temporaries + code, available)
-
-
-def _refused(message: str, state: StateBytes, available: float | None) -> Memory:
-    """Of a program that the TPU compiler found too large for the memory.
-
-    Raises:
-      jax.errors.JaxRuntimeError: the message is about something else.
+    Args:
+      placed: the devices in the order of the mesh.
+      text: the program; None if the compiler refused it.
     """
-    figures = re.search(
-        r"\(([\d.]+[KMGT]?)\) exceeds available \w+ \(([\d.]+[KMGT]?)\)", message
-    ) or re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?)", message)
-    if "RESOURCE_EXHAUSTED" not in message or figures is None:
-        raise jax.errors.JaxRuntimeError(message)
-    needed, limit = map(_spelled_bytes, figures.groups())
-    return Memory(state, None, "compiler", None, 0, needed, min(limit, available or limit))
-
-
-def _spelled_bytes(text: str) -> float:
-    """ "15.75G" as the compiler writes it, in powers of 1024."""
-    unit = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}.get(text[-1], 1)
-    return float(text.rstrip("KMGT")) * unit
-
-
-def describe(plan: Plan) -> dict[str, Any]:
-    """The plan as one JSON object: strict, units in the names."""
-    training = plan.config.training
-    count = len(plan.target.devices)
+    training, count = arithmetic.training, len(target.devices)
+    tokens = training.batch_size * arithmetic.spec.config.context_length
+    work = tokens * flops_per_token(arithmetic.spec)
+    sheet, peak = sheet_of(target.kind), peak_flops(target.kind)
+    found, bound, by_compiler = None if text is None else read_collectives(text), None, None
+    over_links: list[float] | None = None
+    if sheet and peak and found is not None and text is not None:
+        bound = arithmetic.roofline(sheet)
+        if not target.stands_in:
+            over_links = [link_seconds(one, sheet, placed) for one in found]
+            bound = dataclasses.replace(bound, links=sum(over_links))
+            if sheet.clock and (counted := cycles(text)):
+                # The compiler has no cycles for kernels; they are taken at the peak.
+                by_compiler = counted / sheet.clock + arithmetic.kernel_flops() / peak
+    seconds = bound and max(bound.seconds, by_compiler or 0.0)
+    days = seconds and seconds * training.steps / 86400
     return {
-        "estimate": True,
-        "target": plan.target.name,
-        "devices": count,
-        "device_kind": plan.target.kind,
-        "compiled_for": "cpu" if plan.target.stands_in else plan.target.kind,
-        "compile_seconds": round(plan.compile_seconds, 1),
-        "mesh": plan.mesh,
-        "remat": training.remat,
-        "batch_size": training.batch_size,
-        "micro_batch_size": training.micro_batch_size or training.batch_size,
-        "compute_dtype": plan.spec.compute_dtype,
-        "attention": plan.spec.attention,
-        "parameters": parameter_count(plan.spec),
-        "tokens_per_step": plan.tokens_per_step,
+        "tokens_per_step": tokens,
         "steps": training.steps,
-        "tokens": plan.tokens_per_step * training.steps,
-        "memory": _describe_memory(plan.memory),
-        "collectives": _describe_collectives(plan),
-        "flops": _describe_flops(plan),
-        "time": _describe_time(plan),
-        "mfu": plan.mfu,
-        "days": plan.days,
-        "device_hours": None if plan.days is None else plan.days * 24 * count,
+        "tokens": tokens * training.steps,
+        "collectives": None if found is None else _summed(found, over_links),
+        "flops": {
+            "model_per_step": work,
+            "executed_per_device_and_step": arithmetic.tokens * arithmetic.flops_per_token(),
+        },
+        "time": {
+            "compute_seconds": bound and bound.compute,
+            "memory_seconds": bound and bound.memory,
+            "link_seconds": bound and bound.links,
+            "roofline_seconds": bound and bound.seconds,
+            "binds": bound and bound.binds,
+            "compiler_seconds": by_compiler,
+            "step_seconds": seconds,
+        },
+        "mfu": work / (peak * count * seconds) if seconds and peak else None,
+        "days": days,
+        "device_hours": days and days * 24 * count,
     }
 
 
-def _describe_memory(memory: Memory) -> dict[str, Any]:
-    spare = None if memory.available is None else memory.available - memory.needed
-    return {
-        "weights_bytes": memory.state.weights,
-        "optimizer_bytes": memory.state.optimizer,
-        "other_state_bytes": memory.state.other,
-        "temporaries_bytes": memory.temporaries,
-        "temporaries_from": memory.source,
-        "compiler_temporaries_bytes": memory.compiler_temporaries,
-        "program_bytes": memory.program,
-        "needed_bytes": memory.needed,
-        "available_bytes": memory.available,
-        "fits": memory.fits,
-        "spare_bytes": spare,
-    }
-
-
-def _describe_collectives(plan: Plan) -> list[dict[str, Any]] | None:
-    """By kind and size of the group."""
-    if plan.collectives is None:
-        return None
-    unknown: list[float | None] = [None] * len(plan.collectives)
-    seconds = plan.collective_seconds or unknown
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    for one, time_ in zip(plan.collectives, seconds, strict=True):
-        row = rows.setdefault(
-            (one.kind, one.group),
-            {"kind": one.kind, "devices": one.group, "count": 0, "bytes": 0, "seconds": None},
-        )
+def _summed(collectives: list[Collective], seconds: list[float] | None) -> list[Facts]:
+    """By kind and size of the group, the most bytes first. bytes: whole arrays of one device."""
+    rows: dict[tuple[str, int], Facts] = {}
+    for place, one in enumerate(collectives):
+        empty = {"kind": one.kind, "devices": one.group, "count": 0, "bytes": 0, "seconds": None}
+        row = rows.setdefault((one.kind, one.group), empty)
         row["count"] += one.count
         row["bytes"] += one.count * one.bytes
-        if time_ is not None:
-            row["seconds"] = (row["seconds"] or 0.0) + time_
+        if seconds is not None:
+            row["seconds"] = (row["seconds"] or 0.0) + seconds[place]
     return sorted(rows.values(), key=lambda row: -row["bytes"])
-
-
-def _describe_flops(plan: Plan) -> dict[str, Any]:
-    """model: what the model's arithmetic takes; executed: with what is computed again."""
-    return {
-        "model_per_step": plan.tokens_per_step * flops_per_token(plan.spec),
-        "executed_per_device_and_step": plan.cost.flops if plan.cost else None,
-    }
-
-
-def _describe_time(plan: Plan) -> dict[str, Any]:
-    bound = plan.roofline
-    return {
-        "compute_seconds": bound.compute if bound else None,
-        "memory_seconds": bound.memory if bound else None,
-        "link_seconds": bound.links if bound else None,
-        "roofline_seconds": bound.seconds if bound else None,
-        "binds": bound.binds if bound else None,
-        "compiler_seconds": plan.compiler_seconds,
-        "step_seconds": plan.step_seconds,
-    }

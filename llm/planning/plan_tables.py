@@ -6,97 +6,113 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from llm.model.devices import GIB
+from llm.planning.devices import GIB
+from llm.planning.plan import Facts
 
-Facts = dict[str, Any]
-Rows = list[tuple[str, str]]
-# Where nobody watches, tables are files, and a file has one width.
+Row = tuple[str, ...]
+# Width of a table that is written to a file.
 _WIDTH = 100
 
 
 def make_console(file: Any = None) -> Console:
-    """On a terminal as wide as it is; elsewhere plain text of one width."""
+    """As wide as the terminal; elsewhere plain text of one width."""
     console = Console(file=file)
     return console if console.is_terminal else Console(file=file, width=_WIDTH, no_color=True)
 
 
 def show_plan(facts: Facts, console: Console) -> None:
-    """One plan, with what is an estimate of whom."""
+    """One plan, and who estimated which part of it."""
     console.print(_table("Estimated, not measured", [*_of_what(facts), *_times(facts)]))
-    console.print(_table("Bytes on one device", _memory(facts)))
+    console.print(_table("Bytes on one device", _memory(facts["memory"])))
     if facts["collectives"]:
-        console.print(_collectives(facts["collectives"]))
+        rows = [
+            (
+                one["kind"],
+                str(one["devices"]),
+                f"{one['count']:,}",
+                f"{one['bytes'] / GIB:.3f}",
+                _number(one["seconds"], "{:.3g}"),
+            )
+            for one in facts["collectives"]
+        ]
+        title = "Sent in a step, as whole arrays of one device"
+        console.print(_table(title, rows, ("collective", ">devices", ">times", ">GiB", ">s")))
     for note in _notes(facts):
         console.print(note, highlight=False)
 
 
 def show_ranking(ranked: list[Facts], considered: int, console: Console) -> None:
-    """The plans of a search, the best first."""
-    table = Table(
-        title=f"{len(ranked)} compiled of {considered} that arithmetic did not rule out",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for name in ("", "mesh", "remat", "micro-batch", "GiB", "fits", "s a step", "MFU"):
-        table.add_column(name, justify="left" if name in ("mesh", "remat", "fits") else "right")
-    for place, facts in enumerate(ranked, start=1):
-        table.add_row(
+    """The plans of a search, best first."""
+    rows = [
+        (
             str(place),
             _mesh(facts["mesh"]),
             facts["remat"],
             str(facts["micro_batch_size"]),
             f"{facts['memory']['needed_bytes'] / GIB:.2f}",
-            _yes(facts["memory"]["fits"]),
+            {True: "yes", False: "no", None: "not known"}[facts["memory"]["fits"]],
             _number(facts["time"]["step_seconds"], "{:.3g}"),
             _number(facts["mfu"], "{:.1%}"),
         )
-    console.print(table)
+        for place, facts in enumerate(ranked, start=1)
+    ]
+    title = f"{len(ranked)} compiled of {considered} that arithmetic did not rule out"
+    heads = (">", "mesh", "remat", ">micro-batch", ">GiB", "fits", ">s a step", ">MFU")
+    console.print(_table(title, rows, heads))
 
 
-def _table(title: str, rows: Rows) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column()
+def _table(title: str, rows: list[Row], heads: Row = ()) -> Table:
+    """heads: names of the columns, those of numbers with > before them."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(heads))
+    for head in heads:
+        table.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left")
+    if not heads:
+        table.add_column(no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _of_what(facts: Facts) -> Rows:
+def _of_what(facts: Facts) -> list[Row]:
+    devices = f"{facts['devices']} x {facts['device_kind']}"
+    if facts["target"] != devices:
+        devices = f"{facts['target']}, {devices}"
+    step = (
+        f"{facts['tokens_per_step']:,} tokens: {facts['batch_size']} sequences, "
+        f"{facts['micro_batch_size']} at once; remat {facts['remat']}, "
+        f"{facts['compute_dtype']}, {facts['attention']} attention"
+    )
     return [
-        ("devices", _devices(facts)),
+        ("devices", devices),
         ("mesh", _mesh(facts["mesh"])),
         ("parameters", f"{facts['parameters']:,}"),
-        (
-            "step",
-            f"{facts['tokens_per_step']:,} tokens: {facts['batch_size']} sequences, "
-            f"{facts['micro_batch_size']} at once; remat {facts['remat']}, "
-            f"{facts['compute_dtype']}, {facts['attention']} attention",
-        ),
+        ("step", step),
     ]
 
 
-def _devices(facts: Facts) -> str:
-    counted = f"{facts['devices']} x {facts['device_kind']}"
-    return counted if facts["target"] == counted else f"{facts['target']}, {counted}"
-
-
-def _times(facts: Facts) -> Rows:
+def _times(facts: Facts) -> list[Row]:
     time, flops = facts["time"], facts["flops"]
-    rows = [("model FLOPs a step", f"{flops['model_per_step']:.3e}, over all devices")]
-    if flops["executed_per_device_and_step"]:
-        executed = flops["executed_per_device_and_step"]
-        rows.append(("FLOPs executed", f"{executed:.3e} a device, with what is computed again"))
+    executed = flops["executed_per_device_and_step"]
+    rows = [
+        ("model FLOPs a step", f"{flops['model_per_step']:.3e}, over all devices"),
+        ("FLOPs executed", f"{executed:.3e} a device, with what is computed again"),
+    ]
     if time["step_seconds"] is None:
-        return [*rows, ("time", _why_no_time(facts))]
-    rows += [
+        refused = facts["memory"]["temporaries_bytes"] is None
+        why = "it does not fit" if refused else "no data sheet of this device"
+        return [*rows, ("time", f"not known: {why}")]
+    compiler = "gives no time"
+    if time["compiler_seconds"] is not None:
+        compiler = f"{time['compiler_seconds']:.3g} s, without collectives; kernels at the peak"
+    return [
+        *rows,
         (
             "least time (roofline)",
             f"{time['roofline_seconds']:.3g} s: the {time['binds']} bound. Arithmetic "
             f"{time['compute_seconds']:.3g}, memory {time['memory_seconds']:.3g}, links "
             f"{time['link_seconds']:.3g}",
         ),
-        ("compiler's cost model", _compiler_time(time["compiler_seconds"])),
+        ("compiler's cost model", compiler),
         ("time of a step", f"{time['step_seconds']:.3g} s, the longer of these"),
         ("MFU", f"{facts['mfu']:.1%} at most"),
         (
@@ -105,24 +121,9 @@ def _times(facts: Facts) -> Rows:
             f"{facts['device_hours']:,.0f} device-hours",
         ),
     ]
-    return rows
 
 
-def _why_no_time(facts: Facts) -> str:
-    refused = facts["memory"]["temporaries_bytes"] is None
-    return "not known: " + ("it does not fit" if refused else "no data sheet of this device")
-
-
-def _compiler_time(seconds: float | None) -> str:
-    return (
-        "gives no time"
-        if seconds is None
-        else f"{seconds:.3g} s, without collectives; kernels at the peak"
-    )
-
-
-def _memory(facts: Facts) -> Rows:
-    memory = facts["memory"]
+def _memory(memory: Facts) -> list[Row]:
     rows = [
         ("weights", _bytes(memory["weights_bytes"])),
         ("optimizer", _bytes(memory["optimizer_bytes"])),
@@ -135,29 +136,10 @@ def _memory(facts: Facts) -> Rows:
     if memory["fits"] is None:
         return [*rows, ("fits", "not known: no data sheet of this device")]
     over = memory["spare_bytes"]
-    verdict = (
-        f"yes, {_bytes(over)} spare" if memory["fits"] else f"no: does not fit, by {_bytes(-over)}"
-    )
+    verdict = f"no: does not fit, by {_bytes(-over)}"
+    if memory["fits"]:
+        verdict = f"yes, {_bytes(over)} spare"
     return [*rows, ("available", _bytes(memory["available_bytes"])), ("fits", verdict)]
-
-
-def _collectives(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="Sent in a step, as whole arrays of one device",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-    )
-    for name in ("collective", "devices", "times", "GiB", "s"):
-        table.add_column(name, justify="left" if name == "collective" else "right")
-    for row in rows:
-        table.add_row(
-            row["kind"],
-            str(row["devices"]),
-            f"{row['count']:,}",
-            f"{row['bytes'] / GIB:.3f}",
-            _number(row["seconds"], "{:.3g}"),
-        )
-    return table
 
 
 def _notes(facts: Facts) -> list[str]:
@@ -165,12 +147,10 @@ def _notes(facts: Facts) -> list[str]:
     memory = facts["memory"]
     if memory["temporaries_from"] == "arithmetic":
         notes.append(
-            f"Compiled for CPU devices in place of {facts['device_kind']}. FLOPs are that "
-            "program's, with those of attention as it is planned. Collectives are too: it sends "
-            "more than a GPU's would, in float32 and without reduce-scatters. Activations, memory "
-            "traffic and the time of links are by arithmetic "
-            f"(the CPU's compiler counts {_bytes(memory['compiler_temporaries_bytes'])} of "
-            "activations)."
+            f"Compiled for CPU devices in place of {facts['device_kind']}. The collectives are "
+            "those of that program: it sends more than a GPU's would, in float32 and without "
+            "reduce-scatters. Activations and the time of links are by arithmetic (the CPU's "
+            f"compiler counts {_bytes(memory['compiler_temporaries_bytes'])} of activations)."
         )
     if memory["temporaries_bytes"] is None:
         notes.append("The compiler refused the program for its memory, so it has no collectives.")
@@ -187,7 +167,3 @@ def _bytes(count: float) -> str:
 
 def _number(value: float | None, spelling: str) -> str:
     return "" if value is None else spelling.format(value)
-
-
-def _yes(value: bool | None) -> str:
-    return {True: "yes", False: "no", None: "not known"}[value]

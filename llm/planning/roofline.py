@@ -1,11 +1,11 @@
-"""The least time that a program can take on given devices: the longest of three.
+"""The least time that a step can take on given devices: the longest of three.
 
     compute   FLOPs / the device's peak
     memory    bytes / the bandwidth of its memory
-    links     for each collective, bytes that a device has to send / the bandwidth of its links
+    links     for each collective, the bytes that a device has to send / the bandwidth of its links
 
-That arithmetic, memory and links all work at once, and each at its full rate, is never quite true,
-so a step takes longer. Source: Williams et al. 2009, "Roofline".
+A real step takes longer: arithmetic, memory and links never all work at once and at their full
+rates. Source: Williams et al. 2009, "Roofline".
 """
 
 import dataclasses
@@ -13,14 +13,13 @@ from collections.abc import Sequence
 
 import jax
 
-from llm.model.devices import Sheet
 from llm.planning.collectives import Collective
-from llm.planning.cost import Cost
+from llm.planning.devices import Sheet
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of one run of the program on each device."""
+    """Seconds of one step on each device."""
 
     compute: float
     memory: float
@@ -37,25 +36,17 @@ class Roofline:
         return max(times, key=times.__getitem__)
 
 
-def roofline(
-    cost: Cost, collectives: Sequence[Collective], sheet: Sheet, devices: Sequence[jax.Device]
-) -> Roofline:
-    """Args: devices: in the order of the mesh."""
-    return Roofline(
-        compute=cost.flops / sheet.bfloat16_flops,
-        memory=cost.bytes / sheet.memory_bandwidth,
-        links=sum(link_seconds(one, sheet, devices) for one in collectives),
-    )
-
-
 def link_seconds(one: Collective, sheet: Sheet, devices: Sequence[jax.Device]) -> float:
-    """All runs of one collective. Of n devices, with b bytes of the whole array:
+    """Seconds of all runs of one collective over n devices, for b bytes of the whole array:
 
         all-gather, reduce-scatter, all-to-all   b (n - 1) / n
         all-reduce                               2 b (n - 1) / n
         collective-permute                       b
 
     over the bandwidth out of one device: the least that any algorithm sends (Thakur et al. 2005).
+
+    Args:
+      devices: in the order of the mesh.
     """
     share = (one.group - 1) / one.group
     sent = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(one.kind, share) * one.bytes
@@ -65,10 +56,10 @@ def link_seconds(one: Collective, sheet: Sheet, devices: Sequence[jax.Device]) -
 def bandwidth(members: Sequence[int], sheet: Sheet, devices: Sequence[jax.Device]) -> float:
     """Bytes/s that each device of a group sends to the others.
 
-    GPUs: of a group within one domain, its links. Beyond, the whole of a domain's devices in the
-    group share the work of crossing the network.
-    TPUs: two links along each dimension of the torus that the group extends over; one where the
-    compiler was asked for a line of two.
+    GPUs: its links if the group lies within one domain. Otherwise the group's devices in one domain
+    share the work of crossing the network.
+    TPUs: two links along each dimension of the torus over which the group extends, or one if it is
+    two devices long there.
     """
     if not members:
         return sheet.link

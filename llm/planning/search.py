@@ -1,7 +1,8 @@
 """Which mesh, remat policy and micro-batch would train a model fastest on given devices.
 
-All of them are tried by arithmetic (estimate.py), the most promising compiled (plan.py), and those
-ranked: what fits first, by the time of a step. What it is not: a proof that nothing is faster.
+Arithmetic (estimate.py) tries every combination, the compiler (plan.py) the most promising ones.
+The result ranks the compiled ones: plans that fit first, by the time of a step. It is no proof that
+nothing is faster.
 """
 
 import dataclasses
@@ -11,23 +12,22 @@ from collections.abc import Callable, Iterator
 
 from llm.config import Config, MeshConfig
 from llm.errors import UsageError
-from llm.model.devices import sheet_of
 from llm.model.gpt import ModelSpec
 from llm.model.sharding import MESH_AXES, check_sizes
+from llm.planning.devices import sheet_of
 from llm.planning.estimate import Arithmetic, abstract_mesh
-from llm.planning.plan import Plan, available_memory, model_spec, plan_step
+from llm.planning.plan import Facts, available_memory, plan_step
 from llm.planning.targets import Target
 
 REMATS = ("none", "dots", "block")
-# How far arithmetic may be above the memory there is before it is believed. It was at most 1.4
-# times the TPU compiler's count, of llama3_8b on 8 to 1024 chips and of small models, dense and
-# mixtures of experts, with each of the policies (libtpu 0.0.52).
+# A candidate is dropped if arithmetic needs more than this times the memory there is. Arithmetic
+# was at most 1.4 times the TPU compiler's count, with each of the policies.
 SLACK = 1.4
 
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Settings to try. seconds, memory: by arithmetic, for a step and on one device."""
+    """Settings to try, with a step's time and a device's memory by arithmetic."""
 
     config: Config
     seconds: float
@@ -41,12 +41,12 @@ def search(
     memory_fraction: float,
     tries: int,
     report: Callable[[int, int, Candidate], None],
-) -> tuple[list[Plan], int]:
-    """Plans of the most promising settings, the best first; and how many settings there were.
+) -> tuple[list[Facts], int]:
+    """Plans of the most promising settings, best first, and how many settings arithmetic left.
 
     Args:
       tries: how many are compiled, at most.
-      report: is told number, total and candidate before each compilation.
+      report: called with number, total and candidate before each compilation.
     Raises:
       UsageError: the device has no data sheet, or nothing can be divided over the devices.
     """
@@ -67,61 +67,51 @@ def search(
     return sorted(plans, key=_rank), len(candidates)
 
 
-def _rank(plan: Plan) -> tuple[bool, float, float]:
-    seconds = math.inf if plan.step_seconds is None else plan.step_seconds
-    return (not plan.memory.fits, seconds, plan.memory.needed)
+def _rank(plan: Facts) -> tuple[bool, float, float]:
+    seconds, memory = plan["time"]["step_seconds"], plan["memory"]
+    return (not memory["fits"], seconds or math.inf, memory["needed_bytes"])
 
 
 def find_candidates(
     config: Config, vocab_size: int, target: Target, memory_fraction: float
 ) -> Iterator[Candidate]:
-    """Every setting that can be divided so, and whose memory is not out of reach by arithmetic."""
+    """Every setting that divides over the devices and that arithmetic finds within reach."""
     sheet = sheet_of(target.kind)
     limit = available_memory(target, memory_fraction)
     if sheet is None or limit is None:
         raise UsageError(f"--search needs a device that has a data sheet; {target.kind} has none")
     for sizes, remat in itertools.product(meshes(len(target.devices)), REMATS):
-        spec = model_spec(config, vocab_size, target, sizes)
+        spec = target.model_spec(config, vocab_size, sizes)
         for training in _micro_batches(config, spec, sizes):
             settings = training.model_copy(update={"remat": remat, "scan_layers": True})
             arithmetic = Arithmetic(spec, config.optimizer, settings, sizes, target.kind)
             memory = arithmetic.memory()
             if memory <= SLACK * limit:
                 changed = {"mesh": MeshConfig(**sizes), "training": settings}
-                yield Candidate(
-                    config.model_copy(update=changed), arithmetic.seconds(sheet), memory
-                )
+                seconds = arithmetic.roofline(sheet).seconds
+                yield Candidate(config.model_copy(update=changed), seconds, memory)
 
 
 def meshes(count: int) -> Iterator[dict[str, int]]:
     """Every way to write `count` as a product over the axes of the mesh."""
-
-    def divide(left: int, axes: tuple[str, ...]) -> Iterator[dict[str, int]]:
-        if len(axes) == 1:
-            yield {axes[0]: left}
-            return
-        for size in (n for n in range(1, left + 1) if left % n == 0):
-            for rest in divide(left // size, axes[1:]):
-                yield {axes[0]: size, **rest}
-
-    return divide(count, MESH_AXES)
+    divisors = [size for size in range(1, count + 1) if count % size == 0]
+    for sizes in itertools.product(divisors, repeat=len(MESH_AXES)):
+        if math.prod(sizes) == count:
+            yield dict(zip(MESH_AXES, sizes, strict=True))
 
 
 def _micro_batches(config: Config, spec: ModelSpec, sizes: dict[str, int]) -> Iterator:
-    """The training section with each micro-batch that divides the batch and is divided by the mesh:
-    1, 2, 4, ... sequences on each share."""
+    """The training section with each micro-batch of 1, 2, 4, ... sequences per share that divides
+    the batch and that the mesh divides."""
     training, mesh = config.training, abstract_mesh(sizes)
-    shares = Arithmetic(spec, config.optimizer, training, sizes).shares("batch")
-    rows = 1
-    while rows * shares <= training.batch_size:
-        micro = rows * shares
-        rows *= 2
-        if training.batch_size % micro:
-            continue
-        candidate = training.model_copy(update={"micro_batch_size": micro})
-        try:
-            whole = config.model_copy(update={"training": candidate})
-            check_sizes(mesh, whole, spec.padded_vocab_size)
-        except UsageError:
-            return
-        yield candidate
+    micro = Arithmetic(spec, config.optimizer, training, sizes).shares("batch")
+    while micro <= training.batch_size:
+        if training.batch_size % micro == 0:
+            candidate = training.model_copy(update={"micro_batch_size": micro})
+            try:
+                whole = config.model_copy(update={"training": candidate})
+                check_sizes(mesh, whole, spec.padded_vocab_size)
+            except UsageError:
+                return
+            yield candidate
+        micro *= 2

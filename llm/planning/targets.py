@@ -1,8 +1,8 @@
-"""What a step is planned for: devices that are here, a slice of TPUs, GPUs that are not here.
+"""The devices a step is planned for: those that are here, a slice of TPUs, or absent GPUs.
 
-TPUs need not be present: their compiler, libtpu, works anywhere (`jax.experimental.topologies`).
-That of GPUs, in JAX's CUDA plugin, is not asked: for GPUs that are not here the step is compiled
-for as many CPU devices, which gives what does not depend on the compiler.
+TPUs need not be present, because their compiler, libtpu, works anywhere
+(`jax.experimental.topologies`). For GPUs that are not here the step is compiled for as many CPU
+devices, which gives what does not depend on the compiler.
 """
 
 import dataclasses
@@ -12,17 +12,23 @@ import os
 import re
 import sys
 from collections.abc import Mapping, MutableMapping
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm.errors import UsageError
 
-# version -> dimensions of its torus, as libtpu 0.0.52 names them
-TPU_VERSIONS = {"v2": 2, "v3": 2, "v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
+if TYPE_CHECKING:
+    from llm.config import Config
+    from llm.model.gpt import ModelSpec
 
-# libtpu asks the cloud's metadata for the machine it is on, and lets one process a machine have it.
-# A compiler needs neither. Its programs cannot be read back from JAX's cache without a TPU.
+# version -> a shape of as many dimensions as its torus has. The names are libtpu's.
+_SHAPES = dict.fromkeys(("v4", "v5p", "tpu7x"), "4x4x4")
+_SHAPES |= dict.fromkeys(("v2", "v3", "v5e", "v6e"), "4x4")
+
+# libtpu asks the cloud's metadata which machine this is, and lets one process of a machine load it.
+# A compiler needs neither. JAX's cache cannot read its programs back without a TPU.
 _LIBTPU_ENVIRONMENT = {
     "JAX_ENABLE_COMPILATION_CACHE": "false",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -36,8 +42,8 @@ _LIBTPU_ENVIRONMENT = {
 class Target:
     """The devices of a plan.
 
-    name: as the person named them. kind: as JAX names one. stands_in: they are CPU devices in the
-    place of others, and memory and time are not theirs.
+    name: as the person named them. kind: as JAX names one. stands_in: they are CPU devices in place
+    of others, whose memory and time are different.
     """
 
     name: str
@@ -45,39 +51,37 @@ class Target:
     devices: tuple[Any, ...]
     stands_in: bool = False
 
-    @property
-    def is_accelerator(self) -> bool:
-        return self.kind != "cpu"
+    def model_spec(
+        self, config: "Config", vocab_size: int, sizes: Mapping[str, int]
+    ) -> "ModelSpec":
+        """The model as the devices that are meant would compute it on a mesh of these sizes.
 
-    def outline(self, sizes: Mapping[str, int]) -> "Outline":
-        """A mesh of the devices that are meant, whatever stands in for them."""
-        from llm.model.devices import compute_capability
+        Raises:
+          UsageError: they cannot compute attention by what training.attention asks for.
+        """
+        from llm.model.gpt import ModelSpec
+        from llm.model.kernels import choose_attention
+        from llm.planning.devices import SHEETS
 
-        meant = Absent(self.kind, compute_capability(self.kind)) if self.stands_in else None
-        return Outline(np.array([meant or self.devices[0]], dtype=object), sizes)
-
-
-@dataclasses.dataclass(frozen=True)
-class Absent:
-    """A GPU that is not here."""
-
-    device_kind: str
-    compute_capability: str
-    platform: str = "gpu"
-
-
-@dataclasses.dataclass(frozen=True)
-class Outline:
-    """As much of a mesh as the choice of a kernel takes (kernels.py:choose_attention)."""
-
-    devices: np.ndarray
-    shape: Mapping[str, int]
+        meant = self.devices[0]
+        if self.stands_in:
+            capability = SHEETS[self.kind].capability
+            meant = SimpleNamespace(
+                device_kind=self.kind, compute_capability=capability, platform="gpu"
+            )
+        # As much of a mesh as the choice of a kernel needs.
+        outline = SimpleNamespace(devices=np.array([meant], dtype=object), shape=sizes)
+        dtype = config.training.compute_dtype
+        if dtype == "auto":
+            dtype = "float32" if self.kind == "cpu" else "bfloat16"
+        kernel = choose_attention(config.training.attention, config.model, dtype, outline)
+        return ModelSpec(config.model, vocab_size, dtype, kernel)
 
 
 def prepare_environment(
     topology: str | None, count: int | None, environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """What has to be set before JAX starts, in the process that plans.
+    """Set what JAX reads when it starts, in the process that plans.
 
     Raises:
       UsageError: libtpu is needed and missing.
@@ -107,7 +111,7 @@ def present() -> Target:
 
 
 def simulated(kind: str, count: int) -> Target:
-    """`count` CPU devices in the place of others.
+    """`count` CPU devices in place of others.
 
     Args:
       kind: a full name of devices.py, or "cpu".
@@ -131,41 +135,31 @@ def topology(name: str) -> Target:
     Raises:
       UsageError: no such version or shape.
     """
+    version, _, shape = name.partition(":")
+    if version not in _SHAPES:
+        near = difflib.get_close_matches(version, _SHAPES, 2, 0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(
+            f"--topology {name}: there is no TPU {version!r}; {hint}expected one of "
+            f"{', '.join(sorted(_SHAPES))} and its shape in chips, such as v5p:4x4x4 or v5e:16x16"
+        )
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
+        raise UsageError(
+            f"--topology {name}: {shape!r} is no shape; expected the chips along each side, such "
+            f"as {version}:{_SHAPES[version]}"
+        )
     import jax
     from jax.experimental import topologies
 
-    version = _check_topology(name)
-    # One device a chip, as JAX has them on the machines; without it two halves.
+    # One device per chip, as JAX has them on the machines; without it a chip is two devices.
     options = {"chip_config_name": "megacore"} if version == "v4" else {}
     try:
         described = topologies.get_topology_desc(name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
+        first_line = str(error).split("\n")[0][:200]
         raise UsageError(
-            f"--topology {name}: the TPU compiler does not know it ({_first_line(error)}); slices "
-            "of more than one chip are made of hosts of 2x2 chips, as v5p:4x4x4 or v5e:16x16"
+            f"--topology {name}: the TPU compiler does not know it ({first_line}); slices of more "
+            "than one chip are made of hosts of 2x2 chips, as v5p:4x4x4 or v5e:16x16"
         ) from None
     devices: tuple[Any, ...] = tuple(described.devices)
     return Target(name, devices[0].device_kind, devices)
-
-
-def _check_topology(name: str) -> str:
-    """The version that the name begins with."""
-    version, colon, shape = name.partition(":")
-    if version not in TPU_VERSIONS:
-        near = difflib.get_close_matches(version, TPU_VERSIONS, 2, 0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(
-            f"--topology {name}: there is no TPU {version!r}; {hint}expected one of "
-            f"{', '.join(TPU_VERSIONS)} and its shape in chips, such as v5p:4x4x4 or v5e:16x16"
-        )
-    if not colon or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
-        example = "x".join(["4"] * TPU_VERSIONS[version])
-        raise UsageError(
-            f"--topology {name}: {shape!r} is no shape; expected the chips along each side, such "
-            f"as {version}:{example}"
-        )
-    return version
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
