@@ -656,8 +656,10 @@ def nearest(name: str, names: Collection[str]) -> str | None:
     foreign = difflib.get_close_matches(key, _FOREIGN_NAMES, 1, 0.85)
     candidates = [
         keys.get(key),
+        _FOREIGN_NAMES.get(key),
+        *difflib.get_close_matches(name, here, 1, 0.9),
         *[_FOREIGN_NAMES[one] for one in foreign],
-        *[known for known in here if known.startswith(name)],
+        *[known for known in here if key and known.startswith(name)],
         *difflib.get_close_matches(name, here, 1),
         *difflib.get_close_matches(name, names, 1),
     ]

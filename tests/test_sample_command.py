@@ -251,14 +251,14 @@ def test_in_bfloat16_the_distance_from_a_full_pass_is_measured(model, tmp_path, 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--top-p", "1.5"], ["top_p", "1.5"]),
-        (["--top-p", "0"], ["top_p"]),
-        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--top-p", "1.5"], ["--top-p 1.5"]),
+        (["--top-p", "0"], ["--top-p 0"]),
+        (["--temperature", "-1"], ["--temperature -1"]),
         (["--temperature", "nan"], ["temperature"]),
-        (["--min-p", "2"], ["min_p"]),
-        (["--top-k", "-3"], ["top_k"]),
-        (["--num-samples", "0"], ["num_samples"]),
-        (["--max-new-tokens", "-1"], ["max_new_tokens"]),
+        (["--min-p", "2"], ["--min-p 2"]),
+        (["--top-k", "-3"], ["--top-k -3"]),
+        (["--num-samples", "0"], ["--num-samples 0"]),
+        (["--max-new-tokens", "-1"], ["--max-new-tokens -1"]),
         (["--top", "-1"], ["--top"]),
         (["--watch", "257"], ["watch", "257"]),
         (["--stop", ""], ["stop"]),
@@ -283,9 +283,7 @@ def test_wrong_inputs_are_named_and_exit_2(arguments, words, capsys):
     "arguments", [["--top-p", "high"], ["--no-such-flag"], ["--greedy", "--temperature", "1"]]
 )
 def test_flags_that_cannot_be_parsed_exit_2(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        sample(*arguments)
-    assert stop.value.code == 2
+    assert sample(*arguments) == 2
     assert arguments[0] in capsys.readouterr().err
 
 

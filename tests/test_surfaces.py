@@ -25,6 +25,7 @@ import llm
 import llm.commands.sample
 import llm.commands.score
 from llm.commands import run_command
+from llm.commands.flags import parse
 from llm.commands.import_hf import write_run
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import DataError
@@ -118,7 +119,7 @@ def served(surfaces):
     from llm.serving.engine import Engine, Limits
 
     decoder = surfaces.lm._decoder
-    about = serve.describe(surfaces.lm.opened, decoder, serve.parse([str(surfaces.run)]))
+    about = serve.describe(surfaces.lm.opened, decoder, parse(serve.Options, [str(surfaces.run)]))
     engine = Engine(decoder, Limits(max_batch=2))
     site = http.Site(http.LOOPBACK, guests=())
     listener, ready = http.listen("127.0.0.1", 0), threading.Event()
@@ -233,7 +234,7 @@ def test_in_bfloat16_the_servers_run_record_carries_the_measured_distance(surfac
     from llm.commands import serve
 
     monkeypatch.setattr("llm.inference.numerics.cached_minus_full", lambda *_: 0.25)
-    opened, options = surfaces.lm.opened, serve.parse([str(surfaces.run)])
+    opened, options = surfaces.lm.opened, parse(serve.Options, [str(surfaces.run)])
     half = dataclasses.replace(opened.spec, compute_dtype="bfloat16")
     numerics = {
         spec.compute_dtype: serve.describe(

@@ -1,17 +1,17 @@
-"""python -m llm diff A B: where two runs part, or what changed between two dumps of one text.
+"""python -m llm diff A B: where do two runs part, or how do two dumps of one text differ?
 
-Of two run directories it says where their losses part and what differs between them. Of two files
-that `score --probs` wrote of the same text it makes a page, --html FILE: at each token, what the
-second checkpoint gives it beside what the first one did.
+For two run directories, the report says where their losses part and what differs between the runs.
+For two files that `score --probs` wrote of the same text, --html FILE writes a page that shows, at
+each token, what the second checkpoint gives it and what the first did.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
+from llm.commands.flags import CommandLine, argument, parse
 from llm.commands.texts import check_writable
-from llm.config import differences
+from llm.config import differences, setting
 from llm.errors import UsageError
 from llm.inference.records import read_records
 from llm.pages.view import write_diff_page
@@ -22,18 +22,18 @@ from llm.run.metrics import read_metrics
 IGNORED = ("run.dir", "data.cache_dir")
 
 
+class Options(CommandLine):
+    """The command line."""
+
+    a: str = argument("A", "run directory, or a file of token records")
+    b: str = argument("B", "another of the same kind")
+    as_json: bool = setting(False, "of runs: print one JSON object", flag="json")
+    html: str | None = setting(None, "of files of records: write the page", "FILE")
+
+
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object. 0 whether they differ or not."""
-    parser = argparse.ArgumentParser(
-        "python -m llm diff",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("a", metavar="A", help="run directory, or a file of token records")
-    parser.add_argument("b", metavar="B", help="another")
-    parser.add_argument("--json", action="store_true", help="of runs: one JSON object")
-    parser.add_argument("--html", metavar="FILE", help="of files of records: the page")
-    chosen = parser.parse_args(arguments)
+    chosen = parse(Options, arguments)
     if chosen.html is not None:
         write_changes(chosen.a, chosen.b, chosen.html)
         return 0
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         raise UsageError(f"{chosen.a} is a file; what changed between two dumps needs --html FILE")
     runs = [RunDirectory(Path(path)) for path in (chosen.a, chosen.b)]
     report = compare(*runs)
-    print(json.dumps(report) if chosen.json else _page(report))
+    print(json.dumps(report) if chosen.as_json else _page(report))
     return 0
 
 

@@ -1,35 +1,98 @@
 """python -m llm eval RUN --tasks TASK ...: run tasks of lm-evaluation-harness on a model.
 
 A task is a name that the harness knows (`--tasks list` prints them), a pattern such as arc_*, or a
-YAML file; --include-path adds a folder of them. A task fetches its data when it first runs; one
-that reads local files needs no network. Prints a table on stderr, and with --json one JSON object
-on stdout, which --output writes to a file.
+YAML file; --include-path adds a folder of them. A task fetches its data when it first runs; a task
+that reads local files needs no network. The results are printed as a table on stderr, and with
+--json as one JSON object on stdout.
 """
 
-import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from llm.commands.texts import check_writable, open_and_say, with_dashes
+import pydantic
+from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFloat
+
+from llm.commands.flags import parse
+from llm.commands.texts import RunOptions, check_outputs, open_and_say
+from llm.config import setting
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.interop.lm_eval import Options
+    from llm.interop.lm_eval import Options as HarnessOptions
     from llm.run.model import OpenedModel
+
+
+def _names(words: tuple[str, ...]) -> tuple[str, ...]:
+    names = tuple(name for word in words for name in word.split(",") if name)
+    if not names:
+        raise UsageError("--tasks names no task; `--tasks list` prints all names")
+    return names
+
+
+def _settings(words: tuple[str, ...]) -> dict[str, Any]:
+    """temperature=0.8; the value is read as JSON if it is JSON, else as text."""
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--gen-kwargs {word}: expected KEY=VALUE, such as max_gen_toks=64")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+class Options(RunOptions):
+    """The command line."""
+
+    tasks: Annotated[tuple[str, ...], AfterValidator(_names)] = setting(
+        ..., "tasks to run, also separated by commas; `list` prints all names", "TASK"
+    )
+    include_path: tuple[str, ...] = setting(
+        (), "folders with more tasks; a task may bring code of its own, which runs", "FOLDER"
+    )
+    num_fewshot: NonNegativeInt | None = setting(
+        None, "solved examples before each question; by default what the task says"
+    )
+    limit: PositiveFloat | None = setting(
+        None, "documents of each task, or a share of them below 1; by default all", "N"
+    )
+    batch_size: NonNegativeInt = setting(
+        0, "texts computed together; 0: as many as suit the device"
+    )
+    gen_kwargs: Annotated[dict[str, Any], BeforeValidator(_settings)] = setting(
+        {},
+        "settings of generation that overrule the tasks': max_gen_toks, until, do_sample, "
+        "temperature, top_k, top_p, min_p",
+        "KEY=VALUE",
+    )
+    seed: int | None = setting(
+        None, "seed of few-shot examples and of sampling; by default the harness's own"
+    )
+    cache: str | None = setting(None, "keep answers there, and find them again", "FOLDER")
+    confirm_run_unsafe_code: bool = setting(False, "run tasks that execute what the model writes")
+    output: str | None = setting(None, "write the results as one JSON object", "FILE")
+    samples: str | None = setting(None, "write questions and answers as JSON lines", "FILE")
+    as_json: bool = setting(False, "print the results as one JSON object", flag="json")
+
+    @pydantic.model_validator(mode="after")
+    def _check_files(self) -> Self:
+        check_outputs({"--output": self.output, "--samples": self.samples})
+        return self
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options = parse(arguments)
+    options = parse(Options, arguments)
     prepare_process()  # before JAX is imported, as it is below
     harness = _harness()
-    if options.tasks == ["list"]:
+    if options.tasks == ("list",):
         print("\n".join(harness.task_names(options.include_path)))
         return 0
 
@@ -48,113 +111,6 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; flags may be spelled with - or _ between words."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llm eval",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="run directory")
-    add("--step", type=int, metavar="N", help="checkpoint to use; by default the newest")
-    add(
-        "--tasks",
-        metavar="TASK",
-        nargs="+",
-        action="extend",
-        required=True,
-        help="tasks to run, also separated by commas; `list` prints all names",
-    )
-    add(
-        "--include-path",
-        metavar="FOLDER",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="folders with more tasks; one may bring code of its own, which runs",
-    )
-    _add_harness_flags(parser)
-    add("--output", metavar="FILE", help="write the results as one JSON object")
-    add("--samples", metavar="FILE", help="write what was asked and answered, JSON lines")
-    add("--json", action="store_true", help="print the results as one JSON object")
-    options = parser.parse_args([with_dashes(word) for word in arguments])
-    options.tasks = [name for words in options.tasks for name in words.split(",") if name]
-    _check(options)
-    return options
-
-
-def _add_harness_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--num-fewshot",
-        type=int,
-        metavar="N",
-        help="solved examples before each question (what the task says)",
-    )
-    add(
-        "--limit",
-        type=float,
-        metavar="N",
-        help="documents of each task, or a share of them below 1; for trying out (all)",
-    )
-    add(
-        "--batch-size",
-        type=int,
-        metavar="N",
-        default=0,
-        help="texts computed together (as many as suit the device)",
-    )
-    add(
-        "--gen-kwargs",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="settings of generation that overrule the tasks': max_gen_toks, until, do_sample, "
-        "temperature, top_k, top_p, min_p",
-    )
-    add(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="seed of few-shot examples and of drawing (the harness's own)",
-    )
-    add("--cache", metavar="FOLDER", help="keep answers there, and find them again next time")
-    add(
-        "--confirm-run-unsafe-code",
-        action="store_true",
-        help="run tasks that execute what the model writes",
-    )
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Raise a UsageError for flags that cannot be used, before a model is loaded."""
-    if not options.tasks:
-        raise UsageError("--tasks names no task; `--tasks list` prints all names")
-    if options.batch_size < 0:
-        raise UsageError(f"--batch-size {options.batch_size}: expected 1 or more texts")
-    if options.limit is not None and not options.limit > 0:
-        raise UsageError(f"--limit {options.limit}: expected a number above 0")
-    if options.num_fewshot is not None and options.num_fewshot < 0:
-        raise UsageError(f"--num-fewshot {options.num_fewshot}: expected 0 or more examples")
-    options.gen_kwargs = dict(_key_value(word) for word in options.gen_kwargs)
-    for path in (options.output, options.samples):
-        check_writable(path)
-
-
-def _key_value(word: str) -> tuple[str, Any]:
-    """temperature=0.8; the value is JSON where it can be read as such, else text."""
-    key, equals, value = word.partition("=")
-    if not key or not equals:
-        raise UsageError(f"--gen-kwargs {word}: expected KEY=VALUE, such as max_gen_toks=64")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
-
-
 def _harness() -> Any:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # its bars, before they are imported
@@ -168,8 +124,8 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _options(options: argparse.Namespace, opened: "OpenedModel") -> "Options":
-    from llm.interop.lm_eval import Options
+def _options(options: Options, opened: "OpenedModel") -> "HarnessOptions":
+    from llm.interop.lm_eval import Options as HarnessOptions
 
     cache = None
     if options.cache:
@@ -177,7 +133,7 @@ def _options(options: argparse.Namespace, opened: "OpenedModel") -> "Options":
         seed = "" if options.seed is None else f"-seed{options.seed}"
         name = f"{opened.params_sha256[:16]}-{opened.tokenizer.sha256[:16]}"
         cache = str(Path(options.cache) / f"{name}-{opened.spec.compute_dtype}{seed}")
-    return Options(
+    return HarnessOptions(
         num_fewshot=options.num_fewshot,
         limit=options.limit,
         gen_kwargs=options.gen_kwargs,
@@ -196,15 +152,13 @@ def described(opened: "OpenedModel") -> dict[str, Any]:
     return {name: run[name] for name in ("checkpoint", "tokenizer", "numerics")}
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+def settings_of(options: Options) -> dict[str, Any]:
     """The flags that decide the results; None where the task or the harness does."""
     names = ("num_fewshot", "limit", "gen_kwargs", "seed", "batch_size")
     return {name: getattr(options, name) for name in names}
 
 
-def _report(
-    options: argparse.Namespace, results: dict[str, Any], documents: dict[str, list[Any]]
-) -> None:
+def _report(options: Options, results: dict[str, Any], documents: dict[str, list[Any]]) -> None:
     line = json.dumps(results, allow_nan=False)
     if options.output:
         text = json.dumps(results, allow_nan=False, indent=1) + "\n"
@@ -213,5 +167,5 @@ def _report(
         rows = [{"task": task, **row} for task, of_task in documents.items() for row in of_task]
         text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
         write_output(options.samples, text.encode("ascii"), UsageError)
-    if options.json:
+    if options.as_json:
         print(line)

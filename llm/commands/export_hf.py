@@ -6,20 +6,27 @@ the letter; what keeps it from being one is named. The tokenizer is not converte
 has GPT-2's under the name "gpt2".
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+from llm.commands.flags import argument, parse
 from llm.commands.import_hf import new_folder
-from llm.commands.texts import open_and_say
+from llm.commands.texts import RunOptions, open_and_say
+from llm.config import setting
 from llm.runtime import prepare_process
+
+
+class Options(RunOptions):
+    """The command line."""
+
+    folder: str = argument("FOLDER", "folder to make")
+    as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options = parse(arguments)
+    options = parse(Options, arguments)
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.interop.hf import to_hf
@@ -36,7 +43,7 @@ def main(arguments: list[str]) -> int:
         )
         tokenizer.save(partial / "tokenizer")
         model_type = json.loads((partial / "config.json").read_bytes())["model_type"]
-    if options.json:
+    if options.as_json:
         print(json.dumps({**opened.checkpoint, "folder": options.folder, "model_type": model_type}))
     print(
         f"{options.folder} holds step {opened.step} of {opened.run} as a {model_type} model; open "
@@ -44,19 +51,3 @@ def main(arguments: list[str]) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llm export-hf",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="run directory")
-    add("folder", metavar="FOLDER", help="folder to make")
-    add("--step", type=int, metavar="N", help="checkpoint to use; by default the newest")
-    add("--json", action="store_true", help="print what was made as one JSON object")
-    return parser.parse_args(arguments)

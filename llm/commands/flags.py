@@ -19,7 +19,7 @@ import inspect
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
@@ -132,7 +132,7 @@ class Flag:
             section, dot, key = self.name.rpartition(".")
             default = f"on; {spelled(f'{section}{dot}no_{key}')}: off"
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-        is_plain = self.info.is_required() or shown is False or shown in (None, "")
+        is_plain = self.info.is_required() or shown is False or shown in (None, "", {})
         about = f"{self.info.description}{'' if is_plain else f' ({shown})'}"
         column, left = 2 * width // 5, f"  {self.usage}"
         start = f"{left:{column}}" if len(left) < column - 1 else f"{left}\n{' ' * column}"
@@ -160,16 +160,16 @@ def flags_of(model: type[pydantic.BaseModel], section: str = "") -> dict[str, Fl
 
 
 def _types(annotation: Any) -> Iterator[Any]:
-    """tuple, int and "all" for `tuple[int, ...] | Literal["all"]`."""
+    """tuple, int and "all" for `tuple[int, ...] | Literal["all"]`; a dict is made of words."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         yield from inner
     elif origin is None:
         yield annotation
     else:
-        if origin is tuple:
+        if origin in (tuple, dict):
             yield tuple
-        for part in inner[:1] if origin in (tuple, Annotated) else inner:
+        for part in inner[:1] if origin in (tuple, dict, Annotated) else inner:
             yield from _types(part)
 
 
@@ -257,21 +257,20 @@ def _help(options: type[CommandLine], settings: Config) -> str:
     """The docstring, the command's own flags, and the settings in their sections."""
     width = min(shutil.get_terminal_size().columns, WIDEST_HELP)
 
-    def listed(flags: Mapping[str, Flag], defaults: Mapping[str, Any]) -> str:
-        lines = (
-            flag.help(defaults.get(name.split(".")[-1]), width) for name, flag in flags.items()
-        )
+    def listed(flags: Iterable[Flag], defaults: Mapping[str, Any]) -> str:
+        lines = (flag.help(defaults.get(flag.name.split(".")[-1]), width) for flag in flags)
         return "\n".join(lines)
 
     description = inspect.cleandoc(_document(options)).partition(": ")[2]
     paragraphs = [_usage(options), *(description[:1].upper() + description[1:]).split("\n\n")]
     parts = [text if text.startswith(" ") else textwrap.fill(text, width) for text in paragraphs]
-    own = {name: flag for name, flag in flags_of(options).items() if "." not in name}
-    stated = own.keys() - options.defaults_of_run
-    parts.append(listed(own, {name: own[name].info.get_default() for name in stated}))
+    own = [flag for name, flag in flags_of(options).items() if "." not in name]
+    own.sort(key=lambda flag: (flag.name == "help", not flag.is_argument))
+    defaults = {flag.name: flag.info.get_default() for flag in own}
+    parts.append(listed(own, defaults | dict.fromkeys(options.defaults_of_run)))
     for section, values in settings if options.lists_settings else ():
         parts.append(textwrap.fill(f"[{section}] {type(values).__doc__}", width))
-        parts.append(listed(flags_of(type(values), f"{section}."), dict(values)))
+        parts.append(listed(flags_of(type(values), f"{section}.").values(), dict(values)))
     if "settings" in options.model_fields and not options.lists_settings:
         parts.append(textwrap.fill(_SETTINGS_TOO, width))
     return "\n\n".join(parts)

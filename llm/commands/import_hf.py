@@ -8,14 +8,15 @@ The tokenizer is the folder's when that is GPT-2's, or was written by export-hf;
 the model was trained with (--tokenizer).
 """
 
-import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm.commands.flags import CommandLine, argument, parse
+from llm.config import setting
 from llm.errors import LLMError, UsageError
 from llm.files import (
     disk_full_reason,
@@ -34,9 +35,18 @@ if TYPE_CHECKING:
     from llm.text.tokenizer import Tokenizer
 
 
+class Options(CommandLine):
+    """The command line."""
+
+    folder: str = argument("FOLDER", "Hugging Face model")
+    run: str = argument("RUN", "run directory to make")
+    tokenizer: str | None = setting(None, '"bytes", or a tiktoken encoding such as gpt2', "NAME")
+    as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
+
+
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options = parse(arguments)
+    options = parse(Options, arguments)
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.interop.hf import from_hf
@@ -49,7 +59,7 @@ def main(arguments: list[str]) -> int:
     with new_folder(Path(options.run)) as partial:
         sha256 = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
-    if options.json:
+    if options.as_json:
         print(json.dumps(report))
     print(
         f"{options.run} holds {folder} as step 0, with the tokenizer {tokenizer.name}; sample from "
@@ -57,22 +67,6 @@ def main(arguments: list[str]) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llm import-hf",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("folder", metavar="FOLDER", help="Hugging Face model")
-    add("run", metavar="RUN", help="run directory to make")
-    add("--tokenizer", metavar="NAME", help='"bytes", or a tiktoken encoding such as gpt2')
-    add("--json", action="store_true", help="print what was made as one JSON object")
-    return parser.parse_args(arguments)
 
 
 @contextmanager

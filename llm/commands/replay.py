@@ -1,15 +1,18 @@
-"""python -m llm replay RUN --step N [--json]: exactly what step N was trained on.
+"""python -m llm replay RUN --step N [--json]: what was step N trained on?
 
-The token ids and the text of each sequence of the batch, with the documents they come from. Needs
-the corpus, which must still be what the run began with.
+Prints the token ids and the text of each sequence of the batch, and the documents they come from.
+The command needs the corpus, which must still be the one that the run began with.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pydantic
+
+from llm.commands.flags import CommandLine, argument, parse
+from llm.config import setting
 from llm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,20 +20,30 @@ if TYPE_CHECKING:
     from llm.text.splits import TokenSplit
 
 
+class Options(CommandLine):
+    """The command line."""
+
+    run: str = argument("RUN", "run directory")
+    step: int = setting(..., "step, from 1")
+    as_json: bool = setting(False, "print one JSON object", flag="json")
+
+    @pydantic.field_validator("step")
+    @classmethod
+    def _check_step(cls, step: int) -> int:
+        if step < 1:
+            raise UsageError(f"--step {step}: expected 1 or more; step 1 is the first update")
+        return step
+
+
 def main(arguments: list[str]) -> int:
     """Prints a page for a person, or with --json one JSON object."""
+    chosen = parse(Options, arguments)
+
     from llm.run.directory import RunDirectory
     from llm.run.provenance import check_corpus, check_trained, config_at
     from llm.text.batches import training_batches
     from llm.text.shards import prepare
 
-    parser = argparse.ArgumentParser("python -m llm replay", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="run directory")
-    parser.add_argument("--step", type=int, required=True, metavar="N", help="step, from 1")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
-    chosen = parser.parse_args(arguments)
-    if chosen.step < 1:
-        raise UsageError(f"--step {chosen.step}: expected 1 or more; step 1 is the first update")
     run = RunDirectory(Path(chosen.run))
     config = run.read_config()
     check_trained(run)
@@ -50,7 +63,7 @@ def main(arguments: list[str]) -> int:
             zip(batches.window_starts(index), batches[index], strict=True)
         )
     ]
-    if chosen.json:
+    if chosen.as_json:
         print(json.dumps({"step": chosen.step, "sequences": sequences}))
     else:
         for sequence in sequences:

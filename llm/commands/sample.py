@@ -1,11 +1,10 @@
-"""python sample.py RUN [--prompt TEXT ...]: continue texts, show the probability of every token.
+"""python sample.py RUN [-] [--prompt TEXT ...]: continue texts, show every token's probability.
 
-Text goes to stdout as it is written, prompt included: what stdout receives of a sample is the
-`text` of its end record and a newline. With several samples a line on stderr names each. All
-samples are computed together and shown one after the other.
+The text goes to standard output as it is written, prompt included. With several samples, a line on
+stderr names each. All samples are computed together and shown one after the other. Settings that
+no flag gives are those of the run's `sample` section.
 """
 
-import argparse
 import os
 import select
 import stat
@@ -13,21 +12,23 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+import pydantic
+
+from llm.commands.flags import argument, parse
 from llm.commands.texts import (
-    add_record_flags,
+    RecordOptions,
     as_text,
-    check_record_flags,
     open_and_say,
     open_records,
     paint,
     paints,
     read_file,
-    with_dashes,
     written,
 )
-from llm.config import SamplingConfig, validate
+from llm.config import SamplingConfig, setting
+from llm.errors import UsageError
 from llm.inference.samples import continued, decoding_numerics, make_requests, overlay
 from llm.runtime import prepare_process
 
@@ -37,12 +38,32 @@ if TYPE_CHECKING:
     from llm.run.model import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
-_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "num_samples")
+
+class Options(SamplingConfig, RecordOptions):
+    """The command line. The run's `sample` section has the defaults of its settings."""
+
+    defaults_of_run = frozenset(SamplingConfig.model_fields)
+
+    stdin: Literal["-"] | None = argument("-", "read a prompt from standard input", None)
+    prompt: tuple[str, ...] = setting(  # type: ignore[assignment]
+        (), "texts to continue; empty: start from an end of text"
+    )
+    prompt_file: tuple[str, ...] = setting(
+        (), "files to continue, each as it is, with its last newline", "FILE"
+    )
+    greedy: bool = setting(False, "always the likeliest token")
+    stop: tuple[str, ...] = setting((), "end a sample where one of these texts begins")
+
+    @pydantic.model_validator(mode="after")
+    def _check_temperature(self) -> Self:
+        if self.greedy and "temperature" in self.model_fields_set:
+            raise UsageError("--greedy is --temperature 0; give only one of them")
+        return self
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options = parse(arguments)
+    options = parse(Options, arguments)
     flags = given_settings(options)
     files = [read_file(path) for path in options.prompt_file]
     prepare_process()  # before JAX is imported, as it is below
@@ -69,76 +90,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; flags may be spelled with - or _ between words."""
-    parser = argparse.ArgumentParser(
-        prog="sample.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="What no flag says is as the run's `sample` section has it.",
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="run directory")
-    add("stdin", metavar="-", nargs="?", choices=["-"], help="read a prompt from standard input")
-    add(
-        "--prompt",
-        metavar="TEXT",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="texts to continue; empty: start from an end of text",
-    )
-    add(
-        "--prompt-file",
-        metavar="FILE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="files to continue, each as it is, with its last newline",
-    )
-    add("--max-new-tokens", type=int, metavar="N", help="tokens to write after the prompt")
-    cold = parser.add_mutually_exclusive_group()
-    cold.add_argument(
-        "--temperature", type=float, metavar="T", help="divides the logits; 0: greedy"
-    )
-    cold.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    add("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0: all")
-    add("--top-p", type=float, metavar="P", help="keep the likeliest tokens that reach this mass")
-    add(
-        "--min-p",
-        type=float,
-        metavar="P",
-        help="keep tokens at least this fraction as likely as the likeliest",
-    )
-    add(
-        "--stop",
-        metavar="TEXT",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="end a sample where one of these texts begins",
-    )
-    add("--seed", type=int, metavar="N", help="sample i is a function of seed and i alone")
-    add("--num-samples", type=int, metavar="N", help="samples of each prompt")
-    add_record_flags(parser)
-    options = parser.parse_args([with_dashes(word) for word in arguments])
-    check_record_flags(options)
-    return options
-
-
-def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """What the flags say of the `sample` section, checked by its rules."""
-    flags = {name: getattr(options, name) for name in _SETTINGS}
-    if options.greedy:
-        flags["temperature"] = 0.0
-    flags = {name: value for name, value in flags.items() if value is not None}
-    validate({"sample": flags}, where="the flags")
-    return flags
+def given_settings(options: Options) -> dict[str, Any]:
+    """What the flags change in the run's `sample` section."""
+    names = options.model_fields_set & SamplingConfig.model_fields.keys() - {"prompt"}
+    return options.model_dump(include=names) | ({"temperature": 0.0} if options.greedy else {})
 
 
 def _run(
-    options: argparse.Namespace,
+    options: Options,
     settings: SamplingConfig,
     opened: "OpenedModel",
     decoder: "Decoder",
@@ -161,7 +120,7 @@ def _run(
                 pass
         else:
             show(records, len(requests), painted=paints(options))
-    if kept is not None:
+    if kept is not None and options.html is not None:
         from llm.pages.view import write_page
 
         write_page(kept, Path(options.html), title=f"Samples from {opened.run}, step {opened.step}")

@@ -1,11 +1,10 @@
-"""python -m llm score RUN --file F | --text T | -: the probability of every token of given texts.
+"""python -m llm score RUN --file FILE | --text TEXT | -: how probable is every token of a text?
 
-Says on stderr how well the model predicts them and where it does worst; with --json as one JSON
-object on stdout. A text longer than the context is read through windows (--stride). The first token
-of a text has nothing before it and is not counted.
+Reports on stderr how well the model predicts the texts, and the passages that it predicts worst;
+with --json, as one JSON object on stdout. A text longer than the context is read through windows
+(--stride). The first token of a text has nothing before it and is not counted.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -15,21 +14,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+import pydantic
+from pydantic import NonNegativeInt
+
+from llm.commands.flags import argument, parse
 from llm.commands.texts import (
-    add_record_flags,
+    RecordOptions,
     as_text,
     check_outputs,
-    check_record_flags,
     open_and_say,
     open_records,
     paint,
     paints,
     read_file,
-    with_dashes,
     written,
 )
+from llm.config import setting
 from llm.errors import UsageError
 from llm.runtime import prepare_process
 
@@ -47,9 +49,51 @@ PASSAGE_TOKENS = 16
 WORST_PASSAGES = 5
 
 
+class Options(RecordOptions):
+    """The command line."""
+
+    stdin: Literal["-"] | None = argument("-", "score standard input", None)
+    file: tuple[str, ...] = setting((), "files to score, each a text of its own", "FILE")
+    text: tuple[str, ...] = setting((), "texts to score")
+    stride: NonNegativeInt = setting(
+        0,
+        "tokens between the windows of a long text; smaller gives more context and takes longer; "
+        "0: half of the context",
+    )
+    format: Literal["records", "openai"] = setting(
+        "records", "what --probs writes: records, or one JSON object like OpenAI's completions"
+    )
+    full: str | None = setting(
+        None,
+        "write the whole distribution at every token (.npz: ids_I int32 [T] and logprobs_I "
+        "float32 [T - 1, vocabulary] of text I)",
+        "FILE",
+    )
+    attention: str | None = setting(
+        None,
+        "write where each head looks (.npz: ids_I int32 [T] and attention_I float32 [layers, "
+        "heads, T, T] of text I; row t is of the token that looks, rows sum to one)",
+        "FILE",
+    )
+    attention_html: str | None = setting(
+        None, "write where each head looks in one text, as a page", "FILE"
+    )
+    as_json: bool = setting(False, "print the summary as one JSON object", flag="json")
+
+    @pydantic.model_validator(mode="after")
+    def _check_files(self) -> Self:
+        names = ("probs", "html", "full", "attention", "attention_html")
+        check_outputs({f"--{name.replace('_', '-')}": getattr(self, name) for name in names})
+        if self.as_json and self.probs == "-":
+            raise UsageError("--json and --probs - would both write to stdout; give --probs a file")
+        if self.format == "openai" and not self.probs:
+            raise UsageError("--format openai needs --probs FILE or --probs -, which it is about")
+        return self
+
+
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options = parse(arguments)
+    options = parse(Options, arguments)
     sources = [read_file(path) for path in options.file]
     sources += [("--text", text.encode("utf-8", "surrogateescape")) for text in options.text]
     if options.stdin:
@@ -77,68 +121,6 @@ def main(arguments: list[str]) -> int:
         write_attention(options, opened, texts)
     _report(options, opened, summary)
     return 0
-
-
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; flags may be spelled with - or _ between words."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llm score",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="run directory")
-    add("stdin", metavar="-", nargs="?", choices=["-"], help="score standard input")
-    add(
-        "--file",
-        metavar="FILE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="files to score, each a text of its own",
-    )
-    add("--text", metavar="TEXT", nargs="+", action="extend", default=[], help="texts to score")
-    add(
-        "--stride",
-        type=int,
-        metavar="N",
-        default=0,
-        help="tokens between the windows of a long text; smaller gives more context and takes "
-        "longer (half of the context)",
-    )
-    add_record_flags(parser)
-    add(
-        "--format",
-        choices=["records", "openai"],
-        default="records",
-        help="what --probs writes: records, or one JSON object shaped as OpenAI's completions",
-    )
-    add(
-        "--full",
-        metavar="FILE",
-        help="write the whole distribution at every token (.npz: ids_I "
-        "int32 [T] and logprobs_I float32 [T - 1, vocabulary] of text I)",
-    )
-    add(
-        "--attention",
-        metavar="FILE",
-        help="write where each head looks (.npz: ids_I int32 [T] and attention_I float32 [layers, "
-        "heads, T, T] of text I; row t is of the token that looks, rows sum to one)",
-    )
-    add("--attention-html", metavar="FILE", help="write the same of one text as a page")
-    add("--json", action="store_true", help="print the summary as one JSON object")
-    options = parser.parse_args([with_dashes(word) for word in arguments])
-    check_record_flags(options)
-    names = ("probs", "html", "full", "attention", "attention_html")
-    check_outputs({f"--{name.replace('_', '-')}": getattr(options, name) for name in names})
-    if options.stride < 0:
-        raise UsageError(f"--stride {options.stride}: expected 1 or more tokens")
-    if options.json and options.probs == "-":
-        raise UsageError("--json and --probs - would both write to stdout; give --probs a file")
-    if options.format == "openai" and not options.probs:
-        raise UsageError("--format openai says what --probs writes; give --probs FILE or --probs -")
-    return options
 
 
 def encode(data: bytes, tokenizer: "Tokenizer", name: str) -> "Ids":
@@ -241,7 +223,7 @@ def full_arrays(scorer: "Scorer", texts: "Sequence[Ids]") -> "Iterator[tuple[str
 
 
 def check_attention_texts(
-    options: argparse.Namespace,
+    options: Options,
     opened: "OpenedModel",
     texts: "Sequence[Ids]",
     names: Sequence[str],
@@ -265,9 +247,7 @@ def check_attention_texts(
         check_page_size(model.n_layer, model.n_head, len(texts[0]))
 
 
-def write_attention(
-    options: argparse.Namespace, opened: "OpenedModel", texts: "Sequence[Ids]"
-) -> None:
+def write_attention(options: Options, opened: "OpenedModel", texts: "Sequence[Ids]") -> None:
     """Where each head looks: all texts as arrays, one text as a page."""
     from llm.pages.attention import attention_of
     from llm.pages.attention_view import write_attention_page
@@ -290,12 +270,12 @@ def write_attention(
         write_arrays(Path(options.attention), arrays)
 
 
-def _records_wanted(options: argparse.Namespace) -> bool:
+def _records_wanted(options: Options) -> bool:
     return bool(options.probs or options.html or paints(options))
 
 
 def _run(
-    options: argparse.Namespace, opened: "OpenedModel", scorer: "Scorer", texts: "Sequence[Ids]"
+    options: Options, opened: "OpenedModel", scorer: "Scorer", texts: "Sequence[Ids]"
 ) -> Summary:
     """Score everything, write what was asked for."""
     from llm.inference.records import RecordBuilder, numerics_of
@@ -345,9 +325,9 @@ def _records(
         summary.add(tokens, opened.tokenizer)
 
 
-def _report(options: argparse.Namespace, opened: "OpenedModel", summary: Summary) -> None:
+def _report(options: Options, opened: "OpenedModel", summary: Summary) -> None:
     result: dict[str, Any] = opened.checkpoint | summary.as_json()
-    if options.json:
+    if options.as_json:
         print(json.dumps(result, allow_nan=False))
         return
     per_byte = result["bits_per_byte"]

@@ -1,19 +1,22 @@
 """python -m llm serve RUN: an HTTP server for the model of a run, and its live page.
 
-POST /v1/completions and GET /v1/models as OpenAI's, GET /health, and at / a page on which one
-types and watches tokens come with their probabilities. Only this machine can reach it unless
---host says otherwise; there is no password. SIGTERM or Ctrl-C finishes what runs; exit code 0.
+It answers POST /v1/completions and GET /v1/models as OpenAI's API does, and GET /health. At / is a
+page: type there, and watch tokens come with their probabilities. Only this machine can reach the
+server unless --host says otherwise; there is no password. SIGTERM or Ctrl-C lets running requests
+finish; the exit code is 0.
 """
 
-import argparse
 import ipaddress
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from llm.commands.texts import open_and_say, with_dashes
-from llm.errors import UsageError
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from llm.commands.flags import parse
+from llm.commands.texts import RunOptions, open_and_say
+from llm.config import setting
 from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
 
@@ -25,9 +28,35 @@ if TYPE_CHECKING:
 PROBE = 32
 
 
+class Options(RunOptions):
+    """The command line."""
+
+    host: str = setting("127.0.0.1", "address to listen on; 127.0.0.1: this machine only", "HOST")
+    port: Annotated[int, Field(ge=0, le=65535)] = setting(8000, "port to listen on; 0: any free")
+    name: str = setting("", "the model's name in the API; by default the run's", "NAME")
+    allow_host: tuple[str, ...] = setting(
+        (),
+        "also answer requests to this name (Host) and from pages of it (Origin); *: any name",
+        "NAME",
+    )
+    warm_up: bool = setting(
+        False, "compile for every number of users before the first is served, not as they come"
+    )
+    max_batch: PositiveInt = setting(16, "samples computed at once, rounded up to a power of two")
+    max_queue: PositiveInt = setting(256, "samples that may wait; more are answered with 429")
+    max_body: PositiveInt = setting(2**20, "bytes of a request")
+    max_prompts: PositiveInt = setting(64, "prompts of a request")
+    max_n: PositiveInt = setting(16, "samples of a prompt")
+    max_tokens: NonNegativeInt = setting(4096, "tokens that a request may ask for")
+    max_top: NonNegativeInt = setting(100, "alternatives that a request may ask for")
+    grace: Annotated[float, Field(ge=0, le=86400)] = setting(
+        30.0, "how long a stop waits for running requests", "SECONDS"
+    )
+
+
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options = parse(arguments)
+    options = parse(Options, arguments)
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.inference.decode import Decoder
@@ -58,60 +87,6 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line; flags may be spelled with - or _ between words."""
-    parser = argparse.ArgumentParser(
-        "python -m llm serve",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("run", metavar="RUN", help="run directory")
-    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
-    add("--port", type=int, default=8000, metavar="N", help="port to listen on (8000); 0: any free")
-    add("--step", type=int, metavar="N", help="checkpoint to use; by default the newest")
-    add("--name", metavar="NAME", help="the model's name in the API; by default the run's")
-    add(
-        "--allow-host",
-        metavar="NAME",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="also answer to this name (Host), and to pages of it (Origin); *: to any",
-    )
-    add(
-        "--warm-up",
-        action="store_true",
-        help="compile for every number of users before the first is served, not as they come",
-    )
-    counts = {
-        "max_batch": (16, 1, "samples computed at once, rounded up to a power of two"),
-        "max_queue": (256, 1, "samples that may wait; more are answered with 429"),
-        "max_body": (2**20, 1, "bytes of a request"),
-        "max_prompts": (64, 1, "prompts of a request"),
-        "max_n": (16, 1, "samples of a prompt"),
-        "max_tokens": (4096, 0, "tokens that a request may ask for"),
-        "max_top": (100, 0, "alternatives that a request may ask for"),
-    }
-    for name, (default, _, meaning) in counts.items():
-        flag = f"--{name.replace('_', '-')}"
-        add(flag, type=int, default=default, metavar="N", help=f"{meaning} ({default})")
-    add(
-        "--grace",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long a stop waits for what runs (30)",
-    )
-    options = parser.parse_args([with_dashes(word) for word in arguments])
-    for name, (_, least, _) in counts.items():
-        _check(f"--{name.replace('_', '-')}", getattr(options, name), least, None)
-    _check("--port", options.port, 0, 65535)
-    _check("--grace", options.grace, 0, 86400)
-    return options
-
-
 def site_of(host: str, also: Sequence[str]) -> "Site":
     """Whose requests are answered, by --host and --allow-host.
 
@@ -136,7 +111,7 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def describe(opened: "OpenedModel", decoder: Any, options: argparse.Namespace) -> "Served":
+def describe(opened: "OpenedModel", decoder: Any, options: Options) -> "Served":
     """What the server says of the model that it serves."""
     from llm.inference.decode import Request
     from llm.inference.records import RecordBuilder
@@ -156,9 +131,7 @@ def describe(opened: "OpenedModel", decoder: Any, options: argparse.Namespace) -
     )
 
 
-def page(
-    name: str, opened: "OpenedModel", numerics: dict[str, Any], options: argparse.Namespace
-) -> str:
+def page(name: str, opened: "OpenedModel", numerics: dict[str, Any], options: Options) -> str:
     """The live page."""
     from llm.inference.records import RecordBuilder
     from llm.pages.live_view import live_page
@@ -173,9 +146,3 @@ def page(
         most_top=options.max_top,
         most_tokens=options.max_tokens,
     )
-
-
-def _check(flag: str, found: float, least: float, most: float | None) -> None:
-    if not (found >= least and (most is None or found <= most)):
-        upto = f" to {most}" if most is not None else " or more"
-        raise UsageError(f"{flag} {found}: expected {least}{upto}")

@@ -1,13 +1,17 @@
 """What commands that read a model share: it is opened, texts come in, records and pages go out."""
 
-import argparse
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
+import pydantic
+from pydantic import NonNegativeInt
+
+from llm.commands.flags import CommandLine, argument
+from llm.config import setting
 from llm.errors import UsageError
 from llm.inference.samples import DEFAULT_TOP
 
@@ -29,39 +33,31 @@ def open_and_say(run: str, step: int | None) -> "OpenedModel":
         return open_model(run, step)
 
 
-def add_record_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say what is recorded and where it goes."""
-    add = parser.add_argument
-    add("--step", type=int, metavar="N", help="checkpoint to use; by default the newest")
-    add("--probs", metavar="FILE", help="write the record of every token, JSON lines; - for stdout")
-    add("--html", metavar="FILE", help="write the records as a page")
-    add("--color", action="store_true", help="paint tokens by probability, on a terminal")
-    add(
-        "--top",
-        type=int,
-        metavar="N",
-        default=DEFAULT_TOP,
-        help=f"alternatives in each record ({DEFAULT_TOP})",
+class RunOptions(CommandLine):
+    """The run that a command reads, and its checkpoint."""
+
+    run: str = argument("RUN", "run directory")
+    step: NonNegativeInt | None = setting(None, "checkpoint to use; by default the newest")
+
+
+class RecordOptions(RunOptions):
+    """What is recorded, and where it goes."""
+
+    probs: str | None = setting(
+        None, "write the record of every token as JSON lines; - for standard output", "FILE"
     )
-    add(
-        "--watch",
-        type=int,
-        metavar="ID",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="token ids that each record lists whatever their rank",
-    )
+    html: str | None = setting(None, "write the records as a page", "FILE")
+    color: bool = setting(False, "paint tokens by probability, on a terminal")
+    top: NonNegativeInt = setting(DEFAULT_TOP, "alternatives in each record")
+    watch: tuple[int, ...] = setting((), "token ids that each record lists at any rank", "ID")
+
+    @pydantic.model_validator(mode="after")
+    def _check_records(self) -> Self:
+        check_outputs({"--probs": self.probs, "--html": self.html})
+        return self
 
 
-def check_record_flags(options: argparse.Namespace) -> None:
-    """Raise a UsageError for flags that cannot be used, before a model is loaded."""
-    if options.top < 0:
-        raise UsageError(f"--top {options.top}: expected 0 or more alternatives")
-    check_outputs({"--probs": options.probs, "--html": options.html})
-
-
-def paints(options: argparse.Namespace) -> bool:
+def paints(options: RecordOptions) -> bool:
     """Colour is for a terminal: elsewhere --color changes nothing."""
     return bool(options.color and options.probs != "-" and sys.stdout.isatty())
 
@@ -169,11 +165,3 @@ class RecordsFile:
 def open_records(path: str | None, stack: ExitStack) -> RecordsFile | None:
     """The file that records go to, if they are asked for."""
     return None if path is None else RecordsFile(path, stack)
-
-
-def with_dashes(word: str) -> str:
-    """--top_k=5 as --top-k=5; what is not a flag as it is."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return name.replace("_", "-") + equals + value

@@ -1,15 +1,19 @@
 """python -m llm verify RUN [--step N | --all] [--json]: is a checkpoint what was saved?
 
-Prints one JSON object a step: step, params_sha256, manifest_ok, receipt_max_abs_diff. Works on any
-machine, also without the accelerator that trained the run.
+Prints one JSON object a step: step, params_sha256, manifest_ok, receipt_max_abs_diff. It works on
+any machine, also without the accelerator that trained the run.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import pydantic
+from pydantic import NonNegativeInt
+
+from llm.commands.flags import CommandLine, argument, parse
+from llm.config import setting
 from llm.errors import CheckpointError, UsageError
 from llm.runtime import prepare_process
 
@@ -18,24 +22,33 @@ from llm.runtime import prepare_process
 ATTEMPTS = 5
 
 
+class Options(CommandLine):
+    """The command line."""
+
+    run: str = argument("RUN", "run directory")
+    step: NonNegativeInt | None = setting(None, "verify this step; by default the newest")
+    all: bool = setting(False, "verify every step")
+    as_json: bool = setting(False, "print nothing but the JSON objects", flag="json")
+
+    @pydantic.model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.all and self.step is not None:
+            raise UsageError("--all verifies every step; leave out --step")
+        return self
+
+
 def main(arguments: list[str]) -> int:
     """0 when everything holds.
 
     Raises:
       CheckpointError: something does not; every problem is named.
     """
-    parser = argparse.ArgumentParser("python -m llm verify", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="run directory")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="this step; without it the newest")
-    which.add_argument("--all", action="store_true", help="every step")
-    parser.add_argument("--json", action="store_true", help="nothing but the JSON objects")
-    chosen = parser.parse_args(arguments)
+    chosen = parse(Options, arguments)
     prepare_process()
     results = _verify(chosen)
     for result in results:
         print(json.dumps({name: value for name, value in result.items() if name != "problem"}))
-        if result["problem"] is None and not chosen.json:
+        if result["problem"] is None and not chosen.as_json:
             print(f"step {result['step']}: manifest, parameters and receipt hold", file=sys.stderr)
     problems = [result["problem"] for result in results if result["problem"]]
     if problems:
@@ -43,7 +56,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _verify(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+def _verify(chosen: Options) -> list[dict[str, Any]]:
     """`verify_step` of each step that was asked for, but for those that are removed meanwhile."""
     if chosen.step is None and not chosen.all:
         return [_verify_newest(chosen)]
@@ -58,7 +71,7 @@ def _verify(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def _verify_newest(chosen: argparse.Namespace) -> dict[str, Any]:
+def _verify_newest(chosen: Options) -> dict[str, Any]:
     for _ in range(ATTEMPTS):
         result = verify_step(Path(chosen.run), _steps(chosen)[-1])
         if result is not None:
@@ -100,7 +113,7 @@ def verify_step(run_dir: Path, step: int) -> dict[str, Any] | None:
     return result
 
 
-def _steps(chosen: argparse.Namespace) -> list[int]:
+def _steps(chosen: Options) -> list[int]:
     from llm.run.checkpoint import saved_steps
     from llm.run.directory import RunDirectory
 
