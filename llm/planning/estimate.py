@@ -10,7 +10,6 @@ Sources: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Tr
 sent); Dao 2023, "FlashAttention-2" (products of attention kernels).
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -21,14 +20,14 @@ from jax.sharding import AbstractMesh, AxisType
 
 from llm.config import OptimizerConfig, TrainingConfig
 from llm.model.flops import flops_per_token, peak_flops
-from llm.model.gpt import ModelSpec, abstract_params
+from llm.model.gpt import ModelSpec
 from llm.model.grouped import block_count, block_rows
 from llm.model.loss import chunks_for
 from llm.model.sharding import LOGICAL_TO_MESH
 from llm.planning.devices import Sheet
 from llm.planning.roofline import Roofline, bandwidth
 from llm.training.optimizer import make_optimizer
-from llm.training.state import TrainState, abstract_state
+from llm.training.state import abstract_state
 
 # Attention kernel -> its products forward and backward, each 2 H FLOPs for each query and key.
 # Splash's two backward kernels both compute the scores and their gradients again.
@@ -48,11 +47,11 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
 
 
-def state_bytes(state: TrainState) -> StateBytes:
-    """Sizes of one device's shares of an abstract state.
-
-    The random key is left out: its shares have no size in bytes, and it is two words.
-    """
+@functools.lru_cache(maxsize=256)
+def _state_bytes(
+    spec: ModelSpec, optimizer: OptimizerConfig, sizes: tuple[tuple[str, int], ...]
+) -> StateBytes:
+    """Sizes of one device's shares, without the random key, which is two words."""
 
     def count(tree: object) -> int:
         return sum(
@@ -61,50 +60,56 @@ def state_bytes(state: TrainState) -> StateBytes:
             if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         )
 
+    mesh = abstract_mesh(dict(sizes))
+    state = abstract_state(spec, make_optimizer(optimizer), mesh, stacked=True)  # type: ignore[arg-type]
     return StateBytes(
         count(state.weights), count(state.opt_state), count((state.step, state.loss_history))
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _state_bytes_on(
-    spec: ModelSpec, optimizer: OptimizerConfig, sizes: tuple[tuple[str, int], ...]
-) -> StateBytes:
-    mesh = abstract_mesh(dict(sizes))
-    return state_bytes(abstract_state(spec, make_optimizer(optimizer), mesh, stacked=True))  # type: ignore[arg-type]
-
-
-class BlockBytes(NamedTuple):
-    """Bytes of one block's activations on one device in a forward pass.
-
-    stream: the block's input. hidden: the MLP's hidden layer. products: the input and all products
-    with weights. rest: norms, rotated heads, the hidden layer, and the experts' rows before and
-    after they are sorted into groups. scores: attention scores in float32, their softmax in the
-    compute dtype. kernel_results: the output of an attention kernel, and a sum for each query.
-    """
-
-    stream: float
-    hidden: float
-    products: float
-    rest: float
-    scores: float
-    kernel_results: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Arithmetic:
     """One step of one model on one mesh. All figures are for one device.
 
-    Args:
-      sizes: mesh axis -> devices along it.
-      device_kind: the device, as JAX names it.
+    Attributes:
+      rows: sequences of one forward pass. positions: tokens of one sequence.
+      mlp_rows: rows of one block's MLP, or of its experts with what fills up their groups.
+      tokens: of a step. matrices: of an MLP. element: bytes of a number in the compute dtype.
+      dense, experts: numbers in one block's matrices, without the experts' and of the experts.
+      heads: query heads.
     """
 
-    spec: ModelSpec
-    optimizer: OptimizerConfig
-    training: TrainingConfig
-    sizes: Mapping[str, int]
-    device_kind: str = ""
+    def __init__(
+        self,
+        spec: ModelSpec,
+        optimizer: OptimizerConfig,
+        training: TrainingConfig,
+        sizes: Mapping[str, int],
+        device_kind: str = "",
+    ):
+        """Args:
+        sizes: mesh axis -> devices along it.
+        device_kind: the device, as JAX names it.
+        """
+        config = spec.config
+        self.spec, self.config, self.optimizer, self.training = spec, config, optimizer, training
+        self.sizes, self.device_kind = sizes, device_kind
+        micro_batch = training.micro_batch_size or training.batch_size
+        self.rows = max(1, micro_batch // self.shares("batch"))
+        self.positions = config.context_length // self.shares("sequence")
+        tokens = training.batch_size * config.context_length
+        self.tokens = tokens / math.prod(sizes.values())
+        self.element = 2 if spec.compute_dtype == "bfloat16" else 4
+        self.heads = config.n_head / self.shares("heads")
+        self.matrices = 3 if config.activation == "swiglu" else 2
+        mlp = self.matrices * config.d_model * config.d_ff
+        self.dense = 2 * (config.n_head + config.n_kv_head) * config.head_size * config.d_model
+        self.mlp_rows, self.experts = self.rows * self.positions, 0
+        if config.has_experts:
+            choices, E = self.mlp_rows * config.n_expert_active, config.n_expert
+            self.mlp_rows = block_rows(choices, E) * block_count(choices, E)
+            self.experts = E * mlp
+        else:
+            self.dense += mlp
 
     def shares(self, logical_axis: str) -> int:
         names = LOGICAL_TO_MESH[logical_axis]
@@ -113,57 +118,13 @@ class Arithmetic:
 
     @property
     def state(self) -> StateBytes:
-        return _state_bytes_on(self.spec, self.optimizer, tuple(self.sizes.items()))
-
-    @property
-    def rows(self) -> int:
-        """Sequences of one forward pass."""
-        whole = self.training.micro_batch_size or self.training.batch_size
-        return max(1, whole // self.shares("batch"))
-
-    @property
-    def positions(self) -> int:
-        """Tokens of one sequence."""
-        return self.spec.config.context_length // self.shares("sequence")
-
-    @property
-    def tokens(self) -> float:
-        """Tokens of a step."""
-        devices = math.prod(self.sizes.values())
-        return self.training.batch_size * self.spec.config.context_length / devices
-
-    @property
-    def element(self) -> int:
-        """Bytes of a number in the compute dtype."""
-        return 2 if self.spec.compute_dtype == "bfloat16" else 4
-
-    @property
-    def matrices(self) -> int:
-        """Matrices of an MLP."""
-        return 3 if self.spec.config.activation == "swiglu" else 2
-
-    @property
-    def mlp_rows(self) -> float:
-        """Rows of one block's MLP, or of its experts with what fills up their groups."""
-        config, tokens = self.spec.config, self.rows * self.positions
-        if not config.has_experts:
-            return tokens
-        choices = tokens * config.n_expert_active
-        return block_rows(choices, config.n_expert) * block_count(choices, config.n_expert)
-
-    def block_weights(self) -> tuple[float, float]:
-        """Numbers in one block's matrices: without the experts, and those of the experts."""
-        config = self.spec.config
-        heads = 2 * (config.n_head + config.n_kv_head) * config.head_size * config.d_model
-        mlp = self.matrices * config.d_model * config.d_ff
-        return (heads, config.n_expert * mlp) if config.has_experts else (heads + mlp, 0.0)
+        return _state_bytes(self.spec, self.optimizer, tuple(self.sizes.items()))
 
     def scores(self) -> float:
         """Numbers in one block's attention scores that exist at once; a kernel never holds them."""
         if self.spec.attention != "plain":
             return 0.0
-        heads = self.spec.config.n_head / self.shares("heads")
-        return self.rows * heads * self.positions * self.spec.config.context_length
+        return self.rows * self.heads * self.positions * self.config.context_length
 
     # Bytes in memory.
 
@@ -176,63 +137,71 @@ class Arithmetic:
         gradients = float(self.state.weights)
         if self.training.accumulation > 1:
             gradients *= 2  # the sum, and those of one forward pass
-        kept = self.spec.config.n_layer * self.kept_per_layer()
-        parts = self.block_bytes()
-        block = 2 * (parts.products + parts.rest) + parts.scores + self._gathered()
+        kept = self.config.n_layer * self.kept_per_layer()
+        block = 2 * (self._products() + self._rest()) + self._scores_bytes() + self._gathered()
         return gradients + kept + max(block, self._loss())
 
     def kept_per_layer(self) -> float:
         """Bytes that a block keeps for its backward pass under training.remat."""
-        parts = self.block_bytes()
         match self.training.remat:
             case "none":
+                everything = self._products() + self._rest() + self._scores_bytes()
                 # TPU compilers hold the experts' hidden layer in two layouts.
-                twice = parts.hidden if self.spec.config.has_experts else 0.0
-                return parts.products + parts.rest + parts.scores + twice
+                return everything + self.config.has_experts * self._hidden()
+            case "dots" if self.spec.attention == "plain":
+                return self._products()
             case "dots":
-                return parts.products + parts.kernel_results
+                # A kernel's backward pass reads its output and a sum for each query.
+                values = self.config.head_size * self.element + 4
+                return self._products() + self.rows * self.positions * self.heads * values
             case "block":
-                return parts.stream
+                return self._stream()
             case "offload":
                 return 0.0
 
-    def block_bytes(self) -> BlockBytes:
-        config, is_plain = self.spec.config, self.spec.attention == "plain"
-        tokens = self.rows * self.positions
-        heads = config.n_head / self.shares("heads")
-        values, keys = (
-            heads * config.head_size,
-            heads * config.head_size * config.n_kv_head / config.n_head,
-        )
-        stream, routed = tokens * config.d_model, self.mlp_rows * config.d_model
-        hidden = self.mlp_rows * config.d_ff / self.shares("mlp")
-        products = 2 * stream + tokens * (values + 2 * keys) + routed
-        rest = 2 * stream + tokens * (2 * values + keys) + hidden
-        return BlockBytes(
-            stream=stream * self.element,
-            hidden=hidden * self.element,
-            products=(products + (self.matrices - 1) * hidden) * self.element,
-            rest=(rest + 3 * routed * config.has_experts) * self.element,
-            scores=self.scores() * (4 + self.element),
-            kernel_results=0.0 if is_plain else tokens * (values * self.element + 4 * heads),
-        )
+    def _stream(self) -> float:
+        return self.rows * self.positions * self.config.d_model * self.element
+
+    def _hidden(self) -> float:
+        return self.mlp_rows * self.config.d_ff / self.shares("mlp") * self.element
+
+    def _heads(self) -> tuple[float, float]:
+        """Bytes of all queries, and of all keys."""
+        queries = self.rows * self.positions * self.heads * self.config.head_size * self.element
+        return queries, queries * self.config.n_kv_head / self.config.n_head
+
+    def _products(self) -> float:
+        """The block's input and its products with weights."""
+        queries, keys = self._heads()
+        products = 2 * self._stream() + queries + 2 * keys + (self.matrices - 1) * self._hidden()
+        return products + self.mlp_rows * self.config.d_model * self.element
+
+    def _rest(self) -> float:
+        """What is no product with a weight: norms, rotated heads, the hidden layer, and the
+        experts' rows before and after they are sorted into groups."""
+        queries, keys = self._heads()
+        moved = self.config.has_experts * 3 * self.mlp_rows * self.config.d_model * self.element
+        return 2 * self._stream() + 2 * queries + keys + self._hidden() + moved
+
+    def _scores_bytes(self) -> float:
+        """Scores in float32, weights in the compute dtype."""
+        return self.scores() * (4 + self.element)
 
     def _gathered(self) -> float:
         """One block's whole weights on a device, for each pass, and their gradient."""
-        dense, experts = self.block_weights()
         is_divided = self.shares("embed") > 1
         is_gathered = is_divided or self.shares("expert") > 1
-        size = dense * is_divided + experts * is_gathered
+        size = self.dense * is_divided + self.experts * is_gathered
         return 3 * self.element * size / self.shares("heads")
 
     def _loss(self) -> float:
         """One chunk's logits and their gradient, the whole head and its gradient, which is summed
         in float32 if there are several chunks."""
-        padded, length = self.spec.padded_vocab_size, self.spec.config.context_length
+        padded, length = self.spec.padded_vocab_size, self.config.context_length
         vocabulary = padded / self.shares("vocab")
         chunks = chunks_for(self.rows, length, padded, self.training.loss_chunk, self.device_kind)
         logits = self.rows * self.positions / chunks * vocabulary
-        head = self.spec.config.d_model * vocabulary
+        head = self.config.d_model * vocabulary
         gradient = self.element if chunks == 1 else 4
         return (4 + self.element) * logits + (self.element + gradient) * head
 
@@ -249,7 +218,7 @@ class Arithmetic:
     def flops_per_token(self) -> float:
         """FLOPs that are executed, with what training.remat computes again and what fills up the
         experts' groups."""
-        config = self.spec.config
+        config = self.config
         head = 6 * config.d_model * self.spec.vocab_size
         attention = 6 * config.n_layer * config.d_model * config.context_length
         blocks = flops_per_token(self.spec) - head - attention
@@ -268,7 +237,7 @@ class Arithmetic:
 
         A kernel's forward pass is computed again unless its results are kept.
         """
-        config, kernel = self.spec.config, self.spec.attention
+        config, kernel = self.config, self.spec.attention
         forward, backward = PRODUCTS[kernel]
         kept = ("none",) if kernel == "plain" else ("none", "dots")
         passes = forward * (1 if self.training.remat in kept else 2) + backward
@@ -286,16 +255,16 @@ class Arithmetic:
         An activation is written and read a dozen times, as in the programs that the TPU compiler
         makes: its count was within a third of this one.
         """
-        passes, layers = self.training.accumulation, self.spec.config.n_layer
-        dense, experts = self.block_weights()
-        weights = 3 * self.element * (dense + experts)
-        if experts:
+        passes, layers = self.training.accumulation, self.config.n_layer
+        weights = 3 * self.element * (self.dense + self.experts)
+        if self.experts:
             # Each block of rows reads its expert's matrices, and adds its part to their gradients.
-            choices = self.rows * self.positions * self.spec.config.n_expert_active
-            blocks = block_count(choices, self.spec.config.n_expert)
-            weights += blocks * experts / self.spec.config.n_expert * (2 * self.element + 8)
-        parts = self.block_bytes()
-        activations = layers * (12 * (parts.products + parts.rest) + 24 * self.scores())
+            choices, E = (
+                self.rows * self.positions * self.config.n_expert_active,
+                self.config.n_expert,
+            )
+            weights += block_count(choices, E) * self.experts / E * (2 * self.element + 8)
+        activations = layers * (12 * (self._products() + self._rest()) + 24 * self.scores())
         update = 2 * sum(self.state) + 4 * self.state.weights
         return update + passes * (layers * weights / self.shares("heads") + activations)
 
@@ -318,18 +287,12 @@ class Arithmetic:
         stream after each half of a block, forward, again, and backward. context: gathered keys and
         values, and gradients. expert: the experts as fsdp, and the gradients of all other weights.
         """
-        passes, config = self.training.accumulation, self.spec.config
+        passes, config = self.training.accumulation, self.config
         sharded, tensor = self.shares("embed"), self.shares("heads")
         context, expert = self.shares("sequence"), self.shares("expert")
         copies = self.shares("batch") // (sharded * expert)
         weights = self.state.weights / 4  # numbers of one device's share
-        of_experts = config.n_layer / expert * self.block_weights()[1]
-        others = sum(
-            math.prod(leaf.shape)
-            for name, leaf in abstract_params(self.spec).items()
-            if ".mlp." not in name
-        )
-        of_experts *= weights / (of_experts + others)
+        of_experts = config.n_layer * self.experts / (expert * sharded * tensor)
         reduced = passes * 8 * weights
         keys = 2 * config.n_kv_head * config.head_size / tensor
         gathered = 3 * self.element * self.rows * config.context_length * keys
@@ -338,6 +301,6 @@ class Arithmetic:
             "fsdp": passes * 3 * self.element * weights * (sharded - 1),
             "data": reduced * (1 - 1 / copies),
             "expert": passes * (to_experts + 8 * (weights - of_experts) * (1 - 1 / expert)),
-            "tensor": passes * config.n_layer * 12 * self.block_bytes().stream * (1 - 1 / tensor),
+            "tensor": passes * config.n_layer * 12 * self._stream() * (1 - 1 / tensor),
             "context": (reduced + passes * config.n_layer * gathered) * (1 - 1 / context),
         }

@@ -7,10 +7,11 @@ the body is executed.
 This is no parser of all of HLO. It reads what collectives.py and plan.py ask for.
 """
 
-import dataclasses
 import math
 import re
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
 
 Computations = dict[str, list[str]]
 
@@ -18,23 +19,26 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _CALL = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(([^)]*)\)(.*)$")
+# Layouts have parentheses too: the arguments end where an attribute follows or nothing does.
+_INSTRUCTION = re.compile(
+    r"^\s*(ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\((.*?)\)((?:, [a-z_]+=.*)?)\s*$"
+)
 # TPU compilers write more than this many cycles if they do not know the number.
 _UNKNOWN_CYCLES = 2**62
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line of a computation.
 
-    arguments: the text between the parentheses. attributes: the text after them.
+    root: "ROOT " if it is the computation's result, else None. arguments: the text between the
+    parentheses. attributes: the text after them.
     """
 
+    root: str | None
     name: str
     operation: str
     arguments: str
     attributes: str
-    is_root: bool
 
     @property
     def operands(self) -> list[str]:
@@ -134,27 +138,30 @@ def _counter(
     line: str, around: list[str], test: list[str], program: Computations
 ) -> tuple[int, int]:
     """Where a loop's counter starts and what each turn adds; 0 and 1 if the text does not say."""
-    names, outside = _by_name(test), _by_name(around)
+    names, outside, loop = _by_name(test), _by_name(around), _by_name([line])
     compared = next((one for one in names.values() if one.operation == "compare"), None)
     counter = names.get(compared.operands[0]) if compared else None
     place = re.search(r"index=(\d+)", counter.attributes) if counter else None
-    body, loop = re.search(r"body=%?([\w.\-]+)", line), _INSTRUCTION.match(line)
-    if place is None or body is None or loop is None:
+    body = re.search(r"body=%?([\w.\-]+)", line)
+    if place is None or body is None:
         return 0, 1
     inside, index = _by_name(program[body[1]]), int(place[1])
-    start = _member(outside.get(loop[4].strip().lstrip("%")), index, outside)
-    step = _member(next((one for one in inside.values() if one.is_root), None), index, inside)
+    begun = [outside.get(name) for one in loop.values() for name in one.operands]
+    ended = [one for one in inside.values() if one.root]
+    start, step = _member(begun, index, outside), _member(ended, index, inside)
     return (
         start[1] if start and start[0] == 0 else 0,
-        (step[1] if step and step[0] == 1 else 0) or 1,
+        step[1] if step and step[0] == 1 and step[1] else 1,
     )
 
 
-def _member(made: Instruction | None, index: int, names: Instructions) -> tuple[int, int] | None:
-    """The number that a tuple holds at a place, as _linear gives it."""
-    if made is None or made.operation != "tuple" or index >= len(made.operands):
+def _member(
+    made: Sequence[Instruction | None], index: int, names: Instructions
+) -> tuple[int, int] | None:
+    """The number at a place of a tuple, as _linear gives it."""
+    if not made or made[0] is None or made[0].operation != "tuple":
         return None
-    return _linear(made.operands[index], index, names)
+    return _linear(made[0].operands[index], index, names)
 
 
 def _linear(name: str, index: int, names: Instructions) -> tuple[int, int] | None:
@@ -174,8 +181,5 @@ def _linear(name: str, index: int, names: Instructions) -> tuple[int, int] | Non
 
 
 def _by_name(lines: list[str]) -> Instructions:
-    found: Instructions = {}
-    for match in filter(None, map(_INSTRUCTION.match, lines)):
-        root, name, operation, arguments, attributes = match.groups()
-        found[name] = Instruction(name, operation, arguments, attributes, bool(root))
-    return found
+    matches = filter(None, map(_INSTRUCTION.match, lines))
+    return {match[2]: Instruction(*match.groups()) for match in matches}

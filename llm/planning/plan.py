@@ -20,7 +20,7 @@ from llm.model.flops import flops_per_token, parameter_count, peak_flops
 from llm.model.sharding import check_sizes, make_mesh
 from llm.planning.collectives import Collective, read_collectives
 from llm.planning.devices import GIB, sheet_of
-from llm.planning.estimate import Arithmetic, state_bytes
+from llm.planning.estimate import Arithmetic
 from llm.planning.hlo import cycles
 from llm.planning.roofline import link_seconds
 from llm.planning.targets import Target
@@ -68,7 +68,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
         memory, most = refused_memory(str(error))
         limit = min(most, limit or most)
     seconds = time.monotonic() - started
-    weights, moments, other = state_bytes(state)
+    weights, moments, other = arithmetic.state
     in_state = {"weights_bytes": weights, "optimizer_bytes": moments, "other_state_bytes": other}
     spare = None if limit is None else limit - memory["needed_bytes"]
     verdict = {
@@ -109,14 +109,12 @@ def _compiled_memory(compiled: Any, arithmetic: Arithmetic, target: Target) -> F
     analysis = compiled.memory_analysis()
     kept = analysis.argument_size_in_bytes
     kept += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    temporaries = counted = analysis.temp_size_in_bytes
-    code = 0 if target.stands_in else analysis.generated_code_size_in_bytes
+    temporaries, code = analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes
     if target.stands_in:
-        temporaries = arithmetic.temporaries()
+        temporaries, code = arithmetic.temporaries(), 0
     return {
         "temporaries_bytes": temporaries,
         "temporaries_from": "arithmetic" if target.stands_in else "compiler",
-        "compiler_temporaries_bytes": counted if target.stands_in else None,
         "program_bytes": code,
         "needed_bytes": kept + temporaries + code,
     }
@@ -138,7 +136,6 @@ def refused_memory(message: str) -> tuple[Facts, float]:
     facts = {
         "temporaries_bytes": None,
         "temporaries_from": "compiler",
-        "compiler_temporaries_bytes": None,
         "program_bytes": 0,
         "needed_bytes": float(needed) * units[unit],
     }

@@ -13,6 +13,53 @@ Row = tuple[str, ...]
 # Width of a table that is written to a file.
 _WIDTH = 100
 
+# Each line's name, and its text as a template for the facts.
+_STEP = (
+    ("mesh", "{axes}"),
+    ("parameters", "{parameters:,}"),
+    (
+        "step",
+        "{tokens_per_step:,} tokens: {batch_size} sequences, {micro_batch_size} at once; remat "
+        "{remat}, {compute_dtype}, {attention} attention",
+    ),
+    ("model FLOPs a step", "{flops[model_per_step]:.3e}, over all devices"),
+    (
+        "FLOPs executed",
+        "{flops[executed_per_device_and_step]:.3e} a device, with what is computed again",
+    ),
+)
+_TIME = (
+    (
+        "least time (roofline)",
+        "{time[roofline_seconds]:.3g} s: the {time[binds]} bound. Arithmetic "
+        "{time[compute_seconds]:.3g}, memory {time[memory_seconds]:.3g}, links "
+        "{time[link_seconds]:.3g}",
+    ),
+    ("compiler's cost model", "{compiler}"),
+    ("time of a step", "{time[step_seconds]:.3g} s, the longer of these"),
+    ("MFU", "{mfu:.1%} at most"),
+    (
+        "whole run",
+        "{steps:,} steps, {tokens:.3e} tokens: {days:.3g} days, {device_hours:,.0f} device-hours",
+    ),
+)
+_MEMORY = (
+    ("weights", "{weights_bytes}"),
+    ("optimizer", "{optimizer_bytes}"),
+    ("activations, gradients", "{temporaries_bytes}, by {source}"),
+    ("program", "{program_bytes}"),
+    ("needed", "{needed_bytes}"),
+    ("available", "{available_bytes}"),
+    ("fits", "{verdict}"),
+)
+_NOTE = "Nothing ran. docs/plan.md says how to read this, and what it cannot know."
+_REFUSED = "The compiler refused the program for its memory, so it has no collectives."
+_STANDS_IN = (
+    "Compiled for CPU devices in place of {device_kind}. The collectives are that program's: it "
+    "sends more than a GPU's would, in float32 and without reduce-scatters. Activations and the "
+    "time of links are by arithmetic."
+)
+
 
 def make_console(file: Any = None) -> Console:
     """As wide as the terminal; elsewhere plain text of one width."""
@@ -22,148 +69,86 @@ def make_console(file: Any = None) -> Console:
 
 def show_plan(facts: Facts, console: Console) -> None:
     """One plan, and who estimated which part of it."""
-    console.print(_table("Estimated, not measured", [*_of_what(facts), *_times(facts)]))
-    console.print(_table("Bytes on one device", _memory(facts["memory"])))
+    time, memory = facts["time"], facts["memory"]
+    devices = dict.fromkeys([facts["target"], f"{facts['devices']} x {facts['device_kind']}"])
+    rows = [("devices", ", ".join(devices)), *_filled(_STEP, facts, axes=axes(facts["mesh"]))]
+    if time["step_seconds"] is None:
+        refused = facts["collectives"] is None
+        why = "it does not fit" if refused else "no data sheet of this device"
+        rows.append(("time", f"not known: {why}"))
+    else:
+        seconds = time["compiler_seconds"]
+        by_compiler = (
+            f"{seconds:.3g} s, without collectives; kernels at the peak" if seconds else ""
+        )
+        rows += _filled(_TIME, facts, compiler=by_compiler or "gives no time")
+    console.print(_table("Estimated, not measured", rows))
+    console.print(_table("Bytes on one device", _memory(memory)))
     if facts["collectives"]:
-        rows = [
-            (
-                one["kind"],
-                str(one["devices"]),
-                f"{one['count']:,}",
-                f"{one['bytes'] / GIB:.3f}",
-                _number(one["seconds"], "{:.3g}"),
-            )
-            for one in facts["collectives"]
-        ]
+        rows = [_sent(one) for one in facts["collectives"]]
         title = "Sent in a step, as whole arrays of one device"
         console.print(_table(title, rows, ("collective", ">devices", ">times", ">GiB", ">s")))
-    for note in _notes(facts):
+    notes = [_NOTE]
+    if facts["collectives"] is None:
+        notes.append(_REFUSED)
+    if memory["temporaries_from"] == "arithmetic":
+        notes.append(_STANDS_IN.format(**facts))
+    for note in notes:
         console.print(note, highlight=False)
 
 
 def show_ranking(ranked: list[Facts], considered: int, console: Console) -> None:
     """The plans of a search, best first."""
-    rows = [
-        (
-            str(place),
-            _mesh(facts["mesh"]),
-            facts["remat"],
-            str(facts["micro_batch_size"]),
-            f"{facts['memory']['needed_bytes'] / GIB:.2f}",
-            {True: "yes", False: "no", None: "not known"}[facts["memory"]["fits"]],
-            _number(facts["time"]["step_seconds"], "{:.3g}"),
-            _number(facts["mfu"], "{:.1%}"),
-        )
-        for place, facts in enumerate(ranked, start=1)
-    ]
+    rows = []
+    for place, facts in enumerate(ranked, start=1):
+        gib, fits = facts["memory"]["needed_bytes"] / GIB, facts["memory"]["fits"]
+        seconds, mfu = facts["time"]["step_seconds"], facts["mfu"]
+        speed = (f"{seconds:.3g}", f"{mfu:.1%}") if mfu else ("", "")
+        setting = (axes(facts["mesh"]), facts["remat"], str(facts["micro_batch_size"]))
+        rows.append((str(place), *setting, f"{gib:.2f}", "yes" if fits else "no", *speed))
     title = f"{len(ranked)} compiled of {considered} that arithmetic did not rule out"
     heads = (">", "mesh", "remat", ">micro-batch", ">GiB", "fits", ">s a step", ">MFU")
     console.print(_table(title, rows, heads))
 
 
-def _table(title: str, rows: list[Row], heads: Row = ()) -> Table:
-    """heads: names of the columns, those of numbers with > before them."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=bool(heads))
+def axes(sizes: dict[str, int]) -> str:
+    """A mesh in words: its axes of more than one device."""
+    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+
+
+def _table(title: str, rows: list[Row], heads: Row = ("", "")) -> Table:
+    """heads: names of the columns, with > before the names of columns of numbers."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=any(heads))
     for head in heads:
         table.add_column(head.lstrip(">"), justify="right" if head.startswith(">") else "left")
-    if not heads:
-        table.add_column(no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def _of_what(facts: Facts) -> list[Row]:
-    devices = f"{facts['devices']} x {facts['device_kind']}"
-    if facts["target"] != devices:
-        devices = f"{facts['target']}, {devices}"
-    step = (
-        f"{facts['tokens_per_step']:,} tokens: {facts['batch_size']} sequences, "
-        f"{facts['micro_batch_size']} at once; remat {facts['remat']}, "
-        f"{facts['compute_dtype']}, {facts['attention']} attention"
-    )
-    return [
-        ("devices", devices),
-        ("mesh", _mesh(facts["mesh"])),
-        ("parameters", f"{facts['parameters']:,}"),
-        ("step", step),
-    ]
-
-
-def _times(facts: Facts) -> list[Row]:
-    time, flops = facts["time"], facts["flops"]
-    executed = flops["executed_per_device_and_step"]
-    rows = [
-        ("model FLOPs a step", f"{flops['model_per_step']:.3e}, over all devices"),
-        ("FLOPs executed", f"{executed:.3e} a device, with what is computed again"),
-    ]
-    if time["step_seconds"] is None:
-        refused = facts["memory"]["temporaries_bytes"] is None
-        why = "it does not fit" if refused else "no data sheet of this device"
-        return [*rows, ("time", f"not known: {why}")]
-    compiler = "gives no time"
-    if time["compiler_seconds"] is not None:
-        compiler = f"{time['compiler_seconds']:.3g} s, without collectives; kernels at the peak"
-    return [
-        *rows,
-        (
-            "least time (roofline)",
-            f"{time['roofline_seconds']:.3g} s: the {time['binds']} bound. Arithmetic "
-            f"{time['compute_seconds']:.3g}, memory {time['memory_seconds']:.3g}, links "
-            f"{time['link_seconds']:.3g}",
-        ),
-        ("compiler's cost model", compiler),
-        ("time of a step", f"{time['step_seconds']:.3g} s, the longer of these"),
-        ("MFU", f"{facts['mfu']:.1%} at most"),
-        (
-            "whole run",
-            f"{facts['steps']:,} steps, {facts['tokens']:.3e} tokens: {facts['days']:.3g} days, "
-            f"{facts['device_hours']:,.0f} device-hours",
-        ),
-    ]
+def _filled(lines: tuple[Row, ...], facts: Facts, **more: str) -> list[Row]:
+    return [(name, text.format(**facts, **more)) for name, text in lines]
 
 
 def _memory(memory: Facts) -> list[Row]:
-    rows = [
-        ("weights", _bytes(memory["weights_bytes"])),
-        ("optimizer", _bytes(memory["optimizer_bytes"])),
-    ]
-    if memory["temporaries_bytes"] is not None:
-        by = "by arithmetic" if memory["temporaries_from"] == "arithmetic" else "by the compiler"
-        rows.append(("activations, gradients", f"{_bytes(memory['temporaries_bytes'])}, {by}"))
-        rows.append(("program", _bytes(memory["program_bytes"])))
-    rows.append(("needed", _bytes(memory["needed_bytes"])))
-    if memory["fits"] is None:
-        return [*rows, ("fits", "not known: no data sheet of this device")]
-    over = memory["spare_bytes"]
-    verdict = f"no: does not fit, by {_bytes(-over)}"
-    if memory["fits"]:
-        verdict = f"yes, {_bytes(over)} spare"
-    return [*rows, ("available", _bytes(memory["available_bytes"])), ("fits", verdict)]
+    spare = memory["spare_bytes"]
+    verdict = "not known: no data sheet of this device"
+    if spare is not None:
+        verdict = f"yes, {_bytes(spare)} spare"
+    if memory["fits"] is False:
+        verdict = f"no: does not fit, by {_bytes(-spare)}"
+    source = "arithmetic" if memory["temporaries_from"] == "arithmetic" else "the compiler"
+    sizes = {name: _bytes(value) for name, value in memory.items() if name.endswith("_bytes")}
+    return _filled(_MEMORY, sizes, source=source, verdict=verdict)
 
 
-def _notes(facts: Facts) -> list[str]:
-    notes = ["Nothing ran. docs/plan.md says how to read this, and what it cannot know."]
-    memory = facts["memory"]
-    if memory["temporaries_from"] == "arithmetic":
-        notes.append(
-            f"Compiled for CPU devices in place of {facts['device_kind']}. The collectives are "
-            "those of that program: it sends more than a GPU's would, in float32 and without "
-            "reduce-scatters. Activations and the time of links are by arithmetic (the CPU's "
-            f"compiler counts {_bytes(memory['compiler_temporaries_bytes'])} of activations)."
-        )
-    if memory["temporaries_bytes"] is None:
-        notes.append("The compiler refused the program for its memory, so it has no collectives.")
-    return notes
+def _sent(one: Facts) -> Row:
+    seconds = "" if one["seconds"] is None else f"{one['seconds']:.3g}"
+    count, size = f"{one['count']:,}", f"{one['bytes'] / GIB:.3f}"
+    return (one["kind"], str(one["devices"]), count, size, seconds)
 
 
-def _mesh(sizes: dict[str, int]) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
-
-
-def _bytes(count: float) -> str:
+def _bytes(count: float | None) -> str:
+    if count is None:
+        return "not known"
     return f"{count / GIB:.2f} GiB" if count >= GIB / 100 else f"{count / 2**20:.2f} MiB"
-
-
-def _number(value: float | None, spelling: str) -> str:
-    return "" if value is None else spelling.format(value)
