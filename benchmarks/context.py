@@ -1,16 +1,14 @@
-"""Attention over a sequence on several devices: ways to do it, side by side.
+"""Attention over a sequence on several devices, by each kernel.
 
     python benchmarks/context.py                                  on 8 simulated CPU devices
     python benchmarks/context.py --topology v5e:4x4 --length 32768   compiled for TPUs
 
-One layer's attention, forward and backward, over mesh.context = all devices. For each way: what a
-device sends and how much memory its program needs beside arguments and results, read from the
-compiled program, and on CPU the median time of a turn.
+One layer's attention, forward and backward, over mesh.context = all devices. For each kernel: the
+bytes that a device sends and the memory that its program needs beside arguments and results, read
+from the compiled program, and on CPU the median time of a turn.
 
-    constraint    plain attention, natural order; the compiler decides what is sent
-    gathered      plain attention, zig-zag order; each device gathers all keys and values
-    ring          plain attention, zig-zag order; they go round (what `plain` does)
-    splash        the TPU's kernel, zig-zag order, gathered (what `splash` does)
+    plain      the definition, each device with the keys and values of all positions
+    splash     the TPU's kernel, gathered alike
 """
 
 import argparse
@@ -51,7 +49,7 @@ def measure(options: Any) -> None:
     from llm.planning.collectives import read_collectives, total_bytes
 
     mesh = make_mesh(MeshConfig(data=1, context=-1), devices_of(options.topology))
-    ways = ["constraint", "gathered", "ring", *(["splash"] if options.topology else [])]
+    ways = ["plain", *(["splash"] if options.topology else [])]
     programs = {}
     for way in options.ways or ways:
         try:
@@ -106,26 +104,14 @@ def gradients_of(way: str) -> Any:
     import jax
     import jax.numpy as jnp
 
-    from llm.model.attention import attend, causal_mask
-    from llm.model.context import gathered, zigzag_positions
-    from llm.model.kernels import KEYS, QUERIES, causal_attention
-    from llm.model.sharding import per_device, shares
+    from llm.model.context import positions_on_devices
+    from llm.model.kernels import self_attention
+    from llm.model.sharding import shares
 
-    def gathering(query_BTNH, key_BTKH, value_BTKH):
-        parts, T = shares("sequence"), query_BTNH.shape[1]
-        positions = jnp.asarray(zigzag_positions(T * parts, parts))
-        own = jax.lax.dynamic_slice_in_dim(positions, jax.lax.axis_index("context") * T, T)
-        visible_BTS = (own[:, None] >= positions[None, :])[None]
-        keys, values = (gathered(x, zigzag=False) for x in (key_BTKH, value_BTKH))
-        return attend(query_BTNH, keys, values, visible_BTS)
-
-    def attention(*arrays):
-        match way:
-            case "constraint":
-                return attend(*arrays, causal_mask(arrays[0].shape[1]))
-            case "gathered":
-                return per_device(gathering, (QUERIES, KEYS, KEYS), QUERIES)(*arrays)
-        return causal_attention("plain" if way == "ring" else way, *arrays, zigzag=True)
+    def attention(query_BTNH, key_BTKH, value_BTKH):
+        order_T = positions_on_devices(query_BTNH.shape[1], shares("sequence"))
+        positions_BT = jnp.asarray(order_T)[None]
+        return self_attention(way, query_BTNH, key_BTKH, value_BTKH, positions_BT)
 
     def objective(*arrays):
         return jnp.sum(jnp.square(attention(*arrays).astype(jnp.float32)))

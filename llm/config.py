@@ -171,16 +171,6 @@ class ModelConfig(Section):
     tie_embeddings: bool = setting(True, "use the token embedding as the output head")
     logit_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(logits / c); 0: off")
     init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
-    residual_gains: bool = setting(
-        False, "multiply the stream by a learned number before each block"
-    )
-    embedding_shortcut: bool = setting(
-        False, "add the embedding to the stream before each block, by a learned number"
-    )
-    value_embeddings: NonNegativeInt = setting(
-        0,
-        "tables of embeddings added to attention's values; layer l reads table l mod their number",
-    )
     zero_init_projections: bool = setting(
         False, "start each residual projection at zero instead of init_std / sqrt(2 n_layer)"
     )
@@ -205,15 +195,6 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.positions = 'rotary' needs an even head size, found d_model / n_head = "
                 f"{self.head_size}"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _check_value_embeddings(self) -> Self:
-        if self.value_embeddings > self.n_layer:
-            raise ValueError(
-                f"model.value_embeddings = {self.value_embeddings} is more than model.n_layer = "
-                f"{self.n_layer}: a layer reads one table, so that some would never be read"
             )
         return self
 
@@ -305,11 +286,6 @@ class TrainingConfig(Section):
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "of matrix products; auto: bfloat16 on accelerators, float32 on CPU"
     )
-    float8: bool = setting(
-        False,
-        "multiply the blocks' dense matrices in 8-bit floats, which Hopper and later do at twice "
-        "the rate of bfloat16; in training alone: evaluations and samples use compute_dtype",
-    )
     attention: Literal["auto", "plain", "cudnn", "splash"] = setting(
         "auto",
         "what computes attention: plain, NVIDIA's cudnn, the TPU's splash; auto: the fastest that "
@@ -322,11 +298,6 @@ class TrainingConfig(Section):
     )
     router_z_loss: NonNegativeFloat = setting(
         0.001, "experts: weight of log(Z)^2 of the router's logits"
-    )
-    capacity_factor: NonNegativeFloat = setting(
-        0.0,
-        "experts: how many times its even share of a sequence's tokens one can take; the rest pass "
-        "by it; 0: dropless. In training alone: what predicts drops nothing",
     )
     loss_chunk: NonNegativeInt = setting(
         0, "positions whose logits exist at once in the loss; 0: chosen by vocabulary and batch"
@@ -493,11 +464,6 @@ class Config(Section):
                 f"training.window_warmup_steps = {window_steps} begins with an eighth of "
                 f"model.context_length = {length}, which is not divisible by 8; the nearest that "
                 f"is: {_nearest_multiple(length, 2**DOUBLINGS)}"
-            )
-        if self.training.capacity_factor and not self.model.has_experts:
-            raise ValueError(
-                f"training.capacity_factor = {self.training.capacity_factor} needs a model with "
-                "experts, found model.n_expert = 1; set one of them"
             )
         return self
 

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.model.attention import attend, attention_weights, causal_mask, drop, rotate
+from llm.model.attention import (
+    attend,
+    attention_weights,
+    drop,
+    rotate,
+    segment_positions,
+    visible,
+)
 
 B, T, S, N, H = 2, 5, 7, 4, 6
 
@@ -118,10 +125,25 @@ def test_bfloat16_rounds_inputs_weights_and_output_but_not_scores():
     assert attention_weights(*rounded[:2], jnp.asarray(visible)).dtype == jnp.float32
 
 
-def test_causal_mask_shows_the_past_and_the_present():
-    mask = np.asarray(causal_mask(6))
-    assert mask.shape == (1, 6, 6)
-    assert all(mask[0, t, s] == (s <= t) for t in range(6) for s in range(6))
+def test_a_position_sees_itself_and_what_is_before_it():
+    positions = np.arange(6)[None]
+    seen = np.asarray(visible(positions, positions))
+    assert seen.shape == (1, 6, 6)
+    assert all(seen[0, t, s] == (s <= t) for t in range(6) for s in range(6))
+
+
+def test_who_sees_whom_does_not_depend_on_the_order_that_positions_stand_in():
+    queries, keys = np.array([[4, 1]]), np.array([[3, 0, 1, 4, 2]])
+    assert visible(queries, keys)[0].tolist() == [[True] * 5, [False, True, True, False, False]]
+
+
+def test_a_position_sees_its_own_segment_alone_in_which_positions_begin_anew():
+    segments = np.array([[7, 7, 2, 2, 2, 3], [0, 0, 0, 0, 0, 0]], np.int32)
+    positions = segment_positions(segments)
+    assert positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
+    seen = np.asarray(visible(positions, positions, segments, segments))
+    for b, t, s in np.ndindex(seen.shape):
+        assert seen[b, t, s] == (s <= t and segments[b, s] == segments[b, t])
 
 
 def turned(x, positions, theta):

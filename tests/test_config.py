@@ -292,10 +292,6 @@ def test_a_wrong_flag_is_answered_by_name_and_nothing_else(capfd, flags, words):
             ["training.window_warmup_steps = 9", "model.context_length = 100", "96"],
         ),
         (
-            ["--model.value-embeddings", "7"],
-            ["model.value_embeddings = 7", "model.n_layer = 6"],
-        ),
-        (
             ["--training.micro-batch-size", "7"],
             ["training.batch_size = 64", "training.micro_batch_size = 7"],
         ),

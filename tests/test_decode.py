@@ -28,7 +28,7 @@ LLAMA = ModelConfig(
 )  # fmt: skip
 MIXTURE = ModelConfig(
     n_layer=1, n_head=2, d_model=32, context_length=CONTEXT, positions="rotary",
-    activation="swiglu", n_expert=4, n_expert_active=2, value_embeddings=1,
+    activation="swiglu", n_expert=4, n_expert_active=2,
 )  # fmt: skip
 
 
@@ -354,37 +354,10 @@ def test_preparation_for_decoding_keeps_the_function(gpt2):
     before, after = _full_pass(spec, params, ids), _full_pass(prepared_spec, prepared, ids)
     np.testing.assert_allclose(before, after, atol=1e-5)
     assert isinstance(bind(prepared_spec, prepared), GPT)
-    assert not prepared_spec.joined
     half = dataclasses.replace(spec, compute_dtype="bfloat16")
     dtypes = {name: weight.dtype for name, weight in for_decoding(half, params)[1].items()}
     assert dtypes["blocks.0.mlp.up.weight"] == dtypes["head.weight"] == jnp.bfloat16
     assert dtypes["embed.weight"] == dtypes["final_norm.scale"] == jnp.float32
-
-
-@pytest.mark.parametrize(
-    ("config", "joined_too"),
-    [
-        (GPT2, False),
-        (LLAMA, True),
-        (MIXTURE, False),
-    ],
-    ids=["gpt2", "llama", "mixture with biases"],
-)
-def test_joined_matrices_keep_the_function(config, joined_too, gpt2):
-    """As on a GPU: queries, keys and values by one product, and a gate with what it gates."""
-    spec, params, decoder = gpt2 if config is GPT2 else make(config)
-    joined_spec, joined = for_decoding(spec, params, join=True)
-    names = {name.split(".", 2)[2] for name in joined if name.startswith("blocks.0.")}
-    assert "attention.query_key_value.weight" in names and "attention.key.weight" not in names
-    assert ("mlp.up_gate.weight" in names) == joined_too != ("mlp.up.weight" in names)
-    ids = np.arange(CONTEXT)[None]
-    before, after = _full_pass(spec, params, ids), _full_pass(joined_spec, joined, ids)
-    np.testing.assert_allclose(before, after, atol=1e-5)
-    joined_decoder = Decoder(joined_spec, joined, ByteTokenizer())
-    [(one, _)], [(other, _)] = collect(decoder, MIXED[:1]), collect(joined_decoder, MIXED[:1])
-    assert ids_of(one) == ids_of(other)
-    for a, b in zip(one[1:], other[1:], strict=True):
-        assert abs(a.prediction.logprob - b.prediction.logprob) < 1e-4
 
 
 def test_a_few_rows_multiply_as_many_do():

@@ -17,39 +17,36 @@ from runs import STEPS, copied, losses, params_sha256, train, write_config
 from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig, validate
 from llm.errors import UsageError
 from llm.inference.programs import for_decoding
-from llm.model.experts import Experts, slots
+from llm.model.experts import Experts
 from llm.model.flops import active_parameter_count, flops_per_token, parameter_count
 from llm.model.gpt import KVCache, ModelSpec, abstract_params, bind, initialise, logical_axes
 from llm.model.grouped import block_rows, lay_out
 from llm.model.sharding import check_divisible, make_mesh, sharding_of, tree_shardings
-from llm.planning.collectives import read_collectives
 from llm.training.optimizer import make_optimizer, partition_labels
 from llm.training.step import BATCH_AXES, accumulate_gradients
 
 SIZES = {"n_layer": 1, "n_head": 2, "d_model": 8, "d_ff": 6, "context_length": 12}
 ROWS, LENGTH = 3, 10
 MIXTRAL = {"n_expert": 4, "n_expert_active": 2, "activation": "swiglu", "bias": False}
-# Settings of the model, and a capacity factor.
 CASES = {
-    "dropless": ({**MIXTRAL}, 0.0),
-    "dropless, biases, exact gelu": ({**MIXTRAL, "activation": "gelu", "bias": True}, 0.0),
-    "with a capacity": ({**MIXTRAL, "bias": True}, 0.75),
-    "switch": ({**MIXTRAL, "n_expert_active": 1, "normalize_gates": False}, 1.25),
-    "all of three experts": ({**MIXTRAL, "n_expert": 3, "n_expert_active": 3}, 1.0),
+    "mixtral": MIXTRAL,
+    "biases": {**MIXTRAL, "bias": True},
+    "biases, exact gelu": {**MIXTRAL, "activation": "gelu", "bias": True},
+    "switch": {**MIXTRAL, "n_expert_active": 1, "normalize_gates": False},
+    "all of three experts": {**MIXTRAL, "n_expert": 3, "n_expert_active": 3},
 }
 
 
 @functools.cache
 def case(name):
-    """(configuration, capacity factor, compiled (weights, x) -> (y, routing), weights, x)"""
-    settings, factor = CASES[name]
-    config = ModelConfig(**SIZES, **settings).resolved()
+    """(configuration, compiled (weights, x) -> (y, routing), weights, x)"""
+    config = ModelConfig(**SIZES, **CASES[name]).resolved()
     graph, state = nnx.split(Experts(config, "float32"))
     random = np.random.default_rng(3)
     state = jax.tree.map(lambda leaf: jnp.float32(0.5 * random.normal(size=leaf.shape)), state)
-    apply = jax.jit(lambda state, x_BTD: nnx.merge(graph, state)(x_BTD, factor))
+    apply = jax.jit(lambda state, x_BTD: nnx.merge(graph, state)(x_BTD))
     x_BTD = np.float32(random.normal(size=(ROWS, LENGTH, config.d_model)))
-    return config, factor, apply, state, x_BTD
+    return config, apply, state, x_BTD
 
 
 def named(state):
@@ -74,16 +71,14 @@ def expert(config, weights, e, x):
     return linear("down", gelu(up))
 
 
-def reference(config, factor, state, x_BTD):
+def reference(config, state, x_BTD):
     """y and the numbers of Routing, choice after choice, in float64."""
     weights = {name: np.float64(leaf) for name, leaf in named(state).items()}
     B, T, _ = x_BTD.shape
     E, K = config.n_expert, config.n_expert_active
-    room = math.ceil(factor * T * K / E) if factor else T
-    y, counts, dropped = np.zeros(x_BTD.shape), np.zeros(E), 0
+    y, counts = np.zeros(x_BTD.shape), np.zeros(E)
     probabilities, log_z = np.zeros(E), []
     for b in range(B):
-        taken = np.zeros(E, int)
         for t in range(T):
             z = np.float64(x_BTD[b, t]) @ weights["router.weight"]
             p = np.exp(z) / np.exp(z).sum()
@@ -91,10 +86,7 @@ def reference(config, factor, state, x_BTD):
             total = p[chosen].sum() if config.normalize_gates else 1.0
             for e in chosen:
                 counts[e] += 1
-                taken[e] += 1
-                dropped += taken[e] > room
-                if taken[e] <= room:
-                    y[b, t] += p[e] / total * expert(config, weights, e, np.float64(x_BTD[b, t]))
+                y[b, t] += p[e] / total * expert(config, weights, e, np.float64(x_BTD[b, t]))
             probabilities += p / (B * T)
             log_z.append(np.log(np.exp(z).sum()))
     share = counts / (B * T * K)
@@ -102,24 +94,22 @@ def reference(config, factor, state, x_BTD):
         "load_balancing": E * (share * probabilities).sum(),
         "z_loss": np.mean(np.square(log_z)),
         "load_max": E * share.max(),
-        "dropped": dropped / (B * T * K),
     }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_its_definition(name):
-    config, factor, apply, state, x_BTD = case(name)
+    config, apply, state, x_BTD = case(name)
     y_BTD, routing = apply(state, x_BTD)
-    expected, numbers = reference(config, factor, state, x_BTD)
+    expected, numbers = reference(config, state, x_BTD)
     assert np.std(expected) > 0.2
     np.testing.assert_allclose(y_BTD, expected, atol=2e-5)
     for field, value in numbers.items():
         assert float(getattr(routing, field)) == pytest.approx(value, rel=1e-5), field
-    assert (numbers["dropped"] > 0.05) == (name in ("with a capacity", "switch"))
 
 
-def test_no_position_depends_on_later_ones_nor_on_other_texts_even_where_choices_are_dropped():
-    _, _, apply, state, x_BTD = case("with a capacity")
+def test_no_position_depends_on_later_ones_nor_on_other_texts():
+    _, apply, state, x_BTD = case("biases")
     before = np.asarray(apply(state, x_BTD)[0])
     other = x_BTD.copy()
     other[0, 6:], other[1] = -other[0, 6:], 2.0
@@ -141,15 +131,13 @@ def dense_formula(config, state, x_BTD):
     return jnp.einsum("BTE,BTED->BTD", gates_BTE, down)
 
 
-@pytest.mark.parametrize("factor", [0.0, 2.0], ids=["dropless", "with room for all"])
-def test_gradients_are_those_of_the_formula_and_reach_the_router(factor):
-    config, _, _, state, x_BTD = case("dropless")
+def test_gradients_are_those_of_the_formula_and_reach_the_router():
+    config, _, state, x_BTD = case("mixtral")
     graph, _ = nnx.split(Experts(config, "float32"))
     probe = np.float32(np.random.default_rng(5).normal(size=x_BTD.shape))
 
     def found(state, x_BTD):
-        y_BTD, routing = nnx.merge(graph, state)(x_BTD, factor)
-        return jnp.sum(probe * y_BTD) + 0.0 * routing.dropped
+        return jnp.sum(probe * nnx.merge(graph, state)(x_BTD)[0])
 
     def expected(state, x_BTD):
         return jnp.sum(probe * dense_formula(config, state, x_BTD))
@@ -157,20 +145,6 @@ def test_gradients_are_those_of_the_formula_and_reach_the_router(factor):
     gradients = [jax.jit(jax.grad(f, (0, 1)))(state, x_BTD) for f in (found, expected)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *gradients)
     assert np.abs(named(gradients[0][0])["router.weight"]).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("factor", "expected"), [(1.0, 5), (1.25, 7), (0.01, 1), (2.0, 10), (9.0, 10)]
-)
-def test_an_expert_has_its_share_of_slots_rounded_up_and_never_more_than_there_are_tokens(
-    factor, expected
-):
-    assert slots(10, 4, 2, factor) == expected
-
-
-def test_a_factor_counts_as_it_is_written():
-    assert 1.1 * 100 > 110
-    assert slots(100, 2, 1, 1.1) == 55
 
 
 @pytest.mark.parametrize("groups", [[0] * 40, [3] * 39 + [1], [0, 1, 2, 3] * 10, [2, 0]], ids=str)
@@ -254,17 +228,16 @@ def test_decoding_in_bfloat16_leaves_the_router_in_float32():
     assert params["blocks.0.mlp.up.weight"].dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("factor", [0.0, 1.0])
-def test_gradients_of_biases_in_bfloat16_are_summed_in_float32(factor):
+def test_gradients_of_biases_in_bfloat16_are_summed_in_float32():
     """One expert, so that each of 16,384 rows adds 1 to what is a sum of them all."""
     config = ModelConfig(**SIZES, n_expert=1, n_expert_active=1, bias=True).resolved()
     graph, state = nnx.split(Experts(config, "bfloat16"))
     x_BTD = jnp.ones((64, 256, config.d_model), jnp.bfloat16)
 
     def total(state, x_BTD, one):
-        return jnp.sum((one * nnx.merge(graph, state)(x_BTD, factor)[0]).astype(jnp.float32))
+        return jnp.sum((one * nnx.merge(graph, state)(x_BTD)[0]).astype(jnp.float32))
 
-    # The factor is an argument: the sum of a constant would be multiplied out.
+    # One is an argument: the sum of a constant would be multiplied out.
     one = jnp.ones((64, 256, 1), jnp.bfloat16)
     gradient = named(jax.jit(jax.grad(total))(state, x_BTD, one))["down.bias"]
     np.testing.assert_allclose(gradient, np.full((1, config.d_model), 16384.0), rtol=0.005)
@@ -325,7 +298,6 @@ def test_experts_are_divided_over_the_mesh_in_all_three_dimensions():
 
 
 LEARNT = spec_of(n_layer=1, n_expert=8, norm="rmsnorm")
-CAPACITY = {"capacity_factor": 1.0}
 SCANNED = {"scan_layers": True, "remat": "dots"}
 EXPERT_8 = {"data": 1, "expert": 8}
 MIXED = {"data": 1, "expert": 2, "fsdp": 2, "tensor": 2}
@@ -354,7 +326,7 @@ def compiled_on(axes, training):
 
 
 def losses_on(axes, training):
-    """float64 [6, 3] of plain gradient descent: loss, load balancing and dropped share."""
+    """float64 [6, 2] of plain gradient descent: loss and load balancing."""
     compiled = compiled_on(tuple(axes.items()), tuple(training.items()))
     weights = random_params(LEARNT)
     if training.get("scan_layers"):
@@ -367,44 +339,22 @@ def losses_on(axes, training):
         windows = pool[random.permutation(len(pool))[:8]]
         gradients, terms = compiled(weights, windows)
         weights = {name: leaf - 0.3 * np.asarray(gradients[name]) for name, leaf in weights.items()}
-        routing = terms.routing
-        rows.append([float(x) for x in (terms.nll, routing.load_balancing, routing.dropped)])
+        rows.append([float(terms.nll), float(terms.routing.load_balancing)])
     return np.array(rows)
 
 
 @functools.cache
-def losses_of_one_device(training):
-    return losses_on({}, dict(training))
+def losses_of_one_device():
+    return losses_on({}, {})
 
 
 @pytest.mark.parametrize(
-    ("axes", "training"),
-    [
-        (EXPERT_8, CAPACITY),
-        (MIXED, CAPACITY | SCANNED),
-        (MIXED, {}),
-    ],
-    ids=str,
+    ("axes", "training"), [(EXPERT_8, {}), (MIXED, SCANNED), (MIXED, {})], ids=str
 )
 def test_losses_are_those_of_one_device(axes, training):
-    expected = losses_of_one_device(
-        tuple(CAPACITY.items()) if "capacity_factor" in training else ()
-    )
+    expected = losses_of_one_device()
     assert expected[-1, 0] < 0.97 * expected[0, 0]
-    assert (expected[:, 2] > 0.05).all() == ("capacity_factor" in training)
     np.testing.assert_allclose(losses_on(axes, training), expected, rtol=1e-5)
-
-
-def test_with_a_capacity_tokens_travel_to_their_experts_and_no_expert_travels():
-    compiled = compiled_on(tuple(EXPERT_8.items()), tuple(CAPACITY.items()))
-    found = read_collectives(compiled.as_text())
-    # Forward and backward, there and back; of each device a text x 8 experts x 4 slots x 16.
-    travels = [one for one in found if one.kind == "all-to-all"]
-    assert sum(one.count for one in travels) == 4
-    assert {one.bytes for one in travels} == {8 * 4 * 16 * 4}
-    others = [one for one in found if one.kind != "all-to-all"]
-    assert {one.kind for one in others} == {"all-reduce"}
-    assert all(one.bytes < 2 * 8 * 16 * 24 * 4 for one in others)
 
 
 # Runs
@@ -412,13 +362,12 @@ def test_with_a_capacity_tokens_travel_to_their_experts_and_no_expert_travels():
 
 @pytest.fixture(scope="module")
 def mixture_run(tmp_path_factory):
-    """The folder of a run of a model with experts, trained with a capacity."""
+    """The folder of a run of a model with experts."""
     folder = tmp_path_factory.mktemp("experts")
     config = write_config(
         folder,
         model={"n_layer": 1, "n_expert": 4},
         data={"validation": "none"},
-        training={"capacity_factor": 1.0},
         sample={"max_new_tokens": 0},
     )
     assert train(config) == 0
@@ -431,7 +380,7 @@ def test_metrics_tell_how_the_experts_are_used(mixture_run):
     assert len(rows) == STEPS
     for row in rows:
         assert 0.9 < row["load_balancing_loss"] < 4.0 and row["router_z_loss"] > 0.0
-        assert 1.0 <= row["router_load_max"] <= 2.0 and 0.0 < row["router_dropped"] < 0.5
+        assert 1.0 <= row["router_load_max"] <= 2.0 and "router_dropped" not in row
 
 
 def test_a_resumed_run_is_bit_for_bit_one_that_was_not_stopped(mixture_run, tmp_path):
@@ -458,11 +407,6 @@ def test_wrong_settings_of_experts_are_refused(settings, words):
         validate({"model": settings}, where="test")
     for word in words:
         assert word in str(error.value)
-
-
-def test_a_capacity_without_experts_is_refused():
-    with pytest.raises(UsageError, match=r"capacity_factor = 1.25 needs .* model.n_expert = 1"):
-        validate({"training": {"capacity_factor": 1.25}}, where="test")
 
 
 def test_experts_that_a_mesh_cannot_divide_are_refused():

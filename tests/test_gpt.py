@@ -15,14 +15,12 @@ from llm.model.gpt import (
     KVCache,
     ModelSpec,
     abstract_params,
-    apply_side_by_side,
     bind,
     initialise,
     logical_axes,
 )
-from llm.model.layers import Linear, residual_std
+from llm.model.layers import Linear, apply_side_by_side, residual_std
 from llm.model.norm import Norm, normalise
-from llm.model.shortcuts import Gain
 
 VOCAB, LENGTH = 11, 10
 SMALL = {
@@ -47,10 +45,6 @@ MODELS = {
     },
     "rotary, multi-query, layernorm": {
         "positions": "rotary", "n_kv_head": 1, "qk_norm": True, "activation": "relu_squared",
-    },
-    "shortcuts": {
-        "residual_gains": True, "embedding_shortcut": True, "value_embeddings": 2, "n_layer": 3,
-        "n_kv_head": 2, "positions": "rotary", "norm": "rmsnorm", "bias": False,
     },
 }  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -99,18 +93,12 @@ def reference(spec, params, tokens, weights=None):
     x = p["embed.weight"][tokens]
     if config.positions == "learned":
         x = x + p["embed.position"][: tokens.shape[1]]
-    first, used = x, []
+    used = []
     for layer in range(config.n_layer):
         block = {n.removeprefix(f"blocks.{layer}."): v for n, v in p.items()}
         given = None if weights is None else weights[layer]
-        x = x * block.get("shortcut.residual.scale", 1.0)
-        x = x + block.get("shortcut.embedding.scale", 0.0) * first
-        more = 0.0
-        if config.value_embeddings:
-            table = p[f"value_embed.{layer % config.value_embeddings}.weight"]
-            more = block["attention.value_gain.scale"] * table[tokens]
         mixed, attended = reference_attention(
-            config, block, reference_norm(config, block, "attention_norm", x), given, more
+            config, block, reference_norm(config, block, "attention_norm", x), given
         )
         used.append(attended)
         x = x + mixed
@@ -135,12 +123,12 @@ def linear(p, name, x):
     return x @ p[f"{name}.weight"] + p.get(f"{name}.bias", 0.0)
 
 
-def reference_attention(config, p, x, weights=None, more_values=0.0):
+def reference_attention(config, p, x, weights=None):
     B, T, _ = x.shape
     N, K, H = config.n_head, config.n_kv_head, config.head_size
     query = linear(p, "attention.query", x).reshape(B, T, N, H)
     key = linear(p, "attention.key", x).reshape(B, T, K, H)
-    value = (linear(p, "attention.value", x) + more_values).reshape(B, T, K, H)
+    value = linear(p, "attention.value", x).reshape(B, T, K, H)
     if config.qk_norm:
         query, key = (
             y / np.sqrt((y**2).mean(-1, keepdims=True) + config.norm_epsilon)
@@ -218,6 +206,49 @@ def assert_decoding_equals_the_full_forward(spec, lengths, steps, *, prefill, ca
     np.testing.assert_array_equal(cache.length_B, lengths + sum(steps))
 
 
+def packed(name, *rows):
+    """float32 log-softmax [B, T, V] of windows of documents that stand side by side."""
+    spec = spec_of(name)
+    tokens = np.stack([np.concatenate(documents) for documents in rows])
+    segments = np.stack(
+        [np.repeat(np.arange(len(row)), [len(part) for part in row]) for row in rows]
+    ).astype(np.int32)
+
+    @jax.jit
+    def logprobs(params, tokens, segments):
+        model = bind(spec, params)
+        return jax.nn.log_softmax(model.logits(model.hidden(tokens, segments)))
+
+    return np.asarray(logprobs(params_of(spec), tokens, segments))
+
+
+def documents(*lengths, seed=4):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, length, dtype=np.int32) for length in lengths]
+
+
+@every_model
+def test_documents_packed_in_a_window_have_the_log_probabilities_that_they_have_alone(name):
+    rows = documents(4, 1, 6), documents(2, 9, seed=5)
+    found = packed(name, *rows)
+    for row, parts in zip(found, rows, strict=True):
+        ends = np.cumsum([len(part) for part in parts])
+        for part, logprobs in zip(parts, np.split(row, ends[:-1]), strict=True):
+            logits = forward(spec_of(name), params_of(spec_of(name)), part[None])
+            np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits)[0], atol=1e-5)
+    assert np.abs(found[0, 4:5] - packed(name, documents(5, 6))[0, 4:5]).max() > 0.01
+
+
+@every_model
+def test_a_document_changes_no_bit_of_the_others_in_its_window(name):
+    first, second, third = documents(4, 3, 4)
+    before = packed(name, [first, second, third])
+    after = packed(name, [first, (second + 1) % VOCAB, third])
+    np.testing.assert_array_equal(after[0, :4], before[0, :4])
+    np.testing.assert_array_equal(after[0, 7:], before[0, 7:])
+    assert not np.allclose(after[0, 4:7], before[0, 4:7])
+
+
 @every_model
 def test_cached_decoding_equals_the_full_forward(name):
     assert_decoding_equals_the_full_forward(spec_of(name), [5, 2, 1], [1, 1, 1], prefill=5)
@@ -287,7 +318,7 @@ def attention_weights(spec, params, tokens):
     return bind(spec, params).attention_weights(tokens)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "modern", "shortcuts"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "modern"])
 def test_attention_weights_are_those_that_the_forward_pass_used(name):
     """Equal to the definition; and the definition, mixing with them, gives the model's logits."""
     spec = spec_of(name)
@@ -324,12 +355,12 @@ BIG = ModelSpec(
 
 
 @functools.cache
-@pytest.mark.parametrize("kind", ["a bias", "joined biases", "a gain"])
+@pytest.mark.parametrize("kind", ["a bias", "joined biases"])
 def test_gradients_over_rows_in_bfloat16_are_summed_in_float32(kind):
     """Each of 16,384 rows adds 1 to the sum over them; in bfloat16 many would be lost."""
     rows = jnp.ones((64, 256, 2), jnp.bfloat16)
     linear = Linear(("embed", "mlp"), (2, 3), std=0.02, bias=True, dtype="bfloat16")
-    modules = {"a gain": [Gain(1.0)], "a bias": [linear], "joined biases": [linear, linear]}[kind]
+    modules = {"a bias": [linear], "joined biases": [linear, linear]}[kind]
     graph, state = nnx.split(nnx.List(modules))
 
     def total(state, rows, one):
@@ -341,8 +372,8 @@ def test_gradients_over_rows_in_bfloat16_are_summed_in_float32(kind):
     # The factor is an argument: the sum of a constant would be multiplied out.
     one = jnp.ones((64, 256, 1), jnp.bfloat16)
     flat = nnx.to_flat_state(jax.jit(jax.grad(total))(state, rows, one))
-    found = [leaf[...] for path, leaf in flat if path[-1] in ("bias", "scale")]
-    expected = {"a gain": 32768.0, "a bias": 16384.0, "joined biases": 32768.0}[kind]
+    found = [leaf[...] for path, leaf in flat if path[-1] == "bias"]
+    expected = {"a bias": 16384.0, "joined biases": 32768.0}[kind]
     for gradient in found:
         np.testing.assert_array_equal(gradient, np.full(gradient.shape, expected))
     assert found

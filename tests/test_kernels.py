@@ -12,15 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_context import example, outcomes, random_params
+from jax._src.cudnn import fused_attention_stablehlo
+from test_context import example, outcomes, plain, random_params, segments_of
 
 from llm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.errors import UsageError
 from llm.model import kernels
-from llm.model.attention import attend, causal_mask
-from llm.model.context import zigzag_positions
 from llm.model.gpt import ModelSpec, bind
-from llm.model.kernels import LANES, block_of, choose_attention, splash_attention
+from llm.model.kernels import (
+    LANES,
+    block_of,
+    choose_attention,
+    cudnn_attention,
+    splash_attention,
+)
 from llm.model.sharding import make_mesh
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
@@ -35,6 +40,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_BLOCK", LANES)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["one text", "packed"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "length", "axes"),
     [
@@ -45,31 +51,31 @@ def small_blocks(monkeypatch):
     ids=["multi-head", "grouped, in a mesh", "multi-query, over a divided sequence"],
 )
 def test_splash_and_its_gradients_are_those_of_plain_attention(
-    heads, kv_heads, length, axes, small_blocks
+    heads, kv_heads, length, axes, packed, small_blocks
 ):
     arrays = example(heads, kv_heads, length)
-    found, expected = outcomes(interpreted, arrays, **axes)
+    segments = segments_of(length) if packed else None
+    found, expected = outcomes(interpreted, arrays, segments, **axes)
     assert np.std(expected[0]) > 0.1
     for array, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(array, wanted, atol=1e-5)
 
 
-def test_in_the_zig_zag_order_every_device_has_the_same_number_of_visible_blocks(small_blocks):
-    def counted(positions):
-        blocks = kernels._splash_kernel(positions, 1, 4, False).fwd_mask_info.block_mask[0]
+def test_in_the_zig_zag_order_every_device_has_the_same_number_of_visible_blocks(
+    small_blocks, monkeypatch
+):
+    def counted():
+        blocks = kernels._splash_kernel(1024, 1, 4, False).fwd_mask_info.block_mask[0]
         return [int(np.count_nonzero(part)) for part in np.split(np.asarray(blocks), 4)]
 
-    assert counted(np.arange(1024, dtype=np.int32)) == [3, 7, 11, 15]
-    assert counted(zigzag_positions(1024, 4)) == [9, 9, 9, 9]
+    assert counted() == [9, 9, 9, 9]
+    monkeypatch.setattr(kernels, "positions_on_devices", lambda T, _: np.arange(T, dtype=np.int32))
+    assert counted() == [3, 7, 11, 15]
 
 
 MODEL = ModelConfig(
     n_layer=2, n_head=4, n_kv_head=2, d_model=64, context_length=LANES, positions="rotary"
 )
-
-
-def plain_attention(query, key, value, **unused):
-    return attend(query, key, value, causal_mask(query.shape[1]))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +84,7 @@ def plain_attention(query, key, value, **unused):
 def test_a_model_with_a_kernel_computes_what_it_does_without(kernel, axes, monkeypatch):
     """cuDNN's, which needs a GPU, is plain attention here: the model multiplies apart for it."""
     monkeypatch.setattr(kernels, "splash_attention", interpreted)
-    monkeypatch.setattr(kernels, "cudnn_attention", plain_attention)
+    monkeypatch.setattr(kernels, "cudnn_attention", plain)
     params = random_params(ModelSpec(MODEL, 70))
     tokens = np.random.default_rng(0).integers(0, 70, (4, LANES), dtype=np.int32)
     found = []
@@ -89,6 +95,40 @@ def test_a_model_with_a_kernel_computes_what_it_does_without(kernel, axes, monke
             found.append(np.asarray(hidden(params)))
     assert np.std(found[0]) > 0.1
     np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["one text", "packed"])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_cudnn_has_a_mask_only_where_its_own_does_not_do(parts, packed, monkeypatch):
+    """As JAX hands it to the compiler of a GPU: queries of one device, keys of all, one mask for
+    all heads; the gradient too."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda _: True)
+    shapes = [jax.ShapeDtypeStruct((2, 64, heads, 16), jnp.bfloat16) for heads in (4, 2, 2)]
+    segments = jax.ShapeDtypeStruct((2, 64), jnp.int32) if packed else None
+
+    def total(query, key, value, segments):
+        return cudnn_attention(query, key, value, segments).astype(jnp.float32).sum()
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=parts), jax.devices()[:parts])):
+        traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*shapes, segments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    operands = re.findall(r"@__cudnn\$fmha(\w+)\(.* : \((.*)\) ->", text)
+    mask = f"tensor<{2 if packed else 1}x1x{64 // parts}x64xbf16>"
+    is_masked, kind = packed or parts > 1, "CAUSAL" if parts == 1 else "NO_MASK"
+    for (name, shapes_of_call), backward in zip(operands, ("", "Backward"), strict=True):
+        assert name == ("ScaleBiasSoftmax" if is_masked else "Softmax") + backward
+        assert (mask in shapes_of_call) == is_masked
+        assert shapes_of_call.startswith(
+            f"tensor<2x{64 // parts}x4x16xbf16>, tensor<2x64x2x16xbf16>, tensor<2x64x2x16xbf16>"
+        )
+    assert set(re.findall(r"mask_type\W+22: \W+22(\w+?)\W+22", text)) == {kind}
+
+
+def test_cudnn_refuses_packed_windows_that_it_cannot_mask():
+    shapes = [jnp.zeros((1, 9, 2, 16), jnp.bfloat16)] * 3
+    with pytest.raises(UsageError, match=r"'cudnn' .* even, found 9; .* or use 'plain'"):
+        cudnn_attention(*shapes, jnp.zeros((1, 9), jnp.int32))
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("dots", 1), ("block", 2)])
@@ -143,7 +183,7 @@ A100 = mesh_of("gpu", "NVIDIA A100", "8.0")
         (H100, {"d_model": 4 * 60}, "bfloat16", "plain"),
         (mesh_of("gpu", "V100", "7.0"), {}, "bfloat16", "plain"),
         (mesh_of("gpu", "MI300", "gfx942"), {}, "bfloat16", "plain"),
-        (mesh_of("gpu", "H100", "9.0", context=2), {}, "bfloat16", "plain"),
+        (mesh_of("gpu", "H100", "9.0", context=2), {}, "bfloat16", "cudnn"),
         (mesh_of("cpu"), {}, "float32", "plain"),
     ],
     ids=str,
@@ -175,7 +215,6 @@ def test_the_kernel_must_take_the_windows_that_a_run_begins_with(context, expect
         ("cudnn", H100, {}, "float32", r"in bfloat16, .* gives float32; .* takes 'plain'"),
         ("cudnn", A100, {"d_model": 1024}, "bfloat16", r"at most 128 in multiples of 8, .* = 256"),
         ("cudnn", mesh_of("cpu"), {}, "bfloat16", r"is of Abacus; use 'auto'"),
-        ("cudnn", mesh_of("gpu", "H100", "9.0", 2), {}, "bfloat16", r"mesh.context = 2"),
     ],
     ids=str,
 )

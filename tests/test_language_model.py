@@ -449,8 +449,6 @@ def test_the_page_works_in_a_frame_that_the_notebook_cannot_break(lm, tmp_path):
         ({"n_head": 25, "d_model": 1600}, 8, {"fsdp": 8}),  # GPT-2 XL
         ({"n_head": 32, "n_kv_head": 8, "d_model": 4096, "d_ff": 14336}, 8, {"tensor": 8}),
         ({"n_head": 8, "n_kv_head": 1, "d_model": 64}, 4, {"fsdp": 4}),
-        # Twelve numbers a row of the table of values.
-        ({"n_head": 8, "n_kv_head": 1, "d_model": 96, "value_embeddings": 1}, 8, {"fsdp": 4}),
         ({"n_head": 3, "d_model": 33}, 8, {}),  # nothing divides: one device
     ],
 )  # fmt: skip

@@ -89,7 +89,7 @@ def test_layers_keep_their_order_through_ten_and_more():
 
 
 def train_steps(*, scan):
-    spec = spec_of(dropout=0.2, residual_gains=True, embedding_shortcut=True, value_embeddings=2)
+    spec = spec_of(dropout=0.2)
     config = TrainingConfig(steps=10, batch_size=BATCH, scan_layers=scan)
     state = create_state(spec, make_optimizer(OPTIMIZER), 0, mesh_of(), stacked=scan)
     step = make_train_step(spec, OPTIMIZER, config, mesh_of())

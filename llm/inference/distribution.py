@@ -26,6 +26,7 @@ import numpy as np
 from llm.errors import NonFiniteError
 from llm.inference.filters import CANDIDATES, Candidates, Filtered, RowSettings, apply_filters
 from llm.model.gpt import GPT
+from llm.model.loss import join_positions, split_positions
 
 NOT_FINITE = (
     "the model's logits are not finite, so it gives no probabilities: its parameters are NaN or "
@@ -188,26 +189,15 @@ def describe_positions(
         )
         return None, jax.tree.map(lambda x: x.reshape(B, length, *x.shape[1:]), described)
 
-    chunks = (split_positions(hidden_BTD, length), split_positions(targets_BT, length))
-    return jax.tree.map(join_positions, jax.lax.scan(describe_chunk, None, chunks)[1])
+    chunks = split_positions(T // length, hidden_BTD, targets_BT)
+    parts = jax.lax.scan(describe_chunk, None, chunks)[1]
+    return jax.tree.map(lambda part: join_positions(part, T), parts)
 
 
 def chunk_length(batch_size: int, length: int, vocab_size: int) -> int:
     """Positions of one chunk: the largest divisor of `length` whose logits fit in CHUNK_LOGITS."""
     fitting = max(1, CHUNK_LOGITS // (batch_size * vocab_size))
     return next(n for n in range(min(fitting, length), 0, -1) if length % n == 0)
-
-
-def split_positions(x: jax.Array, length: int) -> jax.Array:
-    """[B, T, ...] -> [T / length, B, length, ...]"""
-    B, T = x.shape[:2]
-    return jnp.moveaxis(x.reshape(B, T // length, length, *x.shape[2:]), 1, 0)
-
-
-def join_positions(x: jax.Array) -> jax.Array:
-    """The inverse of split_positions."""
-    chunks, B, length = x.shape[:3]
-    return jnp.moveaxis(x, 0, 1).reshape(B, chunks * length, *x.shape[3:])
 
 
 def to_host(

@@ -25,7 +25,7 @@ from llm.inference.distribution import (
     log_probabilities,
 )
 from llm.inference.filters import CANDIDATES, Candidates, RowSettings, apply_filters, draw
-from llm.model.gpt import JOINED, KVCache, ModelSpec, Params, bind
+from llm.model.gpt import KVCache, ModelSpec, Params, bind
 
 # Steps of the largest chunk: the size of its buffers on the device.
 CHUNK = 32
@@ -60,9 +60,7 @@ class Drawn(NamedTuple):
     described: Described | None
 
 
-def for_decoding(
-    spec: ModelSpec, params: Params, *, join: bool | None = None
-) -> tuple[ModelSpec, Params]:
+def for_decoding(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
     """The same model with parameters laid out for reading them once a token.
 
     A tied head becomes a matrix of its own: XLA's CPU backend multiplies [1, D] x [V, D]^T at a
@@ -70,38 +68,13 @@ def for_decoding(
     jax 0.12). Matrices are cast to the compute dtype here instead of at every step. Embeddings
     are summed in float32 before the cast, and a step reads few of their rows: they stay. So do
     routers, which compute in float32.
-
-    Args:
-      join: whether matrices that multiply the same input become one (gpt.py:JOINED); None: on a
-        GPU, where each kernel costs a token as much as what it reads. A CPU loses a hundredth by
-        it. Not over several devices: each has its share of a matrix, and one would mix the shares.
     """
     config = spec.config.model_copy(update={"tie_embeddings": False})
     params = _off_the_mesh(params)
     prepared = {name: _to_compute_dtype(spec, name, weight) for name, weight in params.items()}
     if spec.config.tie_embeddings:
         prepared["head.weight"] = _transposed(params["embed.weight"], spec.compute_dtype)
-    if join is None:
-        devices = list(_devices(params))
-        join = len(devices) == 1 and devices[0].platform in ("gpu", "cuda")
-    if join:
-        prepared = _join_matrices(prepared)
-    return dataclasses.replace(spec, config=config, joined=join), prepared
-
-
-def _join_matrices(params: Params) -> Params:
-    """Side by side what gpt.py:JOINED names, and all else as it is."""
-    joined = dict(params)
-    for whole, (first, *others) in JOINED.items():
-        for name in (name for name in params if f".{first}." in name):
-            names = [name, *(name.replace(first, other) for other in others)]
-            # An MLP without a gate has nothing to join, and experts, whose biases are matrices and
-            # whose weights are stacks of them, join nothing.
-            dimensions = 2 if name.endswith(".weight") else 1
-            if all(name in params and params[name].ndim == dimensions for name in names):
-                parts = [joined.pop(name) for name in names]
-                joined[name.replace(first, whole)] = jnp.concatenate(parts, axis=-1)
-    return joined
+    return dataclasses.replace(spec, config=config), prepared
 
 
 def _off_the_mesh(params: Params) -> Params:

@@ -34,13 +34,12 @@ from llm.inference.distribution import (
     Prediction,
     chunk_length,
     describe_positions,
-    join_positions,
     log_probabilities,
-    split_positions,
     to_host,
 )
 from llm.inference.transcript import Token, Transcript
 from llm.model.gpt import ModelSpec, Params, bind
+from llm.model.loss import join_positions, split_positions
 from llm.text.tokenizer import Ids, Tokenizer
 
 # Tokens read by one call: enough for large matrix products on any device.
@@ -221,5 +220,5 @@ def _whole(spec: ModelSpec, params: Params, inputs_1T: jax.Array, K: int) -> jax
     """float32 [K, V]: every token's log-probability at the last K positions."""
     model = bind(spec, params)
     hidden_1KD = model.hidden(inputs_1T)[:, inputs_1T.shape[1] - K :]
-    chunks = split_positions(hidden_1KD, chunk_length(1, K, spec.vocab_size))
-    return join_positions(jax.lax.map(lambda part: log_probabilities(model, part), chunks))[0]
+    (parts,) = split_positions(K // chunk_length(1, K, spec.vocab_size), hidden_1KD)
+    return join_positions(jax.lax.map(lambda part: log_probabilities(model, part), parts), K)[0]

@@ -385,9 +385,6 @@ _REQUIRED_EVERYWHERE = {
 _NOWHERE: dict[str, tuple[Any, ...]] = {
     "qk_norm": (False,),
     "logit_soft_cap": (0.0,),
-    "residual_gains": (False,),
-    "embedding_shortcut": (False,),
-    "value_embeddings": (0,),
 }
 
 # What an exported model must be, beside the switches that its config.json carries.

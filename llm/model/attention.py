@@ -1,6 +1,6 @@
-"""Scaled dot-product attention with a causal mask, and rotary positions.
+"""Who sees whom, scaled dot-product attention, and rotary positions.
 
-    attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + M) V,    M = 0 where s <= t, -inf elsewhere
+    attention(Q, K, V) = softmax(Q K^T / sqrt(d_k) + M) V,    M = 0 where t may look at s, else -inf
 
 Sources: Vaswani et al. 2017, "Attention Is All You Need", equation 1; Shazeer 2019, "Fast
 Transformer Decoding" (multi-query) and Ainslie et al. 2023, "GQA" (grouped-query); Su et al. 2021,
@@ -12,6 +12,38 @@ Transformer Decoding" (multi-query) and Ainslie et al. 2023, "GQA" (grouped-quer
 
 import jax
 import jax.numpy as jnp
+
+
+def visible(
+    query_at_BT: jax.Array,
+    key_at_BS: jax.Array,
+    query_segments_BT: jax.Array | None = None,
+    key_segments_BS: jax.Array | None = None,
+) -> jax.Array:
+    """Who sees whom: bool [B, T, S], True where the query at t may look at the key at s.
+
+    A position sees itself and what is before it. Documents packed in one window are segments: a
+    position then sees its own segment alone. Training, the key/value cache, the kernels and the
+    attention maps all ask this function.
+
+    Args:
+      query_at_BT, key_at_BS: int32 positions, in any order; one row serves the whole batch.
+      query_segments_BT, key_segments_BS: int32, the segment of each position; None: one segment.
+    """
+    seen_BTS = key_at_BS[:, None, :] <= query_at_BT[:, :, None]
+    if query_segments_BT is None or key_segments_BS is None:
+        return seen_BTS
+    return seen_BTS & (key_segments_BS[:, None, :] == query_segments_BT[:, :, None])
+
+
+def segment_positions(segments_BT: jax.Array) -> jax.Array:
+    """int32 [B, T]: the place of each token in its own segment, from 0.
+
+    The tokens of a segment lie side by side: a new segment begins where the number changes.
+    """
+    places_1T = jnp.arange(segments_BT.shape[1])[None, :]
+    changes_BT = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1]) != 0
+    return places_1T - jax.lax.cummax(jnp.where(changes_BT, places_1T, 0), axis=1)
 
 
 def attend(
@@ -31,12 +63,12 @@ def attend(
       value_BSKH: values.
       visible_BTS: bool, True where position t may look at position s; broadcasts over B. Every
         row must allow at least one s.
-      dropout: probability of zeroing an attention weight, when a key is given.
+      dropout: probability of zeroing an attention weight, if a key is given.
     Returns:
       [B, T, N, H] in the dtype of the values. The softmax is computed in float32.
 
-    The weights are divided by their sum after mixing the values: H numbers a query instead of S,
-    which on CPU saves a quarter of attention's time (6 x 384, T = 256, jax 0.12).
+    The weights are divided by their sum after the values are mixed: H numbers for each query
+    instead of S, which saves a quarter of attention's time on a CPU.
     """
     B, T, N, H = query_BTNH.shape
     scores_BKGTS = attention_scores(query_BTNH, key_BSKH, visible_BTS)
@@ -44,7 +76,7 @@ def attend(
     exponentials_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
     sums_BKGT1 = exponentials_BKGTS.sum(axis=-1, keepdims=True)
     dropped_BKGTS = drop(exponentials_BKGTS, dropout, dropout_key).astype(value_BSKH.dtype)
-    # In the order of the batched product; another would have decoding transpose the cached values.
+    # In the order of the batched product; any other order would transpose the cached values.
     mixed_BKGTH = jnp.einsum(
         "BKGTS,BSKH->BKGTH", dropped_BKGTS, value_BSKH, preferred_element_type=jnp.float32
     )
@@ -73,11 +105,6 @@ def attention_weights(
     return jax.nn.softmax(attention_scores(query_BTNH, key_BSKH, visible_BTS), axis=-1)
 
 
-def causal_mask(length: int) -> jax.Array:
-    """bool [1, T, T]: position t sees positions s <= t."""
-    return jnp.tril(jnp.ones((1, length, length), dtype=bool))
-
-
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
     """Rotary position embedding: turn each pair of features by an angle that grows with position.
 
@@ -90,8 +117,8 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     """
     half = x_BTNH.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles_BT1F), jnp.sin(angles_BT1F)
+    angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
@@ -100,7 +127,7 @@ def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Dropout (Srivastava et al. 2014): zero with probability `rate`, else divide by 1 - rate.
 
-    Without a key nothing is dropped: evaluation and sampling pass none.
+    Without a key nothing is dropped; evaluation and sampling pass none.
     """
     if key is None or rate == 0.0:
         return x

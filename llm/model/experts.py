@@ -1,30 +1,21 @@
-"""Mixture of experts: in the MLP's place E of them, and a router that chooses K for each token.
+"""Mixture of experts: E MLPs in the place of one, and a router that chooses k for each token.
 
     y = sum_{e in chosen(x)} g_e(x) MLP_e(x)
 
-There are two ways to compute it, one function as long as nothing is dropped:
+Nothing is dropped: rows are sorted by expert and multiplied group by group (grouped.py). A device
+keeps its tokens and gathers the experts, as fsdp gathers weights, so a token's result depends on
+that token alone.
 
-    dropless   Rows are sorted by expert and multiplied group by group (grouped.py). A device keeps
-               its tokens and gathers the experts, as fsdp gathers weights.
-    capacity   Each expert has C slots for each sequence. A choice that finds none is dropped: the
-               token has then what the residual stream carries past the block. Products have one
-               size, and tokens travel to the devices of their experts and back (all-to-all).
+Sources: Shazeer et al. 2017, "Outrageously Large Neural Networks"; Gale et al. 2022, "MegaBlocks"
+(dropless). The router's own sources are in router.py.
 
-Slots belong to a sequence and go to earlier positions first, so that with a capacity too no mesh
-and no micro-batch changes which choices are dropped, and no position depends on later ones.
-
-Sources: Lepikhin et al. 2020, "GShard" (capacity, expert parallelism); Fedus et al. 2021, "Switch
-Transformers" (capacity factor); Gale et al. 2022, "MegaBlocks" (dropless). The router's own
-sources are in router.py.
-
-    B batch  T position  D model width  F feed-forward width  E experts  K experts of a token
-    A = T K choices of a sequence, by position and then by rank  C slots of an expert  S = E C
+    B batch  T position  D model width  F feed-forward width  E experts  k experts of a token
+    A = B T k choices, by sequence, position and rank  n blocks of m rows  s = n m slots in blocks
 """
 
 import functools
 import math
-from collections.abc import Callable, Mapping
-from fractions import Fraction
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +43,7 @@ _AXES = {
 
 
 class ExpertLinear(nnx.Module):
-    """W [E, in, out] and b [E, out]: as many linear layers as there are experts."""
+    """W [E, in, out] and b [E, out]: one linear layer for each expert."""
 
     def __init__(self, name: str, shape: tuple[int, int, int], *, std: float, bias: bool):
         self.weight = drawn(_AXES[f"{name}.weight"], shape, std)
@@ -62,7 +53,7 @@ class ExpertLinear(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """Stands where an MLP does; its weights have the MLP's names, with one dimension more."""
+    """The MLP's place in a block; the weights have the MLP's names, with one dimension more."""
 
     def __init__(self, config: ModelConfig, dtype: str):
         self.config, self.dtype = config, dtype
@@ -73,59 +64,30 @@ class Experts(nnx.Module):
             self.gate = ExpertLinear("gate", (E, D, F), std=config.init_std, bias=config.bias)
         self.down = ExpertLinear("down", (E, F, D), std=residual_std(config), bias=config.bias)
 
-    def __call__(self, x_BTD: jax.Array, capacity_factor: float = 0.0) -> tuple[jax.Array, Routing]:
-        """What each token gets, and how the experts were used.
-
-        Args:
-          capacity_factor: slots of an expert, as a multiple of its even share of a sequence's
-            choices; 0: dropless, where what a token gets depends on that token alone.
-        """
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
+        """[B, T, D], and how the experts were used."""
         routes = self.router(x_BTD)
-        if capacity_factor:
-            y_BTD, dropped = with_capacity(
-                self.config, self._weights(), x_BTD, routes, capacity_factor
-            )
-        else:
-            y_BTD = dropless(self.config, self._weights(), x_BTD, routes)
-            dropped = jnp.zeros(())
-        return constrain(y_BTD, "batch", "sequence", "width"), Routing.of(routes, dropped)
-
-    def _weights(self) -> Weights:
         state = nnx.to_flat_state(nnx.state(self))
         named = {".".join(map(str, path)): weight[...] for path, weight in state}
-        return {
+        weights = {
             name: named[name].astype(self.dtype) if name.endswith("weight") else named[name]
             for name in _AXES
             if name in named
         }
-
-
-def mlp(
-    config: ModelConfig, product: Callable[[jax.Array, str], jax.Array], x: jax.Array
-) -> jax.Array:
-    """W_down f(W_up x) of each row with its own expert's weights.
-
-    Args:
-      product: (rows, "up", "gate" or "down") -> rows times that weight, and its bias.
-    """
-    up = product(x, "up")
-    gate = product(x, "gate") if config.activation == "swiglu" else None
-    return product(activate(config.activation, up, gate), "down")
+        y_BTD = dropless(self.config, weights, x_BTD, routes)
+        return constrain(y_BTD, "batch", "sequence", "width"), Routing.of(routes)
 
 
 def dropless(config: ModelConfig, weights: Weights, x_BTD: jax.Array, routes: Routes) -> jax.Array:
-    """[B, T, D]: every choice is computed.
-
-    By each device for its own tokens, since a token's result depends on no other.
-    """
+    """[B, T, D]: each device computes every choice of its own tokens."""
     compute = functools.partial(_grouped, config)
-    arguments = (x_BTD, routes.chosen_BTK, routes.gates_BTK)
+    arguments = (x_BTD, routes.chosen_BTk, routes.gates_BTk)
     if math.prod(shares(axis) for axis in ("batch", "sequence", "expert", "embed", "mlp")) == 1:
         return compute(weights, *arguments)
     columns = partition_of(["mlp"])[0]
     parts = shares("mlp")
 
-    def on_one_device(weights, *arguments):
+    def on_one_device(weights: Weights, *arguments: jax.Array) -> jax.Array:
         weights = {name: _gather(weight, name, columns) for name, weight in weights.items()}
         if "down.bias" in weights:  # each device of the tensor axis adds its part of the sum
             weights["down.bias"] = weights["down.bias"] / parts
@@ -141,9 +103,9 @@ def dropless(config: ModelConfig, weights: Weights, x_BTD: jax.Array, routes: Ro
 
 
 def _gather(weight: jax.Array, name: str, columns: str) -> jax.Array:
-    """All experts and rows of a weight, of which each device has a share; the columns stay shared.
+    """All experts and rows of a weight that is divided over devices; the columns stay divided.
 
-    Its gradient is a reduce-scatter.
+    The gradient of the gathering is a reduce-scatter.
     """
     for dimension, axes in enumerate(partition_of(_AXES[name])):
         for axis in (axes,) if isinstance(axes, str) else axes or ():
@@ -156,107 +118,51 @@ def _grouped(
     config: ModelConfig,
     weights: Weights,
     x_BTD: jax.Array,
-    chosen_BTK: jax.Array,
-    gates_BTK: jax.Array,
+    chosen_BTk: jax.Array,
+    gates_BTk: jax.Array,
 ) -> jax.Array:
-    """`dropless` of one device: all rows of one expert side by side, then each back to its place.
+    """`dropless` on one device: the rows of each expert side by side, then each back to its place.
 
-    A here counts the choices of all B sequences. N blocks of M rows, S = N M (grouped.py)
+    Returns [B, T, D]: sum_k g_k W_down f(W_up x), summed in float32, in the dtype of x.
     """
     B, T, D = x_BTD.shape
-    K = chosen_BTK.shape[-1]
-    slot_A, choice_S, expert_N = lay_out(chosen_BTK.reshape(-1), config.n_expert)
+    k = chosen_BTk.shape[-1]
+    slot_A, choice_s, expert_n = lay_out(chosen_BTk.reshape(-1), config.n_expert)
 
-    def product(x_NMD, name):
-        y = grouped_matmul(x_NMD, weights[f"{name}.weight"], expert_N)
+    def product(x_nmD: jax.Array, name: str) -> jax.Array:
+        y_nmF = grouped_matmul(x_nmD, weights[f"{name}.weight"], expert_n)
         if f"{name}.bias" in weights:
-            y = y + spread(weights[f"{name}.bias"][expert_N][:, None, :], y)
-        return checkpoint_name(y, PRODUCT)
+            y_nmF = y_nmF + spread(weights[f"{name}.bias"][expert_n][:, None, :], y_nmF)
+        return checkpoint_name(y_nmF, PRODUCT)
 
-    rows_1AD = jnp.repeat(x_BTD.reshape(1, B * T, D), K, axis=1)
-    rows_1SD = exchange(rows_1AD, choice_S[None], slot_A[None])
-    y_NMD = mlp(config, product, rows_1SD.reshape(len(expert_N), -1, D))
-    y_1AD = exchange(y_NMD.reshape(1, -1, D), slot_A[None], choice_S[None])
-    return mix(y_1AD.reshape(B, T, K, D), gates_BTK)
-
-
-def with_capacity(
-    config: ModelConfig, weights: Weights, x_BTD: jax.Array, routes: Routes, factor: float
-) -> tuple[jax.Array, jax.Array]:
-    """[B, T, D] of the choices that found a slot, and the share of those that found none.
-
-    A gate stays what it is when another choice of its token is dropped.
-    """
-    B, T, D = x_BTD.shape
-    E, K = config.n_expert, config.n_expert_active
-    C = slots(T, E, K, factor)
-    slot_BA, choice_BS = assign(routes.chosen_BTK, E, C)
-
-    def product(x_BECD, name):
-        y = jnp.einsum("BECD,EDF->BECF", x_BECD, weights[f"{name}.weight"])
-        if f"{name}.bias" in weights:
-            y = y + spread(weights[f"{name}.bias"][None, :, None, :], y)
-        width = "width" if name == "down" else "mlp"
-        y = constrain(y, "batch_of_experts", "expert", None, width)
-        return checkpoint_name(y, PRODUCT)
-
-    rows_BSD = exchange(jnp.repeat(x_BTD, K, axis=1), choice_BS, slot_BA)
-    rows_BECD = constrain(rows_BSD.reshape(B, E, C, D), "batch", None, None, "width")
-    rows_BECD = constrain(rows_BECD, "batch_of_experts", "expert", None, "width")
-    y_BECD = constrain(mlp(config, product, rows_BECD), "batch", None, None, "width")
-    y_BAD = exchange(y_BECD.reshape(B, E * C, D), slot_BA, choice_BS)
-    dropped = jnp.mean((slot_BA == E * C).astype(jnp.float32))
-    return mix(y_BAD.reshape(B, T, K, D), routes.gates_BTK), dropped
-
-
-def slots(length: int, experts: int, active: int, factor: float) -> int:
-    """C: factor times the even share T K / E, rounded up; T is as many as can be used.
-
-    The factor as it is written: 1.1 * 100 is a little over 110 in binary floats.
-    """
-    share = Fraction(length * active, experts)
-    return min(length, math.ceil(Fraction(str(factor)) * share))
-
-
-def assign(chosen_BTK: jax.Array, experts: int, capacity: int) -> tuple[jax.Array, jax.Array]:
-    """(slot_BA, choice_BS): which slot of S = E C each choice has, and which choice each slot.
-
-    Each is the other's inverse. S stands for a dropped choice, A for an empty slot.
-    """
-    B = chosen_BTK.shape[0]
-    expert_BA = chosen_BTK.reshape(B, -1)
-    A, S = expert_BA.shape[1], experts * capacity
-    is_of_BAE = jax.nn.one_hot(expert_BA, experts, dtype=jnp.int32)
-    before_BA = jnp.sum((jnp.cumsum(is_of_BAE, axis=1) - is_of_BAE) * is_of_BAE, axis=-1)
-    slot_BA = jnp.where(before_BA < capacity, expert_BA * capacity + before_BA, S)
-    choices_A, empty_S = jnp.arange(A), jnp.full(S, A)
-    choice_BS = jax.vmap(lambda slot_A: empty_S.at[slot_A].set(choices_A, mode="drop"))(slot_BA)
-    return slot_BA, choice_BS
+    rows_AD = jnp.repeat(x_BTD.reshape(B * T, D), k, axis=0)
+    x_nmD = exchange(rows_AD, choice_s, slot_A).reshape(len(expert_n), -1, D)
+    up_nmF = product(x_nmD, "up")
+    gate_nmF = product(x_nmD, "gate") if config.activation == "swiglu" else None
+    y_nmD = product(activate(config.activation, up_nmF, gate_nmF), "down")
+    y_AD = exchange(y_nmD.reshape(-1, D), slot_A, choice_s)
+    mixed_BTD = jnp.sum(y_AD.reshape(B, T, k, D) * gates_BTk[..., None], axis=2)
+    return mixed_BTD.astype(x_BTD.dtype)
 
 
 @jax.custom_vjp
-def exchange(x_BRD: jax.Array, source_BI: jax.Array, back_BR: jax.Array) -> jax.Array:
-    """y[b, i] = x[b, source[b, i]]; zero where source is R, which is none of the rows.
+def exchange(x_RD: jax.Array, source_i: jax.Array, back_R: jax.Array) -> jax.Array:
+    """y[i] = x[source[i]] for R rows; zero if source[i] is R, which is none of the rows.
 
     Args:
-      back_BR: the inverse of source, I where no i has row r. With it the gradient is an exchange
-        too, where that of a plain gather would add up rows one by one.
+      back_R: the inverse of source, out of range where no i has row r. With it the gradient is an
+        exchange too; the gradient of a plain gather would add up rows one by one.
     """
-    return jax.vmap(lambda x, source: x.at[source].get(mode="fill", fill_value=0))(x_BRD, source_BI)
+    return x_RD.at[source_i].get(mode="fill", fill_value=0)
 
 
-def _exchange_forward(x_BRD, source_BI, back_BR):
-    return exchange(x_BRD, source_BI, back_BR), (source_BI, back_BR)
+def _exchange_forward(x_RD, source_i, back_R):
+    return exchange(x_RD, source_i, back_R), (source_i, back_R)
 
 
-def _exchange_backward(residuals, gradient_BID):
-    source_BI, back_BR = residuals
-    return exchange(gradient_BID, back_BR, source_BI), None, None
+def _exchange_backward(residuals, gradient_iD):
+    source_i, back_R = residuals
+    return exchange(gradient_iD, back_R, source_i), None, None
 
 
 exchange.defvjp(_exchange_forward, _exchange_backward)
-
-
-def mix(y_BTKD: jax.Array, gates_BTK: jax.Array) -> jax.Array:
-    """sum_k g_k y_k, in float32; [B, T, D] in the dtype of y."""
-    return jnp.sum(y_BTKD * gates_BTK[..., None], axis=2).astype(y_BTKD.dtype)

@@ -53,7 +53,6 @@ def parameter_count(spec: ModelSpec) -> int:
     """Trained numbers, without the padding of the vocabulary."""
     config = spec.config
     row = config.d_model * (1 if config.tie_embeddings else 2)
-    row += config.value_embeddings * config.n_kv_head * config.head_size
     total = sum(math.prod(leaf.shape) for leaf in abstract_params(spec).values())
     return total - row * (spec.padded_vocab_size - spec.vocab_size)
 
@@ -117,10 +116,7 @@ def mfu(
     devices: list[jax.Device],
     window: int | None = None,
 ) -> float | None:
-    """Share of the devices' bfloat16 peak, or None when a peak is unknown.
-
-    In [0, 1], but for training.float8, whose peak is twice as high where devices have one.
-    """
+    """Share of the devices' bfloat16 peak, in [0, 1], or None when a peak is unknown."""
     peaks = [peak_flops(device.device_kind) for device in devices]
     if not all(peaks):
         return None

@@ -1,55 +1,63 @@
-"""Causal self-attention by the makers of devices: kernels that never hold a row of T scores.
+"""Causal self-attention, by plain JAX or by kernels that never hold a row of T scores.
 
     plain     softmax(Q K^T / sqrt(H) + M) V as attention.py writes it; anywhere
     splash    Pallas's kernel for TPUs (jax.experimental.pallas.ops.tpu.splash_attention)
     cudnn     NVIDIA's (jax.nn.dot_product_attention with implementation="cudnn")
 
-Each computes the same function, to rounding, in memory that grows with T instead of T^2, and leaves
-out the blocks that the causal mask hides: FlashAttention (Dao et al. 2022; Dao 2023). This file is
-the only one that knows them, and which devices and sizes each can take.
+All compute the same function, to rounding. The kernels need memory that grows with T instead of
+T^2 and leave out the blocks that the causal mask hides: FlashAttention (Dao et al. 2022; Dao 2023).
+Only this file knows the kernels, and which devices and sizes each can take.
 
-What it is not: attention over a key/value cache, which stays attention.py's.
+If the mesh divides the sequence, each device gathers the keys and values of all positions, and its
+queries are two chunks in the zig-zag order (context.py). Gathered keys are small beside the rest of
+a pass.
+
+What it is not: attention over a key/value cache, which is in gpt.py.
 
     B batch  T query position  S key position  N heads  K key/value heads  H head size
 """
 
-import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llm.config import ModelConfig
 from llm.errors import UsageError
-from llm.model.attention import attend, causal_mask
-from llm.model.context import RESIDUAL, gathered, ring_attention, zigzag_positions
-from llm.model.sharding import chunks_of, partition_of, per_device, shares
+from llm.model.attention import attend, visible
+from llm.model.context import gathered, positions_on_devices
+from llm.model.sharding import chunks_of, constrain, is_divided, partition_of, per_device, shares
 
 Kernel = Literal["plain", "cudnn", "splash"]
 
-# The operation whose results cuDNN's backward pass reads. They have no name for jax.checkpoint.
+# The operation whose results cuDNN's backward pass reads; jax.checkpoint knows no name for them.
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"
 # A TPU's vector registers have 128 lanes; splash's blocks of positions are multiples of that.
 LANES = 128
-# Where queries, and keys and values, lie on the mesh.
+# MaxText's default for each of splash's blocks (configs/base.yml, sa_block_q).
+LARGEST_BLOCK = 512
+# The name, for jax.checkpoint, of what splash keeps for its backward pass beside its inputs.
+RESIDUAL = "attention_residual"
+# Where queries, keys and values, and segments lie on the mesh.
 QUERIES = partition_of(("batch", "sequence", "heads", None))
 KEYS = partition_of(("batch", "sequence", "kv_heads", None))
-# MaxText's default for each of splash's blocks (configs/base.yml, sa_block_q); not measured here.
-LARGEST_BLOCK = 512
+SEGMENTS = partition_of(("batch", "sequence"))
 
 
 def choose_attention(
     wanted: Literal["auto"] | Kernel, model: ModelConfig, compute_dtype: str, mesh: Any
 ) -> Kernel:
-    """The kernel for training.attention = `wanted` on this mesh; auto: the fastest that can.
+    """The kernel for training.attention = `wanted` on this mesh; "auto" takes the fastest it can.
 
-    The mesh's devices decide, not those of this machine: a program may be compiled for others.
+    The mesh's devices decide, not this machine's: a program may be compiled for other devices.
 
     Args:
-      mesh: a Mesh, or what has a mesh's shape and such devices (training/targets.py:Outline).
+      mesh: a Mesh, or an object with a mesh's shape and devices (planning/targets.py:Outline).
     Raises:
-      UsageError: the one asked for cannot be used; says why, and what to use.
+      UsageError: the kernel that was asked for cannot be used; says why, and what to use.
     """
     if wanted == "plain":
         return wanted
@@ -68,7 +76,7 @@ def choose_attention(
 
 
 def _splash_obstacle(model: ModelConfig, mesh: Mesh) -> str:
-    """Why splash cannot be used; "" where it can."""
+    """Why splash cannot be used; "" if it can."""
     device, parts = mesh.devices.flat[0], mesh.shape["context"]
     if device.platform != "tpu":
         return f"it is for TPUs, and the mesh is of {device.device_kind}"
@@ -84,9 +92,9 @@ def _splash_obstacle(model: ModelConfig, mesh: Mesh) -> str:
 
 
 def _cudnn_obstacle(model: ModelConfig, compute_dtype: str, mesh: Mesh) -> str:
-    """Why cuDNN's kernel cannot be used; "" where it can.
+    """Why cuDNN's kernel cannot be used; "" if it can.
 
-    The bounds are those of jax/_src/cudnn/fused_attention_stablehlo.py (JAX 0.10 to 0.12).
+    The bounds are those of jax/_src/cudnn/fused_attention_stablehlo.py.
     """
     device = mesh.devices.flat[0]
     capability = _cuda_capability(device)
@@ -105,109 +113,154 @@ def _cudnn_obstacle(model: ModelConfig, compute_dtype: str, mesh: Mesh) -> str:
             f"it takes heads of at most {largest} in multiples of 8, and model.d_model / "
             f"model.n_head = {model.head_size}"
         )
-    if mesh.shape["context"] > 1:
-        return f"it needs whole sequences, and mesh.context = {mesh.shape['context']}"
     return ""
 
 
 def _cuda_capability(device: jax.Device) -> tuple[int, ...]:
-    """(major, minor) of an NVIDIA GPU; (0, 0) of anything else."""
+    """(major, minor) of an NVIDIA GPU; (0, 0) for anything else."""
     numbers = str(getattr(device, "compute_capability", "")).split(".")
     is_nvidia = device.platform in ("gpu", "cuda") and all(map(str.isdecimal, numbers))
     return tuple(map(int, numbers)) if is_nvidia else (0, 0)
 
 
-def causal_attention(
+def self_attention(
     kernel: Kernel,
     query_BTNH: jax.Array,
     key_BTKH: jax.Array,
     value_BTKH: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
     *,
-    zigzag: bool = False,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Each position mixes the values of positions at or before it: [B, T, N, H].
+    """Each position mixes the values of the positions that are `visible` to it: [B, T, N, H].
 
     Args:
       kernel: as `choose_attention` chose it. Only plain drops weights.
       query_BTNH, key_BTKH, value_BTKH: as `attend` takes them.
-      zigzag: the positions stand in the order of context.py; not with dropout.
+      positions_BT: int32, the position of each query and key in its segment, of one row or of B.
+        If the mesh divides the sequence they stand in the zig-zag order; plain takes any order.
+      segments_BT: int32 segments in the same order; None: each row is one segment.
     """
-    if kernel == "splash":
-        return splash_attention(query_BTNH, key_BTKH, value_BTKH, zigzag=zigzag)
+    assert kernel == "plain" or dropout_key is None
+    query_BTNH = constrain(query_BTNH, "batch", "sequence", "heads", None)
     if kernel == "cudnn":
-        return cudnn_attention(query_BTNH, key_BTKH, value_BTKH)
-    if zigzag:
-        return per_device(ring_attention, (QUERIES, KEYS, KEYS), QUERIES)(
-            query_BTNH, key_BTKH, value_BTKH
-        )
+        return cudnn_attention(query_BTNH, key_BTKH, value_BTKH, segments_BT)
+    if kernel == "splash":
+        return splash_attention(query_BTNH, key_BTKH, value_BTKH, segments_BT)
+    if is_divided("sequence"):
+        key_BTKH = constrain(key_BTKH, "batch", None, "kv_heads", None)
+        value_BTKH = constrain(value_BTKH, "batch", None, "kv_heads", None)
+    visible_BTS = visible(positions_BT, positions_BT, segments_BT, segments_BT)
     return attend(
-        query_BTNH,
-        key_BTKH,
-        value_BTKH,
-        causal_mask(query_BTNH.shape[1]),
-        dropout=dropout,
-        dropout_key=dropout_key,
+        query_BTNH, key_BTKH, value_BTKH, visible_BTS, dropout=dropout, dropout_key=dropout_key
     )
 
 
 def is_residual(operation: Any, *inputs: Any, **settings: Any) -> bool:
-    """A policy of jax.checkpoint: what a kernel's backward pass reads beside its inputs is kept."""
+    """A policy for jax.checkpoint: keep what a kernel's backward pass reads beside its inputs."""
     named = jax.checkpoint_policies.save_only_these_names(RESIDUAL)
     return operation.name == CUDNN_FORWARD or named(operation, *inputs, **settings)
 
 
-def cudnn_attention(query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array) -> jax.Array:
-    """causal_attention by cuDNN, each device its rows and heads."""
-    attention = functools.partial(
-        jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"
-    )
-    return per_device(attention, (QUERIES, KEYS, KEYS), QUERIES)(query_BTNH, key_BTKH, value_BTKH)
+def cudnn_attention(
+    query_BTNH: jax.Array,
+    key_BTKH: jax.Array,
+    value_BTKH: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> jax.Array:
+    """`self_attention` by cuDNN; each device computes its rows, heads and queries.
+
+    The kernel knows no segments and no queries that begin after its keys. Both are then a mask,
+    one number for each pair of positions and for all heads, and a divided sequence computes the
+    hidden blocks too.
+
+    Raises:
+      UsageError: segments of windows with an odd number of tokens, which the masked kernel refuses.
+    """
+    T, parts = query_BTNH.shape[1], shares("sequence")
+    if segments_BT is not None and T % 2:
+        raise UsageError(
+            f"training.attention = 'cudnn' takes documents packed in one window only if the "
+            f"window's tokens are even, found {T}; make model.context_length even, or use 'plain'"
+        )
+
+    def attention(query_at_T, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+        mask_B1TS = None
+        if parts > 1 or segments_BT is not None:
+            key_at_S = jnp.arange(key_BSKH.shape[1])
+            visible_BTS = visible(query_at_T[None], key_at_S[None], segments_BT, segments_BS)
+            mask_B1TS = visible_BTS[:, None]
+        return jax.nn.dot_product_attention(
+            query_BTNH,
+            key_BSKH,
+            value_BSKH,
+            mask=mask_B1TS,
+            is_causal=parts == 1,
+            implementation="cudnn",
+        )
+
+    query_at_T = jnp.asarray(positions_on_devices(T, parts))
+    over_all_keys = _over_all_keys(attention, partition_of(("sequence",)))
+    return over_all_keys(query_at_T, query_BTNH, key_BTKH, value_BTKH, segments_BT)
 
 
 def splash_attention(
     query_BTNH: jax.Array,
     key_BTKH: jax.Array,
     value_BTKH: jax.Array,
+    segments_BT: jax.Array | None = None,
     *,
-    zigzag: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """causal_attention by splash, each device its rows, heads and queries.
-
-    Where the mesh divides the sequence, each device gathers the keys and values of all positions:
-    little beside what a pass holds anyway, since nothing grows with T times S here.
+    """`self_attention` by splash; each device computes its rows, heads and queries.
 
     Args:
-      zigzag: as in `causal_attention`.
-      interpret: run what the kernel is written in on any device, slowly.
+      interpret: run the kernel's own program on any device, slowly.
     """
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
     _, T, N, H = query_BTNH.shape
     parts = shares("sequence")
-    positions_T = zigzag_positions(T, parts) if zigzag else np.arange(T, dtype=np.int32)
-    kernel = _splash_kernel(positions_T, N // shares("heads"), parts, interpret)
+    kernel = _splash_kernel(T, N // shares("heads"), parts, interpret)
 
-    def attention(kernel, query_BTNH, key_BSKH, value_BSKH):
-        if parts > 1:
-            key_BSKH, value_BSKH = (gathered(x, zigzag=zigzag) for x in (key_BSKH, value_BSKH))
+    def attention(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
         # The kernel itself does not divide by sqrt(H).
         scaled_BTNH = query_BTNH * np.asarray(H**-0.5, query_BTNH.dtype)
         heads_first = [x.swapaxes(1, 2) for x in (scaled_BTNH, key_BSKH, value_BSKH)]
-        return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
+        segments = None if segments_BT is None else SegmentIds(segments_BT, segments_BS)
+        return jax.vmap(kernel)(*heads_first, segments).swapaxes(1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     blocks = None if mesh.empty else NamedSharding(mesh, partition_of((None, "sequence")))
-    kernel_spec = blocks and kernel.manual_sharding_spec(blocks)
-    divided = per_device(attention, (kernel_spec, QUERIES, KEYS, KEYS), QUERIES)
-    return divided(kernel, query_BTNH, key_BTKH, value_BTKH)
+    over_all_keys = _over_all_keys(attention, blocks and kernel.manual_sharding_spec(blocks))
+    return over_all_keys(kernel, query_BTNH, key_BTKH, value_BTKH, segments_BT)
 
 
-def _splash_kernel(positions_T: np.ndarray, heads: int, parts: int, interpret: bool) -> Any:
-    """The kernel and its tables of blocks, for queries at these positions on `parts` devices."""
+def _over_all_keys(attention: Callable[..., jax.Array], tables_spec: Any) -> Callable[..., Any]:
+    """(tables, queries, keys, values, segments) -> `attention`, on each device for its queries.
+
+    Args:
+      attention: (tables, queries, keys of all positions, values of all positions, segments of the
+        queries, segments of all positions), inside shard_map; both segments may be None.
+      tables_spec: how the mesh divides the tables.
+    """
+
+    def on_one_device(tables, query_BTNH, key_BTKH, value_BTKH, segments_BT):
+        by_key = key_BTKH, value_BTKH, segments_BT
+        if is_divided("sequence"):
+            by_key = jax.tree.map(gathered, by_key)
+        key_BSKH, value_BSKH, segments_BS = by_key
+        return attention(tables, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
+
+    return per_device(on_one_device, (tables_spec, QUERIES, KEYS, KEYS, SEGMENTS), QUERIES)
+
+
+def _splash_kernel(length: int, heads: int, parts: int, interpret: bool) -> Any:
+    """The kernel and its tables of blocks for a sequence on `parts` devices."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    length = len(positions_T)
     queries, keys = block_of(length // chunks_of(parts)), block_of(length)
     sizes = splash.BlockSizes(
         block_q=queries,
@@ -218,7 +271,7 @@ def _splash_kernel(positions_T: np.ndarray, heads: int, parts: int, interpret: b
         block_kv_dq=keys,
     )
     mask = splash.CausalMask((length, length), shard_count=parts)
-    mask.q_sequence = positions_T
+    mask.q_sequence = positions_on_devices(length, parts)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,

@@ -128,7 +128,9 @@ def head_loss(
         return jax.tree.map(jnp.add, total, terms), None
 
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
-    return jax.lax.scan(add_chunk, zero, _split(chunks, hidden_BTD, targets_BT, weights_BT))[0]
+    return jax.lax.scan(
+        add_chunk, zero, split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
+    )[0]
 
 
 def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chunks):
@@ -138,7 +140,7 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
     after the last chunk: a sum over all rows would be all-reduced, [D, V], in every chunk.
     """
     head_DV = _gathered(head_DV)
-    parts = _split(chunks, hidden_BTD, targets_BT, weights_BT)
+    parts = split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
     R = math.gcd(shares("batch"), parts[0].shape[1])
     S = math.gcd(shares("sequence"), parts[0].shape[2])
 
@@ -168,7 +170,7 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
     start = (zero, constrain(none_RSDV, "batch", "sequence", None, "vocab"))
     (terms, d_head_RSDV), d_hidden_CBTD = jax.lax.scan(add_chunk, start, parts)
     d_head_DV = constrain(d_head_RSDV.sum(axis=(0, 1)), "embed", "vocab").astype(head_DV.dtype)
-    return terms, (_join(d_hidden_CBTD, hidden_BTD.shape[1]), d_head_DV)
+    return terms, (join_positions(d_hidden_CBTD, hidden_BTD.shape[1]), d_head_DV)
 
 
 def _head_loss_backward(options, chunks, gradients, cotangent):
@@ -286,7 +288,7 @@ def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
     return constrain(logits_BTV, "batch", "sequence", "vocab")
 
 
-def _split(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
+def split_positions(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
     """[B, T, ...] -> [C, B, T/C, ...], every C-th position to a part; T filled up with zeros.
 
     Strided, so that each part keeps the sharding of T: contiguous parts would each lie on a few
@@ -309,7 +311,7 @@ def _by_device(R: int, S: int, x_BTF: jax.Array) -> jax.Array:
     return x_RSBTF.reshape(R, S, -1, F)
 
 
-def _join(parts_CBT: jax.Array, length: int) -> jax.Array:
-    """The inverse of _split."""
+def join_positions(parts_CBT: jax.Array, length: int) -> jax.Array:
+    """The inverse of `split_positions`; what filled up the last part is cut away."""
     C, B, T = parts_CBT.shape[:3]
     return jnp.moveaxis(parts_CBT, 0, 2).reshape(B, C * T, *parts_CBT.shape[3:])[:, :length]

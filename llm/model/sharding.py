@@ -108,9 +108,6 @@ def check_divisible(
         ("vocabulary padded by model.vocab_multiple", padded_vocab_size, "tensor", axis["tensor"]),
         ("model.context_length", model.context_length, "context", chunks_of(axis["context"])),
     ]
-    if model.value_embeddings:
-        width = model.n_kv_head * model.head_size
-        divisions.append(("model.n_kv_head x head size", width, "fsdp", axis["fsdp"]))
     for name, size, mesh_axis, parts in divisions:
         if size % parts:
             below, above = size // parts * parts, -(-size // parts) * parts

@@ -137,16 +137,14 @@ def predicting_mesh(spec: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh of as many of the devices as the model's sizes can be divided over.
 
     First over heads, MLP columns and vocabulary (the tensor axis), because that divides the
-    key/value cache and attention as well; what is left, over the width of the weights (fsdp), that
-    of value embeddings included. No device then gathers a weight: XLA sums the devices' partial
-    products, and only activations travel.
+    key/value cache and attention as well; what is left, over the width of the weights (fsdp). No
+    device then gathers a weight: XLA sums the devices' partial products, and only activations
+    travel.
     """
     config, count = spec.config, len(devices)
     columns = math.gcd(config.n_kv_head, config.d_ff, spec.padded_vocab_size, count)
     # Rows of the matrices that write into the stream are divided over both axes.
     width = math.gcd(math.gcd(config.d_model, config.d_ff) // columns, count // columns)
-    if config.value_embeddings:
-        width = math.gcd(width, config.n_kv_head * config.head_size)
     mesh = MeshConfig(data=1, fsdp=width, tensor=columns)
     return make_mesh(mesh, devices[: columns * width])
 

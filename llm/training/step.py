@@ -22,7 +22,7 @@ from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_mo
 from llm.training.state import HISTORY, TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
-ROUTER_METRICS = ("load_balancing_loss", "router_z_loss", "router_load_max", "router_dropped")
+ROUTER_METRICS = ("load_balancing_loss", "router_z_loss", "router_load_max")
 
 # How a batch of windows, int32 [B, T + 1], lies on the mesh. The odd position keeps the windows
 # whole; the context axis divides the T inputs inside the step.
@@ -147,7 +147,7 @@ def accumulate_gradients(
         return jax.tree.map(jnp.add, total, micro(*part)), None
 
     none = jnp.zeros(())
-    routing = Routing(none, none, none, none) if spec.config.has_experts else None
+    routing = Routing(none, none, none) if spec.config.has_experts else None
     zero = (jax.tree.map(jnp.zeros_like, params), StepTerms(none, none, routing))
     return jax.lax.scan(add, zero, (jnp.arange(micro_batches), parts_ABT))[0]
 
@@ -160,14 +160,11 @@ def _objective(
     batch_shape: tuple[int, int],
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, StepTerms]:
-    model = bind(dataclasses.replace(spec, float8=training.float8), params)
+    model = bind(spec, params)
     inputs_BT = constrain(rows_BT[:, :-1], "batch", "sequence")
     targets_BT = constrain(rows_BT[:, 1:], "batch", "sequence")
     hidden_BTD, routing_L = model.hidden_and_routing(
-        inputs_BT,
-        dropout_key=dropout_key,
-        remat=training.remat,
-        capacity_factor=training.capacity_factor,
+        inputs_BT, dropout_key=dropout_key, remat=training.remat
     )
     B, T = targets_BT.shape
     tokens_in_step = batch_shape[0] * (batch_shape[1] - 1)
@@ -201,8 +198,7 @@ def router_metrics(routing: Routing | None) -> Metrics:
     """The fields of metrics.jsonl that only a model with experts has."""
     if routing is None:
         return {}
-    values = (routing.load_balancing, routing.z_loss, routing.load_max, routing.dropped)
-    return dict(zip(ROUTER_METRICS, values, strict=True))
+    return dict(zip(ROUTER_METRICS, routing, strict=True))
 
 
 def all_finite(weights: Params) -> jax.Array:
