@@ -72,7 +72,7 @@ def weight_bytes(decoder: Decoder, rows: int) -> int:
     for name, weight in decoder.params.items():
         if is_of_experts(name, weight):
             total += weight.nbytes * read // config.n_expert
-        elif not name.startswith(("embed.", "value_embed.")):
+        elif not name.startswith("embed."):
             total += weight.nbytes
     return total
 
