@@ -53,7 +53,7 @@ def prepare(options: argparse.Namespace, path: Path):
     from llm.inference.records import RecordBuilder, to_line
     from llm.model.gpt import ModelSpec
     from llm.model.sharding import make_mesh
-    from llm.run.model import compute_dtype
+    from llm.run.open import compute_dtype
     from llm.text.tokenizer import ByteTokenizer, tiktoken_tokenizer
     from llm.training.optimizer import make_optimizer
     from llm.training.state import create_state

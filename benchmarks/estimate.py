@@ -53,7 +53,7 @@ def window_losses(run_dir: Path) -> np.ndarray:
     from llm.model.gpt import bind
     from llm.model.loss import token_log_likelihood
     from llm.run.directory import RunDirectory
-    from llm.run.model import open_model
+    from llm.run.open import open_model
     from llm.text.shards import prepare
 
     opened = open_model(run_dir)

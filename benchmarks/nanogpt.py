@@ -85,7 +85,7 @@ def our_step(recipe):
     from llm.model.gpt import ModelSpec
     from llm.model.kernels import choose_attention
     from llm.model.sharding import make_mesh
-    from llm.run.model import compute_dtype
+    from llm.run.open import compute_dtype
     from llm.training.optimizer import make_optimizer
     from llm.training.state import create_state
     from llm.training.step import make_train_step

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 
 from llm.config import MeshConfig
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, UsageError
 from llm.model.sharding import make_mesh, sharding_of
+from llm.run.arrays import Identity, Piece, params_sha256
 from llm.run.checkpoint import (
     Checkpoints,
-    params_sha256,
+    DamageError,
     read_receipt,
-    restore_group,
+    read_step,
+    restore,
     saved_steps,
     verify_files,
 )
@@ -62,11 +65,18 @@ def abstract(arrays, mesh, axes):
     return {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for n, a in arrays.items()}
 
 
+def opened(groups_=("params",)):
+    """What whoever opens a model asks for."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    return {group: abstract(groups(5)[group], mesh, ()) for group in groups_}
+
+
 @pytest.mark.parametrize("fsdp", [1, 2, 8])
 def test_a_checkpoint_opens_on_another_mesh_bit_for_bit(saved, fsdp):
     mesh = make_mesh(MeshConfig(data=1, fsdp=fsdp), jax.devices()[:fsdp])
     params = groups(5)["params"]
-    restored = restore_group(saved, "params", abstract(params, mesh, ("embed", None)))
+    wanted = {"params": abstract(params, mesh, ("embed", None))}
+    restored = read_step(saved, wanted).groups["params"]
     assert restored["w0"].addressable_shards[0].data.shape == (8 // fsdp, 4)
     for name, array in params.items():
         np.testing.assert_array_equal(restored[name], array)
@@ -76,10 +86,12 @@ def test_a_checkpoint_opens_on_another_mesh_bit_for_bit(saved, fsdp):
 def test_a_byte_flipped_in_any_file_is_found(copy):
     verify_files(copy)
     files = sorted(path for path in copy.rglob("*") if path.is_file())
-    assert len(files) > 8
+    names = [str(path.relative_to(copy)) for path in files]
+    arrays = ["params/0.safetensors", "training/0.safetensors"]
+    assert names == ["manifest.json", arrays[0], "receipt.json", arrays[1]]
     for path in files:
         content = path.read_bytes()
-        for place in {0, len(content) // 2, len(content) - 1} if content else ():
+        for place in {*range(0, len(content), 7), len(content) - 1}:
             flipped = bytearray(content)
             flipped[place] ^= 1
             path.write_bytes(flipped)
@@ -89,7 +101,7 @@ def test_a_byte_flipped_in_any_file_is_found(copy):
     verify_files(copy)
 
 
-def test_a_file_truncated_missing_or_added_is_found_and_named(copy):
+def test_a_file_truncated_or_missing_is_found_and_named(copy):
     for path in sorted(path for path in copy.rglob("*") if path.is_file()):
         content = path.read_bytes()
         if content:
@@ -100,17 +112,114 @@ def test_a_file_truncated_missing_or_added_is_found_and_named(copy):
         with pytest.raises(CheckpointError, match=path.name):
             verify_files(copy)
         path.write_bytes(content)
-    (copy / "params" / "stranger").write_text("x")
-    with pytest.raises(CheckpointError, match="stranger"):
+
+
+def test_a_file_that_the_manifest_does_not_list_is_nobodys_damage(copy):
+    for folder in (copy, copy / "params", copy / "training"):
+        (folder / ".DS_Store").write_text("x")
+    verify_files(copy)
+    assert read_step(copy, opened()).step == 5
+
+
+def test_a_flipped_byte_is_named_or_changes_nothing_that_is_read(copy):
+    """Parameters are verified as they are placed, without a pass over their file."""
+    path = copy / "params" / "0.safetensors"
+    content, harmless = path.read_bytes(), 0
+    for place in range(0, len(content), 5):
+        flipped = bytearray(content)
+        flipped[place] ^= 1
+        path.write_bytes(flipped)
+        try:
+            read = read_step(copy, opened()).groups["params"]
+        except DamageError as error:
+            assert "params/0.safetensors has changed" in str(error)
+            continue
+        harmless += 1
+        for name, array in groups(5)["params"].items():
+            np.testing.assert_array_equal(read[name], array)
+    assert harmless < 9  # where a piece ends in the file, which follows from its shape
+
+
+def test_a_model_opens_without_a_byte_of_the_optimizer(copy):
+    shutil.rmtree(copy / "training")
+    restored = read_step(copy, opened())
+    np.testing.assert_array_equal(restored.groups["params"]["w0"], groups(5)["params"]["w0"])
+    with pytest.raises(CheckpointError, match=r"training/0.safetensors is missing"):
         verify_files(copy)
+    with pytest.raises(CheckpointError, match=r"training/0.safetensors is missing"):
+        read_step(copy, opened(("params", "training")))
+
+
+def test_who_trains_sets_a_bad_step_aside_and_who_reads_leaves_it(copy):
+    root = copy.parent
+    shutil.copytree(copy, root / "7")
+    (root / "7" / "params" / "0.safetensors").write_bytes(b"short")
+    with pytest.warns(UserWarning, match="step 7 is passed over: .*expected .* bytes, found 5"):
+        assert restore(root, opened(), "pass over").step == 5
+    assert saved_steps(root) == [5, 7]
+    with pytest.raises(CheckpointError, match=r"step 7 cannot be trusted"):
+        restore(root, opened(), "pass over", step=7)
+    said = []
+    assert restore(root, opened(), "set aside", say=said.append).step == 5
+    assert saved_steps(root) == [5] and "set aside as" in said[0]
+    (root / "5" / "receipt.json").unlink()
+    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint can be trusted.*5.damaged"):
+        restore(root, opened(), "set aside", say=said.append)
+
+
+def test_a_checkpoint_of_an_earlier_version_is_named_and_left_alone(copy):
+    (copy / "manifest.json").write_text('{"schema": 1, "files": {}, "sha256": ""}')
+    with pytest.raises(UsageError, match="saved by an earlier version"):
+        restore(copy.parent, opened(), "set aside")
+    assert saved_steps(copy.parent) == [5]
+
+
+@pytest.mark.parametrize("axes", [{}, {"fsdp": 2}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}])
+def test_the_hash_of_the_parameters_does_not_depend_on_how_they_are_cut(axes):
+    """By the shards that several processes would hold, in whatever order they are counted."""
+    count = math.prod(axes.values())
+    mesh = make_mesh(MeshConfig(**{"data": 1, **axes}), jax.devices()[:count])
+    random = np.random.default_rng(0)
+    arrays = {
+        "matrix": random.normal(size=(16, 24)).astype("f4"),
+        "vector": random.normal(size=(8,)).astype("f4"),
+        "scalar": np.float32(3),
+        "experts": random.normal(size=(2, 8, 12)).astype("f4"),
+    }
+    identity = Identity()
+    axes_of = {"matrix": ("embed", "mlp"), "vector": ("embed",), "experts": (None, "embed", "mlp")}
+    for name, array in arrays.items():
+        placed = jax.device_put(array, sharding_of(mesh, axes_of.get(name, ())))
+        for shard in reversed(placed.addressable_shards):
+            if shard.replica_id == 0:
+                start = tuple(part.start or 0 for part in shard.index)
+                identity.add(Piece(name, array.shape, start, np.asarray(shard.data)))
+    assert identity.sha256() == params_sha256(arrays)
+
+
+def test_the_hash_of_the_parameters_tells_small_changes():
+    array = np.random.default_rng(0).normal(size=(32, 16)).astype("f4")
+    array[0, :4] = 1.0
+    changed = [array.copy() for _ in range(6)]
+    changed[0][3, 4] = -changed[0][3, 4]
+    changed[1][0, [0, 1]] = -1.0  # two signs, which a plain sum would not see
+    changed[2][[4, 5]] = changed[2][[5, 4]]
+    changed[3][:, [4, 5]] = changed[3][:, [5, 4]]
+    changed[4] = array.reshape(16, 32)
+    changed[5].view(np.uint32)[9, 9] ^= 1
+    hashes = {params_sha256({"w": one}) for one in [array, *changed]}
+    assert len(hashes) == 7
+    assert params_sha256({"v": array}) not in hashes
 
 
 def test_arrays_of_another_model_are_refused_by_name(saved):
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     wanted = abstract(groups(5)["params"], mesh, (None, None))
     wanted["w1"] = jax.ShapeDtypeStruct((8, 5), jnp.float32, sharding=wanted["w1"].sharding)
-    with pytest.raises(CheckpointError, match=r"w1 has shape \(8, 4\), expected \(8, 5\)"):
-        restore_group(saved, "params", wanted)
+    shapes = r"w1 has shape \(8, 4\) of float32, expected \(8, 5\) of float32"
+    with pytest.raises(CheckpointError, match=shapes):
+        read_step(saved, {"params": wanted})
+    assert saved.exists()
 
 
 def test_the_best_stays_until_a_better_one_is_on_disk(tmp_path):
@@ -169,7 +278,7 @@ def test_a_failed_background_save_is_noticed_and_leaves_the_steps_before_it(
     save(checkpoints, 1)
     monkeypatch.setenv("LLM_FAULT", f"{place}:raise")
     checkpoints.save(2, groups(2), receipt)
-    checkpoints._job.thread.join()
+    checkpoints._writer.join()
     with pytest.raises(CheckpointError, match="step 2 could not be saved"):
         checkpoints.check_for_errors()
     monkeypatch.delenv("LLM_FAULT")

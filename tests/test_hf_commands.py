@@ -17,7 +17,7 @@ from llm.commands import diff, export_hf, import_hf, replay, run_command, score,
 from llm.config import ModelConfig
 from llm.errors import LLMError, UsageError
 from llm.model.gpt import ModelSpec, abstract_params
-from llm.run.model import open_model
+from llm.run.open import open_model
 from llm.text.tokenizer import CharacterTokenizer, tiktoken_tokenizer
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"

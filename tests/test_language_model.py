@@ -19,7 +19,7 @@ import pytest
 import llm
 import llm.commands.sample
 import llm.commands.score
-import llm.run.model
+import llm.run.open
 from llm.api import results
 from llm.api.language_model import LanguageModel
 from llm.config import Config, ModelConfig, SamplingConfig
@@ -34,7 +34,7 @@ from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.sharding import check_divisible
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
-from llm.run.model import predicting_mesh
+from llm.run.open import predicting_mesh
 from llm.run.receipt import make_receipt, receipt_logprobs
 from llm.text.tokenizer import ByteTokenizer
 
@@ -203,7 +203,7 @@ def test_what_is_not_given_is_as_the_runs_section_has_it(lm, command, tmp_path):
 def test_in_bfloat16_the_record_carries_the_measured_distance(lm, command, monkeypatch, tmp_path):
     spec = dataclasses.replace(lm.spec, compute_dtype="bfloat16")
     opened = dataclasses.replace(lm.opened, spec=spec)
-    monkeypatch.setattr(llm.run.model, "open_model", lambda run, step=None: opened)
+    monkeypatch.setattr(llm.run.open, "open_model", lambda run, step=None: opened)
     command(llm.commands.sample, "--num-samples", 1, "--probs", tmp_path / "command.jsonl")
     written = read_records(tmp_path / "command.jsonl")
     assert written[0]["numerics"]["cached_minus_full_nats"] >= 0.0

@@ -723,7 +723,7 @@ def run(tmp_path_factory):
 def decoder(run):
     """The same model without a server."""
     from llm.inference.decode import Decoder
-    from llm.run.model import open_model
+    from llm.run.open import open_model
 
     opened = open_model(run)
     return Decoder.create(opened.spec, opened.params, opened.tokenizer)

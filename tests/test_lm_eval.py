@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from runs import QUICK_COMPILING
 
-import llm.run.model
+import llm.run.open
 from llm.commands import run_command
 from llm.commands.eval import _report, main
 from llm.commands.import_hf import write_run
@@ -26,7 +26,7 @@ from llm.inference.decode import Decoder, Request
 from llm.inference.filters import Sampling
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, bind, initialise
-from llm.run.model import OpenedModel
+from llm.run.open import OpenedModel
 from llm.text.bpe import train_bpe
 from llm.text.tokenizer import END_OF_TEXT, CharacterTokenizer
 
@@ -126,7 +126,7 @@ def model():
 @pytest.fixture(autouse=True)
 def the_run(monkeypatch, model):
     """open_model gives this one for any run directory."""
-    monkeypatch.setattr(llm.run.model, "open_model", lambda run, step=None: model)
+    monkeypatch.setattr(llm.run.open, "open_model", lambda run, step=None: model)
     monkeypatch.setattr(llm.commands.eval, "prepare_process", lambda: None)
 
 

@@ -16,7 +16,7 @@ import llm.commands.sample
 import llm.commands.score
 import llm.inference.samples
 import llm.pages.attention
-import llm.run.model
+import llm.run.open
 from llm.commands import run_command
 from llm.commands.score import worst_passages
 from llm.config import Config, ModelConfig, SamplingConfig
@@ -26,7 +26,7 @@ from llm.inference.records import read_records
 from llm.inference.samples import continued, in_order, overlay
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.pages.attention_view import attention_page
-from llm.run.model import OpenedModel
+from llm.run.open import OpenedModel
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def opened(tokenizer, compute_dtype="float32"):
 def model(monkeypatch):
     """open_model gives this one for any run directory."""
     chosen = {"model": opened(ByteTokenizer())}
-    monkeypatch.setattr(llm.run.model, "open_model", lambda run, step=None: chosen["model"])
+    monkeypatch.setattr(llm.run.open, "open_model", lambda run, step=None: chosen["model"])
     for command in (llm.commands.sample, llm.commands.score):
         monkeypatch.setattr(command, "prepare_process", lambda: None)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
@@ -207,7 +207,7 @@ def test_a_warning_is_one_clean_line(command, model, monkeypatch, capsys):
         warnings.warn("step 20 is passed over: x has changed", stacklevel=2)
         return model["model"]
 
-    monkeypatch.setattr(llm.run.model, "open_model", warning)
+    monkeypatch.setattr(llm.run.open, "open_model", warning)
     assert command() == 0
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "WARNING: step 20 is passed over: x has changed"

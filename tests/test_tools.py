@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import STEPS, train, write_config
 
-import llm.run.model
+import llm.run.open
 from llm.commands import diff, replay, run_command, verify
 from llm.errors import CheckpointError, DataError, UsageError
 from llm.inference.distribution import Prediction
@@ -54,7 +54,7 @@ def test_verify_finds_a_changed_byte(runs, tmp_path, capsys):
 def removing(monkeypatch, run, times, adding=()):
     """As a run that trains: the next `times` steps that are opened are removed before they are
     read, each time after the next of `adding` was saved."""
-    open_model, removed, new = llm.run.model.open_model, [], list(adding)
+    open_model, removed, new = llm.run.open.open_model, [], list(adding)
 
     def opening(path, step=None):
         if len(removed) < times:
@@ -64,7 +64,7 @@ def removing(monkeypatch, run, times, adding=()):
             shutil.rmtree(run / "checkpoints" / str(step))
         return open_model(path, step)
 
-    monkeypatch.setattr(llm.run.model, "open_model", opening)
+    monkeypatch.setattr(llm.run.open, "open_model", opening)
     return removed
 
 

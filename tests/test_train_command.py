@@ -218,7 +218,7 @@ def test_a_corpus_that_changed_is_named(copy, unbroken, tmp_path):
 def test_a_config_that_is_not_the_models_disagrees_with_the_receipt(copy):
     config = copy / "run" / "config.toml"
     config.write_text(config.read_text().replace("norm_epsilon = 1e-05", "norm_epsilon = 0.1"))
-    from llm.run.model import open_model
+    from llm.run.open import open_model
 
     with pytest.raises(CheckpointError, match=r"mean log-probability of -\d.* expected -\d"):
         open_model(copy / "run")
@@ -414,24 +414,24 @@ def test_a_backend_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatch)
 
 def test_a_model_is_opened_while_its_steps_are_deleted(copy, monkeypatch):
     """A trainer that removes the step just chosen: the reader goes on to the other."""
-    from llm.run import model
+    from llm.run import checkpoint, open
 
     root = copy / "run" / "checkpoints"
-    verify = model.verify_files
+    verify = checkpoint.verify_files
 
-    def vanishing(folder):
+    def vanishing(folder, *arguments):
         if folder.name == str(STEPS):
             shutil.rmtree(folder)
-        return verify(folder)
+        return verify(folder, *arguments)
 
-    monkeypatch.setattr(model, "verify_files", vanishing)
+    monkeypatch.setattr(checkpoint, "verify_files", vanishing)
     steps = sorted(int(path.name) for path in root.iterdir())
-    assert model.open_model(copy / "run").step == steps[-2]
+    assert open.open_model(copy / "run").step == steps[-2]
 
 
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux's prlimit")
 def test_a_file_size_limit_in_a_save_loses_nothing(unbroken_process, tmp_path):
-    """A real limit of the system, reached while Orbax writes step 8."""
+    """A real limit of the system, reached while step 8 is written."""
     from llm.run.checkpoint import verify_files
 
     config = write_config(tmp_path)

@@ -48,7 +48,7 @@ from llm.inference.transcript import Token
 from llm.model.flops import parameter_count
 from llm.model.gpt import ModelSpec
 from llm.pages.attention import attention_of
-from llm.run.model import OpenedModel, open_model
+from llm.run.open import OpenedModel, open_model
 from llm.text.tokenizer import Ids, Tokenizer
 
 

@@ -24,7 +24,7 @@ from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     from llm.interop.lm_eval import Options as HarnessOptions
-    from llm.run.model import OpenedModel
+    from llm.run.open import OpenedModel
 
 
 def _names(words: tuple[str, ...]) -> tuple[str, ...]:

@@ -177,7 +177,7 @@ def write_run(
 ) -> str:
     """Everything that a run directory holds; returns the parameters' sha256."""
     from llm.config import Config, RunConfig, TokenizerConfig
-    from llm.run.checkpoint import params_sha256
+    from llm.run.checkpoint import read_receipt
     from llm.run.directory import RunDirectory
     from llm.run.provenance import describe_import
 
@@ -191,7 +191,7 @@ def write_run(
         tokenizer=TokenizerConfig(kind=tokenizer.name),
     )
     run.write_config(config.resolved())
-    return params_sha256(params)
+    return read_receipt(run.checkpoints / "0")["params_sha256"]
 
 
 def _save_checkpoint(

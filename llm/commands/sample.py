@@ -35,7 +35,7 @@ from llm.runtime import prepare_process
 if TYPE_CHECKING:
     from llm.inference.decode import Decoder, Request
     from llm.inference.records import Record, RecordBuilder
-    from llm.run.model import OpenedModel
+    from llm.run.open import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from llm.inference.records import Record, RecordBuilder
     from llm.inference.score import Scorer
     from llm.inference.transcript import Token
-    from llm.run.model import OpenedModel
+    from llm.run.open import OpenedModel
     from llm.text.tokenizer import Ids, Tokenizer
 
 # A passage is so many tokens: a line or two of text, long enough to be read alone.

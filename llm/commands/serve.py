@@ -21,7 +21,7 @@ from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.run.model import OpenedModel
+    from llm.run.open import OpenedModel
     from llm.serving.server import Served, Site
 
 # Tokens, of all kinds, at which cached decoding is compared with one whole pass in bfloat16.

@@ -17,13 +17,13 @@ from llm.inference.samples import DEFAULT_TOP
 
 if TYPE_CHECKING:
     from llm.inference.records import Record
-    from llm.run.model import OpenedModel
+    from llm.run.open import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
 
 def open_and_say(run: str, step: int | None) -> "OpenedModel":
     """`open_model`; each warning, such as of a step that is passed over, in one line on stderr."""
-    from llm.run.model import open_model
+    from llm.run.open import open_model
 
     def say(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"WARNING: {message}", file=sys.stderr)

@@ -212,7 +212,7 @@ def _make_job(
     from llm.model.kernels import choose_attention
     from llm.model.remat import check_remat
     from llm.model.sharding import check_divisible, check_sizes, make_mesh
-    from llm.run.model import compute_dtype
+    from llm.run.open import compute_dtype
     from llm.run.provenance import check_compute_dtype
     from llm.text.batches import check_windows
     from llm.text.splits import check_held_out

@@ -87,7 +87,7 @@ def verify_step(run_dir: Path, step: int) -> dict[str, Any] | None:
     """The JSON object of one step, and its problem as text or None; None: the run removed it."""
     from llm.run.checkpoint import read_receipt, verify_files
     from llm.run.directory import RunDirectory
-    from llm.run.model import open_model
+    from llm.run.open import open_model
 
     folder = RunDirectory(run_dir).checkpoints / str(step)
     result: dict[str, Any] = {

@@ -10,7 +10,7 @@ from llm.config import Config
 from llm.model.gpt import ModelSpec
 from llm.model.kernels import choose_attention
 from llm.model.sharding import check_sizes, make_mesh
-from llm.run.model import compute_dtype
+from llm.run.open import compute_dtype
 from llm.text.batches import TrainingBatches, check_windows, training_batches
 from llm.text.shards import TokenizedCorpus, prepare
 

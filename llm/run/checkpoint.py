@@ -1,54 +1,68 @@
 """Checkpoints: save in the background, count only what is whole on disk, verify, restore.
 
-    checkpoints/STEP/params/ training/    the arrays, as Orbax writes them
+    checkpoints/STEP/params/ training/    the arrays, a file for each process (llm/run/arrays.py)
     checkpoints/STEP/receipt.json         what the parameters are and predict (llm/run/receipt.py)
-    checkpoints/STEP/manifest.json        size and sha256 of every other file, and its own
+    checkpoints/STEP/manifest.json        size and sha256 of every other file, by group, and its own
 
-A step is written in `STEP.partial`, hashed, flushed to disk with its folders, and renamed: a folder
-named by a bare number is complete. An old step is renamed to `STEP.deleting` before it is removed,
-a step that does not verify to `STEP.damaged`. So a kill at any instant leaves the steps there were.
-Order is by step, never by time.
+A step is written in `STEP.partial`, flushed to disk with its folders, and renamed: a folder named
+by a bare number is complete. An old step is renamed to `STEP.deleting` before it is removed, a step
+that does not verify to `STEP.damaged`. So a kill at any instant leaves the steps there were. Order
+is by step, never by time, and nothing here waits by the clock.
 
-Several processes write one step together, into a file system that all of them see: each its shards,
-process 0 the rest, and a step counts for all once process 0 has renamed it.
+Several processes write one step together, into a file system that all of them see: each writes and
+hashes its own pieces, process 0 joins what they say of these into the manifest, and a step counts
+for all once process 0 has renamed it.
 
-Orbax: https://orbax.readthedocs.io. It has no checksum of its own for arrays, hence the manifest.
+What the manifest lists must be as it was saved. A file that it does not list is nobody's damage.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
 import shutil
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
-from llm.errors import CheckpointError, LLMError
+from llm.errors import CheckpointError, LLMError, UsageError
 from llm.faults import fault_point
 from llm.files import (
     disk_full_reason,
     flush_folder,
-    flush_tree,
     free_bytes,
     is_disk_full,
+    partial_folder,
     readable_bytes,
+    whole_folder,
 )
+from llm.run.arrays import Identity, Piece, StoredArray, own_pieces, stored_arrays, write_pieces
 from llm.run.hosts import Hosts
 
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
+# Version 1 held Orbax's files, and one list of them.
+SCHEMA = 2
+# Groups of arrays. "params" apart, so that whoever opens a model reads nothing else.
 GROUPS = ("params", "training")
+# As a group of files: the receipt, which is read with every other.
+RECEIPT_GROUP = "receipt"
 
-# What a checkpoint holds: group -> name -> array. "params" apart, so that a sampler reads no more.
+# What a checkpoint holds: group -> name -> array.
 Groups = Mapping[str, Mapping[str, Any]]
-Receipt = Mapping[str, Any]
-# From the sha256 of the parameters to what else the receipt says.
-MakeReceipt = Callable[[], Receipt]
+# What is asked of one: group -> name -> jax.ShapeDtypeStruct with a sharding, on any mesh.
+Abstract = Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
+# What else the receipt says, beside the step and the parameters' sha256.
+MakeReceipt = Callable[[], Mapping[str, Any]]
+
+
+class DamageError(CheckpointError):
+    """A step's files are not those that were saved."""
 
 
 def saved_steps(root: Path) -> list[int]:
@@ -63,99 +77,190 @@ def read_receipt(folder: Path) -> dict[str, Any]:
     return _read_json(folder / RECEIPT)
 
 
-def verify_files(folder: Path) -> None:
-    """Compare every file of a step with the manifest.
+def verify_files(
+    folder: Path,
+    groups: Iterable[str] = (*GROUPS, RECEIPT_GROUP),
+    hosts: Hosts | None = None,
+) -> None:
+    """Compare the files of these groups with the manifest. Collective: each process reads a share.
 
     Raises:
-      CheckpointError: naming the first file that is missing, changed or not of the checkpoint.
+      DamageError: naming the first file that is missing or has changed.
+      UsageError: the step was saved by an earlier version.
     """
-    saved = _read_json(folder / MANIFEST)
-    files = saved.get("files") if isinstance(saved, dict) else None
-    if not isinstance(files, dict) or saved.get("sha256") != _sha256_of_json(files):
-        raise CheckpointError(
-            f"{folder / MANIFEST} is not the manifest that was saved: it is damaged"
-        )
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    for name, expected in files.items():
-        if name not in found:
-            raise CheckpointError(f"{folder / name} is missing; expected {expected['bytes']} bytes")
-        size = (folder / name).stat().st_size
+    hosts = hosts or Hosts()
+    manifest = _read_manifest(folder)
+    files = sorted(item for group in groups for item in manifest[group].items())
+    share = files[hosts.index :: hosts.count]
+    problems = (_problem(folder / name, expected) for name, expected in share)
+    problem = next(filter(None, problems), "")
+    for said in hosts.gather("files", problem):
+        if said:
+            raise DamageError(said)
+
+
+def _problem(path: Path, expected: Mapping[str, Any]) -> str:
+    """What is wrong with a file, or ""."""
+    try:
+        size = path.stat().st_size
         if size != expected["bytes"]:
-            raise CheckpointError(
-                f"{folder / name}: expected {expected['bytes']} bytes, found {size}"
-            )
-        sha256 = _sha256_of_file(folder / name)
-        if sha256 != expected["sha256"]:
-            raise CheckpointError(
-                f"{folder / name} has changed: expected sha256 {expected['sha256']}, found {sha256}"
-            )
-    extra = found - set(files) - {MANIFEST}
-    if extra:
-        raise CheckpointError(f"{folder} has files that were not saved with it: {min(extra)}")
+            return f"{path}: expected {expected['bytes']} bytes, found {size}"
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return f"{path} is missing; expected {expected['bytes']} bytes"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
+    if sha256 != expected["sha256"]:
+        return f"{path} has changed: expected sha256 {expected['sha256']}, found {sha256}"
+    return ""
 
 
-def restore_group(folder: Path, group: str, abstract: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays of one group, each born with the sharding that `abstract` gives it.
+@dataclass(frozen=True)
+class Restored:
+    """What was read of a step: the groups that were asked for, and its receipt."""
+
+    step: int
+    folder: Path
+    groups: dict[str, dict[str, jax.Array]]
+    receipt: dict[str, Any]
+
+
+def restore(
+    root: Path,
+    wanted: Abstract,
+    on_bad: Literal["set aside", "pass over"],
+    *,
+    step: int | None = None,
+    hosts: Hosts | None = None,
+    say: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3),
+) -> Restored | None:
+    """The newest step that verifies, or `step`; None when nothing was saved. Collective.
 
     Args:
-      abstract: name -> jax.ShapeDtypeStruct with a sharding; any mesh, whatever it was saved from.
+      wanted: the groups to read and verify, with what each array has to be; no other is touched.
+      on_bad: whether a step that does not verify is renamed, by whom the run belongs to, or left as
+        it is. A step that somebody removes while it is read is passed over in silence.
     Raises:
-      CheckpointError: the checkpoint holds other arrays than those.
+      CheckpointError: there are steps and none is good, or one is of other settings than the run.
     """
-    ocp = _orbax()
-    path = (folder / group).resolve()
-    arguments = ocp.args.PyTreeRestore(
-        dict(abstract),
-        restore_args=ocp.checkpoint_utils.construct_restore_args(dict(abstract)),
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        held = _array_shapes(checkpointer.metadata(path))
-        _check_shapes(folder, held, {name: tuple(leaf.shape) for name, leaf in abstract.items()})
-        return dict(checkpointer.restore(path, arguments))
+    hosts = hosts or Hosts()
+    tried: dict[int, str] = {}
+
+    def choose() -> int | None:
+        # Read anew each time, since a trainer may add to the steps.
+        untried = [s for s in saved_steps(root) if s not in tried and step in (None, s)]
+        return untried[-1] if untried else None
+
+    while (chosen := hosts.decide("the step to open", choose)) is not None:
+        folder = root / str(chosen)
+        try:
+            return read_step(folder, wanted, hosts)
+        except DamageError as error:
+            tried[chosen] = ""
+            if on_bad == "set aside":
+                aside = hosts.decide("set aside", lambda at=chosen: str(set_aside(root, at)))
+                say(
+                    f"WARNING: the checkpoint of step {chosen} is damaged, set aside as {aside}: "
+                    f"{error}"
+                )
+            elif folder.exists():
+                tried[chosen] = str(error)
+                if step is None:
+                    say(f"step {chosen} is passed over: {error}")
+    damaged = list(filter(None, tried.values()))
+    if on_bad == "set aside":
+        damaged = hosts.decide("damage", lambda: [p.name for p in root.glob("*.damaged*")])
+    if damaged:
+        which = "no checkpoint can" if step is None else f"step {step} cannot"
+        raise CheckpointError(
+            f"in {root} {which} be trusted; restore one from a copy, or begin again with another "
+            "run.dir:\n  " + "\n  ".join(damaged)
+        )
+    return None
 
 
-def _read_params(folder: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The parameters in this process's memory, read by it alone while the others do other things.
+def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Restored:
+    """Read groups of one step, and verify what is read. Collective.
 
-    Orbax waits for all processes unless it is told that there is one.
+    Raises:
+      DamageError: a file of these groups is not what was saved.
+      CheckpointError: the step holds other arrays than are wanted.
     """
-    ocp = _orbax()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=0, active_processes={0}, barrier_sync_key_prefix="receipt"
-    )
-    arguments = ocp.args.PyTreeRestore(
-        restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in names}
-    )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        return dict(checkpointer.restore((folder / "params").resolve(), arguments))
+    hosts = hosts or Hosts()
+    verify_files(folder, [RECEIPT_GROUP, *(set(wanted) - {"params"})], hosts)
+    receipt = read_receipt(folder)
+    groups: dict[str, dict[str, jax.Array]] = {}
+    identity, problem = Identity(), ""
+    try:
+        for group, abstract in wanted.items():
+            stored = _stored(folder, group)
+            _check_shapes(folder, stored, abstract)
+            groups[group] = _place(stored, abstract, hosts, identity if group == "params" else None)
+    except (CheckpointError, OSError, ValueError, KeyError) as error:
+        problem = str(error) if isinstance(error, LLMError) else f"{folder} cannot be read: {error}"
+    # Parameters are verified by their own sha256, taken of what was read.
+    for sums, said in hosts.gather("identity", [identity.sums, problem]):
+        problem = problem or said
+        if sums is not identity.sums:
+            identity.merge(sums)
+    found = identity.sha256()
+    if not problem and "params" in wanted and found != receipt["params_sha256"]:
+        problem = (
+            f"{folder}: the parameters that were read have sha256 {found}, expected "
+            f"{receipt['params_sha256']}"
+        )
+    if problem:
+        verify_files(folder, wanted, hosts)  # names the file
+        raise CheckpointError(problem)
+    return Restored(int(folder.name), folder, groups, receipt)
 
 
-def _array_shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
-    tree = getattr(metadata, "item_metadata", metadata)
-    tree = getattr(tree, "tree", tree)
-    return {name: tuple(leaf.shape) for name, leaf in tree.items()}
+def _place(
+    stored: Mapping[str, StoredArray],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    hosts: Hosts,
+    identity: Identity | None,
+) -> dict[str, jax.Array]:
+    """Arrays on their devices, each born in its shards; counts what was read into `identity`.
+
+    A process that is alone counts the very bytes that it places. Several read what their devices
+    need, and count a share of the pieces each.
+    """
+    arrays = {}
+    for name, leaf in abstract.items():
+        array = stored[name]
+        if hosts.alone:
+            whole = array.read()
+            if identity is not None:
+                identity.add(Piece(name, array.shape, (0,) * whole.ndim, whole))
+            arrays[name] = jax.make_array_from_callback(
+                leaf.shape, leaf.sharding, lambda index, whole=whole: np.array(whole[index])
+            )
+            continue
+        arrays[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, array.read)
+        for piece in array.pieces(slice(hosts.index, None, hosts.count)) if identity else ():
+            identity.add(piece)
+    return arrays
+
+
+def _stored(folder: Path, group: str) -> dict[str, StoredArray]:
+    return stored_arrays(folder / name for name in sorted(_read_manifest(folder)[group]))
 
 
 def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in sorted({*held, *wanted}):
-        if held.get(name) != wanted.get(name):
+        found, expected = (
+            f"{arrays[name].shape} of {arrays[name].dtype}" if name in arrays else None
+            for arrays in (held, wanted)
+        )
+        if found != expected:
             raise CheckpointError(
                 f"{folder} does not hold the model of the run's settings: {name} has shape "
-                f"{held.get(name, 'none: it is not there')}, expected "
-                f"{wanted.get(name, 'none: the model has no such array')}; config.toml and the "
+                f"{found or 'none: it is not there'}, expected "
+                f"{expected or 'none: the model has no such array'}; config.toml and the "
                 "checkpoint are not of one run"
             )
-
-
-def params_sha256(params: Mapping[str, Any]) -> str:
-    """Of names, dtypes, shapes and row-major bytes, in the order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(params):
-        array = np.ascontiguousarray(params[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.data if array.size else b"")
-    return digest.hexdigest()
 
 
 def set_aside(root: Path, step: int) -> Path:
@@ -167,14 +272,6 @@ def set_aside(root: Path, step: int) -> Path:
             flush_folder(root)
             return aside
     raise CheckpointError(f"{root} holds a thousand damaged copies of step {step}; clear them away")
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A save in the background."""
-
-    step: int
-    thread: threading.Thread
 
 
 class Checkpoints:
@@ -190,9 +287,9 @@ class Checkpoints:
         self.root, self.keep = root, keep
         self._hosts = hosts or Hosts()
         self._best: list[int] = []
-        self._job: _Job | None = None
+        self._step = -1
+        self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None
-        self._checkpointer: Any = None
         self._needed = 0
 
     @property
@@ -210,10 +307,7 @@ class Checkpoints:
         """Remove what a dead process left half-written or half-deleted. In process 0."""
         self.root.mkdir(parents=True, exist_ok=True)
         for path in self.root.iterdir():
-            if (
-                path.name.endswith((".partial", ".deleting"))
-                or ".orbax-checkpoint-tmp" in path.name
-            ):
+            if path.name.endswith((".partial", ".deleting")):
                 shutil.rmtree(path, ignore_errors=True)
 
     def steps(self) -> list[int]:
@@ -223,139 +317,103 @@ class Checkpoints:
     def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:
         """Take a copy of the arrays now, write it in the background. Collective.
 
-        Waits for an earlier save first. Safe against the next step's donation of the arrays.
+        Waits for an earlier save first. Safe against the next step's donation of the arrays. Each
+        process copies, writes and hashes the pieces that it holds, and no others.
 
         Args:
-          make_receipt: called in the background.
+          make_receipt: called in the background, in process 0.
         Raises:
           CheckpointError: an earlier save failed, or there is no room for this one.
         """
         self.wait()
-        self._needed = _total_bytes(groups)
-        partial = self.root / f"{step}.partial"
-        if not self._hosts.decide(f"save {step}", lambda: self._prepare(step, partial)):
+        self._needed = sum(
+            array.size * array.dtype.itemsize
+            for group in groups.values()
+            for array in group.values()
+        )
+        if not self._hosts.decide(f"save {step}", lambda: self._is_needed(step)):
             return
         fault_point("checkpoint.before_copy", step)
-        write_and_commit = self._write_alone if self._hosts.alone else self._write_together
-        finish = write_and_commit(step, partial, groups, make_receipt)
+        pieces = {group: own_pieces(groups[group]) for group in GROUPS}
 
         def work() -> None:
             try:
-                finish()
+                if self._hosts.is_first:
+                    self._write_and_commit(step, pieces, make_receipt)
+                else:
+                    self._write_for_first(step, pieces)
             except BaseException as error:
                 self._failure = error
 
-        thread = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
-        self._job = _Job(step, thread)
-        thread.start()
+        self._step = step
+        self._writer = threading.Thread(target=work, name=f"checkpoint-{step}", daemon=True)
+        self._writer.start()
 
     def check_for_errors(self) -> None:
         """Raise what a background save failed with; call it each step."""
         if self._failure is not None:
-            failure, self._failure = self._failure, None
-            step = self._job.step if self._job else None
-            self._job = None
-            if step is not None and self._hosts.is_first:
-                shutil.rmtree(self.root / f"{step}.partial", ignore_errors=True)
-            raise self._explain(failure, step) from failure
+            failure, self._failure, self._writer = self._failure, None, None
+            raise self._explain(failure) from failure
 
     def wait(self) -> None:
         """Until the save under way is on disk."""
-        if self._job is not None:
-            while self._job.thread.is_alive():
-                self._job.thread.join(1.0)
-                self._hosts.moved()  # however long a disk takes
+        while self._writer is not None and self._writer.is_alive():
+            self._writer.join(1.0)
+            self._hosts.moved()  # however long a disk takes
         self.check_for_errors()
-        self._job = None
+        self._writer = None
 
     def close(self) -> None:
-        """Let go of Orbax; a save under way is waited for, its failure is not raised."""
-        if self._job is not None:
-            self._job.thread.join()
-        if self._checkpointer is not None:
-            with contextlib.suppress(Exception):
-                self._checkpointer.close()
+        """Wait for a save under way; its failure is not raised."""
+        if self._writer is not None:
+            self._writer.join()
 
-    def _writer(self) -> Any:
-        if self._checkpointer is None:
-            ocp = _orbax()
-            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        return self._checkpointer
-
-    def _prepare(self, step: int, partial: Path) -> bool:
-        """Whether there is anything to save; makes room for it. In process 0."""
+    def _is_needed(self, step: int) -> bool:
+        """Whether there is anything to save. Raises when there is no room. In process 0."""
         if step in self.steps():
             return False
-        self._check_room()
-        shutil.rmtree(partial, ignore_errors=True)
+        free = free_bytes(self.root)
+        if free < self._needed:
+            raise CheckpointError(self._no_room(free))
         return True
 
-    def _write_alone(
-        self, step: int, partial: Path, groups: Groups, make_receipt: MakeReceipt
-    ) -> Callable[[], None]:
-        """Copy now; the rest is for the background.
-
-        Writes once more where Orbax ran out of time: it measures its limits by the wall clock
-        (0.12.8), so that a clock that is set forward in the middle of a save looks like a disk that
-        hangs.
-        """
-        arrays = _host_copy(groups)
-
-        def finish() -> None:
-            try:
-                self._write(partial, arrays)
-                self._writer().wait_until_finished()
-            except TimeoutError:
-                self._checkpointer = None
-                shutil.rmtree(partial, ignore_errors=True)
-                self._write(partial, arrays)
-                self._writer().wait_until_finished()
-            self._commit(step, partial, arrays["params"], make_receipt)
-
-        return finish
-
-    def _write_together(
-        self, step: int, partial: Path, groups: Groups, make_receipt: MakeReceipt
-    ) -> Callable[[], None]:
-        """Every process writes its shards; process 0 then commits, and tells the others."""
-        # Orbax returns once it holds every shard on the host; on CPU it holds a view, which keeps
-        # the next step from taking that memory (probed on jax 0.10 and 0.12).
-        self._write(partial, groups)
-
-        def finish() -> None:
-            self._writer().wait_until_finished()
-            if self._hosts.is_first:
-                params = _read_params(partial, groups["params"])
-                self._commit(step, partial, params, make_receipt)
-                self._hosts.tell(f"saved/{step}", True)
-            else:
-                self._hosts.hear(f"saved/{step}")
-
-        return finish
-
-    def _write(self, partial: Path, arrays: Groups) -> None:
-        ocp = _orbax()
-        items = {group: ocp.args.PyTreeSave(dict(arrays[group])) for group in GROUPS}
-        self._writer().save(partial.resolve(), ocp.args.Composite(**items))
-
-    def _commit(
-        self, step: int, partial: Path, params: Mapping[str, Any], make_receipt: MakeReceipt
+    def _write_and_commit(
+        self, step: int, pieces: Mapping[str, list[Piece]], make_receipt: MakeReceipt
     ) -> None:
-        """From Orbax's files to a step that counts; then, and only then, remove old ones."""
-        fault_point("checkpoint.after_write", step)
-        sha256 = params_sha256(params)
-        receipt = {"schema": 1, "step": step, "params_sha256": sha256, **make_receipt()}
-        (partial / RECEIPT).write_text(json.dumps(receipt, allow_nan=False))
-        fault_point("checkpoint.before_manifest", step)
-        (partial / MANIFEST).write_text(json.dumps(_manifest(partial), separators=(",", ":")))
-        fault_point("checkpoint.before_flush", step)
-        flush_tree(partial)
-        fault_point("checkpoint.before_commit", step)
-        partial.rename(self.root / str(step))
-        flush_folder(self.root)
+        """From arrays to a step that counts; then, and only then, remove old ones. In process 0."""
+        before_rename = functools.partial(fault_point, "checkpoint.before_commit", step)
+        with whole_folder(self.root / str(step), before_rename) as partial:
+            self._hosts.tell(f"saving/{step}", True)
+            parts = [_write_own(partial, pieces, self._hosts.index)]
+            for index in range(1, self._hosts.count):
+                parts.append(self._hosts.hear(f"written/{step}/{index}", forget=True))
+            fault_point("checkpoint.after_write", step)
+            identity = Identity()
+            for part in parts:
+                identity.merge(part["sums"])
+            receipt = {"schema": SCHEMA, "step": step, "params_sha256": identity.sha256()}
+            content = json.dumps({**receipt, **make_receipt()}, allow_nan=False).encode()
+            (partial / RECEIPT).write_bytes(content)
+            fault_point("checkpoint.before_manifest", step)
+            files: dict[str, dict[str, Any]] = {
+                group: {name: said for part in parts for name, said in part["files"][group].items()}
+                for group in GROUPS
+            }
+            sha256 = hashlib.sha256(content).hexdigest()
+            files[RECEIPT_GROUP] = {RECEIPT: {"bytes": len(content), "sha256": sha256}}
+            manifest = {"schema": SCHEMA, "groups": files, "sha256": _sha256_of_json(files)}
+            (partial / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")))
+            fault_point("checkpoint.before_flush", step)
         fault_point("checkpoint.after_commit", step)
-        verify_files(self.root / str(step))
+        self._hosts.tell(f"saved/{step}", True)
         self._remove_old()
+
+    def _write_for_first(self, step: int, pieces: Mapping[str, list[Piece]]) -> None:
+        """In the other processes: write beside process 0, tell it what, wait until it counts."""
+        self._hosts.hear(f"saving/{step}")
+        part = _write_own(partial_folder(self.root / str(step)), pieces, self._hosts.index)
+        self._hosts.tell(f"written/{step}/{self._hosts.index}", part)
+        self._hosts.hear(f"saved/{step}")
 
     def _remove_old(self) -> None:
         steps = self.steps()
@@ -369,74 +427,58 @@ class Checkpoints:
                 fault_point("checkpoint.deleting", step)
                 shutil.rmtree(doomed, ignore_errors=True)
 
-    def _check_room(self) -> None:
-        free = free_bytes(self.root)
-        if free < self._needed:
-            raise CheckpointError(_no_room(self.root, self._needed, free))
-
-    def _explain(self, failure: BaseException, step: int | None) -> LLMError:
+    def _explain(self, failure: BaseException) -> LLMError:
         if is_disk_full(failure):
-            why = disk_full_reason(failure)
-            return CheckpointError(_no_room(self.root, self._needed, free_bytes(self.root), why))
+            return CheckpointError(
+                self._no_room(free_bytes(self.root), f" ({disk_full_reason(failure)})")
+            )
         if isinstance(failure, LLMError):
             return failure
         reason = f"{type(failure).__name__}: {failure}".split("\n")[0][:500]
+        whole = ", ".join(map(str, self.steps())) or "none yet"
         return CheckpointError(
-            f"the checkpoint of step {step} could not be saved ({reason}); the steps before it are "
-            f"whole ({self._whole()}): mend the cause and run the same command again"
+            f"the checkpoint of step {self._step} could not be saved ({reason}); the steps before "
+            f"it are whole ({whole}): mend the cause and run the same command again"
         )
 
-    def _whole(self) -> str:
-        return ", ".join(map(str, self.steps())) or "none yet"
+    def _no_room(self, free: int, why: str = "") -> str:
+        return (
+            f"no room for a checkpoint in {self.root}{why}: it needs "
+            f"{readable_bytes(self._needed)} ({self._needed} bytes), "
+            f"{readable_bytes(free)} ({free} bytes) are free; the steps before it are whole: free "
+            "some space (or lower checkpoint.keep) and run the same command again"
+        )
 
 
-def _orbax() -> Any:
-    """Imported when it is needed, which takes most of a second."""
-    import logging
-
-    import orbax.checkpoint as ocp
-
-    # It warns of what is done here on purpose, and logs the errors that it then raises.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return ocp
-
-
-def _host_copy(groups: Groups) -> Groups:
-    # A true copy: on CPU np.asarray would share memory that the next step's donation overwrites.
-    fetched = jax.device_get({group: dict(arrays) for group, arrays in groups.items()})
-    return jax.tree.map(lambda array: np.array(array, copy=True), fetched)
+def _write_own(
+    partial: Path, pieces: Mapping[str, list[Piece]], process: int
+) -> dict[str, dict[str, Any]]:
+    """Write what this process holds; returns its part of the manifest and of the identity."""
+    files: dict[str, Any] = {}
+    for group in GROUPS:
+        name = f"{group}/{process}.safetensors"
+        (partial / group).mkdir(exist_ok=True)
+        files[group] = {name: write_pieces(partial / name, pieces[group])}
+    identity = Identity()
+    for piece in pieces["params"]:
+        identity.add(piece)
+    return {"files": files, "sums": identity.sums}
 
 
-def _total_bytes(groups: Groups) -> int:
-    return sum(
-        array.size * array.dtype.itemsize for group in groups.values() for array in group.values()
-    )
-
-
-def _no_room(root: Path, needed: int, free: int, why: str = "") -> str:
-    return (
-        f"no room for a checkpoint in {root}{f' ({why})' if why else ''}: it needs "
-        f"{readable_bytes(needed)} ({needed} bytes), "
-        f"{readable_bytes(free)} ({free} bytes) are free; the steps before it are whole: free "
-        "some space (or lower checkpoint.keep) and run the same command again"
-    )
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = {
-        str(path.relative_to(folder)): {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256_of_file(path),
-        }
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    return {"schema": 1, "files": files, "sha256": _sha256_of_json(files)}
-
-
-def _sha256_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files of each group: name -> {"bytes", "sha256"}."""
+    manifest = _read_json(folder / MANIFEST)
+    if isinstance(manifest, dict) and manifest.get("schema") == 1 and "files" in manifest:
+        raise UsageError(
+            f"{folder} was saved by an earlier version, in files of Orbax that this one does not "
+            "read; go on with the version that saved it (RUN/run.json names its code), or train "
+            "again in another run.dir"
+        )
+    groups = manifest.get("groups") if isinstance(manifest, dict) else None
+    said = (manifest.get("schema"), manifest.get("sha256")) if isinstance(groups, dict) else None
+    if said != (SCHEMA, _sha256_of_json(groups)):
+        raise DamageError(f"{folder / MANIFEST} is not the manifest that was saved: it is damaged")
+    return groups
 
 
 def _sha256_of_json(value: Any) -> str:
@@ -447,6 +489,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        raise DamageError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise CheckpointError(f"{path} is not JSON: it is damaged") from None
+        raise DamageError(f"{path} is not JSON: it is damaged") from None

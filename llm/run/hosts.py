@@ -162,18 +162,38 @@ class Hosts:
         assert said == what, f"process {self.index} asks for {what!r}, process 0 told {said!r}"
         return value
 
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """What each process says, in the order of the processes, on all of them; it must be JSON.
+
+        Called as `decide` is. This process's own value comes back as it is.
+        """
+        if self.alone:
+            return [value]
+        name = f"gathered/{self._decisions + 1}"
+        self.tell(f"{name}/{self.index}", value)
+        everybody = range(self.count) if self.is_first else ()
+        said = self.decide(what, lambda: [self.hear(f"{name}/{i}", True) for i in everybody])
+        return [value if index == self.index else other for index, other in enumerate(said)]
+
     def tell(self, name: str, value: Any) -> None:
         """Leave a JSON value for the others, once for each name. From any thread."""
         if not self.alone:
             self._store.key_value_set(f"llm/{name}", json.dumps(value))
 
-    def hear(self, name: str) -> Any:
-        """Wait for what another process tells, for as long as none of them fails."""
+    def hear(self, name: str, forget: bool = False) -> Any:
+        """Wait for what another process tells, for as long as none of them fails.
+
+        Args:
+          forget: nobody else will ask, so that the store need not keep it.
+        """
         while True:
             if threading.current_thread() is threading.main_thread():
                 self.moved()
             with contextlib.suppress(_timed_out()):
-                return json.loads(self._store.blocking_key_value_get(f"llm/{name}", 1000))
+                said = json.loads(self._store.blocking_key_value_get(f"llm/{name}", 1000))
+                if forget:
+                    self._store.key_value_delete(f"llm/{name}")
+                return said
 
     def check_same(self, config: Config) -> None:
         """Raises: UsageError: this process was started with other settings than process 0."""

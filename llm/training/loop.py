@@ -19,20 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llm.config import Config
-from llm.errors import CheckpointError, NonFiniteError, StoppedError, UsageError
+from llm.errors import NonFiniteError, StoppedError, UsageError
 from llm.faults import fault_point
 from llm.model.flops import mfu
 from llm.model.gpt import ModelSpec
 from llm.model.sharding import own_rows, shard_batch
-from llm.run.checkpoint import (
-    GROUPS,
-    Checkpoints,
-    params_sha256,
-    read_receipt,
-    restore_group,
-    set_aside,
-    verify_files,
-)
+from llm.run.checkpoint import Checkpoints, restore
 from llm.run.directory import RunDirectory
 from llm.run.hosts import Hosts
 from llm.run.metrics import Metrics
@@ -127,52 +119,18 @@ def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], N
     """
     optimizer = make_optimizer(job.config.optimizer)
     stacked = job.config.training.scan_layers
-    step = job.hosts.decide("the step to resume from", lambda: newest_good(checkpoints, say))
-    if step is None:
-        return create_state(job.spec, optimizer, job.config.run.seed, job.mesh, stacked=stacked)
-    folder = checkpoints.root / str(step)
     abstract = abstract_state(job.spec, optimizer, job.mesh, stacked=stacked)
-    shapes = to_groups(abstract)
-    groups = {group: restore_group(folder, group, shapes[group]) for group in GROUPS}
-    state = from_groups(abstract, groups)
-    _check_restored(job, state, folder)
-    return state
-
-
-def newest_good(checkpoints: Checkpoints, say: Callable[[str], None]) -> int | None:
-    """The newest step that verifies, None when nothing was ever saved; newer ones are set aside.
-
-    Raises:
-      CheckpointError: there are steps and none is good.
-    """
-    damaged = [path.name for path in checkpoints.root.glob("*.damaged*")]
-    for step in reversed(checkpoints.steps()):
-        try:
-            verify_files(checkpoints.root / str(step))
-        except CheckpointError as error:
-            aside = set_aside(checkpoints.root, step)
-            damaged.append(aside.name)
-            say(f"WARNING: the checkpoint of step {step} is damaged, set aside as {aside}: {error}")
-            continue
-        return step
-    if damaged:
-        raise CheckpointError(
-            f"no checkpoint in {checkpoints.root} can be trusted (aside: {', '.join(damaged)}); "
-            "restore one from a copy, or begin again with another run.dir"
-        )
-    return None
-
-
-def _check_restored(job: Job, state: TrainState, folder: Any) -> None:
-    receipt = read_receipt(folder)
-    if job.hosts.alone:  # several have read what `verify_files` compared; none of them has it all
-        found = params_sha256({name: np.asarray(leaf) for name, leaf in state.params.items()})
-        if found != receipt["params_sha256"]:
-            raise CheckpointError(
-                f"{folder}: the parameters that were read have sha256 {found}, expected "
-                f"{receipt['params_sha256']}"
-            )
-    check_receipt(job.spec, state.params, receipt, job.corpus.tokenizer.sha256, str(folder))
+    restored = restore(checkpoints.root, to_groups(abstract), "set aside", hosts=job.hosts, say=say)
+    if restored is None:
+        return create_state(job.spec, optimizer, job.config.run.seed, job.mesh, stacked=stacked)
+    check_receipt(
+        job.spec,
+        restored.groups["params"],
+        restored.receipt,
+        job.corpus.tokenizer.sha256,
+        str(restored.folder),
+    )
+    return from_groups(abstract, restored.groups)
 
 
 def _same_bits(a: jax.Array, b: jax.Array) -> bool:

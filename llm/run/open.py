@@ -6,25 +6,17 @@ A model is spread over the devices as it is read, so that it may be larger than 
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from llm.config import Config, MeshConfig
 from llm.errors import CheckpointError, UsageError
 from llm.model.gpt import ModelSpec, Params, abstract_params, logical_axes
 from llm.model.sharding import Mesh, make_mesh, tree_shardings
-from llm.run.checkpoint import (
-    params_sha256,
-    read_receipt,
-    restore_group,
-    saved_steps,
-    verify_files,
-)
+from llm.run.checkpoint import restore, saved_steps
 from llm.run.directory import RunDirectory
 from llm.run.receipt import check_receipt
 from llm.text.tokenizer import Tokenizer, load_tokenizer
@@ -83,48 +75,35 @@ def open_model(
     spec = ModelSpec(
         config.model, tokenizer.vocab_size, compute_dtype(config.training.compute_dtype)
     )
-    mesh = predicting_mesh(spec, devices if devices is not None else _own_devices())
-    tried: set[int] = set()
-    problems: list[str] = []
-    while (chosen := _choose(run, step, tried)) is not None:
-        tried.add(chosen)
-        folder = run.checkpoints / str(chosen)
-        try:
-            verify_files(folder)
-            params = _restore_params(spec, folder, mesh)
-            receipt = read_receipt(folder)
-        except Exception as error:
-            # Whatever a reader of files says when they go away meanwhile.
-            if not folder.exists():
-                continue
-            if not isinstance(error, CheckpointError | OSError | ValueError):
-                raise
-            problems.append(str(error))
-            if step is None:
-                warnings.warn(f"step {chosen} is passed over: {error}", stacklevel=2)
-            continue
-        return _opened(run, config, tokenizer, spec, params, chosen, receipt)
-    raise CheckpointError(_none_good(run, step, problems))
-
-
-def _choose(run: RunDirectory, step: int | None, tried: set[int]) -> int | None:
-    """The next step to try; the list is read anew each time, since a trainer may add to it."""
     steps = saved_steps(run.checkpoints)
-    if step is not None and step not in steps and step not in tried:
+    if step is not None and step not in steps:
         there_are = ", ".join(map(str, steps)) or "none"
         raise UsageError(f"{run.path} has no checkpoint of step {step}; there are: {there_are}")
-    untried = [s for s in steps if s not in tried and step in (None, s)]
-    return untried[-1] if untried else None
-
-
-def _none_good(run: RunDirectory, step: int | None, problems: list[str]) -> str:
-    if not problems:
-        return (
+    mesh = predicting_mesh(spec, devices if devices is not None else _own_devices())
+    shardings = tree_shardings(mesh, logical_axes(spec))
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+        for name, leaf in abstract_params(spec).items()
+    }
+    restored = restore(run.checkpoints, {"params": abstract}, "pass over", step=step)
+    if restored is None:
+        raise CheckpointError(
             f"{run.path} has no checkpoint yet; train until the first is saved (checkpoint.every, "
             "or stop with Ctrl-C, which saves)"
         )
-    which = "no checkpoint can be trusted" if step is None else f"step {step} cannot be trusted"
-    return f"in {run.path} {which}:\n  " + "\n  ".join(problems)
+    params, receipt = restored.groups["params"], restored.receipt
+    difference = check_receipt(spec, params, receipt, tokenizer.sha256, str(restored.folder))
+    return OpenedModel(
+        spec=spec,
+        params=params,
+        tokenizer=tokenizer,
+        config=config,
+        step=restored.step,
+        params_sha256=receipt["params_sha256"],
+        receipt_max_abs_diff=difference,
+        run=run.name,
+        path=run.path,
+    )
 
 
 def _own_devices() -> list[jax.Device]:
@@ -147,42 +126,3 @@ def predicting_mesh(spec: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:
     width = math.gcd(math.gcd(config.d_model, config.d_ff) // columns, count // columns)
     mesh = MeshConfig(data=1, fsdp=width, tensor=columns)
     return make_mesh(mesh, devices[: columns * width])
-
-
-def _restore_params(spec: ModelSpec, folder: Path, mesh: Mesh) -> dict[str, jax.Array]:
-    shardings = tree_shardings(mesh, logical_axes(spec))
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
-        for name, leaf in abstract_params(spec).items()
-    }
-    return restore_group(folder, "params", abstract)
-
-
-def _opened(
-    run: RunDirectory,
-    config: Config,
-    tokenizer: Tokenizer,
-    spec: ModelSpec,
-    params: Params,
-    step: int,
-    receipt: dict[str, Any],
-) -> OpenedModel:
-    folder = run.checkpoints / str(step)
-    sha256 = params_sha256({name: np.asarray(array) for name, array in params.items()})
-    if sha256 != receipt["params_sha256"]:
-        raise CheckpointError(
-            f"{folder}: the parameters that were read have sha256 {sha256}, expected "
-            f"{receipt['params_sha256']}"
-        )
-    difference = check_receipt(spec, params, receipt, tokenizer.sha256, str(folder))
-    return OpenedModel(
-        spec=spec,
-        params=params,
-        tokenizer=tokenizer,
-        config=config,
-        step=step,
-        params_sha256=sha256,
-        receipt_max_abs_diff=difference,
-        run=run.name,
-        path=run.path,
-    )
