@@ -57,25 +57,19 @@ def main(arguments: list[str]) -> int:
 
 
 def _verify(chosen: Options) -> list[dict[str, Any]]:
-    """`verify_step` of each step that was asked for, but for those that are removed meanwhile."""
-    if chosen.step is None and not chosen.all:
-        return [_verify_newest(chosen)]
-    found = {step: verify_step(Path(chosen.run), step) for step in _steps(chosen)}
-    removed = [str(step) for step, result in found.items() if result is None]
-    results = [result for result in found.values() if result is not None]
-    said = f"removed by the run meanwhile, which is no damage: step {', '.join(removed)}"
-    if not results:
+    """`verify_step` of each step that was asked for, except those that are removed meanwhile."""
+    newest = chosen.step is None and not chosen.all
+    for _ in range(ATTEMPTS if newest else 1):
+        found = {step: verify_step(Path(chosen.run), step) for step in _steps(chosen)}
+        results = [result for result in found.values() if result is not None]
+        removed = ", ".join(str(step) for step, result in found.items() if result is None)
+        said = f"removed by the run meanwhile, which is no damage: step {removed}"
+        if results and removed:
+            print(said, file=sys.stderr)
+        if results:
+            return results
+    if not newest:
         raise UsageError(f"{said}; leave --step and --all out to verify the newest")
-    if removed:
-        print(said, file=sys.stderr)
-    return results
-
-
-def _verify_newest(chosen: Options) -> dict[str, Any]:
-    for _ in range(ATTEMPTS):
-        result = verify_step(Path(chosen.run), _steps(chosen)[-1])
-        if result is not None:
-            return result
     raise UsageError(
         f"{chosen.run} removes its steps while they are read: the newest was gone {ATTEMPTS} "
         "times, expected one to stay; set a larger checkpoint.keep, or verify when training has "
@@ -104,7 +98,7 @@ def verify_step(run_dir: Path, step: int) -> dict[str, Any] | None:
         opened = open_model(run_dir, step)
         result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
     except Exception as error:
-        # Whatever a reader of files says when they go away meanwhile.
+        # Files that go away while they are read can raise anything.
         if not folder.exists():
             return None
         if not isinstance(error, CheckpointError):
