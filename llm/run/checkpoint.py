@@ -16,7 +16,6 @@ for all once process 0 has renamed it.
 What the manifest lists must be as it was saved. A file that it does not list is nobody's damage.
 """
 
-import functools
 import hashlib
 import json
 import shutil
@@ -41,7 +40,15 @@ from llm.files import (
     readable_bytes,
     whole_folder,
 )
-from llm.run.arrays import Identity, Piece, StoredArray, own_pieces, stored_arrays, write_pieces
+from llm.run.arrays import (
+    Identity,
+    Piece,
+    StoredArray,
+    own_pieces,
+    stored_arrays,
+    whole_piece,
+    write_pieces,
+)
 from llm.run.hosts import Hosts
 
 MANIFEST = "manifest.json"
@@ -233,7 +240,7 @@ def _place(
         if hosts.alone:
             whole = array.read()
             if identity is not None:
-                identity.add(Piece(name, array.shape, (0,) * whole.ndim, whole))
+                identity.add(whole_piece(name, whole))
             arrays[name] = jax.make_array_from_callback(
                 leaf.shape, leaf.sharding, lambda index, whole=whole: np.array(whole[index])
             )
@@ -381,8 +388,9 @@ class Checkpoints:
         self, step: int, pieces: Mapping[str, list[Piece]], make_receipt: MakeReceipt
     ) -> None:
         """From arrays to a step that counts; then, and only then, remove old ones. In process 0."""
-        before_rename = functools.partial(fault_point, "checkpoint.before_commit", step)
-        with whole_folder(self.root / str(step), before_rename) as partial:
+        with whole_folder(
+            self.root / str(step), lambda: fault_point("checkpoint.before_commit", step)
+        ) as partial:
             self._hosts.tell(f"saving/{step}", True)
             parts = [_write_own(partial, pieces, self._hosts.index)]
             for index in range(1, self._hosts.count):
