@@ -20,18 +20,15 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import PositiveInt
 
 from llm.commands.flags import CommandLine, argument, parse
 from llm.config import Config, setting
 from llm.runtime import prepare_process
-
-if TYPE_CHECKING:
-    from llm.measure.workload import Workload
 
 Part = Literal["step", "loop", "decode", "data", "checkpoint", "start"]
 PARTS = get_args(Part)
@@ -69,85 +66,64 @@ def main(arguments: list[str]) -> int:
 
 def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[str, Any]]:
     """machine, model, and one object for each part that was asked for, each once it is measured."""
-    from llm.measure import machine
+    import jax
+
+    from llm.measure import data, decode, loop, machine, training
     from llm.measure.workload import make_workload
     from llm.model.flops import flops_per_token, parameter_count
     from llm.run.progress import make_progress
 
     with make_progress(config.logging.progress) as progress:
         workload = make_workload(config, progress.prepare)
-        say = progress.say
-        say("measuring the machine")
-        matmul, bandwidth = (
-            machine.matmul_peak(workload.spec.compute_dtype),
-            machine.read_bandwidth(),
+        devices = list(workload.mesh.devices.flat)
+        progress.say("measuring the machine")
+        matmul = machine.matmul_peak(workload.spec.compute_dtype)
+        bandwidth = machine.read_bandwidth()
+        yield (
+            "machine",
+            {
+                "device": devices[0].device_kind,
+                "devices": len(devices),
+                "mesh": {name: size for name, size in workload.mesh.shape.items() if size > 1},
+                "platform": devices[0].platform,
+                "cores": len(os.sched_getaffinity(0))
+                if sys.platform == "linux"
+                else os.cpu_count(),
+                "compute_dtype": workload.spec.compute_dtype,
+                "jax": jax.__version__,
+                "matmul_flops": matmul,
+                "read_bytes_per_second": bandwidth,
+            },
         )
-        peaks = {"matmul_flops": matmul, "read_bytes_per_second": bandwidth}
-        yield "machine", _machine(workload) | peaks
-        model = {
-            "parameters": parameter_count(workload.spec),
-            "flops_per_token": flops_per_token(workload.spec),
-            "tokens_per_step": workload.tokens_per_step,
+        yield (
+            "model",
+            {
+                "parameters": parameter_count(workload.spec),
+                "flops_per_token": flops_per_token(workload.spec),
+                "tokens_per_step": workload.tokens_per_step,
+            },
+        )
+        turns, few = options.turns, max(3, options.turns // 5)
+        measures: dict[str, Callable[[Path], Any]] = {
+            "step": lambda _: training.measure_step(workload, matmul, turns),
+            "loop": lambda own: loop.measure_loop(workload, own),
+            "decode": lambda _: [
+                decode.measure_decoding(workload, rows, bandwidth, few)
+                for rows in options.decode_batches
+            ],
+            "data": lambda own: data.measure_data(workload, own, few),
+            "checkpoint": lambda own: training.measure_saves(workload, own, max(3, turns // 3)),
+            "start": lambda own: training.measure_start(config, own),
         }
-        yield "model", model
         for part in PARTS:
             if part in options.parts:
-                say(f"measuring {part}")
+                progress.say(f"measuring {part}")
                 (folder / part).mkdir()
-                yield part, _part(part, workload, options, folder / part, matmul, bandwidth)
-
-
-def _part(
-    part: str,
-    workload: "Workload",
-    options: Options,
-    folder: Path,
-    matmul: float,
-    bandwidth: float,
-) -> Any:
-    from llm.measure.data import measure_data
-    from llm.measure.decode import measure_decoding
-    from llm.measure.loop import measure_loop
-    from llm.measure.saves import measure_saves
-    from llm.measure.start import measure_start
-    from llm.measure.step import measure_step
-
-    turns = options.turns
-    match part:
-        case "step":
-            return measure_step(workload, matmul, turns)
-        case "loop":
-            return measure_loop(workload, folder)
-        case "decode":
-            return [
-                measure_decoding(workload, batch_size, bandwidth, max(3, turns // 5))
-                for batch_size in options.decode_batches
-            ]
-        case "data":
-            return measure_data(workload, folder, max(3, turns // 5))
-        case "checkpoint":
-            return measure_saves(workload, folder, max(3, turns // 3))
-        case "start":
-            return measure_start(workload.config, folder)
-
-
-def _machine(workload: "Workload") -> dict[str, Any]:
-    import jax
-
-    devices = list(workload.mesh.devices.flat)
-    return {
-        "device": devices[0].device_kind,
-        "devices": len(devices),
-        "mesh": {name: size for name, size in workload.mesh.shape.items() if size > 1},
-        "platform": devices[0].platform,
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
-        "compute_dtype": workload.spec.compute_dtype,
-        "jax": jax.__version__,
-    }
+                yield part, measures[part](folder / part)
 
 
 def table(part: str, values: Any) -> str:
-    """A part of the report for a person, a line a figure."""
+    """A part of the report for a person, with one line for each figure."""
     lines: list[str] = []
     for entry in values if isinstance(values, list) else [values]:
         lines.append(part if "batch_size" not in entry else f"{part}, {entry['batch_size']} rows")

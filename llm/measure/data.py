@@ -3,12 +3,13 @@
 import contextlib
 import itertools
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 from llm.config import DataConfig, TokenizerConfig
-from llm.measure.timing import time_turns
+from llm.measure.machine import time_turns
 from llm.measure.workload import Workload
 from llm.text.batches import TrainingBatches
 from llm.text.shards import TokenizedCorpus, prepare
@@ -17,15 +18,15 @@ _MIB = 2**20
 
 
 def measure_data(workload: Workload, folder: Path, turns: int, mib: int = 8) -> dict[str, Any]:
-    """Tokenising with the configuration's tokenizer, and its loader.
+    """The speed of the configuration's tokenizer, and of its loader.
 
     Args:
       folder: an empty one, for text and shards.
-      mib: size of the text, source code of the standard library.
+      mib: size of the text, which is source code of the standard library.
     Returns:
-      bytes_per_second: of text, from files to verified shards on disk; null for a tokenizer that is
-        trained on its corpus, which takes longer than anything else.
-      batches_per_second: of the loader, read ahead.
+      bytes_per_second: text, from files to verified shards on disk; null for a tokenizer that is
+        trained on its corpus, because the training takes longer than anything else.
+      batches_per_second: batches of the loader, which reads ahead.
     """
     batches = workload.batches()
     result: dict[str, Any] = {"batches_per_second": loader_speed(batches), "bytes_per_second": None}
@@ -37,7 +38,8 @@ def measure_data(workload: Workload, folder: Path, turns: int, mib: int = 8) -> 
         def turn() -> None:
             prepare_text(folder / "text", next(caches), workload.config.tokenizer)
 
-        result["bytes_per_second"] = size / time_turns(turn, turns, warm_up=0).median
+        seconds = time_turns(turn, turns, warm_up=0)
+        result["bytes_per_second"] = size / statistics.median(seconds)
     return result
 
 
@@ -48,7 +50,7 @@ def prepare_text(text: Path, cache: Path, tokenizer: TokenizerConfig) -> Tokeniz
 
 
 def loader_speed(batches: TrainingBatches, seconds: float = 1.0) -> float:
-    """Batches a second over so many seconds, after the second, with which reading ahead begins."""
+    """Batches per second, from the third batch on: reading ahead begins with the second."""
     with contextlib.closing(batches.iterate()) as reading:
         next(reading)
         next(reading)
@@ -60,7 +62,7 @@ def loader_speed(batches: TrainingBatches, seconds: float = 1.0) -> float:
 
 
 def write_text(folder: Path, mib: int) -> list[str]:
-    """Files of about a MiB of Python source, each unlike the others; their texts."""
+    """Write `mib` files of a MiB of Python source, all different, and return their texts."""
     folder.mkdir()
     source = "".join(
         path.read_text("utf-8", "replace") for path in sorted(Path(os.__file__).parent.glob("*.py"))

@@ -1,13 +1,14 @@
-"""Decoding with the key/value cache: seconds a token, and the bytes it has to read for one."""
+"""Decoding with the key/value cache: seconds per token, and the bytes that a token has to read."""
 
 import copy
+import statistics
 from typing import Any
 
 import jax
 
 from llm.inference.decode import Decoder, Request, round_up
 from llm.inference.filters import Sampling
-from llm.measure.timing import time_turns
+from llm.measure.machine import time_turns
 from llm.measure.workload import Workload
 from llm.model.gpt import KVCache
 from llm.training.optimizer import make_optimizer
@@ -24,30 +25,27 @@ def measure_decoding(
     Args:
       bandwidth: measured, bytes/s.
     Returns:
-      seconds_per_token: of one token in each row: what `tokens` take more than one does, so that
-        the prompt's share and what is done once stay out; null where that is not more, by the
-        machine's noise or for a context of two tokens. So are tokens_per_second and
-        bandwidth_share.
-      bytes_per_token: read for it: matrices in their compute dtype, of a mixture's experts those
-        that the rows choose at most, and the cache at its capacity.
-      bandwidth_share: of the measured bandwidth.
+      seconds_per_token: for one token in each row: how much longer `tokens` tokens take than one,
+        which leaves out the prompt and all that is done once. Null if they take no longer, because
+        of the machine's noise or a context of two tokens; then tokens_per_second and
+        bandwidth_share are null too.
+      bytes_per_token: what is read for it: matrices in their compute dtype, the most experts of a
+        mixture that the rows can choose, and the cache at its capacity.
+      bandwidth_share: the share of the measured bandwidth.
     """
     spec, mesh = workload.spec, workload.mesh
     state = create_state(spec, make_optimizer(workload.config.optimizer), 0, mesh)
     tokenizer = copy.copy(workload.corpus.tokenizer)
-    tokenizer.end_of_text = None  # random weights may well draw it, and the rows would end there
+    tokenizer.end_of_text = None  # random weights may draw it, and the row would end there
     decoder = Decoder.create(spec, state.params, tokenizer)
     prompt = workload.tokens()[0, :1]
     tokens = min(tokens, spec.config.context_length - len(prompt))
 
-    def continued(length: int) -> None:
-        request = Request(prompt, _GREEDY, max_new_tokens=length)
-        for _ in decoder.generate([request] * batch_size):
-            pass
+    def seconds_for(length: int) -> float:
+        requests = [Request(prompt, _GREEDY, max_new_tokens=length)] * batch_size
+        return statistics.median(time_turns(lambda: list(decoder.generate(requests)), turns))
 
-    long = time_turns(lambda: continued(tokens), turns)
-    short = time_turns(lambda: continued(1), turns)
-    more = long.median - short.median
+    more = seconds_for(tokens) - seconds_for(1)
     seconds = more / (tokens - 1) if tokens > 1 and more > 0 else None
     capacity = round_up(len(prompt) + tokens, at_least=64)
     size = weight_bytes(decoder, batch_size) + cache_bytes(decoder, batch_size, capacity)
@@ -62,27 +60,23 @@ def measure_decoding(
 
 
 def weight_bytes(decoder: Decoder, rows: int) -> int:
-    """Of all weights that one token of each row reads whole; of the embeddings it reads a row.
+    """Bytes of all weights that one token of each row reads whole. It reads one row of embeddings.
 
-    Of a mixture's E experts, K are read for one row, and at most K times the rows for several.
+    Of a mixture's E experts one row reads K, and several rows read at most K times their number.
     """
     config = decoder.spec.config
     read = min(config.n_expert, rows * config.n_expert_active)
     total = 0
     for name, weight in decoder.params.items():
-        if is_of_experts(name, weight):
+        # A weight or bias of experts has one dimension more than a dense one.
+        if ".mlp." in name and weight.ndim == (3 if name.endswith(".weight") else 2):
             total += weight.nbytes * read // config.n_expert
         elif not name.startswith("embed."):
             total += weight.nbytes
     return total
 
 
-def is_of_experts(name: str, weight: jax.Array) -> bool:
-    """Whether this is one weight or bias of each expert: dense ones have a dimension less."""
-    return ".mlp." in name and weight.ndim == (3 if name.endswith(".weight") else 2)
-
-
 def cache_bytes(decoder: Decoder, batch_size: int, capacity: int) -> int:
-    """Of the keys and values of all layers, whether filled yet or not."""
+    """Bytes of the keys and values of all layers, whether filled yet or not."""
     cache = jax.eval_shape(lambda: KVCache.create(decoder.spec, batch_size, capacity))
     return sum(part.size * part.dtype.itemsize for part in (*cache.keys, *cache.values))

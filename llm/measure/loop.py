@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from llm.config import Config
 from llm.errors import StoppedError
-from llm.measure.step import make_step
+from llm.measure.training import make_step
 from llm.measure.workload import Workload
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory

@@ -1,22 +1,35 @@
 """What one device can do at most, measured: products of matrices, and reading of memory.
 
-These are what a step and a decoded token are held against. A data sheet gives more than a device
-ever does, and of a shared CPU it says nothing.
+The bench compares a step and a decoded token with these. A data sheet promises more than a device
+ever reaches, and says nothing about a shared CPU.
 """
 
 import functools
+import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from llm.measure.timing import time_turns
-
-# Side of the square matrices, and the FLOPs of one call, so many that the call itself costs nothing
-# beside them: on a CPU, and on an accelerator.
+# Sides of the square matrices, and the FLOPs of one call, enough to make the cost of the call
+# negligible: on a CPU, and on an accelerator.
 _CPU_SIDES, _CPU_FLOPS = (512, 1024, 2048), 2**34
 _SIDES, _FLOPS = (2048, 4096, 8192), 2**42
 _TURNS = 5
+
+
+def time_turns(turn: Callable[[], object], turns: int, warm_up: int = 1) -> list[float]:
+    """The seconds of each of `turns` calls, after `warm_up` calls that do not count.
+
+    Args:
+      turn: returns when its work is done; a turn that gives work to a device waits for it.
+    """
+    seconds = []
+    for _ in range(warm_up + turns):
+        start = time.perf_counter()
+        turn()
+        seconds.append(time.perf_counter() - start)
+    return seconds[warm_up:]
 
 
 def matmul_peak(dtype: str) -> float:
@@ -27,10 +40,10 @@ def matmul_peak(dtype: str) -> float:
 
 
 def read_bandwidth() -> float:
-    """Bytes/s at which the first device reads memory, by the best of what a decoded token does.
+    """Bytes/s at which the first device reads memory: the fastest of three readers.
 
-    A sum of one array, and a matrix times a vector; both read everything once and write next to
-    nothing. The array is larger than any cache.
+    They sum a matrix, and multiply it with a vector from either side, as decoding a token does.
+    Each reads the matrix once, which is larger than any cache, and writes next to nothing.
     """
     on_cpu = jax.default_backend() == "cpu"
     rows, columns = (32_768, 2_048) if on_cpu else (262_144, 2_048)
@@ -45,13 +58,13 @@ def read_bandwidth() -> float:
 
 
 def _seconds(computation: Callable[[], jax.Array]) -> float:
-    return time_turns(lambda: computation().block_until_ready(), _TURNS).fastest
+    return min(time_turns(lambda: computation().block_until_ready(), _TURNS))
 
 
 def _matmul_rate(side: int, dtype: str, flops: int) -> float:
     keys = jax.random.split(jax.random.key(0))
-    # Numbers, not a permutation: a GPU multiplies zeros faster, since it draws less power. Scaled
-    # so that a product of many neither grows nor vanishes: eigenvalues within the unit circle.
+    # Random numbers, because a GPU multiplies zeros faster: they draw less power. The scale puts
+    # the eigenvalues within the unit circle, so that a product of many neither grows nor vanishes.
     x, weight = (jax.random.normal(key, (side, side), dtype) for key in keys)
     weight = weight * side**-0.5
     count = max(1, flops // (2 * side**3))
