@@ -1,4 +1,4 @@
-"""Pretrain a GPT-style language model: python train.py CONFIG.toml [--section.key VALUE ...]"""
+"""python train.py CONFIG [--section.key VALUE ...]: pretrain; see llm/commands/train.py."""
 
 import sys
 

@@ -34,11 +34,16 @@ DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 AxisSize = Annotated[int, Field(ge=-1)]
 # JAX takes the lowest 32 bits of a seed: two that are equal in them would initialise alike.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-# TOML has lists, a frozen setting holds a tuple.
-Sources = Annotated[
-    str | tuple[str, ...],
-    pydantic.BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
-]
+
+
+def _sources(value: Any) -> Any:
+    """A list as a tuple, which cannot change; a list of one source as that source."""
+    if not isinstance(value, list | tuple):
+        return value
+    return value[0] if len(value) == 1 else tuple(value)
+
+
+Sources = Annotated[str | tuple[str, ...], pydantic.BeforeValidator(_sources)]
 
 
 def setting(default: Any, meaning: str, value: str | None = None, flag: str | None = None) -> Any:
@@ -62,17 +67,13 @@ class RunConfig(Section):
 
     dir: str = setting("", "run directory; empty: runs/<name of the configuration file>")
     seed: Seed = setting(1337, "seed of initialisation, data order and dropout; below 2^32")
-    allow_change: bool = setting(
-        False, "on resume, accept another learning rate, schedule or batch size, and record it"
-    )
-    deterministic: bool = setting(
-        False, "ask the backend for bitwise repetition, and check it on the first step"
-    )
+    allow_change: bool = setting(False, "resume with another learning rate, schedule or batch size")
+    deterministic: bool = setting(False, "ask the backend to repeat bit for bit; step 1 checks it")
 
     @pydantic.field_validator("dir")
     @classmethod
     def _expand_home(cls, value: str) -> str:
-        # No shell has read what stands in a file, or behind the = of a flag.
+        # The shell expands no ~ in a file, or after the = of a flag.
         return os.path.expanduser(value)
 
 
@@ -87,7 +88,7 @@ class DataConfig(Section):
     validation: str = setting(
         "documents:0.05",
         "held-out text: 'documents:F' holds out a fraction F of the documents, chosen by the hash "
-        "of their text; 'tail:F' the last fraction F of all tokens; 'none' nothing",
+        "of their text; 'tail:F' the last fraction F of all tokens; 'none' holds out nothing",
     )
     windows: Literal["anywhere", "documents"] = setting(
         "anywhere",
@@ -95,11 +96,11 @@ class DataConfig(Section):
         "text before a document, and then every context_length tokens of it",
     )
     errors: Literal["strict", "replace"] = setting(
-        "strict", "bytes that are not UTF-8: stop with their place, or replace (and count) them"
+        "strict", "bytes that are not UTF-8: stop and say where, or replace and count them"
     )
     text_field: str = setting("text", "name of the text field in json, jsonl, parquet and hub data")
     cache_dir: str = setting(
-        "", "where token shards and downloads are kept; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
+        "", "folder of token shards and downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
     workers: NonNegativeInt = setting(0, "threads that tokenise; 0: one for each core")
 
@@ -123,12 +124,10 @@ class TokenizerConfig(Section):
 
     kind: str = setting(
         "bytes",
-        "'bytes' (256 and an end of text), 'characters' (those of the corpus), 'bpe' (trained on "
-        "the corpus), or the name of a tiktoken encoding: gpt2, cl100k_base, o200k_base",
+        "'bytes' (256 and an end of text), 'characters' (of the corpus), 'bpe' (trained on the "
+        "corpus), or the name of a tiktoken encoding: gpt2, cl100k_base, o200k_base",
     )
-    vocab_size: PositiveInt = setting(
-        4096, "tokens of a 'bpe' vocabulary; other kinds have their own"
-    )
+    vocab_size: PositiveInt = setting(4096, "tokens of a 'bpe' vocabulary; others have their own")
 
 
 class ModelConfig(Section):
@@ -240,12 +239,12 @@ class OptimizerConfig(Section):
     """The update rule and the learning rate over time."""
 
     kind: Literal["adamw", "muon"] = setting(
-        "adamw", "adamw, or muon for hidden matrices with adamw for everything else"
+        "adamw", "muon is for hidden matrices, with adamw for everything else"
     )
-    learning_rate: PositiveFloat = setting(6e-4, "peak learning rate (of adamw's part)")
+    learning_rate: PositiveFloat = setting(6e-4, "peak learning rate of adamw")
     min_learning_rate: NonNegativeFloat = setting(6e-5, "learning rate at the end of decay")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
-        "cosine", "after warmup: cosine or linear to the end, constant, or warmup-stable-decay"
+        "cosine", "decay after warmup: to the end, never, or in the last steps (wsd)"
     )
     warmup_steps: NonNegativeInt = setting(100, "steps from zero to the peak")
     decay_fraction: Probability = setting(0.2, "last fraction of the steps in which wsd decays")
@@ -259,9 +258,7 @@ class OptimizerConfig(Section):
     muon_momentum_warmup_steps: NonNegativeInt = setting(
         0, "muon: steps in which the momentum rises to muon_momentum, from 0.1 below it"
     )
-    muon_iterations: PositiveInt = setting(
-        5, "muon: Newton-Schulz iterations towards an orthogonal update; fewer cost less"
-    )
+    muon_iterations: PositiveInt = setting(5, "muon: Newton-Schulz iterations; fewer cost less")
 
 
 class TrainingConfig(Section):
@@ -363,11 +360,11 @@ class TrainingConfig(Section):
 
 
 class MeshConfig(Section):
-    """How many devices along each axis; -1 takes the rest, on at most one axis."""
+    """The number of devices along each axis; -1 takes the rest, on at most one axis."""
 
     data: AxisSize = setting(-1, "copies of the model, each with its share of the batch")
     fsdp: AxisSize = setting(1, "shares of weights and optimizer, gathered as they are used")
-    expert: AxisSize = setting(1, "shares of the experts; outside of them, of the batch")
+    expert: AxisSize = setting(1, "shares of the experts; outside the experts, of the batch")
     tensor: AxisSize = setting(1, "shares of heads, MLP columns and vocabulary")
     context: AxisSize = setting(1, "shares of the sequence")
 
@@ -383,15 +380,15 @@ class MeshConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When the state is saved and which saves stay."""
+    """When the state is saved, and which saves are kept."""
 
     every: NonNegativeInt = setting(250, "steps between checkpoints; 0: only at the end")
-    keep: PositiveInt = setting(2, "newest checkpoints that stay")
+    keep: PositiveInt = setting(2, "newest checkpoints to keep")
     keep_best: bool = setting(True, "also save and keep the step with the lowest validation loss")
 
 
 class LoggingConfig(Section):
-    """Where progress is written, beside RUN/metrics.jsonl."""
+    """Where progress is written besides RUN/metrics.jsonl."""
 
     every: PositiveInt = setting(1, "steps between lines of metrics.jsonl")
     progress: Literal["auto", "bar", "plain", "none"] = setting(
@@ -402,7 +399,7 @@ class LoggingConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How the next token is drawn, in evaluation samples and as sample.py's defaults."""
+    """How the next token is drawn: in evaluations, and by default in sample.py."""
 
     prompt: str = setting("", "text to continue; empty: start from an end of text")
     max_new_tokens: NonNegativeInt = setting(200, "tokens to write after the prompt")
@@ -410,26 +407,26 @@ class SamplingConfig(Section):
     temperature: NonNegativeFloat = setting(0.8, "divides the logits; 0: greedy")
     top_k: NonNegativeInt = setting(0, "keep the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = setting(
-        1.0, "keep the likeliest tokens that reach this mass together"
+        1.0, "keep the likeliest tokens whose probabilities sum to this"
     )
     min_p: Probability = setting(
-        0.0, "keep tokens at least this fraction as likely as the likeliest"
+        0.0, "keep tokens that are this fraction as likely as the likeliest"
     )
-    # The noise has 64 bits of seed, and so has the server's request (completions_api.py).
+    # The noise takes 64 bits of seed, and so does a request to the server (completions_api.py).
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = setting(
-        1337, "sample i is a function of seed and i alone; below 2^63"
+        1337, "sample i depends on the seed and i alone; below 2^63"
     )
 
 
 class DistributedConfig(Section):
-    """Processes of one run; left empty, JAX finds them by itself on known clusters."""
+    """The processes of one run. On known clusters JAX finds them if nothing is set."""
 
     coordinator: str = setting("", "host:port of process 0")
-    num_processes: NonNegativeInt = setting(0, "processes in all")
-    process_id: AxisSize = setting(-1, "this process, from 0")
+    num_processes: NonNegativeInt = setting(0, "number of processes")
+    process_id: AxisSize = setting(-1, "number of this process, from 0")
     timeout: PositiveInt = setting(
         300,
-        "seconds without a sign of life after which a process is given up and all end; "
+        "seconds without a sign of life after which a process counts as lost and all end; "
         "longer than any compilation",
     )
 
@@ -578,40 +575,26 @@ def expected(problem: Any) -> str:
     return f"expected {'a number ' * is_bound}{message}"
 
 
-# What nanoGPT and Hugging Face call a setting.
-_FOREIGN_NAMES = {
-    foreign: ours
-    for ours, names in {
-        "run.dir": "out_dir output_dir",
-        "data.source": "dataset dataset_name",
-        "model.n_layer": "num_hidden_layers num_layers",
-        "model.n_head": "num_attention_heads num_heads",
-        "model.n_kv_head": "num_key_value_heads",
-        "model.d_model": "n_embd hidden_size embed_dim",
-        "model.d_ff": "n_inner intermediate_size",
-        "model.context_length": "block_size n_positions n_ctx max_position_embeddings seq_len",
-        "model.activation": "hidden_act activation_function",
-        "model.norm_epsilon": "rms_norm_eps layer_norm_epsilon layer_norm_eps",
-        "model.tie_embeddings": "tie_word_embeddings",
-        "model.n_expert": "num_local_experts num_experts",
-        "model.n_expert_active": "num_experts_per_tok",
-        "optimizer.learning_rate": "lr",
-        "optimizer.min_learning_rate": "min_lr",
-        "optimizer.warmup_steps": "warmup_iters",
-        "optimizer.schedule": "lr_scheduler_type",
-        "optimizer.grad_clip": "max_grad_norm",
-        "training.steps": "max_iters max_steps num_train_epochs epochs",
-        "training.micro_batch_size": "per_device_train_batch_size gradient_accumulation_steps",
-        "training.eval_every": "eval_interval eval_steps",
-        "training.compute_dtype": "dtype torch_dtype bf16 fp16",
-        "training.remat": "gradient_checkpointing",
-        "checkpoint.every": "save_steps",
-        "checkpoint.keep": "save_total_limit",
-        "logging.every": "log_interval logging_steps",
-        "sample.max_new_tokens": "max_tokens max_length",
-    }.items()
-    for foreign in names.split()
+# What nanoGPT and Hugging Face call a setting, if the names are not alike.
+_OTHER_NAMES = {
+    "model.n_layer": "num_hidden_layers num_layers",
+    "model.n_head": "num_attention_heads num_heads",
+    "model.n_kv_head": "num_key_value_heads",
+    "model.d_model": "n_embd hidden_size",
+    "model.d_ff": "n_inner intermediate_size",
+    "model.context_length": "block_size n_positions n_ctx max_position_embeddings",
+    "model.activation": "hidden_act",
+    "model.norm_epsilon": "rms_norm_eps layer_norm_eps layer_norm_epsilon",
+    "optimizer.learning_rate": "lr",
+    "optimizer.min_learning_rate": "min_lr",
+    "optimizer.warmup_steps": "warmup_iters",
+    "training.steps": "max_iters max_steps num_train_epochs",
+    "training.micro_batch_size": "per_device_train_batch_size gradient_accumulation_steps",
+    "training.compute_dtype": "dtype torch_dtype",
+    "run.dir": "out_dir output_dir",
+    "data.source": "dataset dataset_name",
 }
+_FOREIGN_NAMES = {name: ours for ours, names in _OTHER_NAMES.items() for name in names.split()}
 
 
 def nearest(name: str, names: Collection[str]) -> str | None:

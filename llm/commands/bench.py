@@ -13,7 +13,8 @@ Times what a run of this configuration does, and compares it with what the machi
                  compiled programs
 
 Nothing is kept: the benchmark works in a temporary folder, with random weights and the corpus of
-the configuration. Times are medians of --turns and hold for this machine at this moment.
+the configuration. Times are medians of --turns and hold for this machine at this moment. Every
+setting is a flag too, such as --training.batch_size 8; `python train.py --help` lists them.
 """
 
 import json

@@ -15,7 +15,6 @@ what was found, what was expected and what to do.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import shutil
 import sys
 import textwrap
@@ -62,17 +61,19 @@ def parse(options: type[Options], words: Sequence[str]) -> Options:
       UsageError: the words cannot be used.
     """
     flags = flags_of(options)
-    given = _read(flags, words, _usage(options))
+    usage, _, description = (sys.modules[options.__module__].__doc__ or "").partition(": ")
+    usage = f"usage: {' '.join(usage.split())}"
+    given = _read(flags, words, usage)
     changes = {name: given.pop(name) for name in [*given] if "." in name}
     if "config" in given:
         given["settings"] = load_config(given["config"], changes)
     if given.get("help"):
-        print(_help(options, given.get("settings", Config())))
+        print(_help(options, usage, description, given.get("settings", Config())))
         raise SystemExit(0)
     try:
         return options.model_validate(given)
     except pydantic.ValidationError as error:
-        problems = [_explain(problem, flags, _usage(options)) for problem in error.errors()]
+        problems = [_explain(problem, flags, usage) for problem in error.errors()]
         raise UsageError("\n  ".join(problems)) from None
 
 
@@ -120,17 +121,10 @@ class Flag:
                     return kind(text)
         return text
 
-    def combined(self, values: list[Any]) -> Any:
-        """All values of a flag that takes several, the last value of any other."""
-        if tuple not in self.types or (len(values) == 1 and self.types[0] is not tuple):
-            return values[-1]
-        return tuple(values)
-
     def help(self, default: Any, width: int) -> str:
         """The flag on the left, its meaning and default on the right, or below a long flag."""
         if default is True:
-            section, dot, key = self.name.rpartition(".")
-            default = f"on; {spelled(f'{section}{dot}no_{key}')}: off"
+            default = f"on; {spelled(_off(self.name))}: off"
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         is_plain = self.info.is_required() or shown is False or shown in (None, "", {})
         about = f"{self.info.description}{'' if is_plain else f' ({shown})'}"
@@ -149,10 +143,8 @@ def flags_of(model: type[pydantic.BaseModel], section: str = "") -> dict[str, Fl
     flags: dict[str, Flag] = {}
     for key, info in model.model_fields.items():
         kind = info.annotation
-        if kind is Config:
-            flags |= flags_of(Config)
-        elif isinstance(kind, type) and issubclass(kind, Section):
-            flags |= flags_of(kind, f"{key}.")
+        if isinstance(kind, type) and issubclass(kind, Section):
+            flags |= flags_of(kind, "" if kind is Config else f"{key}.")
         else:
             name = section + (info.alias or key)
             flags[name] = Flag(name, info, tuple(_types(kind)))
@@ -188,7 +180,10 @@ def _read(flags: Mapping[str, Flag], words: Sequence[str], usage: str) -> dict[s
             found[places.pop(0).name] = [word]
         else:
             raise UsageError(f"unexpected word {word!r}; {hint}")
-    return {name: flags[name].combined(values) for name, values in found.items()}
+    return {
+        name: tuple(values) if tuple in flags[name].types else values[-1]
+        for name, values in found.items()
+    }
 
 
 def _is_flag(word: str) -> bool:
@@ -207,7 +202,8 @@ def _read_flag(flags: Mapping[str, Flag], word: str, left: list[str]) -> tuple[F
         if not values and left and left[0].lower() in ("true", "false"):
             values = [left.pop(0)]
         negated = {"true": "false", "false": "true"} if name != flag.name else {}
-        return flag, [negated.get(value, value) for value in values or ["true"]]
+        value = (values or ["true"])[0].lower()
+        return flag, [negated.get(value, value)]
     if not values and left and not left[0].startswith("--"):
         values = [left.pop(0)]
     if not values:
@@ -239,21 +235,11 @@ def _explain(problem: Any, flags: Mapping[str, Flag], usage: str) -> str:
         return expected(problem)
     flag = flags[str(problem["loc"][0])]
     if problem["type"] == "missing":
-        files = known_files() if flag.name == "config" else ""
-        return f"{flag.usage} is missing; {usage}{files}"
+        return f"{flag.usage} is missing; {usage}{known_files() * (flag.name == 'config')}"
     return f"{flag.spelling} {problem['input']}: {expected(problem)}"
 
 
-def _usage(options: type[CommandLine]) -> str:
-    return f"usage: {' '.join(_document(options).partition(': ')[0].split())}"
-
-
-def _document(options: type[CommandLine]) -> str:
-    """The docstring of the command's module: its usage, a colon, what it does."""
-    return sys.modules[options.__module__].__doc__ or ""
-
-
-def _help(options: type[CommandLine], settings: Config) -> str:
+def _help(options: type[CommandLine], usage: str, description: str, settings: Config) -> str:
     """The docstring, the command's own flags, and the settings in their sections."""
     width = min(shutil.get_terminal_size().columns, WIDEST_HELP)
 
@@ -261,8 +247,7 @@ def _help(options: type[CommandLine], settings: Config) -> str:
         lines = (flag.help(defaults.get(flag.name.split(".")[-1]), width) for flag in flags)
         return "\n".join(lines)
 
-    description = inspect.cleandoc(_document(options)).partition(": ")[2]
-    paragraphs = [_usage(options), *(description[:1].upper() + description[1:]).split("\n\n")]
+    paragraphs = [usage, *(description[:1].upper() + description[1:]).strip().split("\n\n")]
     parts = [text if text.startswith(" ") else textwrap.fill(text, width) for text in paragraphs]
     own = [flag for name, flag in flags_of(options).items() if "." not in name]
     own.sort(key=lambda flag: (flag.name == "help", not flag.is_argument))
@@ -271,11 +256,4 @@ def _help(options: type[CommandLine], settings: Config) -> str:
     for section, values in settings if options.lists_settings else ():
         parts.append(textwrap.fill(f"[{section}] {type(values).__doc__}", width))
         parts.append(listed(flags_of(type(values), f"{section}.").values(), dict(values)))
-    if "settings" in options.model_fields and not options.lists_settings:
-        parts.append(textwrap.fill(_SETTINGS_TOO, width))
     return "\n\n".join(parts)
-
-
-_SETTINGS_TOO = (
-    "Every setting is a flag too, such as --training.steps 5; python train.py --help lists them."
-)

@@ -3,6 +3,7 @@
 
 Compiles the real training step, and reads memory, collectives and costs from the program. The
 plan reads no corpus, makes no run and runs nothing, so every number that it prints is an estimate.
+Every setting is a flag too, such as --mesh.fsdp 8; `python train.py --help` lists them.
 """
 
 import json
