@@ -1,11 +1,11 @@
-"""Every setting: its type, default and meaning, and how a file and flags become one Config.
+"""Every setting, with its type, default and meaning, and how a file and flags become one Config.
 
-A TOML file gives what differs from the defaults here, flags give what differs from the file:
+A TOML file overrides the defaults here, and flags override the file (llm/commands/flags.py):
 
     python train.py configs/quickstart.toml --training.steps 500
 
-Data, not code: reading a configuration executes nothing of its author's. Defaults exist here and
-nowhere else. Nothing in this file imports JAX, so `--help` answers at once.
+A configuration is data: reading it executes no code of its author. Defaults exist here and nowhere
+else. This file imports no JAX, so `--help` is quick.
 """
 
 import difflib

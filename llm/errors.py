@@ -1,13 +1,13 @@
 """Errors meant for people, each with the exit code that a shell sees.
 
-Raise one of these where wrong input enters the program. The message says what was found,
-what was expected and what to do; `llm.commands.run_command` prints it without a traceback. Any
-other exception is a bug and keeps its traceback (exit 1).
+Raise one of these as soon as wrong input enters the program. The message says what was found, what
+was expected and what to do; `llm.commands.run_command` prints it without a traceback. Any other
+exception is a bug, and keeps its traceback (exit 1).
 """
 
 
 class LLMError(Exception):
-    """Base of every error that is answered with one message and an exit code."""
+    """The base of every error that ends a command with one message and an exit code."""
 
     exit_code = 1
 
@@ -25,7 +25,7 @@ class DataError(LLMError):
 
 
 class CheckpointError(LLMError):
-    """No checkpoint can be trusted, or one is not what it says it is."""
+    """No checkpoint can be trusted, or a checkpoint is not what its manifest says."""
 
     exit_code = 4
 
@@ -43,7 +43,7 @@ class RunLockedError(LLMError):
 
 
 class LostProcessError(LLMError):
-    """A process of the run died or hangs; the same command resumes."""
+    """A process of the run died or hangs; the same command resumes the run."""
 
     exit_code = 7
 
@@ -55,7 +55,7 @@ class StoppedError(LLMError):
 
 
 class SaidElsewhereError(Exception):
-    """Not for people: another process of the run says what went wrong, this one ends as it does."""
+    """Not for people: another process of the run printed what went wrong; end with its code."""
 
     def __init__(self, exit_code: int):
         super().__init__(f"another process of the run ended with exit code {exit_code}")
