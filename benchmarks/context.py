@@ -12,6 +12,7 @@ from the compiled program, and on CPU the median time of a turn.
 """
 
 import argparse
+import collections
 import os
 import statistics
 import sys
@@ -46,7 +47,7 @@ def measure(options: Any) -> None:
 
     from llm.config import MeshConfig
     from llm.model.sharding import make_mesh
-    from llm.planning.collectives import read_collectives, total_bytes
+    from llm.planning.collectives import read_collectives
 
     mesh = make_mesh(MeshConfig(data=1, context=-1), devices_of(options.topology))
     ways = ["plain", *(["splash"] if options.topology else [])]
@@ -59,7 +60,9 @@ def measure(options: Any) -> None:
             print(f"{way:<11} not compiled: {str(error).splitlines()[0][:150]}")
             continue
         memory = program.memory_analysis().temp_size_in_bytes
-        sent = total_bytes(read_collectives(program.as_text()))
+        sent = collections.Counter()
+        for one in read_collectives(program.as_text()):
+            sent[one.kind] += one.bytes * one.count
         sizes = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in sent.items())
         print(f"{way:<11} temporaries {memory / 2**20:,.0f} MiB a device; {sizes}", flush=True)
         programs[way] = program

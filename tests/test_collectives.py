@@ -1,5 +1,6 @@
 """What the compiled step sends between devices, and that it is read right from HLO."""
 
+import collections
 import functools
 import importlib.util
 import os
@@ -13,7 +14,7 @@ from test_meshes import BATCH, OPTIMIZER, RECOMPUTED, SCANNED, SPEC
 from llm.config import MeshConfig, ModelConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, abstract_params, bind, logical_axes
 from llm.model.sharding import make_mesh, sharding_of, tree_shardings
-from llm.planning.collectives import Collective, read_collectives, total_bytes
+from llm.planning.collectives import Collective, read_collectives
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
@@ -40,6 +41,14 @@ def collectives_on(spec=SPEC, batch=BATCH, devices=None, training=(), **axes):
     windows = jax.ShapeDtypeStruct((batch, spec.config.context_length + 1), jnp.int32)
     lowered = make_train_step(spec, OPTIMIZER, config, mesh).lower(state, windows)
     return read_collectives(lowered.compile().as_text())
+
+
+def total_bytes(collectives):
+    """kind -> bytes of all collectives of that kind in one run of the program."""
+    totals = collections.Counter()
+    for one in collectives:
+        totals[one.kind] += one.bytes * one.count
+    return dict(totals)
 
 
 def in_forward_pass(collective):

@@ -6,10 +6,11 @@ plan reads no corpus, makes no run and runs nothing, so every number that it pri
 Every setting is a flag too, such as --mesh.fsdp 8; `python train.py --help` lists them.
 """
 
+import contextlib
 import json
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import pydantic
 from pydantic import PositiveInt
@@ -18,11 +19,6 @@ from llm.commands.flags import CommandLine, argument, parse
 from llm.config import Config, setting
 from llm.errors import UsageError
 from llm.runtime import prepare_process
-
-if TYPE_CHECKING:
-    from llm.planning.plan import Facts
-    from llm.planning.search import Candidate
-    from llm.planning.targets import Target
 
 
 class Options(CommandLine):
@@ -53,7 +49,7 @@ class Options(CommandLine):
 
 
 def main(arguments: list[str]) -> int:
-    """0, also when it does not fit: then `fits` is false.
+    """0, also if the step does not fit: then `fits` is false.
 
     Raises:
       UsageError: no such device or topology, or settings that cannot be used on it.
@@ -61,18 +57,48 @@ def main(arguments: list[str]) -> int:
     chosen = parse(Options, arguments)
     config = chosen.settings.resolved()
     vocab_size = find_vocab_size(config, chosen.vocab_size)
+    fraction = memory_fraction(chosen.memory_fraction)
     prepare_process()
-    target = _find_target(chosen)
-    plans, considered = _plans(chosen, config, vocab_size, target)
-    _write(chosen, plans, considered)
+    from llm.planning import targets
+
+    # JAX reads this environment when it starts: nothing before may import it.
+    count = (chosen.devices or 1) if chosen.device else None
+    targets.prepare_environment(chosen.topology, count)
+    target = targets.find_target(chosen.topology, chosen.device, count)
+    from llm.planning.plan import plan_step
+    from llm.planning.plan_tables import axes, make_console, show_plan, show_ranking
+    from llm.planning.search import search
+
+    def report(number: int, total: int, config: Config) -> None:
+        training = config.training
+        micro = training.micro_batch_size or training.batch_size
+        setting = f"{axes(dict(config.mesh))}, remat {training.remat}, micro-batch {micro}"
+        print(f"compiling {number} of {total}: {setting}", file=sys.stderr, flush=True)
+
+    console = make_console()
+    if chosen.search:
+        plans, considered = search(config, vocab_size, target, fraction, chosen.tries, report)
+        if chosen.as_json:
+            facts: Any = {"estimate": True, "considered": considered, "ranked": plans}
+        else:
+            show_ranking(plans, considered, console)
+    else:
+        if not chosen.as_json:
+            print(f"compiling a step for {target.name}", file=sys.stderr, flush=True)
+        facts = plan_step(config, vocab_size, target, fraction)
+        plans = [facts]
+    if chosen.as_json:
+        print(json.dumps(facts, allow_nan=False))
+    else:
+        show_plan(plans[0], console)
     return 0
 
 
 def find_vocab_size(config: Config, given: int | None) -> int:
-    """Tokens of the vocabulary, without the corpus.
+    """Number of tokens in the vocabulary, without the corpus.
 
     Raises:
-      UsageError: only the corpus knows.
+      UsageError: only the corpus determines it, or `given` contradicts it.
     """
     from llm.text.tokenizer import known_vocab_size
 
@@ -86,82 +112,20 @@ def find_vocab_size(config: Config, given: int | None) -> int:
         return given or config.tokenizer.vocab_size
     if not (known or given):
         raise UsageError(
-            f"tokenizer.kind = {config.tokenizer.kind!r}: how many tokens it has is known when the "
-            "corpus is read, which a plan does not; give the number, as --vocab-size 65"
+            f"tokenizer.kind = {config.tokenizer.kind!r}: the corpus determines how many tokens it "
+            "has, and a plan does not read it; give the number, as --vocab-size 65"
         )
     return known or given  # type: ignore[return-value]
 
 
 def memory_fraction(given: float | None) -> float:
-    """Of a GPU's memory, what a program can have."""
-    from llm.planning.plan import GPU_FRACTION
-
-    text = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))
-    name = "XLA_PYTHON_CLIENT_MEM_FRACTION" if given is None else "--memory-fraction"
-    try:
-        fraction = float(text) if given is None else given
-    except ValueError:
-        raise UsageError(f"{name} = {text!r}: expected a number") from None
-    if not 0.0 < fraction <= 1.0:
-        raise UsageError(f"{name} = {fraction}: expected a fraction above 0 and at most 1")
-    return fraction
-
-
-def _find_target(chosen: Options) -> "Target":
-    from llm.planning import targets
-
-    count = (1 if chosen.devices is None else chosen.devices) if chosen.device else None
-    targets.prepare_environment(chosen.topology, count)
-    if chosen.topology:
-        return targets.topology(chosen.topology)
-    if count is None:
-        return targets.present()
-    from llm.planning.devices import find_kind
-
-    kind = "cpu" if chosen.device == "cpu" else find_kind(chosen.device)
-    return targets.simulated(kind, count)
-
-
-def _plans(
-    chosen: Options, config: Config, vocab_size: int, target: "Target"
-) -> tuple[list["Facts"], int]:
-    from llm.planning.plan import plan_step
-    from llm.planning.search import search
-
-    fraction = memory_fraction(chosen.memory_fraction)
-    if not chosen.search:
-        _say(chosen, f"compiling a step for {target.name}")
-        return [plan_step(config, vocab_size, target, fraction)], 1
-
-    def report(number: int, total: int, candidate: "Candidate") -> None:
-        _say(chosen, f"compiling {number} of {total}: {_spelled(candidate.config)}")
-
-    return search(config, vocab_size, target, fraction, chosen.tries, report)
-
-
-def _spelled(config: Config) -> str:
-    """The settings that a search varies, in a line."""
-    mesh = " ".join(f"{axis}={size}" for axis, size in config.mesh if size != 1)
-    training = config.training
-    micro = training.micro_batch_size or training.batch_size
-    return f"{mesh or 'one device'}, remat {training.remat}, micro-batch {micro}"
-
-
-def _say(chosen: Options, text: str) -> None:
-    if not chosen.as_json or chosen.search:
-        print(text, file=sys.stderr, flush=True)
-
-
-def _write(chosen: Options, plans: list["Facts"], considered: int) -> None:
-    if chosen.as_json:
-        answer: dict[str, Any] = plans[0]
-        if chosen.search:
-            answer = {"estimate": True, "considered": considered, "ranked": plans}
-        print(json.dumps(answer, allow_nan=False))
-        return
-    from llm.planning.plan_tables import make_console, show_plan, show_ranking
-
-    console = make_console()
-    if chosen.search:
-        show_ranking(plans, considered, console)
-    show_plan(plans[0], console)
+    """The share of a GPU's memory that a program can have, as JAX decides it."""
+    name, text = "--memory-fraction", str(given)
+    if given is None:
+        name = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+        # https://docs.jax.dev/en/latest/gpu_memory_allocation.html
+        text = os.environ.get(name, "0.75")
+    with contextlib.suppress(ValueError):
+        if 0.0 < float(text) <= 1.0:
+            return float(text)
+    raise UsageError(f"{name} = {text}: expected a fraction above 0 and at most 1")

@@ -12,7 +12,6 @@ Bytes are no time. A time needs the bandwidth of the links (roofline.py).
 import dataclasses
 import math
 import re
-from collections import defaultdict
 
 import numpy as np
 
@@ -59,14 +58,6 @@ def read_collectives(hlo: str) -> list[Collective]:
             key = channel[1] if channel else f"{name} {number}"
             found.setdefault((key, collective.kind, collective.bytes), collective)
     return list(found.values())
-
-
-def total_bytes(collectives: list[Collective]) -> dict[str, int]:
-    """kind -> bytes of all collectives of that kind in one run of the program."""
-    totals: dict[str, int] = defaultdict(int)
-    for one in collectives:
-        totals[one.kind] += one.bytes * one.count
-    return dict(totals)
 
 
 _OPERATION = re.compile(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(")

@@ -74,7 +74,9 @@ class Arithmetic:
       rows: sequences of one forward pass. positions: tokens of one sequence.
       mlp_rows: rows of one block's MLP, or of its experts with what fills up their groups.
       tokens: of a step. matrices: of an MLP. element: bytes of a number in the compute dtype.
-      dense, experts: numbers in one block's matrices, without the experts' and of the experts.
+      expert_blocks: blocks of rows of one expert each (grouped.py), in one block of the model.
+      mlp, experts, dense: numbers in the matrices of one MLP, of a block's experts, and of all else
+        in a block.
       heads: query heads.
     """
 
@@ -101,15 +103,15 @@ class Arithmetic:
         self.element = 2 if spec.compute_dtype == "bfloat16" else 4
         self.heads = config.n_head / self.shares("heads")
         self.matrices = 3 if config.activation == "swiglu" else 2
-        mlp = self.matrices * config.d_model * config.d_ff
+        self.mlp = self.matrices * config.d_model * config.d_ff
         self.dense = 2 * (config.n_head + config.n_kv_head) * config.head_size * config.d_model
-        self.mlp_rows, self.experts = self.rows * self.positions, 0
+        self.mlp_rows, self.expert_blocks, self.experts = self.rows * self.positions, 0, 0
         if config.has_experts:
             choices, E = self.mlp_rows * config.n_expert_active, config.n_expert
-            self.mlp_rows = block_rows(choices, E) * block_count(choices, E)
-            self.experts = E * mlp
+            self.expert_blocks, self.experts = block_count(choices, E), E * self.mlp
+            self.mlp_rows = block_rows(choices, E) * self.expert_blocks
         else:
-            self.dense += mlp
+            self.dense += self.mlp
 
     def shares(self, logical_axis: str) -> int:
         names = LOGICAL_TO_MESH[logical_axis]
@@ -225,7 +227,7 @@ class Arithmetic:
         rows = self.mlp_rows / (self.rows * self.positions)
         if config.has_experts:
             idle = rows - config.n_expert_active
-            blocks += 6 * idle * config.n_layer * self.matrices * config.d_model * config.d_ff
+            blocks += 6 * idle * config.n_layer * self.mlp
         if self.training.remat not in ("none", "dots"):
             # All of a block's forward pass except its last product, which no gradient reads.
             blocks += blocks / 3 - 2 * rows * config.n_layer * config.d_model * config.d_ff
@@ -257,13 +259,8 @@ class Arithmetic:
         """
         passes, layers = self.training.accumulation, self.config.n_layer
         weights = 3 * self.element * (self.dense + self.experts)
-        if self.experts:
-            # Each block of rows reads its expert's matrices, and adds its part to their gradients.
-            choices, E = (
-                self.rows * self.positions * self.config.n_expert_active,
-                self.config.n_expert,
-            )
-            weights += block_count(choices, E) * self.experts / E * (2 * self.element + 8)
+        # Each block of rows reads its expert's matrices, and adds its part to their gradients.
+        weights += self.expert_blocks * self.mlp * (2 * self.element + 8)
         activations = layers * (12 * (self._products() + self._rest()) + 24 * self.scores())
         update = 2 * sum(self.state) + 4 * self.state.weights
         return update + passes * (layers * weights / self.shares("heads") + activations)

@@ -16,8 +16,11 @@ from typing import NamedTuple
 Computations = dict[str, list[str]]
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_CALL = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
-_CALLS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+# The computations that an instruction runs, except a loop's condition: one, or a list in braces.
+_CALLS = re.compile(
+    r"(?:calls|to_apply|body|(?:true|false)_computation|(?:branch|called)_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 # Layouts have parentheses too: the arguments end where an attribute follows or nothing does.
 _INSTRUCTION = re.compile(
@@ -85,7 +88,7 @@ def runs(program: Computations) -> dict[str, int]:
 def fused(program: Computations) -> set[str]:
     """Names of the computations that are the insides of fusions."""
     lines = (line for lines in program.values() for line in lines if " fusion(" in line)
-    return {name for line in lines for name in _CALL.findall(line)}
+    return {name for line in lines for name in _called(line)}
 
 
 def cycles(hlo: str) -> int:
@@ -111,11 +114,7 @@ def byte_size(shape: str) -> int:
 
 
 def _called(line: str) -> list[str]:
-    """The computations that an instruction runs, except a loop's condition."""
-    names = _CALL.findall(line)
-    for group in _CALLS.findall(line):
-        names += re.findall(r"[\w.\-]+", group)
-    return names
+    return re.findall(r"[\w.\-]+", " ".join(_CALLS.findall(line)))
 
 
 def _turns(line: str, around: list[str], program: Computations) -> int:

@@ -28,10 +28,6 @@ from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
 
-# JAX takes this share of a GPU's memory unless $XLA_PYTHON_CLIENT_MEM_FRACTION says another:
-# https://docs.jax.dev/en/latest/gpu_memory_allocation.html
-GPU_FRACTION = 0.75
-
 Facts = dict[str, Any]
 
 
@@ -60,22 +56,16 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     started = time.monotonic()
     step = make_train_step(compiled_spec, config.optimizer, training, mesh)
     lowered = step.lower(state, jax.ShapeDtypeStruct(windows, jnp.int32))
-    compiled, limit = None, available_memory(target, memory_fraction)
+    text, limit = None, available_memory(target, memory_fraction)
     try:
         compiled = lowered.compile()
         memory = _compiled_memory(compiled, arithmetic, target)
+        text = program_text(lowered, compiled)
     except jax.errors.JaxRuntimeError as error:
         memory, most = refused_memory(str(error))
         limit = min(most, limit or most)
     seconds = time.monotonic() - started
-    weights, moments, other = arithmetic.state
-    in_state = {"weights_bytes": weights, "optimizer_bytes": moments, "other_state_bytes": other}
     spare = None if limit is None else limit - memory["needed_bytes"]
-    verdict = {
-        "available_bytes": limit,
-        "fits": None if spare is None else spare >= 0,
-        "spare_bytes": spare,
-    }
     return {
         "estimate": True,
         "target": target.name,
@@ -90,13 +80,16 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
         "compute_dtype": spec.compute_dtype,
         "attention": spec.attention,
         "parameters": parameter_count(spec),
-        "memory": in_state | memory | verdict,
-        **_work_and_time(
-            arithmetic,
-            target,
-            list(mesh.devices.flat),
-            program_text(lowered, compiled) if compiled else None,
-        ),
+        "memory": {
+            "weights_bytes": arithmetic.state.weights,
+            "optimizer_bytes": arithmetic.state.optimizer,
+            "other_state_bytes": arithmetic.state.other,
+            **memory,
+            "available_bytes": limit,
+            "fits": None if spare is None else spare >= 0,
+            "spare_bytes": spare,
+        },
+        **_work_and_time(arithmetic, target, list(mesh.devices.flat), text),
     }
 
 
@@ -180,9 +173,9 @@ def _work_and_time(
     tokens = training.batch_size * arithmetic.spec.config.context_length
     work = tokens * flops_per_token(arithmetic.spec)
     sheet, peak = sheet_of(target.kind), peak_flops(target.kind)
-    found, bound, by_compiler = None if text is None else read_collectives(text), None, None
-    over_links: list[float] | None = None
-    if sheet and peak and found is not None and text is not None:
+    found = None if text is None else read_collectives(text)
+    bound = by_compiler = over_links = None
+    if sheet and peak and text is not None and found is not None:
         bound = arithmetic.roofline(sheet)
         if not target.stands_in:
             over_links = [link_seconds(one, sheet, placed) for one in found]

@@ -5,10 +5,10 @@ The result ranks the compiled ones: plans that fit first, by the time of a step.
 nothing is faster.
 """
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from llm.config import Config, MeshConfig
 from llm.errors import UsageError
@@ -25,8 +25,7 @@ REMATS = ("none", "dots", "block")
 SLACK = 1.4
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """Settings to try, with a step's time and a device's memory by arithmetic."""
 
     config: Config
@@ -40,13 +39,13 @@ def search(
     target: Target,
     memory_fraction: float,
     tries: int,
-    report: Callable[[int, int, Candidate], None],
+    report: Callable[[int, int, Config], None],
 ) -> tuple[list[Facts], int]:
     """Plans of the most promising settings, best first, and how many settings arithmetic left.
 
     Args:
       tries: how many are compiled, at most.
-      report: called with number, total and candidate before each compilation.
+      report: called with number, total and settings before each compilation.
     Raises:
       UsageError: the device has no data sheet, or nothing can be divided over the devices.
     """
@@ -62,7 +61,7 @@ def search(
         )
     plans = []
     for number, candidate in enumerate(candidates[:tries], start=1):
-        report(number, min(tries, len(candidates)), candidate)
+        report(number, min(tries, len(candidates)), candidate.config)
         plans.append(plan_step(candidate.config, vocab_size, target, memory_fraction))
     return sorted(plans, key=_rank), len(candidates)
 

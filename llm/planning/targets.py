@@ -101,10 +101,20 @@ def prepare_environment(
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={count}".strip()
 
 
-def present() -> Target:
-    """The devices that JAX finds."""
+def find_target(topology_: str, device: str, count: int | None) -> Target:
+    """A slice of TPUs, `count` devices of a kind, or the devices that JAX finds.
+
+    Raises:
+      UsageError: no such device or topology.
+    """
     import jax
 
+    from llm.planning.devices import find_kind
+
+    if topology_:
+        return topology(topology_)
+    if count is not None:
+        return simulated("cpu" if device == "cpu" else find_kind(device), count)
     devices = tuple(jax.devices())
     kind = devices[0].device_kind
     return Target(f"{len(devices)} x {kind}", kind, devices)
