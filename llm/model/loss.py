@@ -4,8 +4,8 @@
 
 z are the logits at position t - 1. Losses are negative log-likelihoods in nats.
 
-    B batch  T position  D model width  V vocabulary  C chunks
-    R, S shares of the batch and of the sequence over the mesh
+    B batch  T position  D model width  V vocabulary  C chunks  R rows of one device
+    b, s shares of the batch and of the sequence over the mesh
 """
 
 import functools
@@ -18,10 +18,9 @@ import jax.numpy as jnp
 from llm.model.gpt import GPT, soft_cap
 from llm.model.sharding import constrain, kind_in_context, shares
 
-# Logits that exist at once in the loss: 64 MiB of float32. Below it the head's matrix products are
-# large enough for a CPU; above it they would be the largest buffer of the step. On GPUs 1 GiB: each
-# part reads and writes the sum of the head's gradient, and a step of GPT-2 124M took 90.6 ms with
-# 64 MiB, 73.8 ms with 1.5 GiB and 74.1 ms with 0.8 (32 x 1024 tokens on an H200, jax 0.11).
+# Logits that exist at once in the loss: 64 MiB of float32. Fewer would make the head's matrix
+# products small for a CPU; more would be the largest buffer of the step. On GPUs 1 GiB, because
+# each chunk reads and writes the sum of the head's gradient.
 CHUNK_LOGITS = 2**24
 GPU_CHUNK_LOGITS = 2**28
 
@@ -119,18 +118,16 @@ def head_loss(
       weights_BT: float32; 0 masks a token out. For a mean over tokens, mask / number of tokens.
       chunks: parts that T is taken in, see `chunks_for`; positions that fill up the last weigh 0.
     """
-
     head_DV = _gathered(head_DV)
 
-    def add_chunk(total, chunk):
-        hidden, targets, weights = chunk
-        terms = _chunk_loss(_logits(hidden, head_DV), targets, weights, options)
+    def add_chunk(total: LossTerms, chunk: tuple[jax.Array, ...]) -> tuple[LossTerms, None]:
+        hidden_BTD, targets_BT, weights_BT = chunk
+        terms = _chunk_loss(_logits(hidden_BTD, head_DV), targets_BT, weights_BT, options)
         return jax.tree.map(jnp.add, total, terms), None
 
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
-    return jax.lax.scan(
-        add_chunk, zero, split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
-    )[0]
+    parts_CBT = split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
+    return jax.lax.scan(add_chunk, zero, parts_CBT)[0]
 
 
 def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chunks):
@@ -140,36 +137,36 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
     after the last chunk: a sum over all rows would be all-reduced, [D, V], in every chunk.
     """
     head_DV = _gathered(head_DV)
-    parts = split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
-    R = math.gcd(shares("batch"), parts[0].shape[1])
-    S = math.gcd(shares("sequence"), parts[0].shape[2])
+    parts_CBT = split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
+    b = math.gcd(shares("batch"), parts_CBT[0].shape[1])
+    s = math.gcd(shares("sequence"), parts_CBT[0].shape[2])
 
     def add_chunk(carry, chunk):
-        total, d_head_RSDV = carry
-        hidden, targets, weights = chunk
+        total, d_head_bsDV = carry
+        hidden_BTD, targets_BT, weights_BT = chunk
         objective, pullback, nll = jax.vjp(
-            lambda logits: _chunk_loss(logits, targets, weights, options),
-            _logits(hidden, head_DV),
+            lambda logits_BTV: _chunk_loss(logits_BTV, targets_BT, weights_BT, options),
+            _logits(hidden_BTD, head_DV),
             has_aux=True,
         )
-        (d_logits,) = pullback(jnp.ones(()))
+        (d_logits_BTV,) = pullback(jnp.ones(()))
         # The two products below are the head's backward pass; in the compute dtype, as its forward.
-        d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("BTV,DV->BTD", d_logits, head_DV)
-        d_head_RSDV += jnp.einsum(
-            "RSTD,RSTV->RSDV",
-            _by_device(R, S, hidden),
-            _by_device(R, S, d_logits),
+        d_logits_BTV = d_logits_BTV.astype(hidden_BTD.dtype)
+        d_hidden_BTD = jnp.einsum("BTV,DV->BTD", d_logits_BTV, head_DV)
+        d_head_bsDV += jnp.einsum(
+            "bsRD,bsRV->bsDV",
+            _by_device(b, s, hidden_BTD),
+            _by_device(b, s, d_logits_BTV),
             preferred_element_type=jnp.float32,
         )
         total = LossTerms(total.objective + objective, total.nll + nll)
-        return (total, d_head_RSDV), d_hidden
+        return (total, d_head_bsDV), d_hidden_BTD
 
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
-    none_RSDV = jnp.zeros((R, S, *head_DV.shape), jnp.float32)
-    start = (zero, constrain(none_RSDV, "batch", "sequence", None, "vocab"))
-    (terms, d_head_RSDV), d_hidden_CBTD = jax.lax.scan(add_chunk, start, parts)
-    d_head_DV = constrain(d_head_RSDV.sum(axis=(0, 1)), "embed", "vocab").astype(head_DV.dtype)
+    none_bsDV = jnp.zeros((b, s, *head_DV.shape), jnp.float32)
+    start = (zero, constrain(none_bsDV, "batch", "sequence", None, "vocab"))
+    (terms, d_head_bsDV), d_hidden_CBTD = jax.lax.scan(add_chunk, start, parts_CBT)
+    d_head_DV = constrain(d_head_bsDV.sum(axis=(0, 1)), "embed", "vocab").astype(head_DV.dtype)
     return terms, (join_positions(d_hidden_CBTD, hidden_BTD.shape[1]), d_head_DV)
 
 
@@ -196,15 +193,15 @@ def chunks_for(
 ) -> int:
     """Into how many parts `head_loss` should take T positions: about the fewest that fit.
 
-    A divisor of T where one is near, so that no part is filled up. The fewest alone would pad where
-    it need not; a divisor alone would take a prime T one position at a time.
+    It is a divisor of T if one is near, so that no part is filled up. The fewest parts would often
+    need padding, and a divisor alone would take a prime T one position at a time.
 
     Args:
       batch_size: sequences on one device.
       length: positions T.
-      chunk_length: positions of a part when the caller has chosen; 0: as many as keep the part's
-        logits within CHUNK_LOGITS, and at most half of them, so that [B, T, V] never exists.
-      device_kind: what computes it, as JAX names it.
+      chunk_length: positions of a part; 0: as many as keep the part's logits within CHUNK_LOGITS,
+        and at most half of T, so that [B, T, V] never exists.
+      device_kind: the devices that compute it, as JAX names them.
     """
     at_once = GPU_CHUNK_LOGITS if device_kind.startswith("NVIDIA ") else CHUNK_LOGITS
     fitting = at_once // (batch_size * padded_vocab_size)
@@ -219,8 +216,8 @@ def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> Los
     real_V = jnp.arange(logits_BTV.shape[-1]) < options.vocab_size
     logits_BTV = jnp.where(real_V[None, None, :], logits_BTV, -jnp.inf)
     log_z_BT = log_sum_exp(logits_BTV)
-    # Picked by a sum, which goes with the others over V in one pass; the gradient of an indexed
-    # element would be scattered into an array of its own. An id that no column has gives NaN.
+    # Picked by a sum, which shares one pass over V with the other sums. The gradient of an indexed
+    # element would be scattered into a separate array. An id without a column gives NaN.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
     target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     is_id_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
@@ -240,8 +237,8 @@ def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> Los
 def log_sum_exp(logits_BTV: jax.Array) -> jax.Array:
     """log sum_v exp(z_v): [B, T], as jax.nn.logsumexp; on GPUs in one pass over the logits.
 
-    Two passes, for the largest and for the sum, are a third of what the loss reads there, and the
-    logits of a vocabulary are the most that a step reads.
+    Separate passes for the maximum and the sum would be a third of what the loss reads on a GPU,
+    and no array of a step is read more than the logits.
     """
     two_passes = functools.partial(jax.nn.logsumexp, axis=-1)
     return jax.lax.platform_dependent(logits_BTV, cuda=log_sum_exp_in_one_pass, default=two_passes)
@@ -250,11 +247,11 @@ def log_sum_exp(logits_BTV: jax.Array) -> jax.Array:
 def log_sum_exp_in_one_pass(logits_BTV: jax.Array) -> jax.Array:
     """Pairs (m, s) that stand for s exp(m), m the largest so far, added up two by two."""
 
-    def add(one, other):
+    def add(one: tuple[jax.Array, ...], other: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         (m, s), (n, t) = one, other
         larger, smaller = jnp.maximum(m, n), jnp.minimum(m, n)
-        # -inf less -inf is NaN. A factor of 1 there does no harm: the sum is multiplied by
-        # exp(-inf) as soon as a finite logit comes.
+        # -inf - (-inf) is NaN. A factor of 1 does no harm in that case: the sum is multiplied by
+        # exp(-inf) at the first finite logit.
         factor = jnp.where(smaller == larger, 1.0, jnp.exp(smaller - larger))
         return larger, jnp.where(m >= n, s + t * factor, t + s * factor)
 
@@ -279,7 +276,7 @@ log_sum_exp.defvjp(_log_sum_exp_forward, _log_sum_exp_backward)
 
 
 def _gathered(head_DV: jax.Array) -> jax.Array:
-    """The head as each chunk reads it, gathered once: XLA gathers it in every chunk otherwise."""
+    """The whole head, gathered once; XLA would otherwise gather it in every chunk."""
     return constrain(head_DV, None, "vocab")
 
 
@@ -304,11 +301,11 @@ def split_positions(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]
     return tuple(split(x) for x in arrays_BT)
 
 
-def _by_device(R: int, S: int, x_BTF: jax.Array) -> jax.Array:
-    """[B, T, F] -> [R, S, rows, F]: the positions that one device holds, as rows of one matrix."""
+def _by_device(b: int, s: int, x_BTF: jax.Array) -> jax.Array:
+    """[B, T, F] -> [b, s, R, F]: the positions that one device holds, as rows of one matrix."""
     B, T, F = x_BTF.shape
-    x_RSBTF = x_BTF.reshape(R, B // R, S, T // S, F).swapaxes(1, 2)
-    return x_RSBTF.reshape(R, S, -1, F)
+    x_bsBTF = x_BTF.reshape(b, B // b, s, T // s, F).swapaxes(1, 2)
+    return x_bsBTF.reshape(b, s, -1, F)
 
 
 def join_positions(parts_CBT: jax.Array, length: int) -> jax.Array:

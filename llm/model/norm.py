@@ -3,9 +3,9 @@
     layernorm  g (x - mean(x)) / sqrt(var(x) + epsilon) + b        Ba et al. 2016
     rmsnorm    g x / sqrt(mean(x^2) + epsilon)                     Zhang & Sennrich 2019
 
-Why its own: what automatic differentiation keeps for the backward pass is three arrays of x's size
-for each norm. This keeps x, which is at hand anyway, and two numbers a position; on CPU, where each
-array is written to memory and read again, that is a twentieth of a training step.
+Automatic differentiation would keep three arrays of x's size for each norm. This backward pass
+keeps x, which is at hand anyway, and two numbers for each position. On a CPU, where each array is
+written to memory and read again, that saves a twentieth of a training step.
 
     ... any dimensions  D normalised
 """
@@ -19,7 +19,7 @@ from flax import nnx
 
 
 class Norm(nnx.Module):
-    """One gain a feature and, for layernorm where the model has biases, one bias."""
+    """One gain for each feature and, for layernorm in a model with biases, one bias."""
 
     def __init__(self, kind: str, size: int, *, epsilon: float, bias: bool):
         self.kind, self.epsilon = kind, epsilon
@@ -36,7 +36,7 @@ class Norm(nnx.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def normalise(x: jax.Array, scale_D: jax.Array, centered: bool, epsilon: float) -> jax.Array:
-    """g (x - m) r with r = 1 / sqrt(mean((x - m)^2) + epsilon), m the mean or, not centered, zero.
+    """g (x - m) r with r = 1 / sqrt(mean((x - m)^2) + epsilon); m is the mean, or 0 uncentered.
 
     Args:
       x: [..., D] in any float dtype.
@@ -58,11 +58,11 @@ def _forward(x, scale_D, centered, epsilon) -> tuple[jax.Array, Any]:
 def _backward(centered, epsilon, kept, d_out) -> tuple[jax.Array, jax.Array]:
     """With n = (x - m) r and d = d_out g:  dx = r (d - mean(d) - n mean(d n)),  dg = sum(d_out n).
 
-    rmsnorm has no mean(d), since it takes no mean away.
+    rmsnorm has no mean(d), since it subtracts no mean.
     """
     x, mean, root, scale_D = kept
-    # Kept, not computed again from x: on GPUs the sums over rows would stand between the parts of
-    # what follows, and d_out n, in float32, would be written and read for the gains' gradient.
+    # Kept, not computed again from x: on GPUs the sums over rows would split what follows into
+    # several kernels, and d_out n, in float32, would be written and read for the gains' gradient.
     mean, root = jax.lax.optimization_barrier((mean, root))
     y = x.astype(jnp.float32)
     n = (y if mean is None else y - mean) * root

@@ -1,10 +1,11 @@
-"""Which device stands where in the mesh: near each other in it, near each other in the network.
+"""Which device stands where in the mesh: neighbours in the mesh are neighbours in the network.
 
-    between   slices of TPUs, or machines of GPUs: a slow network. data goes over it, then fsdp
-    within    one slice or machine: fast links, which all other axes stay on
+    between   slices of TPUs, or machines of GPUs: a slow network, for data, then fsdp
+    within    one slice or machine: fast links, for all other axes
 
-What it is not: a choice of the axes' sizes. Those are settings, and `plan --search` compares them.
-JAX arranges devices of one slice (`jax.make_mesh`) and of several (`create_hybrid_device_mesh`).
+What it is not: a choice of the axes' sizes. The sizes are settings, and `plan --search` compares
+them. JAX arranges the devices of one slice (`jax.make_mesh`) and of several
+(`create_hybrid_device_mesh`).
 """
 
 import collections
@@ -22,7 +23,7 @@ BETWEEN = ("data", "fsdp")
 
 
 def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as an array with an axis for each of the mesh.
+    """The devices as an array with one axis for each axis of the mesh.
 
     Args:
       sizes: mesh axis -> devices along it; they multiply to the number of devices.
@@ -40,7 +41,7 @@ def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray
             f"{counts} devices; start it on the same number of devices of each"
         )
     if len(groups[0]) == 1:
-        # No two are near each other.
+        # No two devices are near each other.
         return np.array(devices, dtype=object).reshape(shape)
     outer = _between(sizes, len(groups), by)
     inner = [size // outside for size, outside in zip(shape, outer, strict=True)]
@@ -54,10 +55,10 @@ def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray
 
 
 def network_groups(devices: Sequence[jax.Device]) -> tuple[str, list[list[jax.Device]]]:
-    """What tells them apart, and the devices of each slice of TPUs or each machine of GPUs.
+    """The attribute that numbers the groups, and the devices of each TPU slice or GPU machine.
 
-    JAX numbers both by slice_index. GPUs without one are taken by their processes. Other devices
-    without one are one group.
+    JAX numbers slices and machines by slice_index. GPUs without one are grouped by their processes;
+    other devices without one are one group.
     """
     by = "slice_index"
     if any(getattr(device, by, None) is None for device in devices):
@@ -71,10 +72,10 @@ def network_groups(devices: Sequence[jax.Device]) -> tuple[str, list[list[jax.De
 
 
 def _within(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """As jax.make_mesh places them.
+    """The devices as jax.make_mesh places them.
 
-    Along the sides of a slice's torus where the axes fit these; else with sides split over several
-    axes, which jax.make_mesh refuses on most TPUs.
+    If the axes fit the sides of a slice's torus they lie along them; else sides are split over
+    several axes, which jax.make_mesh refuses on most TPUs.
     """
     axes = tuple(map(str, range(len(shape))))
     try:
@@ -84,7 +85,7 @@ def _within(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
 
 
 def _between(sizes: Mapping[str, int], groups: int, by: str) -> list[int]:
-    """How many groups each axis goes over: data as many as it can, then fsdp."""
+    """How many groups each axis is divided over: data over as many as it can, then fsdp."""
     data = math.gcd(sizes["data"], groups)
     if sizes["fsdp"] * data % groups:
         product = sizes["data"] * sizes["fsdp"]

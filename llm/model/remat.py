@@ -1,12 +1,12 @@
 """Rematerialisation: what a block keeps of its forward pass until its backward pass.
 
-    none      everything that the backward pass reads; what norms and activations can compute from
-              that again, they do (norm.py, layers.py:activate)
+    none      everything that the backward pass reads, except what norms and activations can compute
+              again from it (norm.py, layers.py:activate)
     dots      its input, its products with weights, and what an attention kernel (kernels.py) needs
               beside its inputs; the rest is computed again
     block     its input alone; the whole block is computed again (Chen et al. 2016, "Training Deep
               Nets with Sublinear Memory Cost")
-    offload   as block, and the inputs wait in the host's memory
+    offload   like block, but the inputs are kept in the host's memory
 
 It changes what is stored, never what is computed: losses and gradients are the same to rounding.
 """
@@ -24,7 +24,7 @@ from llm.model.kernels import is_residual
 Remat = Literal["none", "dots", "block", "offload"]
 HOST = "pinned_host"
 _INPUT = "block_input"
-# The name (`checkpoint_name`) of products with weights that are no plain dot: those of experts.
+# The name (`checkpoint_name`) of the experts' products with weights, which are no plain dots.
 PRODUCT = "product"
 _POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -45,7 +45,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def keep(remat: Remat, block: Function, *, in_scan: bool = False) -> Function:
-    """The same function x, ... -> y, which keeps for its gradient what `remat` says.
+    """The same function x, ... -> y; for its gradient it keeps what `remat` says.
 
     Args:
       in_scan: the call is a loop's body, where the compiler cannot undo the recomputation by
@@ -61,9 +61,7 @@ def keep(remat: Remat, block: Function, *, in_scan: bool = False) -> Function:
 
 
 def check_remat(remat: Remat, mesh: Mesh) -> None:
-    """Raises:
-    UsageError: the devices of the mesh cannot use the host's memory as theirs.
-    """
+    """Refuse `offload` with a UsageError if the mesh's devices cannot use the host's memory."""
     device = mesh.devices.flat[0]
     kinds = [memory.kind for memory in device.addressable_memories()]
     if remat == "offload" and HOST not in kinds:

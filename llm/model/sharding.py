@@ -1,8 +1,8 @@
 """The mesh of devices, and the one table from logical axes to mesh axes.
 
 Weights and activations name their dimensions ("embed", "heads", ...). Only this file knows on which
-axis of the mesh each of them lies, so that data, fully sharded and tensor parallelism are settings
-and not code. XLA inserts the collectives (GSPMD, Xu et al. 2021).
+axis of the mesh each dimension lies, so that data, fully sharded and tensor parallelism are
+settings and not code. XLA inserts the collectives (GSPMD, Xu et al. 2021).
 
     mesh axis   what is divided over it
     data        the batch; weights are copied
@@ -34,9 +34,8 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
-    # Rows of the matrices that write into the stream. Their columns stay whole: the TPU's compiler
-    # all-reduced gradients that were divided by columns, where it reduce-scatters these (1024 wide
-    # over fsdp 8, v5e:2x4, libtpu 0.0.52).
+    # Rows of the matrices that write into the stream. Their columns stay whole, because the TPU's
+    # compiler all-reduces gradients that are divided by columns and reduce-scatters these.
     "heads_in": ("tensor", "fsdp"),
     "mlp_in": ("tensor", "fsdp"),
     "vocab": "tensor",
@@ -46,10 +45,10 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "norm": None,
     # activations
     "batch": ("data", "fsdp", "expert"),
-    "batch_of_experts": ("data", "fsdp"),  # of tokens that lie with their experts
-    # Of rows cut out of a table whose columns lie over fsdp: of all its devices; then each its own,
-    # with fsdp last, so that its devices trade columns for rows. Not told the first, the compiler
-    # finds no way on meshes with expert; not the second, TPUs all-reduce the positions' gradient.
+    # Rows that are looked up in a table whose columns lie over fsdp: first each device has its
+    # columns of all rows, then its own rows, with fsdp last, so that devices trade columns for
+    # rows. Without the first the compiler finds no way on meshes with expert; without the second
+    # TPUs all-reduce the positions' gradient.
     "batch_of_columns": ("data", "expert"),
     "batch_by_columns": ("data", "expert", "fsdp"),
     "sequence": "context",
@@ -80,7 +79,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
     shape = [len(devices) // fixed if size == -1 else size for size in sizes]
     placed = place(dict(zip(MESH_AXES, shape, strict=True)), devices)
-    # Auto, named: JAX's default of Explicit axes would put every sharding into the types.
+    # Auto by name: JAX's default, Explicit, would put every sharding into the types.
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
@@ -164,11 +163,12 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 def per_device(function: Function, in_specs: Any, out_specs: Any) -> Function:
     """The function on each device's own parts, by shard_map over the mesh in context.
 
-    What is sent between devices is then what the function sends. Without a mesh, the function.
+    The devices then send each other only what the function sends. Without a mesh it is the function
+    itself.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    # Kernels do not say over which axes their results vary, so nobody can check it.
+    # Kernels do not say over which axes their results vary, so JAX cannot check it.
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
@@ -181,12 +181,12 @@ def shares(logical_axis: str) -> int:
 
 
 def chunks_of(parts: int) -> int:
-    """Into how many chunks a sequence on `parts` devices is cut: two on each, or one in all."""
+    """How many chunks a sequence on `parts` devices is cut into: two on each device, or one."""
     return 2 * parts if parts > 1 else 1
 
 
 def device_kind(mesh: Mesh) -> str:
-    """What JAX calls the mesh's devices, for instance "NVIDIA H200" or "cpu"."""
+    """JAX's name for the mesh's devices, for instance "NVIDIA H200" or "cpu"."""
     return mesh.devices.flat[0].device_kind
 
 

@@ -3,9 +3,9 @@
     blocks.0.mlp.up.weight [D, F], blocks.1.mlp.up.weight [D, F], ...
     blocks.*.mlp.up.weight [L, D, F]
 
-A scan over layers reads them so, which keeps a program's size the same at any depth. Only training
-holds them so (`training.scan_layers`); what leaves it, a checkpoint above all, has the names of the
-single layers again.
+A scan over layers reads weights in this form, which keeps a program's size the same at any depth.
+Only training uses it (`training.scan_layers`); checkpoints and everything else outside training
+have the names of single layers.
 """
 
 import functools
@@ -26,14 +26,14 @@ def is_stacked(name: str) -> bool:
 
 
 def layer_names(name: str, layers: int) -> list[str]:
-    """The names of a stack's parts, from the first layer on; of another array its own alone."""
+    """The names of a stack's parts, from the first layer on; any other array keeps its own name."""
     if not is_stacked(name):
         return [name]
     return [_ALL_LAYERS.sub(f"blocks.{layer}.", name) for layer in range(layers)]
 
 
 def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Each stack as the arrays of its layers, which lie as it does; all else as it is.
+    """Each stack as the arrays of its layers, sharded as the stack is; all else is unchanged.
 
     Args:
       arrays: name -> jax.Array, or jax.ShapeDtypeStruct with a sharding.
@@ -49,8 +49,8 @@ def stack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `unstack`.
 
     Args:
-      arrays: name -> jax.Array, no stacks among them.
-      like: what the result is like: name -> shape, dtype and sharding.
+      arrays: name -> jax.Array, without stacks.
+      like: the names, shapes, dtypes and shardings of the result.
     """
     return {
         name: _join([arrays[part] for part in layer_names(name, leaf.shape[0])], leaf)
