@@ -78,6 +78,11 @@ class Arithmetic:
       mlp, experts, dense: numbers in the matrices of one MLP, of a block's experts, and of all else
         in a block.
       heads: query heads.
+      stream, routed, hidden, queries, keys: bytes of a block's input, of the rows that go into its
+        MLP, of the MLP's hidden layer, of all queries, and of all keys.
+      products: bytes of the input and of all products with weights. rest: bytes of all else that a
+        forward pass makes: norms, rotated heads, the hidden layer, and the experts' rows before
+        and after they are sorted into groups.
     """
 
     def __init__(
@@ -112,6 +117,15 @@ class Arithmetic:
             self.mlp_rows = block_rows(choices, E) * self.expert_blocks
         else:
             self.dense += self.mlp
+        self.stream = self.rows * self.positions * config.d_model * self.element
+        self.routed = self.mlp_rows * config.d_model * self.element
+        self.hidden = self.mlp_rows * config.d_ff / self.shares("mlp") * self.element
+        self.queries = self.rows * self.positions * self.heads * config.head_size * self.element
+        self.keys = self.queries * config.n_kv_head / config.n_head
+        self.products = 2 * self.stream + self.queries + 2 * self.keys + self.routed
+        self.products += (self.matrices - 1) * self.hidden
+        self.rest = 2 * self.stream + 2 * self.queries + self.keys + self.hidden
+        self.rest += 3 * self.routed * config.has_experts
 
     def shares(self, logical_axis: str) -> int:
         names = LOGICAL_TO_MESH[logical_axis]
@@ -140,50 +154,25 @@ class Arithmetic:
         if self.training.accumulation > 1:
             gradients *= 2  # the sum, and those of one forward pass
         kept = self.config.n_layer * self.kept_per_layer()
-        block = 2 * (self._products() + self._rest()) + self._scores_bytes() + self._gathered()
+        block = 2 * (self.products + self.rest) + self._scores_bytes() + self._gathered()
         return gradients + kept + max(block, self._loss())
 
     def kept_per_layer(self) -> float:
         """Bytes that a block keeps for its backward pass under training.remat."""
         match self.training.remat:
             case "none":
-                everything = self._products() + self._rest() + self._scores_bytes()
+                everything = self.products + self.rest + self._scores_bytes()
                 # TPU compilers hold the experts' hidden layer in two layouts.
-                return everything + self.config.has_experts * self._hidden()
+                return everything + self.config.has_experts * self.hidden
             case "dots" if self.spec.attention == "plain":
-                return self._products()
+                return self.products
             case "dots":
                 # A kernel's backward pass reads its output and a sum for each query.
-                values = self.config.head_size * self.element + 4
-                return self._products() + self.rows * self.positions * self.heads * values
+                return self.products + self.queries + 4 * self.rows * self.positions * self.heads
             case "block":
-                return self._stream()
+                return self.stream
             case "offload":
                 return 0.0
-
-    def _stream(self) -> float:
-        return self.rows * self.positions * self.config.d_model * self.element
-
-    def _hidden(self) -> float:
-        return self.mlp_rows * self.config.d_ff / self.shares("mlp") * self.element
-
-    def _heads(self) -> tuple[float, float]:
-        """Bytes of all queries, and of all keys."""
-        queries = self.rows * self.positions * self.heads * self.config.head_size * self.element
-        return queries, queries * self.config.n_kv_head / self.config.n_head
-
-    def _products(self) -> float:
-        """The block's input and its products with weights."""
-        queries, keys = self._heads()
-        products = 2 * self._stream() + queries + 2 * keys + (self.matrices - 1) * self._hidden()
-        return products + self.mlp_rows * self.config.d_model * self.element
-
-    def _rest(self) -> float:
-        """What is no product with a weight: norms, rotated heads, the hidden layer, and the
-        experts' rows before and after they are sorted into groups."""
-        queries, keys = self._heads()
-        moved = self.config.has_experts * 3 * self.mlp_rows * self.config.d_model * self.element
-        return 2 * self._stream() + 2 * queries + keys + self._hidden() + moved
 
     def _scores_bytes(self) -> float:
         """Scores in float32, weights in the compute dtype."""
@@ -261,7 +250,7 @@ class Arithmetic:
         weights = 3 * self.element * (self.dense + self.experts)
         # Each block of rows reads its expert's matrices, and adds its part to their gradients.
         weights += self.expert_blocks * self.mlp * (2 * self.element + 8)
-        activations = layers * (12 * (self._products() + self._rest()) + 24 * self.scores())
+        activations = layers * (12 * (self.products + self.rest) + 24 * self.scores())
         update = 2 * sum(self.state) + 4 * self.state.weights
         return update + passes * (layers * weights / self.shares("heads") + activations)
 
@@ -291,13 +280,12 @@ class Arithmetic:
         weights = self.state.weights / 4  # numbers of one device's share
         of_experts = config.n_layer * self.experts / (expert * sharded * tensor)
         reduced = passes * 8 * weights
-        keys = 2 * config.n_kv_head * config.head_size / tensor
-        gathered = 3 * self.element * self.rows * config.context_length * keys
+        gathered = 6 * self.keys * context  # keys and values: forward, again, and gradients
         to_experts = 3 * self.element * of_experts * sharded * (expert - 1)
         return {
             "fsdp": passes * 3 * self.element * weights * (sharded - 1),
             "data": reduced * (1 - 1 / copies),
             "expert": passes * (to_experts + 8 * (weights - of_experts) * (1 - 1 / expert)),
-            "tensor": passes * config.n_layer * 12 * self._stream() * (1 - 1 / tensor),
+            "tensor": passes * config.n_layer * 12 * self.stream * (1 - 1 / tensor),
             "context": (reduced + passes * config.n_layer * gathered) * (1 - 1 / context),
         }

@@ -119,9 +119,10 @@ def refused_memory(message: str) -> tuple[Facts, float]:
     Raises:
       jax.errors.JaxRuntimeError: the message is about something else.
     """
+    # "(43.99G) exceeds available HBM (15.75G)" or "Used 20.11G of 15.75G hbm".
     figures = re.search(
-        r"\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)", message
-    ) or re.search(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
+        r"([\d.]+)([KMGT]?)\)?(?: exceeds available \w+ \(| of )([\d.]+)([KMGT]?)", message
+    )
     if "RESOURCE_EXHAUSTED" not in message or figures is None:
         raise jax.errors.JaxRuntimeError(message)
     units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
