@@ -12,8 +12,10 @@ import shutil
 import numpy as np
 import pytest
 from example_records import SAMPLING, NGram, given, sampled, scored, training_text
+from test_view import spelled
 
 from llm.pages.attention_view import attention_page
+from llm.pages.live_view import live_page
 from llm.pages.view import diff_page, page
 
 selenium = pytest.importorskip("selenium")
@@ -77,6 +79,7 @@ def open_page(browser, folder):
             path.write_text(content, "utf-8")
         browser.get("about:blank")  # a change of the fragment alone would not load it again
         browser.get(path.as_uri())
+        eventually(browser, lambda: filled(browser))
         return browser
 
     media(browser)
@@ -84,6 +87,12 @@ def open_page(browser, folder):
     yield opened
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+
+
+def filled(browser):
+    """Whether the scripts have drawn what the page carries."""
+    script = "return 'filled' in document.documentElement.dataset || Boolean(window.attentionPage)"
+    return browser.execute_script(script)
 
 
 def attention_weights():
@@ -149,10 +158,6 @@ def colour(browser, selector):
 
 def tokens_of(records, sample):
     return [r for r in records if r["type"] == "token" and r["sample"] == sample]
-
-
-def with_page_precision(record):
-    return json.loads(json.dumps(record), parse_float=lambda digits: round(float(digits), 4))
 
 
 def percentage(text):
@@ -327,6 +332,7 @@ def test_shared_characters_point_to_the_token_that_closes_them(open_page):
 def test_an_address_can_name_a_token(open_page, folder):
     browser = open_page("tokens")
     browser.get((folder / "tokens.html").as_uri() + "#s1t7")
+    eventually(browser, lambda: filled(browser))
     eventually(browser, lambda: shown(browser) == 7)
     assert "on" in find(browser, "#s1t7").get_attribute("class").split()
 
@@ -341,7 +347,7 @@ def test_records_added_one_by_one_make_the_same_page(open_page, browser, records
         "const [lines, done] = arguments;"
         "for (const line of lines) tokenPage.addRecord(JSON.parse(line));"
         "requestAnimationFrame(() => requestAnimationFrame(done));",
-        [json.dumps(with_page_precision(record)) for record in records],
+        [json.dumps(record) for record in records],
     )
     added = browser.execute_script(parts)
     assert added == written
@@ -399,19 +405,126 @@ def test_a_click_on_an_alternative_is_an_event_and_a_branch_can_be_cut(open_page
     assert find(browser, "#samples").get_attribute("innerHTML") == ""
 
 
-def test_without_scripts_the_text_is_there_and_colours_switch(open_page, records):
+def test_without_scripts_the_text_is_there_and_says_why_it_has_no_colours(open_page, records):
     driver = open_page("tokens")
     driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         driver.refresh()
-        assert "Without JavaScript" in find(driver, "#panel").text
-        token = find(driver, "#s0t8")
-        assert token.is_displayed() and "rank" in token.get_attribute("title")
-        before = token.value_of_css_property("background-color")
-        find(driver, "[for=by-e]").click()
-        assert token.value_of_css_property("background-color") != before
+        assert "JavaScript, which is switched off" in find(driver, "noscript .note").text
+        texts = [plain.get_attribute("textContent") for plain in find_all(driver, ".plain")]
+        assert texts == [
+            spelled("".join(t["text"] for t in tokens_of(records, sample))) for sample in range(2)
+        ]
+        assert not find_all(driver, ".t")
     finally:
         driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_every_token_has_its_text_id_probability_and_rank(open_page, records):
+    browser = open_page("tokens")
+    spans = browser.execute_script(
+        "return [...document.querySelectorAll('#samples .t')].map(t => [t.id, t.title])"
+    )
+    tokens = [record for record in records if record["type"] == "token"]
+    assert [name for name, _ in spans] == [f"s{t['sample']}t{t['position']}" for t in tokens]
+    for (_, tooltip), token in zip(spans, tokens, strict=True):
+        # The browser's own tooltip goes from the token under the pointer, if it is one.
+        if not tooltip:
+            continue
+        assert f"id {token['id']} " in tooltip
+        if token["logprob"] is None:
+            assert "no probability" in tooltip
+            continue
+        shown = float(re.search(r"([\d.]+) %", tooltip)[1])
+        assert shown == pytest.approx(100 * math.exp(token["logprob"]), rel=0.06, abs=0.001)
+        assert f"rank {token['rank']}" in tooltip
+    texts = browser.execute_script(
+        "return [...document.querySelectorAll('#samples .text')].map(t => t.textContent)"
+    )
+    assert texts == ["".join(t["text"] for t in tokens_of(records, sample)) for sample in range(2)]
+
+
+SPLIT = [
+    b"a", b"\xe4", b"\xb8\x96", b" \xe7", b"\x95\x8c!", "👩‍🔬".encode(), b"\xf0\x9f", b"\x8c\x8d",
+]  # fmt: skip
+
+
+def test_a_live_page_says_of_the_run_what_is_true_of_every_text(browser, folder, records):
+    path = folder / "live.html"
+    path.write_text(live_page("m", context_length=64, vocab_size=9, run=records[0]), "utf-8")
+    browser.get(path.as_uri())
+    facts = find(browser, "#run").text
+    assert "runs/example" in facts and "2,000" in facts and "sampling" not in facts
+
+
+def test_a_diff_page_says_which_facts_differ(open_page):
+    before, after = scored(DIFF_TEXT, step=200), scored(DIFF_TEXT)
+    browser = open_page("steps", diff_page(before, after, title="t"))
+    facts = find(browser, "#run").text
+    assert "200 → 2,000" in facts and facts.count("→") == 1
+
+
+def test_tokens_that_share_a_character_are_bracketed_under_it(open_page):
+    browser = open_page("split", page(given(SPLIT), title="t"))
+    cells = find_all(browser, "#samples .cell")
+    texts = [cell.find_element(By.CSS_SELECTOR, "b").get_attribute("textContent") for cell in cells]
+    assert texts == ["世", " 界!", "🌍"]
+    assert [len(cell.find_elements(By.CSS_SELECTOR, ".t")) for cell in cells] == [2, 2, 2]
+
+
+def test_a_character_is_coloured_by_what_its_tokens_cost_together(open_page):
+    records = given([b"a", b"\xe4", b"\xb8\x96"])
+    tokens = [record for record in records if record["type"] == "token"]
+    for record, logprob in zip(tokens, (-1.0, -2.0, -0.5), strict=True):
+        record["logprob"] = logprob
+    browser = open_page("together", page(records, title="t"))
+    level = round((1 - math.exp(-2.5 / 2)) * 24)
+    assert f"p{level}" in find(browser, ".cell b").get_attribute("class").split()
+
+
+def test_tokens_without_text_are_shown_by_their_names(open_page):
+    text = "return document.querySelector('#samples .text').textContent"
+    browser = open_page("names", page(given([b"a", b""]), title="t"))
+    assert browser.execute_script(text) == "a<|endoftext|>"
+    unfinished = given([b"a", b"\xf0\x9f"])[:3]
+    unfinished[-1] |= {"text": "", "utf8": "open"}
+    browser = open_page("unfinished", page(unfinished, title="t"))
+    assert browser.execute_script(text) == r"a\xf0\x9f"
+
+
+def test_the_first_token_has_no_level(open_page):
+    browser = open_page("first", page(scored("def f"), title="t"))
+    first, second = find(browser, "#s0t0"), find(browser, "#s0t1")
+    classes = first.get_attribute("class").replace(" on", "")
+    assert classes == "t p- r- s- e- m-"
+    assert first.get_attribute("title").endswith("no probability")
+    levels = r"t p\d+ r\d+ s\d+ e\d+ m-"
+    assert re.fullmatch(levels, second.get_attribute("class").replace(" on", ""))
+
+
+def test_levels_reach_both_ends_and_never_beyond(open_page):
+    browser = open_page("tokens")
+
+    def levels(expression, values):
+        return browser.execute_script(f"return arguments[0].map((x) => {expression})", values)
+
+    assert levels("probabilityLevel(x)", [0.0, -1e-9, -1e9]) == [0, 0, 24]
+    assert levels("natsLevel(x, 100)", [0.0, math.log(100), 99.0]) == [0, 24, 24]
+    assert levels("changeLevel(x)", [-99.0, -3.0, 0.0, 3.0, 99.0]) == [0, 0, 8, 16, 16]
+    ranks = [1, 2, 10, 11, 100, 101, 1000, 1001, 50000]
+    assert levels("rankLevel(x) / 6", ranks) == [0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+NASTY = [
+    "\x00\x01\x1b[31m\x07\x7f", "\u202eevil\u202c \ufeff\u200b\u00ad", "\u2028\u2029\u0085",
+    "\U000e0041", "{{7*7}}${7*7}", "]]>&lt;&amp;", "\\x41 \\u0041", "\u200d",
+]  # fmt: skip
+
+
+def test_invisible_and_direction_changing_characters_are_spelled_out(open_page):
+    browser = open_page("nasty", page(given([text.encode() for text in NASTY]), title="t"))
+    found = find(browser, "#samples .text").get_attribute("textContent")
+    assert found == "".join(spelled(text) for text in NASTY)
 
 
 def test_text_that_looks_like_a_script_does_not_run(open_page):
@@ -446,6 +559,11 @@ def test_diff_page_shows_both_checkpoints_and_sorts_by_change(open_page):
     after = [r for r in scored(DIFF_TEXT, doubt=0.5) if r["type"] == "token"]
     change = [b["logprob"] - a["logprob"] for a, b in zip(before[1:], after[1:], strict=True)]
     browser = open_page("diff")
+    classes = {t["position"]: find(browser, f"#s0t{t['position']}").get_attribute("class")
+               for t in after[1:]}  # fmt: skip
+    for token, nats in zip(after[1:], change, strict=True):
+        shown_level = int(re.search(r"x(\d+)", classes[token["position"]])[1])
+        assert shown_level == pytest.approx(8 + 8 * np.clip(nats / 3, -1, 1), abs=0.51)
     hover(browser, "#s0t4")
     first, second = re.findall(r"[\d.]+ %", find(browser, "#panel .score b").text)
     assert percentage(first) == pytest.approx(math.exp(before[4]["logprob"]), rel=0.02)

@@ -37,7 +37,9 @@ class AttentionPage {
   constructor(data, weights) {
     this.tokens = data.tokens;
     this.weights = weights;
-    this.spans = this.tokens.map((_, index) => byId(`t${index}`));
+    this.spans = this.tokens.map((token) => el("span", "t", ...visible(token)));
+    this.spans.forEach((span, index) => { span.id = `t${index}`; });
+    byId("attended").append(...this.spans);
     this.layer = weights.layers - 1;
     this.head = 0;
     this.shown = Math.min(this.tokens.length - 1, Math.ceil(this.tokens.length / 2));

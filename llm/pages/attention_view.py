@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.pages.document import THEME, Choice, document, escape, visible
+from llm.pages.document import THEME, Choice, document, escape, plain_text
 
 # L layers  N heads  T query position  S key position
 Weights = npt.NDArray[np.float32]
@@ -70,16 +70,13 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
     _check(weights, len(tokens))
     layers, heads, length, _ = weights.shape
     check_page_size(layers, heads, length)
-    spans = "".join(
-        f'<span class="t" id="t{index}">{visible(token)}</span>'
-        for index, token in enumerate(tokens)
-    )
     body = (
         f'<header><h1>{escape(title)}</h1><dl class="facts" id="run">'
         f"<div><dt>layers</dt><dd>{layers}</dd></div><div><dt>heads</dt><dd>{heads}</dd></div>"
         f"<div><dt>tokens</dt><dd>{length}</dd></div></dl></header>\n{_toolbar(layers, heads)}\n"
         '<main><section class="sample"><div class="text" id="attended" tabindex="0" role="group" '
-        f'aria-label="Text">{spans}</div>'
+        'aria-label="Text"></div>'
+        f'<noscript><div class="plain">{plain_text("".join(tokens))}</div></noscript>'
         '<div class="maps"><figure><h2>The chosen head</h2><div class="map"><canvas id="map" '
         'role="img" aria-label="Weights of the chosen head"></canvas><span id="mark"></span></div>'
         "<figcaption>Each row is a token that looks, each column a token that it looks at."
@@ -105,8 +102,8 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
 
 _HINT = (
     '<p class="hint">Point at a token, or press an arrow key, to see where the chosen head looks '
-    "from there. A click keeps it.</p><noscript><p>The weights need JavaScript; the text does not."
-    "</p></noscript>"
+    "from there. A click keeps it.</p><noscript><p>The weights are drawn by JavaScript, which is "
+    "switched off.</p></noscript>"
 )
 
 

@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any
 
 from llm.pages import scales
-from llm.pages.spelling import JOINERS, escape_character, escaped, pieces
+from llm.pages.spelling import escape_character, escaped, pieces
 
 # Each way of colouring: the letter of its levels' classes, and of its scale.
 MODES = {
@@ -77,20 +77,12 @@ def escape(text: str) -> str:
     return html.escape(escaped(text))
 
 
-def visible(text: str) -> str:
-    """A token's text as HTML that keeps every character and marks the invisible ones."""
-    if text and not text.strip(JOINERS):  # alone they would show nothing at all
-        return f'<i class="zw">{text}</i>'
-    return "".join(_PIECE[kind](part) for kind, part in pieces(text))
-
-
-_PIECE = {
-    "plain": html.escape,
-    "space": lambda part: f"<i>{part}</i>",
-    "tab": lambda part: f'<i class="tab">{part}</i>',
-    "newline": lambda part: f'<i class="nl">{part}</i>',
-    "escape": lambda part: f'<i class="esc">{escape_character(part)}</i>',
-}
+def plain_text(text: str) -> str:
+    """Text for an element of the class "plain": lines stay lines, unsafe characters are escaped."""
+    return "".join(
+        html.escape(escape_character(part) if kind == "escape" else part)
+        for kind, part in pieces(text)
+    )
 
 
 def script_json(data: Any) -> str:
@@ -109,7 +101,7 @@ def _json_escape(match: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """A group of radio buttons that the stylesheet acts on, without JavaScript.
+    """A group of radio buttons that the stylesheet acts on.
 
     The buttons stand before everything else in the body, so that a rule can reach from a checked
     one to the text (`#by-p:checked ~ .page`). `:root:has()` could reach as far, but would make the

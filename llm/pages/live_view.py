@@ -23,8 +23,7 @@ from llm.config import SamplingConfig
 from llm.inference.records import Record
 from llm.inference.samples import DEFAULT_TOP
 from llm.pages.document import THEME, document, escape
-from llm.pages.packing import packed
-from llm.pages.view import COLOUR_BY, GLOSSARY, SPACES, run_facts, toolbar
+from llm.pages.view import COLOUR_BY, GLOSSARY, HINT, SPACES, toolbar
 
 MOST_TOP = 100
 # JavaScript counts exactly up to here (ECMA-262, Number.MAX_SAFE_INTEGER).
@@ -66,37 +65,26 @@ def live_page(
     live = {"model": model, "prompt": settings.prompt, "context_length": context_length}
     return document(
         model,
-        _body(model, vocab_size, run, fields),
+        _body(model, vocab_size, fields),
         kind="tokens",
         choices=(COLOUR_BY["tokens"], SPACES, THEME),
         scripts=("page.js", "live.js"),
-        data={"kind": "tokens", "run": None, "live": live, **packed([], "tokens")},
+        data={"kind": "tokens", "run": run, "live": live},
         connect="'self'",
     )
 
 
-def _body(model: str, vocab_size: int, run: Record | None, fields: "Sequence[_Field]") -> str:
+def _body(model: str, vocab_size: int, fields: "Sequence[_Field]") -> str:
     """Heading, form, toolbar, and the places that the scripts fill."""
     form = _FORM.format(fields="".join(field.element() for field in fields))
     return (
-        f"<header><h1>{escape(model)}</h1>\n"
-        f'<dl class="facts" id="run">{_facts(run)}</dl></header>\n'
+        f'<header><h1>{escape(model)}</h1>\n<dl class="facts" id="run"></dl></header>\n'
         f"{_NO_SCRIPT}\n"
         f"{form}\n{toolbar('tokens', vocab_size)}\n"
         f"<main>\n{_TEXTS}\n"
         f'<aside id="panel" aria-label="Details of a token">{_HINT}</aside>\n</main>\n'
         '<details id="all"><summary>All tokens as a table</summary></details>\n'
         f'{GLOSSARY}\n<p id="say" class="unseen" role="status" aria-live="polite"></p>'
-    )
-
-
-def _facts(run: Record | None) -> str:
-    """Of the run record what is true of every text."""
-    pairs = [] if run is None else run_facts(run)
-    return "".join(
-        f"<div><dt>{term}</dt><dd>{escape(value)}</dd></div>"
-        for term, value in pairs
-        if term != "sampling"
     )
 
 
@@ -194,9 +182,7 @@ _TEXTS = """<div class="texts">
 <button type="button" id="save">Save records</button></p>
 </div>"""
 
-_HINT = (
-    '<p class="hint">Point at a token, or press an arrow key: its probability, its rank and what '
-    "else the model considered appear here. A click keeps it here, Escape lets go.</p>"
+_HINT = HINT + (
     '<p class="hint">Click one of these alternatives, and the text is cut there and goes on with '
     "it. The text as it was stays in a list above.</p>"
 )

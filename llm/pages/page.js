@@ -10,7 +10,6 @@
                                    "alternative" on document, detail: {sample, index, token,
                                    alternative}
 
-   view.py writes the same elements into the file; a token whose element is there is left alone.
    Class names: t token, i space, nl newline, tab, esc spelled-out character, name token without
    text, cell tokens that share a character; p3, r6, s2, e9, m8, x4, q1, a2 the levels of each way
    of colouring (scales.py), "-" for no value. */
@@ -96,7 +95,7 @@ function oneIn(logprob) {
   }
 }
 
-/* ---- text: as spelling.py ---- */
+/* ---- text: in a terminal, spelling.py does the same ---- */
 
 const UNSAFE = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u;
 const JOINERS = "\u200c\u200d";
@@ -155,7 +154,7 @@ class Sample {
     this.tokens = [];
     this.cellStart = 0;
     this.stale = false;
-    this.section = byId(`s${name}`) ?? this.makeSection();
+    this.section = this.makeSection();
     this.text = this.section.querySelector(".text");
   }
 
@@ -183,7 +182,6 @@ class Sample {
     const index = this.tokens.length;
     if (!index || !endsInsideCharacter(this.tokens[index - 1])) this.cellStart = index;
     this.tokens.push(record);
-    if (this.element(index)) return;
     for (let i = this.cellStart; i < index; i++) this.erase(i);
     this.appendCell(this.cellStart);
     this.stale = true;
@@ -331,8 +329,14 @@ function facts(run) {
       && `${numerics.platform}, ${numerics.compute_dtype}, JAX ${numerics.jax}`],
     ["off a full pass by", numerics?.cached_minus_full_nats == null ? null
       : `${numerics.cached_minus_full_nats.toFixed(4)} nats, on a probe`],
-  ].filter(([, value]) => value).map(([term, value]) =>
-    el("div", "", el("dt", "", term), el("dd", "", escaped(value))));
+  ].filter(([, value]) => value).map(([term, value]) => [term, escaped(value)]);
+}
+
+/** The facts as elements; in a diff, a value that differs is shown with the one before. */
+function factNodes(run, before = null) {
+  const old = before && new Map(facts(before));
+  return facts(run).map(([term, value]) => el("div", "", el("dt", "", term), el("dd", "",
+    old && old.get(term) !== value ? `${old.get(term) ?? ""} → ${value}` : value)));
 }
 
 /* ---- the panel: everything about one token ---- */
@@ -649,7 +653,7 @@ class TokenPage {
 
   setRun(run) {
     this.run = run;
-    if (!byId("run").hasChildNodes()) byId("run").append(...facts(run));
+    if (!byId("run").hasChildNodes()) byId("run").append(...factNodes(run, pageData.before));
     for (const span of document.querySelectorAll(".blind")) {
       span.textContent = Math.log(this.vocabSize).toFixed(1);
     }
@@ -849,53 +853,30 @@ class TokenPage {
   }
 }
 
-/* ---- the records that the page carries, as view.py packed them ---- */
+/* ---- the records that the page carries ---- */
 
-function* unpack(data) {
-  if (data.run) yield data.run;
-  const entry = (number) => {
-    const [id, token, bytes] = data.spellings[number];
-    return { id, token, bytes: bytes === undefined ? [...new TextEncoder().encode(token)]
-      : (bytes.match(/../g) ?? []).map((pair) => parseInt(pair, 16)) };
-  };
-  const top = (flat, kept) => {
-    const entries = [];
-    for (let i = 0; i < flat.length; i += 2) {
-      entries.push({ ...entry(flat[i]), logprob: flat[i + 1],
-        kept: kept === 0 ? null : kept === 1 || kept[i / 2] === "1" });
-    }
-    return entries;
-  };
-  for (const { sample, rows, end } of data.samples) {
-    for (const row of rows) yield unpackToken(row, sample, data, entry, top);
-    if (end) yield end;
-  }
+/** The records of the JSONL file: a JSON array, gzipped, in base64. */
+async function readRecords(base64) {
+  const packed = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Response(stream).json();
 }
 
-function unpackToken(row, sample, data, entry, top) {
-  const [spelling, generated, text, utf8, columns, flat, kept, before] = row;
-  const token = { type: "token", sample, phase: generated ? "generated" : "prompt",
-    utf8: ["ok", "open", "continue", "close", "bad"][utf8], ...entry(spelling) };
-  token.text = text === 0 ? token.token : text;
-  data.columns.forEach((name, i) => { token[name] = columns[i]; });
-  // Built when looked at: most of a large dump never is.
-  const lazily = (object, build) => {
-    let value;
-    Object.defineProperty(object, "top", { get: () => (value ??= build()), enumerable: true });
-    return object;
-  };
-  if (before) {
-    const [logprob, rank, entropy, flatBefore] = before;
-    token.before = lazily({ logprob, rank, entropy }, () => top(flatBefore, 0));
-  }
-  return lazily(token, () => top(flat, kept));
+async function fill(page) {
+  for (const record of await readRecords(pageData.records)) page.addRecord(record);
+  const hasRoom = matchMedia("(min-width: 62rem)").matches;
+  if (!page.followHash() && hasRoom) page.showMostTelling();
+  document.documentElement.dataset.filled = "";
 }
 
 const pageData = JSON.parse(byId("data").textContent);
 let tokenPage = null;
 if (byId("samples")) {
   tokenPage = globalThis.tokenPage = new TokenPage(pageData.kind);
-  for (const record of unpack(pageData)) tokenPage.addRecord(record);
-  const hasRoom = matchMedia("(min-width: 62rem)").matches;
-  if (!tokenPage.followHash() && hasRoom) tokenPage.showMostTelling();
+  if (pageData.records) fill(tokenPage);
+  // A server's page says at once what is true of every text.
+  else if (pageData.run) {
+    const nodes = factNodes(pageData.run);
+    byId("run").append(...nodes.filter((node) => node.firstChild.textContent !== "sampling"));
+  }
 }

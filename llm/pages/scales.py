@@ -9,7 +9,7 @@ colour is computed from their contrast.
 The light scale is ColorBrewer's YlGnBu without its darkest step (Brewer 2003,
 https://colorbrewer2.org), the dark one is viridis (van der Walt and Smith 2015), the diverging one
 is ColorBrewer's PuOr with blue for purple.
-Contrast is that of WCAG 2.2. page.js computes the same levels in the browser.
+Contrast is that of WCAG 2.2. In a browser, page.js computes the levels.
 """
 
 import math
@@ -18,7 +18,6 @@ RGB = tuple[int, int, int]
 
 SEQUENTIAL_LEVELS = 25
 DIVERGING_LEVELS = 17  # the middle one, 8, means no change
-RANK_BOUNDS = (1, 10, 100, 1000)
 # A change of 3 nats is a factor of 20: beyond it, a difference of degree no longer tells much.
 CHANGE_LIMIT_NATS = 3.0
 
@@ -53,28 +52,9 @@ def probability_level(logprob: float | None) -> int | None:
     """
     if logprob is None:
         return None
-    return _level(1.0 - math.exp(min(logprob, 0.0) / 2.0), SEQUENTIAL_LEVELS)
-
-
-def rank_level(rank: int | None) -> int | None:
-    """One of five levels: rank 1, 2 to 10, 11 to 100, 101 to 1000, and beyond."""
-    if rank is None:
-        return None
-    return 6 * sum(rank > bound for bound in RANK_BOUNDS)
-
-
-def nats_level(nats: float | None, vocab_size: int) -> int | None:
-    """A surprisal or an entropy, linear up to ln V: what a blind guess would cost."""
-    if nats is None:
-        return None
-    return _level(nats / math.log(max(vocab_size, 2)), SEQUENTIAL_LEVELS)
-
-
-def change_level(nats: float | None) -> int | None:
-    """A difference of two log-probabilities: 0 much less likely, 8 equal, 16 much likelier."""
-    if nats is None:
-        return None
-    return _level((nats / CHANGE_LIMIT_NATS + 1.0) / 2.0, DIVERGING_LEVELS)
+    fraction = 1.0 - math.exp(min(logprob, 0.0) / 2.0)
+    # floor(x + 1/2), as Math.round in the browser; Python's round goes to the even neighbour.
+    return math.floor(fraction * (SEQUENTIAL_LEVELS - 1) + 0.5)
 
 
 def ink_on(colour: RGB) -> str:
@@ -112,11 +92,6 @@ def css_colours() -> str:
         colours = ",".join(f"var(--{letter}{level})" for level in range(levels))
         lines.append(f"--{name}:linear-gradient(90deg,{colours});")
     return ":root{" + "".join(lines) + "}"
-
-
-def _level(fraction: float, levels: int) -> int:
-    # floor(x + 1/2), as Math.round in the browser; Python's round goes to the even neighbour.
-    return math.floor(min(max(fraction, 0.0), 1.0) * (levels - 1) + 0.5)
 
 
 def _ramp(anchors: str, levels: int) -> list[RGB]:
