@@ -97,21 +97,16 @@ def _first_group(line: str) -> tuple[int, ...]:
     if groups := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         return tuple(int(member) for member in groups[1].split(",") if member)
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        sizes = [int(size) for size in groups[2].split(",")]
-        order = [int(axis) for axis in groups[3].split(",")] if groups[3] else range(len(sizes))
-        devices = np.arange(math.prod(sizes)).reshape(sizes).transpose(order)
+        shape = [int(size) for size in groups[2].split(",")]
+        order = [int(axis) for axis in groups[3].split(",")] if groups[3] else range(len(shape))
+        devices = np.arange(math.prod(shape)).reshape(shape).transpose(order)
         return tuple(devices.reshape(-1)[: int(groups[1])].tolist())
     if groups := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
-        return _along_axes(
-            {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", groups[1])},
-            re.findall(r"'([^']+)'", groups[2]),
-        )
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", groups[1])}
+        devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+        # The first group along these axes: the place on every other axis is 0.
+        along = re.findall(r"'([^']+)'", groups[2])
+        chosen = tuple(slice(None) if axis in along else 0 for axis in sizes)
+        return tuple(devices[chosen].reshape(-1).tolist())
     pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)
     return tuple(sorted({int(one) for one in re.findall(r"\d+", pairs[1])})) if pairs else ()
-
-
-def _along_axes(sizes: dict[str, int], axes: list[str]) -> tuple[int, ...]:
-    """The first group along `axes` of a mesh: the place on every other axis is 0."""
-    devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
-    chosen = tuple(slice(None) if axis in axes else 0 for axis in sizes)
-    return tuple(devices[chosen].reshape(-1).tolist())

@@ -42,11 +42,6 @@ class StateBytes(NamedTuple):
     other: int
 
 
-def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh without devices: enough to know how arrays are divided."""
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes))
-
-
 @functools.lru_cache(maxsize=256)
 def _state_bytes(
     spec: ModelSpec, optimizer: OptimizerConfig, sizes: tuple[tuple[str, int], ...]
@@ -60,7 +55,8 @@ def _state_bytes(
             if not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         )
 
-    mesh = abstract_mesh(dict(sizes))
+    axes, counts = zip(*sizes, strict=True)
+    mesh = AbstractMesh(counts, axes, (AxisType.Auto,) * len(axes))
     state = abstract_state(spec, make_optimizer(optimizer), mesh, stacked=True)  # type: ignore[arg-type]
     return StateBytes(
         count(state.weights), count(state.opt_state), count((state.step, state.loss_history))
@@ -137,7 +133,10 @@ class Arithmetic:
         return _state_bytes(self.spec, self.optimizer, tuple(self.sizes.items()))
 
     def scores(self) -> float:
-        """Numbers in one block's attention scores that exist at once; a kernel never holds them."""
+        """Numbers in one block's attention scores that exist at once; a kernel never holds them.
+
+        They lie in memory in float32, and after the softmax in the compute dtype.
+        """
         if self.spec.attention != "plain":
             return 0.0
         return self.rows * self.heads * self.positions * self.config.context_length
@@ -154,14 +153,16 @@ class Arithmetic:
         if self.training.accumulation > 1:
             gradients *= 2  # the sum, and those of one forward pass
         kept = self.config.n_layer * self.kept_per_layer()
-        block = 2 * (self.products + self.rest) + self._scores_bytes() + self._gathered()
+        block = (
+            2 * (self.products + self.rest) + self.scores() * (4 + self.element) + self._gathered()
+        )
         return gradients + kept + max(block, self._loss())
 
     def kept_per_layer(self) -> float:
         """Bytes that a block keeps for its backward pass under training.remat."""
         match self.training.remat:
             case "none":
-                everything = self.products + self.rest + self._scores_bytes()
+                everything = self.products + self.rest + self.scores() * (4 + self.element)
                 # TPU compilers hold the experts' hidden layer in two layouts.
                 return everything + self.config.has_experts * self.hidden
             case "dots" if self.spec.attention == "plain":
@@ -173,10 +174,6 @@ class Arithmetic:
                 return self.stream
             case "offload":
                 return 0.0
-
-    def _scores_bytes(self) -> float:
-        """Scores in float32, weights in the compute dtype."""
-        return self.scores() * (4 + self.element)
 
     def _gathered(self) -> float:
         """One block's whole weights on a device, for each pass, and their gradient."""
@@ -234,11 +231,6 @@ class Arithmetic:
         passes = forward * (1 if self.training.remat in kept else 2) + backward
         seen = config.context_length / (1 if kernel == "plain" else 2)
         return passes * 2 * config.n_layer * config.d_model * seen
-
-    def kernel_flops(self) -> float:
-        """FLOPs of a step's attention kernels; 0 if attention is no kernel."""
-        is_plain = self.spec.attention == "plain"
-        return 0.0 if is_plain else self.tokens * self.attention_flops_per_token()
 
     def traffic(self) -> float:
         """Bytes to and from memory: state, weights for each pass, activations, scores.

@@ -9,6 +9,7 @@ import dataclasses
 import re
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 
 from llm.config import Config
 from llm.model.flops import flops_per_token, parameter_count, peak_flops
+from llm.model.gpt import ModelSpec
+from llm.model.kernels import choose_attention
 from llm.model.sharding import check_sizes, make_mesh
 from llm.planning.collectives import Collective, read_collectives
 from llm.planning.devices import GIB, sheet_of
@@ -29,6 +32,25 @@ from llm.training.state import abstract_state
 from llm.training.step import make_train_step
 
 Facts = dict[str, Any]
+
+
+def model_spec(
+    config: Config, vocab_size: int, target: Target, sizes: Mapping[str, int]
+) -> ModelSpec:
+    """The model as the devices of the target would compute it on a mesh of these sizes.
+
+    Raises:
+      UsageError: they cannot compute attention by what training.attention asks for, or a size
+        cannot be divided over them.
+    """
+    training, outline = config.training, target.outline(sizes)
+    dtype = training.compute_dtype
+    if dtype == "auto":
+        dtype = "float32" if target.kind == "cpu" else "bfloat16"
+    kernel = choose_attention(training.attention, config.model, dtype, outline)
+    spec = ModelSpec(config.model, vocab_size, dtype, kernel)
+    check_sizes(outline, config, spec.padded_vocab_size)
+    return spec
 
 
 def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: float) -> Facts:
@@ -45,8 +67,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     """
     mesh, training = make_mesh(config.mesh, target.devices), config.training
     sizes = {str(axis): size for axis, size in mesh.shape.items()}
-    spec = target.model_spec(config, vocab_size, sizes)
-    check_sizes(mesh, config, spec.padded_vocab_size)
+    spec = model_spec(config, vocab_size, target, sizes)
     # CPU devices that stand in for a GPU cannot compile its kernels.
     compiled_spec = dataclasses.replace(spec, attention="plain") if target.stands_in else spec
     arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)
@@ -183,7 +204,9 @@ def _work_and_time(
             bound = dataclasses.replace(bound, links=sum(over_links))
             if sheet.clock and (counted := cycles(text)):
                 # The compiler has no cycles for kernels; they are taken at the peak.
-                by_compiler = counted / sheet.clock + arithmetic.kernel_flops() / peak
+                is_kernel = arithmetic.spec.attention != "plain"
+                kernels = is_kernel * arithmetic.tokens * arithmetic.attention_flops_per_token()
+                by_compiler = counted / sheet.clock + kernels / peak
     seconds = bound and max(bound.seconds, by_compiler or 0.0)
     days = seconds and seconds * training.steps / 86400
     return {

@@ -13,45 +13,30 @@ Row = tuple[str, ...]
 # Width of a table that is written to a file.
 _WIDTH = 100
 
-# Each line's name, and its text as a template for the facts.
-_STEP = (
-    ("mesh", "{axes}"),
-    ("parameters", "{parameters:,}"),
-    (
-        "step",
-        "{tokens_per_step:,} tokens: {batch_size} sequences, {micro_batch_size} at once; remat "
-        "{remat}, {compute_dtype}, {attention} attention",
-    ),
-    ("model FLOPs a step", "{flops[model_per_step]:.3e}, over all devices"),
-    (
-        "FLOPs executed",
-        "{flops[executed_per_device_and_step]:.3e} a device, with what is computed again",
-    ),
-)
-_TIME = (
-    (
-        "least time (roofline)",
-        "{time[roofline_seconds]:.3g} s: the {time[binds]} bound. Arithmetic "
-        "{time[compute_seconds]:.3g}, memory {time[memory_seconds]:.3g}, links "
-        "{time[link_seconds]:.3g}",
-    ),
-    ("compiler's cost model", "{compiler}"),
-    ("time of a step", "{time[step_seconds]:.3g} s, the longer of these"),
-    ("MFU", "{mfu:.1%} at most"),
-    (
-        "whole run",
-        "{steps:,} steps, {tokens:.3e} tokens: {days:.3g} days, {device_hours:,.0f} device-hours",
-    ),
-)
-_MEMORY = (
-    ("weights", "{weights_bytes}"),
-    ("optimizer", "{optimizer_bytes}"),
-    ("activations, gradients", "{temporaries_bytes}, by {source}"),
-    ("program", "{program_bytes}"),
-    ("needed", "{needed_bytes}"),
-    ("available", "{available_bytes}"),
-    ("fits", "{verdict}"),
-)
+# Each line of a table is a name, a bar, and a text with the names of facts.
+_STEP = """\
+mesh | {axes}
+parameters | {parameters:,}
+step | {tokens_per_step:,} tokens: {batch_size} sequences, {micro_batch_size} at once; \
+remat {remat}, {compute_dtype}, {attention} attention
+model FLOPs a step | {flops[model_per_step]:.3e}, over all devices
+FLOPs executed | {executed:.3e} a device, with what is computed again"""
+_TIME = """\
+least time (roofline) | {time[roofline_seconds]:.3g} s: the {time[binds]} bound. Arithmetic \
+{time[compute_seconds]:.3g}, memory {time[memory_seconds]:.3g}, links {time[link_seconds]:.3g}
+compiler's cost model | {compiler}
+time of a step | {time[step_seconds]:.3g} s, the longer of these
+MFU | {mfu:.1%} at most
+whole run | {steps:,} steps, {tokens:.3e} tokens: {days:.3g} days, \
+{device_hours:,.0f} device-hours"""
+_MEMORY = """\
+weights | {weights_bytes}
+optimizer | {optimizer_bytes}
+activations, gradients | {temporaries_bytes}, by {source}
+program | {program_bytes}
+needed | {needed_bytes}
+available | {available_bytes}
+fits | {verdict}"""
 _NOTE = "Nothing ran. docs/plan.md says how to read this, and what it cannot know."
 _REFUSED = "The compiler refused the program for its memory, so it has no collectives."
 _STANDS_IN = (
@@ -71,7 +56,9 @@ def show_plan(facts: Facts, console: Console) -> None:
     """One plan, and who estimated which part of it."""
     time, memory = facts["time"], facts["memory"]
     devices = dict.fromkeys([facts["target"], f"{facts['devices']} x {facts['device_kind']}"])
-    rows = [("devices", ", ".join(devices)), *_filled(_STEP, facts, axes=axes(facts["mesh"]))]
+    executed = facts["flops"]["executed_per_device_and_step"]
+    rows: list[Row] = [("devices", ", ".join(devices))]
+    rows += _filled(_STEP, facts, axes=axes(facts["mesh"]), executed=executed)
     if time["step_seconds"] is None:
         refused = facts["collectives"] is None
         why = "it does not fit" if refused else "no data sheet of this device"
@@ -126,8 +113,8 @@ def _table(title: str, rows: list[Row], heads: Row = ("", "")) -> Table:
     return table
 
 
-def _filled(lines: tuple[Row, ...], facts: Facts, **more: str) -> list[Row]:
-    return [(name, text.format(**facts, **more)) for name, text in lines]
+def _filled(lines: str, facts: Facts, **more: Any) -> list[Row]:
+    return [tuple(line.split(" | ")) for line in lines.format(**facts, **more).splitlines()]
 
 
 def _memory(memory: Facts) -> list[Row]:

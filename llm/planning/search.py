@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 from llm.config import Config, MeshConfig
 from llm.errors import UsageError
-from llm.model.gpt import ModelSpec
-from llm.model.sharding import MESH_AXES, check_sizes
+from llm.model.sharding import MESH_AXES, batch_shares
 from llm.planning.devices import sheet_of
-from llm.planning.estimate import Arithmetic, abstract_mesh
-from llm.planning.plan import Facts, available_memory, plan_step
+from llm.planning.estimate import Arithmetic
+from llm.planning.plan import Facts, available_memory, model_spec, plan_step
 from llm.planning.targets import Target
 
 REMATS = ("none", "dots", "block")
@@ -80,15 +79,30 @@ def find_candidates(
     if sheet is None or limit is None:
         raise UsageError(f"--search needs a device that has a data sheet; {target.kind} has none")
     for sizes, remat in itertools.product(meshes(len(target.devices)), REMATS):
-        spec = target.model_spec(config, vocab_size, sizes)
-        for training in _micro_batches(config, spec, sizes):
-            settings = training.model_copy(update={"remat": remat, "scan_layers": True})
-            arithmetic = Arithmetic(spec, config.optimizer, settings, sizes, target.kind)
+        for micro in _micro_batches(
+            config.training.batch_size, batch_shares(target.outline(sizes))
+        ):
+            changed = {"remat": remat, "scan_layers": True, "micro_batch_size": micro}
+            training = config.training.model_copy(update=changed)
+            settings = {"mesh": MeshConfig(**sizes), "training": training}
+            candidate = config.model_copy(update=settings)
+            try:
+                spec = model_spec(candidate, vocab_size, target, sizes)
+            except UsageError:
+                break
+            arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)
             memory = arithmetic.memory()
             if memory <= SLACK * limit:
-                changed = {"mesh": MeshConfig(**sizes), "training": settings}
-                seconds = arithmetic.roofline(sheet).seconds
-                yield Candidate(config.model_copy(update=changed), seconds, memory)
+                yield Candidate(candidate, arithmetic.roofline(sheet).seconds, memory)
+
+
+def _micro_batches(batch_size: int, shares: int) -> Iterator[int]:
+    """1, 2, 4, ... sequences on each share of the mesh, as far as they divide the batch."""
+    micro = shares
+    while micro <= batch_size:
+        if batch_size % micro == 0:
+            yield micro
+        micro *= 2
 
 
 def meshes(count: int) -> Iterator[dict[str, int]]:
@@ -97,20 +111,3 @@ def meshes(count: int) -> Iterator[dict[str, int]]:
     for sizes in itertools.product(divisors, repeat=len(MESH_AXES)):
         if math.prod(sizes) == count:
             yield dict(zip(MESH_AXES, sizes, strict=True))
-
-
-def _micro_batches(config: Config, spec: ModelSpec, sizes: dict[str, int]) -> Iterator:
-    """The training section with each micro-batch of 1, 2, 4, ... sequences per share that divides
-    the batch and that the mesh divides."""
-    training, mesh = config.training, abstract_mesh(sizes)
-    micro = Arithmetic(spec, config.optimizer, training, sizes).shares("batch")
-    while micro <= training.batch_size:
-        if training.batch_size % micro == 0:
-            candidate = training.model_copy(update={"micro_batch_size": micro})
-            try:
-                whole = config.model_copy(update={"training": candidate})
-                check_sizes(mesh, whole, spec.padded_vocab_size)
-            except UsageError:
-                return
-            yield candidate
-        micro *= 2

@@ -13,15 +13,11 @@ import re
 import sys
 from collections.abc import Mapping, MutableMapping
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from llm.errors import UsageError
-
-if TYPE_CHECKING:
-    from llm.config import Config
-    from llm.model.gpt import ModelSpec
 
 # version -> a shape of as many dimensions as its torus has. The names are libtpu's.
 _SHAPES = dict.fromkeys(("v4", "v5p", "tpu7x"), "4x4x4")
@@ -51,31 +47,18 @@ class Target:
     devices: tuple[Any, ...]
     stands_in: bool = False
 
-    def model_spec(
-        self, config: "Config", vocab_size: int, sizes: Mapping[str, int]
-    ) -> "ModelSpec":
-        """The model as the devices that are meant would compute it on a mesh of these sizes.
-
-        Raises:
-          UsageError: they cannot compute attention by what training.attention asks for.
-        """
-        from llm.model.gpt import ModelSpec
-        from llm.model.kernels import choose_attention
+    def outline(self, sizes: Mapping[str, int]) -> Any:
+        """A mesh of the devices that are meant, as far as the choice of a kernel needs it."""
         from llm.planning.devices import SHEETS
 
         meant = self.devices[0]
         if self.stands_in:
-            capability = SHEETS[self.kind].capability
             meant = SimpleNamespace(
-                device_kind=self.kind, compute_capability=capability, platform="gpu"
+                device_kind=self.kind,
+                compute_capability=SHEETS[self.kind].capability,
+                platform="gpu",
             )
-        # As much of a mesh as the choice of a kernel needs.
-        outline = SimpleNamespace(devices=np.array([meant], dtype=object), shape=sizes)
-        dtype = config.training.compute_dtype
-        if dtype == "auto":
-            dtype = "float32" if self.kind == "cpu" else "bfloat16"
-        kernel = choose_attention(config.training.attention, config.model, dtype, outline)
-        return ModelSpec(config.model, vocab_size, dtype, kernel)
+        return SimpleNamespace(devices=np.array([meant], dtype=object), shape=sizes)
 
 
 def prepare_environment(
