@@ -78,7 +78,7 @@ def main() -> None:
     chosen = parser.parse_args()
     run = RunDirectory(chosen.folder / "run")
     try:
-        report = build(run, load_config(Path(chosen.config), [])).items()
+        report = build(run, load_config(chosen.config)).items()
         step = run.checkpoints / "2"
         sizes = {
             group: sum(p.stat().st_size for p in (step / group).rglob("*") if p.is_file())

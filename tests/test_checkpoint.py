@@ -1,11 +1,15 @@
 """A checkpoint counts only when it is whole: every byte is checked, nothing good is lost."""
 
+import collections
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +19,10 @@ import pytest
 from llm.config import MeshConfig
 from llm.errors import CheckpointError, UsageError
 from llm.model.sharding import make_mesh, sharding_of
+from llm.run import arrays
 from llm.run.arrays import Identity, Piece, params_sha256
 from llm.run.checkpoint import (
+    GROUPS,
     Checkpoints,
     DamageError,
     read_receipt,
@@ -25,6 +31,7 @@ from llm.run.checkpoint import (
     saved_steps,
     verify_files,
 )
+from llm.run.hosts import Hosts
 
 
 def groups(seed=0):
@@ -210,6 +217,77 @@ def test_the_hash_of_the_parameters_tells_small_changes():
     hashes = {params_sha256({"w": one}) for one in [array, *changed]}
     assert len(hashes) == 7
     assert params_sha256({"v": array}) not in hashes
+
+
+class Store:
+    """The key-value store of JAX's coordination service, for two processes in one."""
+
+    def __init__(self):
+        self.said, self.changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value):
+        with self.changed:
+            self.said[key] = value
+            self.changed.notify_all()
+
+    def blocking_key_value_get(self, key, _milliseconds):
+        with self.changed:
+            assert self.changed.wait_for(lambda: key in self.said, timeout=60)
+            return self.said[key]
+
+    def key_value_delete(self, key):
+        del self.said[key]
+
+
+def half(array, process):
+    """An array spread over two processes, as one of them sees it."""
+    rows = slice(4 * process, 4 * process + 4)
+    shard = SimpleNamespace(replica_id=0, index=(rows, slice(None)), data=array[rows])
+    copy = SimpleNamespace(replica_id=1, index=(slice(0, 4), slice(None)), data=array[:4])
+    return SimpleNamespace(
+        is_fully_addressable=False, addressable_shards=[shard, copy], shape=array.shape,
+        size=array.size, dtype=array.dtype, ndim=array.ndim,
+    )  # fmt: skip
+
+
+def test_each_process_hashes_what_it_writes_once_and_reads_nothing(tmp_path, monkeypatch):
+    whole = {"params": groups(3)["params"], "training": {"moment": jnp.ones((8, 4))}}
+    hashed = collections.Counter()
+
+    class Counted:
+        def __init__(self, data=b""):
+            self.honest = hashlib.sha256(data)
+
+        def update(self, data):
+            hashed[threading.get_ident()] += len(data)
+            self.honest.update(data)
+
+        def hexdigest(self):
+            return self.honest.hexdigest()
+
+    monkeypatch.setattr(arrays, "hashlib", SimpleNamespace(sha256=Counted))
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("a file was hashed"))
+    monkeypatch.setattr(np, "fromfile", lambda *_, **__: pytest.fail("a file was read"))
+    store, processes = Store(), []
+    for index in range(2):
+        process = Checkpoints(tmp_path, keep=1, hosts=Hosts(index, 2, store))
+        mine = {g: {n: half(a, index) for n, a in whole[g].items()} for g in whole}
+        process.save(3, mine, receipt)
+        processes.append(process._writer)
+    for process in processes:
+        process.join()
+    monkeypatch.undo()
+    files = json.loads((tmp_path / "3" / "manifest.json").read_text())["groups"]
+    sizes = [
+        sum(files[group][f"{group}/{index}.safetensors"]["bytes"] for group in GROUPS)
+        for index in range(2)
+    ]
+    assert [hashed[process.ident] for process in processes] == sizes
+    assert read_receipt(tmp_path / "3")["params_sha256"] == params_sha256(whole["params"])
+    restored = read_step(tmp_path / "3", opened()).groups["params"]
+    for name, array in whole["params"].items():
+        np.testing.assert_array_equal(restored[name], array)
+    assert not [key for key in store.said if "written" in key]
 
 
 def test_arrays_of_another_model_are_refused_by_name(saved):

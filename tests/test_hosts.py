@@ -15,9 +15,10 @@ from runs import QUICK_COMPILING, ROOT, copied, losses, params_sha256, write_con
 
 from llm.config import DistributedConfig
 from llm.errors import UsageError
+from llm.run.arrays import params_sha256 as identity_of
+from llm.run.arrays import stored_arrays
 from llm.run.cluster import find_cluster
-from llm.run.hosts import Hosts, check_port_is_free
-from llm.run.liveness import Said, Sign, find_lost
+from llm.run.hosts import Hosts, Said, Sign, check_port_is_free, find_lost
 from llm.text.batches import TrainingBatches
 
 STEPS = 6
@@ -164,6 +165,22 @@ def test_what_two_processes_saved_opens_in_one(two, capsys):
     assert found["receipt_max_abs_diff"] < 1e-4
 
 
+def check_saved_by(run, count):
+    """Each process wrote a file a group, and their one hash is that of the whole arrays."""
+    step = run / "checkpoints" / str(STEPS)
+    groups = json.loads((step / "manifest.json").read_text())["groups"]
+    for group in ("params", "training"):
+        assert sorted(groups[group]) == [f"{group}/{i}.safetensors" for i in range(count)]
+    arrays = stored_arrays(sorted((step / "params").iterdir()))
+    whole = {name: array.read() for name, array in arrays.items()}
+    assert identity_of(whole) == params_sha256(run, STEPS)
+
+
+def test_each_process_writes_its_own_files_and_one_hash_stands_for_the_parameters(one, two):
+    check_saved_by(one / "run", 1)
+    check_saved_by(two / "run", 2)
+
+
 def test_killed_and_resumed_by_two_is_bitwise_the_unbroken_run(two, two_killed, tmp_path):
     config = copied(two_killed, tmp_path)
     steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -182,6 +199,7 @@ def test_a_run_of_two_is_resumed_by_four_that_share_each_matrix(one, two_killed,
     results = together(config, 4, *OVER_FOUR)
     assert codes(results) == [0] * 4, results
     same_losses(tmp_path / "run", one / "run")
+    check_saved_by(tmp_path / "run", 4)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
 
 
@@ -317,7 +335,12 @@ def test_a_cluster_is_looked_for_only_on_evidence(environment, installed, launch
 def test_settings_count_more_than_the_launcher():
     given = {"coordinator": "n1:1234", "num_processes": 3, "process_id": 2}
     cluster = find(SLURM, **given)
-    assert (cluster.coordinator, cluster.num_processes, cluster.process_id) == ("n1:1234", 3, 2)
+    assert cluster.arguments == {
+        "coordinator_address": "n1:1234",
+        "num_processes": 3,
+        "process_id": 2,
+        "cluster_detection_method": "deactivate",
+    }
     assert find(SLURM, num_processes=1) is None
 
 

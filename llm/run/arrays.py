@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +161,12 @@ class StoredArray:
             target = [
                 slice(a - b.start, c - b.start) for a, c, b in zip(low, high, box, strict=True)
             ]
-            part = rows[(slice(None), *source[1:])] if low else rows
-            found[tuple(target)] = part
-            missing -= part.size
+            rows = rows[(slice(None), *source[1:])] if low else rows
+            found[tuple(target)] = rows
+            missing -= rows.size
         if missing:
             raise ValueError(f"{missing} elements of {self.name} are in no file")
         return found
-
-    def pieces(self, share: slice = slice(None)) -> Iterator[Piece]:
-        """The pieces as they were written, or a share of them, one at a time."""
-        for extent in self.extents[share]:
-            rows = extent.shape[0] if extent.shape else 0
-            values = extent.read(self.dtype, 0, rows)
-            yield Piece(self.name, self.shape, extent.start, values)
 
 
 def stored_arrays(paths: Iterable[Path]) -> dict[str, StoredArray]:

@@ -16,6 +16,7 @@ for all once process 0 has renamed it.
 What the manifest lists must be as it was saved. A file that it does not list is nobody's damage.
 """
 
+import functools
 import hashlib
 import json
 import shutil
@@ -166,7 +167,7 @@ def restore(
         except DamageError as error:
             tried[chosen] = ""
             if on_bad == "set aside":
-                aside = hosts.decide("set aside", lambda at=chosen: str(set_aside(root, at)))
+                aside = hosts.decide("set aside", functools.partial(_set_aside, root, chosen))
                 say(
                     f"WARNING: the checkpoint of step {chosen} is damaged, set aside as {aside}: "
                     f"{error}"
@@ -207,7 +208,8 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Res
     except (CheckpointError, OSError, ValueError, KeyError) as error:
         problem = str(error) if isinstance(error, LLMError) else f"{folder} cannot be read: {error}"
     # Parameters are verified by their own sha256, taken of what was read.
-    for sums, said in hosts.gather("identity", [identity.sums, problem]):
+    own: list[Any] = [identity.sums, problem]
+    for sums, said in hosts.gather("identity", own):
         problem = problem or said
         if sums is not identity.sums:
             identity.merge(sums)
@@ -229,26 +231,27 @@ def _place(
     hosts: Hosts,
     identity: Identity | None,
 ) -> dict[str, jax.Array]:
-    """Arrays on their devices, each born in its shards; counts what was read into `identity`.
+    """Arrays on their devices, each born in its shards; counts them into `identity`.
 
-    A process that is alone counts the very bytes that it places. Several read what their devices
-    need, and count a share of the pieces each.
+    A process that is alone counts the very bytes that it places. Several read the rows that their
+    devices need, and each counts a share of the arrays.
     """
-    arrays = {}
-    for name, leaf in abstract.items():
-        array = stored[name]
-        if hosts.alone:
-            whole = array.read()
+    arrays: dict[str, jax.Array] = {}
+    for number, (name, leaf) in enumerate(sorted(abstract.items())):
+        read: Any = stored[name].read
+        counts = identity is not None and number % hosts.count == hosts.index
+        if hosts.alone or counts:
+            whole = whole_piece(name, read())
+            read = functools.partial(_copy_of, whole.values)
             if identity is not None:
-                identity.add(whole_piece(name, whole))
-            arrays[name] = jax.make_array_from_callback(
-                leaf.shape, leaf.sharding, lambda index, whole=whole: np.array(whole[index])
-            )
-            continue
-        arrays[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, array.read)
-        for piece in array.pieces(slice(hosts.index, None, hosts.count)) if identity else ():
-            identity.add(piece)
+                identity.add(whole)
+        arrays[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
     return arrays
+
+
+def _copy_of(whole: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    # A CPU's devices would share the memory of a view, and each take it for its own.
+    return np.array(whole[index])
 
 
 def _stored(folder: Path, group: str) -> dict[str, StoredArray]:
@@ -270,14 +273,14 @@ def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, An
             )
 
 
-def set_aside(root: Path, step: int) -> Path:
+def _set_aside(root: Path, step: int) -> str:
     """Rename a step that cannot be trusted, so that it is never offered but can be studied."""
     for number in range(1000):
         aside = root / (f"{step}.damaged" + (f".{number}" if number else ""))
         if not aside.exists():
             (root / str(step)).rename(aside)
             flush_folder(root)
-            return aside
+            return str(aside)
     raise CheckpointError(f"{root} holds a thousand damaged copies of step {step}; clear them away")
 
 
@@ -476,15 +479,15 @@ def _write_own(
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """The files of each group: name -> {"bytes", "sha256"}."""
     manifest = _read_json(folder / MANIFEST)
-    if isinstance(manifest, dict) and manifest.get("schema") == 1 and "files" in manifest:
+    manifest = manifest if isinstance(manifest, dict) else {}
+    if manifest.get("schema") == 1 and "files" in manifest:
         raise UsageError(
             f"{folder} was saved by an earlier version, in files of Orbax that this one does not "
             "read; go on with the version that saved it (RUN/run.json names its code), or train "
             "again in another run.dir"
         )
-    groups = manifest.get("groups") if isinstance(manifest, dict) else None
-    said = (manifest.get("schema"), manifest.get("sha256")) if isinstance(groups, dict) else None
-    if said != (SCHEMA, _sha256_of_json(groups)):
+    groups = manifest.get("groups", {})
+    if (manifest.get("schema"), manifest.get("sha256")) != (SCHEMA, _sha256_of_json(groups)):
         raise DamageError(f"{folder / MANIFEST} is not the manifest that was saved: it is damaged")
     return groups
 

@@ -1,29 +1,30 @@
 """Whether this process is one of several, and where the others are: settings, or the launcher.
 
 Without evidence of a second process nothing is waited for and nothing is asked, so that a laptop
-starts at once. JAX itself reads what the launcher has set (`jax._src.clusters`); here is only told
-whether there is something to read. No JAX and no network in this file.
+starts at once. JAX itself reads what the launcher has set (`jax._src.clusters`); this file only
+tells whether there is something to read. No JAX and no network here.
 """
 
 import importlib.util
-import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from llm.config import DistributedConfig
 from llm.errors import UsageError
 
+_SLURM = {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"}
+_KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}
 
-@dataclass(frozen=True)
-class Cluster:
-    """What `jax.distributed.initialize` is told. coordinator "": JAX asks the launcher `method`
-    names, or the first that it knows."""
 
-    coordinator: str = ""
-    num_processes: int = 0
-    process_id: int = -1
-    method: str | None = None
-    launcher: str = "distributed.coordinator"
+class Cluster(NamedTuple):
+    """Who knows the processes, and what `jax.distributed.initialize` is given to find them.
+
+    With no coordinator, JAX asks the launcher that cluster_detection_method names, or the first
+    that it knows.
+    """
+
+    launcher: str
+    arguments: Mapping[str, Any]
 
 
 def find_cluster(
@@ -40,20 +41,32 @@ def find_cluster(
     """
     if settings != DistributedConfig(timeout=settings.timeout):
         return _given(settings)
-    if _number(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") > 1 and {
-        "SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID",
-    } <= set(environment):  # fmt: skip
-        return Cluster(method="slurm", launcher="SLURM")
-    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
-        return Cluster(launcher="Open MPI")
-    if _number(environment, "PMI_SIZE", "PMIX_SIZE") > 1:
-        _need(installed, "mpi4py", "an MPI launcher")
-        return Cluster(method="mpi4py", launcher="MPI")
-    if _on_tpu(environment, installed):
-        return Cluster(launcher="the TPU's metadata")
-    if {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(environment):
-        _need(installed, "kubernetes", "an indexed Kubernetes job")
-        return Cluster(launcher="Kubernetes")
+    platforms = environment.get("JAX_PLATFORMS", "")
+    # Importing JAX sets TPU_SKIP_MDS_QUERY if there are no chips.
+    on_tpu = (
+        (not platforms or "tpu" in platforms.split(","))
+        and "TPU_SKIP_MDS_QUERY" not in environment
+        and installed("libtpu")
+    )
+    slurm_tasks = _number(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    launchers = [
+        # launcher, whether it started more than one process, JAX's name of it, a package JAX needs
+        ("SLURM", slurm_tasks > 1 and set(environment) >= _SLURM, "slurm", ""),
+        ("Open MPI", _number(environment, "OMPI_COMM_WORLD_SIZE") > 1, None, ""),
+        ("MPI", _number(environment, "PMI_SIZE", "PMIX_SIZE") > 1, "mpi4py", "mpi4py"),
+        ("the TPU's metadata", on_tpu, None, ""),
+        ("Kubernetes", set(environment) >= _KUBERNETES, None, "kubernetes"),
+    ]
+    for launcher, started, method, package in launchers:
+        if started and package and not installed(package):
+            raise UsageError(
+                f"started by {launcher}, which JAX asks through the package {package}, and that is "
+                "not installed: install it, or set distributed.coordinator, num_processes and "
+                "process_id (docs/clusters.md), or distributed.num_processes = 1 if this process "
+                "is alone"
+            )
+        if started:
+            return Cluster(launcher, {"cluster_detection_method": method})
     return None
 
 
@@ -78,36 +91,18 @@ def _given(settings: DistributedConfig) -> Cluster | None:
         raise UsageError(
             f"distributed.process_id: expected 0 to {count - 1}, since there are {count}; {found}"
         )
-    return Cluster(coordinator, count, index, method="deactivate")
-
-
-def _on_tpu(environment: Mapping[str, str], installed: Callable[[str], bool]) -> bool:
-    """Whether JAX will use a TPU's chips here; of several hosts or of one, its own metadata says.
-
-    Importing JAX sets TPU_SKIP_MDS_QUERY where there are no chips.
-    """
-    platforms = environment.get("JAX_PLATFORMS", "")
-    wanted = not platforms or "tpu" in platforms.split(",")
-    return wanted and installed("libtpu") and "TPU_SKIP_MDS_QUERY" not in environment
+    return Cluster(
+        "distributed.coordinator",
+        {
+            "coordinator_address": coordinator,
+            "num_processes": count,
+            "process_id": index,
+            "cluster_detection_method": "deactivate",
+        },
+    )
 
 
 def _number(environment: Mapping[str, str], *names: str) -> int:
-    """The first of these variables that is set; 0 where none is."""
+    """The first of these variables that is set; 0 when none is."""
     value = next((environment[name] for name in names if name in environment), "0")
     return int(value) if value.isdecimal() else 0
-
-
-def _need(installed: Callable[[str], bool], package: str, launcher: str) -> None:
-    if not installed(package):
-        raise UsageError(
-            f"started by {launcher}, which JAX asks through the package {package}, and that is not "
-            "installed: install it, or set distributed.coordinator, num_processes and process_id "
-            "(docs/clusters.md), or distributed.num_processes = 1 where this process is alone"
-        )
-
-
-def this_process(index: int) -> str:
-    """How messages name it."""
-    import os
-
-    return f"process {index} ({os.getpid()} on {socket.gethostname()})"

@@ -1,38 +1,43 @@
 """The processes that train one run: they begin together, agree, and end together.
 
-    decide     process 0 looks at the disk (or decides anything else), the others are told
-    failure    the first process to fail says why; the others end with its exit code, silently
-    watch      a process that dies, stops or hangs is named, and the others leave
+    decide, gather  process 0 looks at the disk (or decides anything else), the others are told
+    failure         the first process to fail says why; the others end with its exit code, silently
+    watch           a process that dies, stops or hangs is named, and the others leave
+    SharedStop      whichever process is asked to stop, all of them stop at one step
 
-All of it goes through the key-value store of JAX's coordination service, which process 0 serves, so
-that it works while devices are busy or wait for a process that is gone. A run of one process passes
-through here without a thread or a wait.
+All but the last goes through the key-value store of JAX's coordination service, which process 0
+serves, so that it works while devices are busy or wait for a process that is gone. A run of one
+process passes through here without a thread or a wait.
 
 What it is not: no array passes here; collectives are XLA's. Finding the others: cluster.py.
 """
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import signal
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from llm.config import Config, DistributedConfig, differences, validate
 from llm.errors import LLMError, LostProcessError, SaidElsewhereError, UsageError
-from llm.run.cluster import Cluster, find_cluster, this_process
-from llm.run.liveness import Said, Sign, find_lost
+from llm.run.cluster import Cluster, find_cluster
+from llm.run.stop import StopRequest
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
 
 T = TypeVar("T")
 
-# Between two signs of life. One costs process 0 a fraction of a millisecond (here: 0.8 ms with the
-# answer, jax 0.12, 2026-11).
+# Between two signs of life. One costs process 0 less than a millisecond.
 BEAT_SECONDS = 1.0
-# A collective that failed: how long every living process has to show that it lives.
+# How long every living process has, once a collective failed, to show that it lives.
 PATIENCE_SECONDS = 6.0
 # How long processes that all leave wait for each other, and process 0 for all.
 FAREWELL_SECONDS = 10
@@ -50,14 +55,11 @@ def joined(settings: DistributedConfig) -> Iterator["Hosts"]:
       UsageError: settings by half, or processes that cannot be found.
       SaidElsewhereError: another process failed and has said why.
     """
-    import jax  # tells find_cluster whether there are TPU chips
+    import jax  # noqa: F401  tells find_cluster whether there are TPU chips
 
     cluster = find_cluster(settings, os.environ)
-    if cluster is None:
-        yield Hosts()
-        return
-    hosts = _initialize(jax, cluster, settings.timeout)
-    if hosts.alone:  # the one host of a small TPU
+    hosts = Hosts() if cluster is None else _initialize(cluster, settings.timeout)
+    if hosts.alone:  # so is the one host of a small TPU
         yield hosts
         return
     hosts.start()
@@ -69,26 +71,22 @@ def joined(settings: DistributedConfig) -> Iterator["Hosts"]:
     hosts.end()
 
 
-def _initialize(jax: Any, cluster: Cluster, timeout: int) -> "Hosts":
+def _initialize(cluster: Cluster, timeout: int) -> "Hosts":
+    import jax
+    from jax._src.distributed import global_state  # the store has no public name
+
+    coordinator = cluster.arguments.get("coordinator_address", "")
+    if coordinator and cluster.arguments["process_id"] == 0:
+        check_port_is_free(coordinator)
     # Its SIGTERM handler would take the place of ours, or ours of it: llm/run/stop.py is enough.
     jax.config.update("jax_enable_preemption_service", False)
     abort = _AbortMessage(
-        f"not all processes came together at {cluster.coordinator or cluster.launcher}: is each of "
+        f"not all processes came together at {coordinator or cluster.launcher}: is each of "
         "them started, with the same coordinator and number, and can they reach process 0?"
     )
-    given: dict[str, Any] = {}
-    if cluster.coordinator:
-        given = {
-            "coordinator_address": cluster.coordinator,
-            "num_processes": cluster.num_processes,
-            "process_id": cluster.process_id,
-        }
-        if cluster.process_id == 0:
-            check_port_is_free(cluster.coordinator)
     try:
         jax.distributed.initialize(
-            **given,
-            cluster_detection_method=cluster.method,
+            **cluster.arguments,
             heartbeat_timeout_seconds=timeout + HEARTBEAT_MARGIN_SECONDS,
             shutdown_timeout_seconds=FAREWELL_SECONDS,
         )
@@ -98,15 +96,11 @@ def _initialize(jax: Any, cluster: Cluster, timeout: int) -> "Hosts":
             f"{str(error).splitlines()[0]}; set distributed.coordinator, num_processes and "
             "process_id (docs/clusters.md)"
         ) from None
-    if jax.process_count() == 1:
-        return Hosts()
-    from jax._src.distributed import global_state  # the store has no public name
-
     return Hosts(jax.process_index(), jax.process_count(), global_state.client, timeout, abort)
 
 
 def check_port_is_free(coordinator: str) -> None:
-    """JAX dies of a taken port without a word (segmentation fault, 0.10 to 0.12)."""
+    """Raise a UsageError if the port is taken: JAX would die of it without a word."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -130,21 +124,13 @@ class Hosts:
         abort: "_AbortMessage | None" = None,
     ):
         self.index, self.count, self.timeout = index, count, timeout
+        # Process 0 writes, prints and decides.
+        self.is_first, self.alone = index == 0, count == 1
         self._store, self._abort = store, abort
         self._decisions = 0
-        self._moves, self._marks, self._place = 0, 0, "the beginning"
-        self._suspicious = False
+        self._moves, self._marks, self._place, self._suspicious = 0, 0, "the beginning", False
         self._over = threading.Event()
-        self._watcher: threading.Thread | None = None
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is process 0: the one that writes, prints and decides."""
-        return self.index == 0
-
-    @property
-    def alone(self) -> bool:
-        return self.count == 1
+        self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
 
     def decide(self, what: str, make: Callable[[], T]) -> T:
         """What `make` gives on process 0, on all of them; it must be JSON.
@@ -162,17 +148,18 @@ class Hosts:
         assert said == what, f"process {self.index} asks for {what!r}, process 0 told {said!r}"
         return value
 
-    def gather(self, what: str, value: Any) -> list[Any]:
+    def gather(self, what: str, value: T) -> list[T]:
         """What each process says, in the order of the processes, on all of them; it must be JSON.
 
-        Called as `decide` is. This process's own value comes back as it is.
+        Called as `decide` is. A process gets its own value back as it is.
         """
         if self.alone:
             return [value]
         name = f"gathered/{self._decisions + 1}"
         self.tell(f"{name}/{self.index}", value)
-        everybody = range(self.count) if self.is_first else ()
-        said = self.decide(what, lambda: [self.hear(f"{name}/{i}", True) for i in everybody])
+        said = self.decide(
+            what, lambda: [self.hear(f"{name}/{i}", forget=True) for i in range(self.count)]
+        )
         return [value if index == self.index else other for index, other in enumerate(said)]
 
     def tell(self, name: str, value: Any) -> None:
@@ -196,12 +183,13 @@ class Hosts:
                 return said
 
     def check_same(self, config: Config) -> None:
-        """Raises: UsageError: this process was started with other settings than process 0."""
+        """Raise a UsageError if this process was started with other settings than process 0."""
         first = self.decide("settings", lambda: config.model_dump(mode="json"))
-        changed = differences(validate(first, where="process 0"), config)
         wrong = [
             f"  {name}: process 0 has {theirs!r}, process {self.index} has {ours!r}"
-            for name, (theirs, ours) in changed.items()
+            for name, (theirs, ours) in differences(
+                validate(first, where="process 0"), config
+            ).items()
             if name not in OWN_SETTINGS
         ]
         if wrong:
@@ -210,7 +198,7 @@ class Hosts:
             )
 
     def moved(self) -> None:
-        """The main thread lives. Wherever it may be for long."""
+        """The main thread lives. Called wherever it may be for long."""
         self._moves += 1
 
     def mark(self, place: str) -> None:
@@ -235,33 +223,28 @@ class Hosts:
 
     def start(self) -> None:
         """Tell the others who this is, and begin to watch."""
-        self.tell(f"name/{self.index}", this_process(self.index))
+        name = f"process {self.index} ({os.getpid()} on {socket.gethostname()})"
+        self.tell(f"name/{self.index}", name)
         first = self.hear("name/0")
         if self._abort is not None:
             self._abort.text = f"{first}, which coordinates the others, is gone or does not answer"
-        self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
         self._watcher.start()
 
     def end(self) -> None:
         """All have done their work; wait for each other, so that none is taken for dead."""
-        self.tell(f"done/{self.index}", True)
-        for index in range(self.count) if self.is_first else ():
-            self.hear(f"done/{index}")
-        self.decide("the end", lambda: True)
-        self._stop_watching()
+        self.gather("the end", True)
         self._shutdown()
 
     def fail(self, error: BaseException) -> None:
-        """End the others as this process ends; raises SaidElsewhereError where one failed first."""
+        """End the others as this process ends; raises SaidElsewhereError if one failed first."""
         code = error.exit_code if isinstance(error, LLMError) else 1
         if isinstance(error, SystemExit) and isinstance(error.code, int):
             code = error.code
         failure = {"process": self.index, "exit_code": code, "lost": None}
         if not self.is_first:
-            # Where all fail alike, process 0 says it.
-            self._until(lambda: self._failure() is not None, 2 * BEAT_SECONDS)
+            # When all fail alike, process 0 says it.
+            _until(lambda: self._failure() is not None, 2 * BEAT_SECONDS)
         first = self._post(failure)
-        self._stop_watching()
         self._shutdown()
         if first != failure and isinstance(error, LLMError):
             raise SaidElsewhereError(first["exit_code"]) from None
@@ -286,7 +269,8 @@ class Hosts:
         while not self._over.wait(BEAT_SECONDS):
             beats += 1
             own = Said(beats, self._moves, self._marks, self._place, self._suspicious)
-            try:
+            # The store fails when process 0 is going; JAX ends us when it is gone.
+            with contextlib.suppress(_timed_out()):
                 self._store.key_value_set(
                     f"llm/sign/{self.index}", json.dumps(own), allow_overwrite=True
                 )
@@ -295,11 +279,9 @@ class Hosts:
                     self._follow(failure)
                 if self.is_first:
                     self._judge(signs)
-            except _timed_out():
-                continue  # process 0 is going; JAX ends us when it is gone
 
-    def _judge(self, signs: dict[int, Sign]) -> None:
-        """Only in process 0, for all."""
+    def _judge(self, signs: dict[int, "Sign"]) -> None:
+        """Name the process that is lost, if one is. In process 0, for all."""
         now = time.monotonic()
         for key, value in self._store.key_value_dir_get("llm/sign/"):
             index = int(key.rpartition("/")[2])
@@ -318,10 +300,9 @@ class Hosts:
 
     def _follow(self, failure: Mapping[str, Any]) -> NoReturn:
         """Another process has failed and said why: end as it does, with nothing to save."""
-        if failure["lost"] is None:
-            self._shutdown()
-        else:
+        if failure["lost"] is not None:
             self._linger(self.count)
+        self._leave_jax()
         os._exit(failure["exit_code"])
 
     def _linger(self, expected: int) -> NoReturn:
@@ -329,37 +310,138 @@ class Hosts:
         that they go: JAX aborts those that it leaves behind."""
         self._store.key_value_set(f"llm/left/{self.index}", "1", allow_overwrite=True)
         if self.is_first:
-
-            def all_left() -> bool:
-                return len(self._store.key_value_dir_get("llm/left/")) >= expected
-
-            self._until(all_left, FAREWELL_SECONDS)
+            _until(
+                lambda: len(self._store.key_value_dir_get("llm/left/")) >= expected,
+                FAREWELL_SECONDS,
+            )
             time.sleep(BEAT_SECONDS / 4)  # they have said so, and are about to go
         os._exit(LostProcessError.exit_code)
 
-    def _until(self, condition: Callable[[], bool], seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition() and time.monotonic() < deadline:
-            time.sleep(0.05)
-
-    def _stop_watching(self) -> None:
-        self._over.set()
-        if self._watcher is not None:
-            self._watcher.join()
-
     def _shutdown(self) -> None:
+        self._over.set()
+        self._watcher.join()
+        self._leave_jax()
+
+    def _leave_jax(self) -> None:
         import jax
 
         with contextlib.suppress(_timed_out()):
             jax.distributed.shutdown()
 
 
+class Said(NamedTuple):
+    """What a process says of itself, about once a second.
+
+    beats: rises while the process runs at all. moves: rises while its main thread does anything.
+    marks: rises at places that all processes pass in the same order; place: the newest of them.
+    suspicious: a collective failed here, so that another process may be gone.
+    """
+
+    beats: int = -1
+    moves: int = -1
+    marks: int = 0
+    place: str = "the beginning"
+    suspicious: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+    """The newest that a process said, and since when (monotonic seconds) it says the same."""
+
+    beaten_at: float
+    moved_at: float
+    said: Said = dataclasses.field(default_factory=Said)
+
+    def after(self, said: Said, now: float) -> "Sign":
+        """This sign, once the process has said something at `now`."""
+        beaten = self.beaten_at if said.beats == self.said.beats else now
+        moved = self.moved_at if said.moves == self.said.moves else now
+        return Sign(beaten, moved, said)
+
+
+class Lost(NamedTuple):
+    """A process, whether it is silent altogether (and not only its main thread), and the words."""
+
+    process: int
+    silent: bool
+    why: str
+
+
+def find_lost(
+    signs: Mapping[int, Sign], now: float, timeout: float, patience: float
+) -> Lost | None:
+    """The first process that is lost, or None.
+
+    Args:
+      timeout: seconds without a beat after which a process is dead or stopped, and without a move
+        after which one that is behind the others hangs. One that is not behind may compile, or wait
+        for the one that is.
+      patience: in place of it, without a beat, once a collective has failed.
+    """
+    suspicious = any(sign.said.suspicious for sign in signs.values())
+    silence = patience if suspicious else timeout
+    furthest = max(sign.said.marks for sign in signs.values())
+    for index, sign in sorted(signs.items()):
+        beaten, moved, place = now - sign.beaten_at, now - sign.moved_at, sign.said.place
+        if beaten >= silence:
+            return Lost(index, True, f"gave no sign of life for {beaten:.0f} s, after {place}")
+        if sign.said.marks < furthest and moved >= timeout:
+            return Lost(index, False, f"hangs: it did nothing for {moved:.0f} s, after {place}")
+    return None
+
+
+class SharedStop:
+    """A request to stop, agreed on: whichever process was asked, all of them stop at one step.
+
+    Of one process it is its own `StopRequest`. With several, each step carries a flag for every
+    device, and their maximum is read together with what that step measured: one step late, as all
+    metrics are, so that no device waits for a host.
+
+    Every process calls `ask` and `read` in the same order as it dispatches computations.
+    """
+
+    def __init__(self, request: StopRequest, hosts: Hosts, mesh: "Mesh"):
+        self._request, self._alone = request, hosts.alone
+        self._agreed = False
+        self._asked: deque[Any] = deque()
+        if self._alone:
+            return
+        import jax
+        import numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        def flag(raised: bool) -> Any:
+            """int32 [devices]: this process's word, one copy on each device."""
+            every_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            return jax.make_array_from_callback(
+                (mesh.devices.size,), every_device, lambda _: np.full(1, raised, np.int32)
+            )
+
+        self._flags = [flag(False), flag(True)]
+        self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    @property
+    def requested(self) -> bool:
+        """The same answer in every process."""
+        return self._request.requested if self._alone else self._agreed
+
+    def ask(self) -> None:
+        """Dispatch the question whether a stop was requested by now, anywhere."""
+        if not self._alone:
+            self._asked.append(self._any(self._flags[self._request.requested]))
+
+    def read(self, leave: int = 0) -> None:
+        """Wait for the answers, but for the newest `leave`."""
+        while len(self._asked) > leave:
+            self._agreed |= bool(self._asked.popleft())
+
+
 class _AbortMessage:
     """What is said, instead of a signal's number, when JAX aborts this process.
 
-    Its coordination client calls abort() when process 0 goes or does not answer (0.10 to 0.12); a
-    Python callback it cannot call (it dies of std::bad_cast). The handler runs in the thread that
-    aborts, which holds no lock of Python's.
+    Its coordination client calls abort() when process 0 goes or does not answer; a Python callback
+    it cannot call (it dies of std::bad_cast). The handler runs in the thread that aborts, which
+    holds no lock of Python's.
     """
 
     def __init__(self, text: str):
@@ -370,6 +452,12 @@ class _AbortMessage:
     def _say_and_end(self, _number: int) -> None:
         _say(f"error: {self.text} (see above); the same command resumes from the newest checkpoint")
         os._exit(LostProcessError.exit_code)
+
+
+def _until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _say(text: str) -> None:

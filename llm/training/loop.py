@@ -26,7 +26,7 @@ from llm.model.gpt import ModelSpec
 from llm.model.sharding import own_rows, shard_batch
 from llm.run.checkpoint import Checkpoints, restore
 from llm.run.directory import RunDirectory
-from llm.run.hosts import Hosts
+from llm.run.hosts import Hosts, SharedStop
 from llm.run.metrics import Metrics
 from llm.run.progress import Progress
 from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
@@ -45,7 +45,6 @@ from llm.training.state import (
 )
 from llm.training.step import BATCH_AXES, ROUTER_METRICS, make_train_step
 from llm.training.step import Metrics as StepMetrics
-from llm.training.stopping import SharedStop
 
 # Draws text from the current parameters, for a person to read.
 Sampler = Callable[[Any], str]
