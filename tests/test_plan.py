@@ -28,7 +28,7 @@ from llm.planning.devices import GIB, SHEETS, find_kind, sheet_of
 from llm.planning.estimate import Arithmetic
 from llm.planning.hlo import computations, cycles, runs
 from llm.planning.plan import available_memory, plan_step, program_text, refused_memory
-from llm.planning.roofline import Roofline, link_seconds
+from llm.planning.roofline import link_seconds
 from llm.planning.search import find_candidates, meshes, search
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
@@ -281,15 +281,16 @@ def test_links_take_what_the_best_algorithm_sends():
     assert link_seconds(ring, tpu, cube) == 300 / (2 * 90e9)
 
 
-def test_the_longest_of_three_binds():
-    assert Roofline(1.0, 0.5, 0.0).binds == "compute"
-    assert Roofline(1.0, 3.0, 2.0).binds == "memory" and Roofline(1.0, 3.0, 2.0).seconds == 3.0
+def test_the_longest_of_three_binds(sharded):
     config = load_config(LLAMA).resolved()
     spec, sizes = ModelSpec(config.model, 100277, "bfloat16"), dict.fromkeys(MESH_AXES, 1)
     one = Arithmetic(spec, config.optimizer, config.training, sizes, H100)
     bound = one.roofline(SHEETS[H100])
-    assert bound.compute == one.tokens * one.flops_per_token() / 989e12
-    assert bound.memory == one.traffic() / 3.35e12
+    assert bound["compute"] == one.tokens * one.flops_per_token() / 989e12
+    assert bound["memory"] == one.traffic() / 3.35e12
+    time = sharded["time"]
+    three = {name: time[f"{name.rstrip('s')}_seconds"] for name in ("compute", "memory", "links")}
+    assert time["roofline_seconds"] == max(three.values()) == three[time["binds"]] > 0
 
 
 def test_mfu_and_days_follow_from_the_step(sharded):

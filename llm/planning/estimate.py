@@ -25,7 +25,7 @@ from llm.model.grouped import block_count, block_rows
 from llm.model.loss import chunks_for
 from llm.model.sharding import LOGICAL_TO_MESH
 from llm.planning.devices import Sheet
-from llm.planning.roofline import Roofline, bandwidth
+from llm.planning.roofline import bandwidth
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 
@@ -99,8 +99,7 @@ class Arithmetic:
         micro_batch = training.micro_batch_size or training.batch_size
         self.rows = max(1, micro_batch // self.shares("batch"))
         self.positions = config.context_length // self.shares("sequence")
-        tokens = training.batch_size * config.context_length
-        self.tokens = tokens / math.prod(sizes.values())
+        self.tokens = training.batch_size * config.context_length / math.prod(sizes.values())
         self.element = 2 if spec.compute_dtype == "bfloat16" else 4
         self.heads = config.n_head / self.shares("heads")
         self.matrices = 3 if config.activation == "swiglu" else 2
@@ -142,10 +141,6 @@ class Arithmetic:
         return self.rows * self.heads * self.positions * self.config.context_length
 
     # Bytes in memory.
-
-    def memory(self) -> float:
-        """State and temporaries."""
-        return sum(self.state) + self.temporaries()
 
     def temporaries(self) -> float:
         """Bytes beside the state at the fullest moment: in a block's backward pass or the loss."""
@@ -195,13 +190,14 @@ class Arithmetic:
 
     # Time.
 
-    def roofline(self, sheet: Sheet) -> Roofline:
-        """The least seconds of a step."""
-        return Roofline(
-            compute=self.tokens * self.flops_per_token() / (peak_flops(self.device_kind) or 1.0),
-            memory=self.traffic() / sheet.memory_bandwidth,
-            links=self.link_seconds(sheet),
-        )
+    def roofline(self, sheet: Sheet) -> dict[str, float]:
+        """The seconds that arithmetic, memory and links need for a step at least (roofline.py)."""
+        peak = peak_flops(self.device_kind) or math.nan
+        return {
+            "compute": self.tokens * self.flops_per_token() / peak,
+            "memory": self.traffic() / sheet.memory_bandwidth,
+            "links": self.link_seconds(sheet),
+        }
 
     def flops_per_token(self) -> float:
         """FLOPs that are executed, with what training.remat computes again and what fills up the

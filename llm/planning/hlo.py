@@ -148,10 +148,8 @@ def _counter(
     begun = [outside.get(name) for one in loop.values() for name in one.operands]
     ended = [one for one in inside.values() if one.root]
     start, step = _member(begun, index, outside), _member(ended, index, inside)
-    return (
-        start[1] if start and start[0] == 0 else 0,
-        step[1] if step and step[0] == 1 and step[1] else 1,
-    )
+    first = start[1] if start and start[0] == 0 else 0
+    return first, step[1] if step and step[0] == 1 and step[1] else 1
 
 
 def _member(

@@ -85,7 +85,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     except jax.errors.JaxRuntimeError as error:
         memory, most = refused_memory(str(error))
         limit = min(most, limit or most)
-    seconds = time.monotonic() - started
+    seconds = round(time.monotonic() - started, 1)
     spare = None if limit is None else limit - memory["needed_bytes"]
     return {
         "estimate": True,
@@ -93,7 +93,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
         "devices": len(target.devices),
         "device_kind": target.kind,
         "compiled_for": "cpu" if target.stands_in else target.kind,
-        "compile_seconds": round(seconds, 1),
+        "compile_seconds": seconds,
         "mesh": sizes,
         "remat": training.remat,
         "batch_size": training.batch_size,
@@ -196,18 +196,19 @@ def _work_and_time(
     work = tokens * flops_per_token(arithmetic.spec)
     sheet, peak = sheet_of(target.kind), peak_flops(target.kind)
     found = None if text is None else read_collectives(text)
-    bound = by_compiler = over_links = None
+    bound: dict[str, float] = {}
+    by_compiler = over_links = None
     if sheet and peak and text is not None and found is not None:
         bound = arithmetic.roofline(sheet)
         if not target.stands_in:
             over_links = [link_seconds(one, sheet, placed) for one in found]
-            bound = dataclasses.replace(bound, links=sum(over_links))
+            bound["links"] = sum(over_links)
             if sheet.clock and (counted := cycles(text)):
                 # The compiler has no cycles for kernels; they are taken at the peak.
                 is_kernel = arithmetic.spec.attention != "plain"
                 kernels = is_kernel * arithmetic.tokens * arithmetic.attention_flops_per_token()
                 by_compiler = counted / sheet.clock + kernels / peak
-    seconds = bound and max(bound.seconds, by_compiler or 0.0)
+    seconds = max(*bound.values(), by_compiler or 0.0) if bound else None
     days = seconds and seconds * training.steps / 86400
     return {
         "tokens_per_step": tokens,
@@ -219,11 +220,11 @@ def _work_and_time(
             "executed_per_device_and_step": arithmetic.tokens * arithmetic.flops_per_token(),
         },
         "time": {
-            "compute_seconds": bound and bound.compute,
-            "memory_seconds": bound and bound.memory,
-            "link_seconds": bound and bound.links,
-            "roofline_seconds": bound and bound.seconds,
-            "binds": bound and bound.binds,
+            "compute_seconds": bound.get("compute"),
+            "memory_seconds": bound.get("memory"),
+            "link_seconds": bound.get("links"),
+            "roofline_seconds": max(bound.values(), default=None),
+            "binds": max(bound, key=bound.__getitem__, default=None),
             "compiler_seconds": by_compiler,
             "step_seconds": seconds,
         },

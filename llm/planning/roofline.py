@@ -1,39 +1,20 @@
-"""The least time that a step can take on given devices: the longest of three.
+"""The least time that links need for a program's collectives: one of three bounds of a step.
 
     compute   FLOPs / the device's peak
     memory    bytes / the bandwidth of its memory
     links     for each collective, the bytes that a device has to send / the bandwidth of its links
 
-A real step takes longer: arithmetic, memory and links never all work at once and at their full
-rates. Source: Williams et al. 2009, "Roofline".
+The longest of the three is the least time of a step. A real step takes longer: arithmetic, memory
+and links never all work at once and at their full rates. Arithmetic.roofline (estimate.py) gives
+all three. Source: Williams et al. 2009, "Roofline".
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
 
 from llm.planning.collectives import Collective
 from llm.planning.devices import Sheet
-
-
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Seconds of one step on each device."""
-
-    compute: float
-    memory: float
-    links: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.compute, self.memory, self.links)
-
-    @property
-    def binds(self) -> str:
-        """Which of the three is the longest."""
-        times = dataclasses.asdict(self)
-        return max(times, key=times.__getitem__)
 
 
 def link_seconds(one: Collective, sheet: Sheet, devices: Sequence[jax.Device]) -> float:

@@ -83,17 +83,16 @@ def find_candidates(
             config.training.batch_size, batch_shares(target.outline(sizes))
         ):
             changed = {"remat": remat, "scan_layers": True, "micro_batch_size": micro}
-            training = config.training.model_copy(update=changed)
-            settings = {"mesh": MeshConfig(**sizes), "training": training}
-            candidate = config.model_copy(update=settings)
+            training, mesh = config.training.model_copy(update=changed), MeshConfig(**sizes)
+            candidate = config.model_copy(update={"mesh": mesh, "training": training})
             try:
                 spec = model_spec(candidate, vocab_size, target, sizes)
             except UsageError:
                 break
             arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)
-            memory = arithmetic.memory()
+            memory = sum(arithmetic.state) + arithmetic.temporaries()
             if memory <= SLACK * limit:
-                yield Candidate(candidate, arithmetic.roofline(sheet).seconds, memory)
+                yield Candidate(candidate, max(arithmetic.roofline(sheet).values()), memory)
 
 
 def _micro_batches(batch_size: int, shares: int) -> Iterator[int]:

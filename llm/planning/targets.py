@@ -53,11 +53,8 @@ class Target:
 
         meant = self.devices[0]
         if self.stands_in:
-            meant = SimpleNamespace(
-                device_kind=self.kind,
-                compute_capability=SHEETS[self.kind].capability,
-                platform="gpu",
-            )
+            meant = SimpleNamespace(device_kind=self.kind, platform="gpu")
+            meant.compute_capability = SHEETS[self.kind].capability
         return SimpleNamespace(devices=np.array([meant], dtype=object), shape=sizes)
 
 
