@@ -58,7 +58,7 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def active_parameter_count(spec: ModelSpec) -> int:
-    """Those that one token goes through: of a block's experts the chosen ones."""
+    """Trained numbers that one token uses: of a block's experts, the chosen ones."""
     idle = sum(
         math.prod(leaf.shape) * (1 - _share_used(spec, name))
         for name, leaf in abstract_params(spec).items()
@@ -67,7 +67,7 @@ def active_parameter_count(spec: ModelSpec) -> int:
 
 
 def _share_used(spec: ModelSpec, name: str) -> Fraction:
-    """The share of a weight that one token goes through: k / E of the experts', all of others."""
+    """The share of a weight that one token uses: K / E of the experts', all of any other."""
     config = spec.config
     of_experts = config.has_experts and ".mlp." in name and ".router." not in name
     return Fraction(config.n_expert_active, config.n_expert) if of_experts else Fraction(1)
@@ -78,10 +78,10 @@ def flops_per_token(spec: ModelSpec, window: int | None = None) -> float:
 
         6 (matrix weights + head) + 12 L (N H) T / 2
 
-    Of a block's experts the k count that a token goes through, with the router that scores all.
-    2 FLOPs a weight forward and 4 backward (Kaplan et al. 2020). Attention's scores and mixtures
-    cost 4 N H a key seen forward, thrice that in all; causal attention sees T / 2 keys on average.
-    PaLM counts all T; the half is what is needed, so this MFU is the stricter one.
+    A weight costs 2 FLOPs forward and 4 backward (Kaplan et al. 2020). A mixture of experts counts
+    the K experts that a token uses, and the router, which scores all of them. Attention's scores
+    and weighted sums cost 4 N H for each key seen forward, and three times that in all. Causal
+    attention sees T / 2 keys on average. PaLM counts all T, so this MFU is the stricter one.
     """
     config = spec.config
     matrices = sum(
