@@ -163,8 +163,8 @@ def _member(
 
 def _linear(name: str, index: int, names: Instructions) -> tuple[int, int] | None:
     """(a, b) if a number is a times the loop's member `index` plus b; None if it is not."""
-    one = names.get(name)
-    match one.operation if one else "":
+    one = names.get(name) or Instruction(None, name, "", "", "")
+    match one.operation:
         case "constant" if one.arguments.isdigit():
             return 0, int(one.arguments)
         case "get-tuple-element" if re.search(rf"index={index}\b", one.attributes):

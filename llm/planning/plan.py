@@ -159,8 +159,9 @@ def refused_memory(message: str) -> tuple[Facts, float]:
 
 def available_memory(target: Target, memory_fraction: float) -> float | None:
     """Bytes of one device that a program can have; None if its data sheet is not here."""
-    sheet = sheet_of(target.kind)
-    return sheet and sheet.memory_gib * GIB * (memory_fraction if sheet.domain else 1.0)
+    if not (sheet := sheet_of(target.kind)):
+        return None
+    return sheet.memory_gib * GIB * (memory_fraction if sheet.domain else 1.0)
 
 
 def program_text(lowered: Any, compiled: Any) -> str:

@@ -86,7 +86,7 @@ def show_plan(facts: Facts, console: Console) -> None:
 
 def show_ranking(ranked: list[Facts], considered: int, console: Console) -> None:
     """The plans of a search, best first."""
-    rows = []
+    rows: list[Row] = []
     for place, facts in enumerate(ranked, start=1):
         gib, fits = facts["memory"]["needed_bytes"] / GIB, facts["memory"]["fits"]
         seconds, mfu = facts["time"]["step_seconds"], facts["mfu"]

@@ -146,10 +146,9 @@ def topology(name: str) -> Target:
     try:
         described = topologies.get_topology_desc(name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        first_line = str(error).split("\n")[0][:200]
         raise UsageError(
-            f"--topology {name}: the TPU compiler does not know it ({first_line}); slices of more "
-            "than one chip are made of hosts of 2x2 chips, as v5p:4x4x4 or v5e:16x16"
+            f"--topology {name}: unknown to the TPU compiler ({str(error).splitlines()[0][:200]}); "
+            "slices of more than one chip are made of hosts of 2x2 chips, as v5p:4x4x4 or v5e:16x16"
         ) from None
     devices: tuple[Any, ...] = tuple(described.devices)
     return Target(name, devices[0].device_kind, devices)
