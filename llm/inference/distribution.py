@@ -14,7 +14,6 @@ so a number has one meaning whatever surface shows it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,21 +36,7 @@ NOT_FINITE = (
 CHUNK_LOGITS = 2**22
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    meta_fields=[],
-    data_fields=[
-        "logprob",
-        "rank",
-        "entropy",
-        "kept_mass",
-        "kept_tokens",
-        "top_ids",
-        "top_logprobs",
-        "watch_logprobs",
-        "watch_ranks",
-    ],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Described:
     """Arrays over tokens, of any leading shape [...]; float32 in nats, or int32.

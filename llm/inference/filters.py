@@ -22,7 +22,6 @@ Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling"
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -57,11 +56,7 @@ class Sampling:
         return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    meta_fields=[],
-    data_fields=["temperature_R", "top_k_R", "top_p_R", "min_p_R", "key_R2"],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowSettings:
     """The settings of each row. Greedy rows hold temperature 1 and top_k 1, which is the same.

@@ -31,11 +31,7 @@ from llm.model.gpt import KVCache, ModelSpec, Params, bind
 CHUNK = 32
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    meta_fields=[],
-    data_fields=["cache", "hidden_BD", "active_B", "left_B"],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
     """What a decode step continues from.

@@ -22,11 +22,7 @@ from llm.model.sharding import replicated, tree_shardings
 from llm.model.stack import stack, unstack
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["step", "weights", "opt_state", "key", "loss_history"],
-    meta_fields=[],
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """step: int32 []. weights: Params, blocks stacked or not. opt_state: optax state. key: typed
