@@ -16,7 +16,15 @@ from llm.__main__ import COMMANDS
 from llm.commands.flags import flags_of, parse
 from llm.config import Config, flatten, load_config
 from llm.errors import LLMError
-from llm.inference.records import END_FIELDS, RUN_FIELDS, TOKEN_FIELDS
+from llm.inference.records import (
+    END_FIELDS,
+    RUN_FIELDS,
+    TOKEN_FIELDS,
+    EndRecord,
+    RunRecord,
+    TokenRecord,
+    table,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 README, CONFIGS, DESIGN, RECORDS, RUNS, TRANSFORMER = (
@@ -250,6 +258,8 @@ def field_tables(text: str) -> list[tuple[str, ...]]:
 def test_the_fields_of_records_are_those_of_the_code():
     described = field_tables(section(RECORDS.read_text(), "## Token-probability records"))
     assert described == [RUN_FIELDS, TOKEN_FIELDS, END_FIELDS]
+    for record in (RunRecord, TokenRecord, EndRecord):
+        assert table(record) in RECORDS.read_text(), f"docs/records.md lacks\n{table(record)}"
 
 
 def test_the_record_in_the_readme_has_the_fields_of_the_code():

@@ -28,14 +28,12 @@ from llm.api.results import (
     Origin,
     Results,
     Score,
-    ScoredToken,
-    scored_token,
 )
 from llm.config import Config, SamplingConfig
 from llm.errors import UsageError
 from llm.inference.decode import Decoder, Request
 from llm.inference.filters import Sampling
-from llm.inference.records import RecordBuilder, numerics_of
+from llm.inference.records import RecordBuilder, TokenRecord, numerics_of
 from llm.inference.samples import (
     DEFAULT_TOP,
     continued,
@@ -277,7 +275,7 @@ class LanguageModel:
 
     def stream(
         self, prompt: str | None = None, **arguments: Unpack[SamplingArguments]
-    ) -> Generator[ScoredToken, None, Generation]:
+    ) -> Generator[TokenRecord, None, Generation]:
         """The drawn tokens of `generate` as soon as each is final.
 
             for token in lm.stream("def "):
@@ -294,7 +292,7 @@ class LanguageModel:
 
     def _stream(
         self, requests: Sequence[Request], origin: Origin
-    ) -> Generator[ScoredToken, None, Generation]:
+    ) -> Generator[TokenRecord, None, Generation]:
         tokens: list[Token] = []
         finish = ""
         for progress in continued(self._decoder, requests):
@@ -302,7 +300,7 @@ class LanguageModel:
             finish = progress.finish or finish
             for token in progress.tokens:
                 if token.phase == "generated":
-                    yield scored_token(token, self.tokenizer)
+                    yield origin.builder.typed(0, token)
         return Generation(finish, origin, tuple(tokens))
 
     def distribution(self, text: str) -> Floats:
@@ -337,7 +335,7 @@ class LanguageModel:
 
     def _origin(self, doing: str, describe: Any) -> Origin:
         title = f"{doing} {self.run}, step {self.step}"
-        return Origin(self.tokenizer, self._builder, title, describe)
+        return Origin(self._builder, title, describe)
 
     def _requests(
         self,

@@ -14,9 +14,8 @@ What it is not: the model (language_model.py).
 
 import abc
 import html
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -26,113 +25,19 @@ import numpy.typing as npt
 
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference.records import TOKEN_FIELDS, Record, RecordBuilder, to_line
+from llm.inference.records import TOKEN_FIELDS, Record, RecordBuilder, TokenRecord, to_line
 from llm.inference.transcript import Token
 from llm.pages.view import page, write_page
-from llm.text.tokenizer import Ids, Tokenizer
+from llm.text.tokenizer import Ids
 
 if TYPE_CHECKING:
     import pandas
-
-    from llm.inference.distribution import Prediction
 
 Floats = npt.NDArray[np.float32]
 
 # A page of more tokens than this would make a notebook file of tens of megabytes.
 MOST_SHOWN_TOKENS = 10_000
 _FRAME_PIXELS = 560
-
-
-@dataclass(frozen=True, slots=True)
-class Alternative:
-    """One of the tokens that could have stood at a place.
-
-    Attributes:
-      token: its spelling for people, as in a record.
-      bytes: what it stands for; b"" for special tokens.
-      logprob: log-softmax of the model's raw logits, nats.
-      rank: 1 + how many tokens are likelier.
-      kept: whether sampling could have drawn it; True where nothing is drawn.
-    """
-
-    id: int
-    token: str
-    bytes: bytes
-    logprob: float
-    rank: int
-    kept: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredToken:
-    """A token, its place in a text and what the model said of it; fields as in a token record.
-
-    Attributes:
-      text: what it adds to the text; "" inside a character. `token` is its spelling.
-      logprob: log of the model's probability, nats, whatever is drawn. With rank, entropy,
-        kept_mass and kept_tokens None for the first token of a text.
-      sampling_logprob: log of the probability that it was drawn with; None for a given token.
-      top: alternatives in rank order; empty for the first token of a text.
-    """
-
-    phase: str
-    position: int
-    id: int
-    token: str
-    bytes: bytes
-    text: str
-    text_offset: int
-    byte_offset: int
-    utf8: str
-    logprob: float | None
-    rank: int | None
-    entropy: float | None
-    sampling_logprob: float | None
-    kept_mass: float | None
-    kept_tokens: int | None
-    top: tuple[Alternative, ...] = field(repr=False)
-
-    @property
-    def probability(self) -> float | None:
-        """exp(logprob)"""
-        return None if self.logprob is None else math.exp(self.logprob)
-
-
-def scored_token(token: Token, tokenizer: Tokenizer) -> ScoredToken:
-    """A token of a transcript, with its spelling and its numbers side by side."""
-    said = token.prediction
-    return ScoredToken(
-        phase=token.phase,
-        position=token.position,
-        id=token.id,
-        token=tokenizer.token_name(token.id),
-        bytes=tokenizer.token_bytes(token.id),
-        text=token.text,
-        text_offset=token.text_offset,
-        byte_offset=token.byte_offset,
-        utf8=token.utf8,
-        logprob=said.logprob if said else None,
-        rank=said.rank if said else None,
-        entropy=said.entropy if said else None,
-        sampling_logprob=said.sampling_logprob if said else None,
-        kept_mass=said.kept_mass if said else None,
-        kept_tokens=said.kept_tokens if said else None,
-        top=_alternatives(said, tokenizer) if said else (),
-    )
-
-
-def _alternatives(said: "Prediction", tokenizer: Tokenizer) -> tuple[Alternative, ...]:
-    return tuple(
-        Alternative(
-            rival.id,
-            tokenizer.token_name(rival.id),
-            tokenizer.token_bytes(rival.id),
-            rival.logprob,
-            rival.rank,
-            kept=rival.rank <= said.kept_tokens,
-        )
-        for rival in said.rivals
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +49,6 @@ class Origin:
       describe: makes their run record, when somebody wants it: it may cost a pass of the model.
     """
 
-    tokenizer: Tokenizer
     builder: RecordBuilder
     title: str
     describe: Callable[[], Record]
@@ -231,9 +135,9 @@ class Result(Shown):
     _counted = "prompt"
 
     @cached_property
-    def tokens(self) -> tuple[ScoredToken, ...]:
+    def tokens(self) -> tuple[TokenRecord, ...]:
         """All tokens in order, the first with None for its numbers."""
-        return tuple(scored_token(token, self.origin.tokenizer) for token in self.read)
+        return tuple(self.origin.builder.typed(0, token) for token in self.read)
 
     @cached_property
     def text(self) -> str:
@@ -311,7 +215,7 @@ class Generation(Result):
     _counted = "generated"
 
     @cached_property
-    def new_tokens(self) -> tuple[ScoredToken, ...]:
+    def new_tokens(self) -> tuple[TokenRecord, ...]:
         """Those that were drawn."""
         return tuple(token for token in self.tokens if token.phase == "generated")
 
