@@ -59,18 +59,6 @@ ROWS = {
     "embedding shortcut": {"model.embedding-shortcut": "true"},
     "value embeddings, 1 table": {"model.value-embeddings": 1},
     "value embeddings, 2 tables": {"model.value-embeddings": 2},
-    "windows at documents": {"data.windows": "documents"},
-    "batch warmed up over 96 steps": {"training.batch-warmup-steps": 96},
-    "windows warmed up over 96 steps": {"training.window-warmup-steps": 96},
-    # As many tokens as the recipe, which takes more steps.
-    "batch warmed up, as many tokens": {
-        "training.batch-warmup-steps": 96,
-        "training.steps": 388,
-    },
-    "windows warmed up, as many tokens": {
-        "training.window-warmup-steps": 96,
-        "training.steps": 388,
-    },
 }
 
 

@@ -51,22 +51,18 @@ def prepare(options: argparse.Namespace, path: Path):
     from llm.inference.decode import Decoder, Request, encode_prompt
     from llm.inference.filters import Sampling
     from llm.inference.records import RecordBuilder, to_line
-    from llm.model.gpt import ModelSpec
-    from llm.model.sharding import make_mesh
-    from llm.run.open import compute_dtype
+    from llm.run.setup import setup_to_predict
     from llm.text.tokenizer import ByteTokenizer, tiktoken_tokenizer
     from llm.training.optimizer import make_optimizer
     from llm.training.state import create_state
 
-    config = load_config(options.config, [])
+    config = load_config(options.config, []).resolved()
     kind = config.tokenizer.kind
     tokenizer = copy.copy(ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind))
     tokenizer.end_of_text = None  # random weights may well draw it, and the rows would end there
-    dtype = compute_dtype(config.training.compute_dtype)
-    spec = ModelSpec(config.model, tokenizer.vocab_size, dtype)
-    optimizer = make_optimizer(config.optimizer)
-    params = create_state(spec, optimizer, 0, make_mesh(config.mesh)).params
-    decoder = Decoder.create(spec, params, tokenizer)
+    setup = setup_to_predict(config, tokenizer.vocab_size)
+    params = create_state(setup.spec, make_optimizer(config.optimizer), 0, setup.mesh).params
+    decoder = Decoder.create(setup.spec, params, tokenizer)
     prompt = encode_prompt(tokenizer, "def main(")
 
     def turn(dumps: bool) -> float:

@@ -82,10 +82,7 @@ def our_step(recipe):
     import numpy as np
 
     from llm.config import load_config
-    from llm.model.gpt import ModelSpec
-    from llm.model.kernels import choose_attention
-    from llm.model.sharding import make_mesh
-    from llm.run.open import compute_dtype
+    from llm.run.setup import make_setup
     from llm.training.optimizer import make_optimizer
     from llm.training.state import create_state
     from llm.training.step import make_train_step
@@ -100,10 +97,9 @@ def our_step(recipe):
         "--model.dropout": 0.0,
     }
     words = [str(word) for pair in flags.items() for word in pair] + ["--model.no-bias"]
-    config = load_config(ROOT / "configs" / recipe["config"], words)
-    mesh, dtype = make_mesh(config.mesh), compute_dtype("auto")
-    attention = choose_attention("auto", config.model, dtype, mesh)
-    spec = ModelSpec(config.model, recipe["vocabulary"], dtype, attention)
+    config = load_config(ROOT / "configs" / recipe["config"], words).resolved()
+    setup = make_setup(config, recipe["vocabulary"])
+    spec, mesh = setup.spec, setup.mesh
     train_step = make_train_step(spec, config.optimizer, config.training, mesh)
     state = create_state(spec, make_optimizer(config.optimizer), config.run.seed, mesh)
     shape = (recipe["batch"], recipe["context"] + 1)

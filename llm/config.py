@@ -27,7 +27,6 @@ from pydantic import (
 )
 
 from llm.errors import UsageError
-from llm.ramp import DOUBLINGS, Ramp
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -89,11 +88,6 @@ class DataConfig(Section):
         "documents:0.05",
         "held-out text: 'documents:F' holds out a fraction F of the documents, chosen by the hash "
         "of their text; 'tail:F' the last fraction F of all tokens; 'none' holds out nothing",
-    )
-    windows: Literal["anywhere", "documents"] = setting(
-        "anywhere",
-        "where training windows begin: anywhere, another cut in each epoch; or with the end of "
-        "text before a document, and then every context_length tokens of it",
     )
     errors: Literal["strict", "replace"] = setting(
         "strict", "bytes that are not UTF-8: stop and say where, or replace and count them"
@@ -270,12 +264,6 @@ class TrainingConfig(Section):
         0,
         "sequences per forward pass, over all devices; fewer accumulate gradients; 0: batch_size",
     )
-    batch_warmup_steps: NonNegativeInt = setting(
-        0, "steps in which the batch grows: an eighth of batch_size, a quarter, a half; 0: off"
-    )
-    window_warmup_steps: NonNegativeInt = setting(
-        0, "steps in which windows grow: an eighth of context_length, a quarter, a half; 0: off"
-    )
     eval_every: NonNegativeInt = setting(250, "steps between evaluations; 0: only at the end")
     eval_batch_size: NonNegativeInt = setting(
         0, "sequences per evaluation batch; 0: micro_batch_size, or batch_size without one"
@@ -319,22 +307,8 @@ class TrainingConfig(Section):
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimizer step, of a whole batch."""
-        return self.accumulation_of(self.batch_size)
-
-    def accumulation_of(self, batch_size: int) -> int:
-        """Forward passes of a batch that may still be growing."""
-        return max(1, batch_size // (self.micro_batch_size or batch_size))
-
-    @property
-    def batch_ramp(self) -> Ramp:
-        """Sequences of each step."""
-        return Ramp(self.batch_size, self.batch_warmup_steps)
-
-    @property
-    def smallest_rows(self) -> int:
-        """Sequences of the smallest forward pass, over all devices."""
-        return min(self.batch_ramp.sizes()[0], self.micro_batch_size or self.batch_size)
+        """Forward passes per optimizer step."""
+        return self.batch_size // (self.micro_batch_size or self.batch_size)
 
     @pydantic.model_validator(mode="after")
     def _check_batch(self) -> Self:
@@ -343,19 +317,6 @@ class TrainingConfig(Section):
                 f"training.batch_size = {self.batch_size} is not divisible by "
                 f"training.micro_batch_size = {self.micro_batch_size}"
             )
-        if self.batch_warmup_steps and self.batch_size % 2**DOUBLINGS:
-            raise ValueError(
-                f"training.batch_warmup_steps = {self.batch_warmup_steps} begins with an eighth of "
-                f"training.batch_size = {self.batch_size}, which is not divisible by 8; the "
-                f"nearest that is: {_nearest_multiple(self.batch_size, 2**DOUBLINGS)}"
-            )
-        micro = self.micro_batch_size or self.batch_size
-        for size in self.batch_ramp.sizes():
-            if size > micro and size % micro:
-                raise ValueError(
-                    f"a batch of {size} on the way of training.batch_warmup_steps is not divisible "
-                    f"by training.micro_batch_size = {micro}"
-                )
         return self
 
 
@@ -455,24 +416,7 @@ class Config(Section):
                 f"optimizer.min_learning_rate = {optimizer.min_learning_rate} is above "
                 f"optimizer.learning_rate = {optimizer.learning_rate}"
             )
-        window_steps, length = self.training.window_warmup_steps, self.model.context_length
-        if window_steps and length % 2**DOUBLINGS:
-            raise ValueError(
-                f"training.window_warmup_steps = {window_steps} begins with an eighth of "
-                f"model.context_length = {length}, which is not divisible by 8; the nearest that "
-                f"is: {_nearest_multiple(length, 2**DOUBLINGS)}"
-            )
         return self
-
-    @property
-    def window_ramp(self) -> Ramp:
-        """Tokens that each step predicts of a window."""
-        return Ramp(self.model.context_length, self.training.window_warmup_steps)
-
-    @property
-    def first_model(self) -> ModelConfig:
-        """The model as the first steps see it, with a context of their windows."""
-        return self.model.model_copy(update={"context_length": self.window_ramp.at(0)})
 
     def resolved(self) -> Self:
         """The same settings with every size that follows from another written out."""

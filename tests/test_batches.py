@@ -8,19 +8,17 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import DataError
-from llm.ramp import Ramp
 from llm.text import batches as batches_module
 from llm.text.batches import TrainingBatches, _permuted, evaluation_batches
-from llm.text.splits import TokenSplit, document_windows
+from llm.text.splits import TokenSplit
 from llm.text.stream import StreamWriter, TokenStream
 
 VOCAB = 1000
@@ -200,7 +198,7 @@ def test_the_slices_of_n_hosts_are_the_global_batch(split, hosts):
     per_host = 15 // hosts
     slices = [slice(host * per_host, (host + 1) * per_host) for host in range(hosts)]
     sizes = {"context_length": 20, "batch_size": 15, "seed": 5}
-    local = [TrainingBatches(split, **sizes, rows=lambda _, own=own: own) for own in slices]
+    local = [TrainingBatches(split, **sizes, rows=own) for own in slices]
     for step in (0, 1, 17):
         assert np.array_equal(np.concatenate([b[step] for b in local]), whole[step])
         for batches in local:
@@ -392,82 +390,3 @@ def test_evaluation_reads_the_split(split):
     batches = evaluation_batches(split, context_length=33, batch_size=4)
     found = np.concatenate([t[:, 1:][m.astype(bool)] for t, m in batches])
     assert np.array_equal(found, text[1:])
-
-
-# Warming up, and windows at documents
-
-
-@pytest.mark.parametrize(("full", "steps"), [(8, 6), (64, 7), (16, 1), (24, 100), (5, 0)])
-def test_a_ramp_is_an_eighth_a_quarter_a_half_and_the_whole(full, steps):
-    ramp = Ramp(full, steps)
-    sizes = [ramp.at(step) for step in range(steps + 5)]
-    for step, size in enumerate(sizes):
-        part = math.floor(Fraction(3 * step, steps)) if step < steps else 3
-        assert size == Fraction(full, 2 ** (3 - part))
-        assert ramp.before(step) == sum(sizes[:step])
-    assert ramp.sizes() == sorted(set(sizes))
-
-
-def warming(split, **changes):
-    settings = {"context_length": 16, "batch_size": Ramp(8, 6), "window": Ramp(16, 9), "seed": 3}
-    return TrainingBatches(split, **{**settings, **changes})
-
-
-def test_while_a_batch_grows_no_window_is_left_out(split):
-    """The windows of all steps, one after the other, are those of any batch size, cut off."""
-    singly = TrainingBatches(split, context_length=16, batch_size=1, seed=3)
-    batches, number = warming(split), 0
-    for step in range(14):
-        batch = batches[step]
-        assert batch.shape == (Ramp(8, 6).at(step), Ramp(16, 9).at(step) + 1)
-        assert batches.tokens_of(step) == batch.shape[0] * (batch.shape[1] - 1)
-        for row in batch:
-            assert np.array_equal(row, singly[number][0][: batch.shape[1]])
-            number += 1
-
-
-@pytest.mark.parametrize("first", [0, 1, 5, 8, 20])
-def test_reading_ahead_over_a_change_of_size_gives_the_same_batches(split, first):
-    batches = warming(split)
-    for step, batch in zip(range(first, first + 70), batches.iterate(first), strict=False):
-        assert np.array_equal(batch, batches[step])
-
-
-def test_growing_batches_are_divided_over_hosts(split):
-    whole = warming(split)
-    halves = [
-        warming(split, rows=lambda size, host=host: np.arange(host, size, 2)) for host in (0, 1)
-    ]
-    for step in range(10):
-        even, odd = (half[step] for half in halves)
-        assert np.array_equal(whole[step][0::2], even)
-        assert np.array_equal(whole[step][1::2], odd)
-
-
-@settings(deadline=None)
-@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12), context=st.integers(1, 20))
-def test_windows_at_documents_begin_before_one_and_miss_no_token(lengths, context):
-    class Documents(Counting):
-        document_marks = lambda self: np.cumsum([0, *lengths])  # noqa: E731
-
-    tokens, marks = sum(lengths), np.cumsum([0, *lengths])
-    assume(tokens > context)
-    starts = document_windows(Documents(tokens), context)
-    assert starts[0] == 0 and starts.max() < tokens
-    predicted = Counter((starts[:, None] + 1 + np.arange(context)).ravel() % tokens)
-    assert set(predicted) >= set(range(1, tokens))
-    # Every window is a whole number of windows behind the token before a document, or the split's
-    # first; and none begins a document that the one before has already predicted whole.
-    document = np.searchsorted(marks, starts + 1, side="right") - 1
-    firsts = np.maximum(0, marks[document] - 1)
-    assert np.all((starts - firsts) % context == 0)
-    ends, reached = marks[document + 1], (starts + 1 + context).tolist()
-    assert all(end > before for end, before in zip(ends[1:], reached, strict=False))
-
-
-def test_every_epoch_has_each_window_at_a_document_once():
-    starts = np.array([99, 4, 20, 36, 70])
-    batches = TrainingBatches(Counting(100), context_length=16, batch_size=5, seed=1, starts=starts)
-    orders = [tuple(batches.window_starts(epoch).tolist()) for epoch in range(20)]
-    assert all(sorted(order) == sorted(starts.tolist()) for order in orders)
-    assert len(set(orders)) > 10

@@ -276,22 +276,6 @@ def test_a_wrong_flag_is_answered_by_name_and_nothing_else(capfd, flags, words):
             ["rotary", "even head size", "found d_model / n_head = 3"],
         ),
         (
-            ["--training.batch-warmup-steps", "9", "--training.batch-size", "12"],
-            ["training.batch_warmup_steps = 9", "training.batch_size = 12", "nearest that is: 16"],
-        ),
-        (
-            [
-                "--training.batch-warmup-steps=9",
-                "--training.batch-size=48",
-                "--training.micro-batch-size=16",
-            ],
-            ["a batch of 24", "training.micro_batch_size = 16"],
-        ),
-        (
-            ["--training.window-warmup-steps", "9", "--model.context-length", "100"],
-            ["training.window_warmup_steps = 9", "model.context_length = 100", "96"],
-        ),
-        (
             ["--training.micro-batch-size", "7"],
             ["training.batch_size = 64", "training.micro_batch_size = 7"],
         ),

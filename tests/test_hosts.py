@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from runs import QUICK_COMPILING, ROOT, copied, losses, params_sha256, write_config
+from runs import QUICK_COMPILING, ROOT, copied, losses, params_sha256, train, write_config
 
 from llm.config import DistributedConfig
 from llm.errors import UsageError
@@ -411,4 +411,13 @@ def test_rows_by_number_are_those_of_the_whole_batch(one):
         return TrainingBatches(Tokens(), context_length=8, batch_size=6, seed=1, rows=rows)
 
     rows = np.array([1, 4, 5])
-    np.testing.assert_array_equal(batches(lambda _: rows)[3], batches(None)[3][rows])
+    np.testing.assert_array_equal(batches(rows)[3], batches(None)[3][rows])
+
+
+def test_hosts_hear_of_no_place_until_the_step_was_compiled_by_all(tmp_path, monkeypatch):
+    """Else one that compiles a little faster would find the others hanging."""
+    places = []
+    monkeypatch.setattr(Hosts, "mark", lambda self, place: places.append(place))
+    settings = ("--training.steps=5", "--training.eval-every=0", "--checkpoint.every=0")
+    assert train(write_config(tmp_path), *settings) == 0
+    assert [one for one in places if "," not in one] == ["step 2", "step 3", "step 4"]

@@ -15,7 +15,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from test_context import example, outcomes, plain, random_params, segments_of
 
-from llm.config import Config, MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.errors import UsageError
 from llm.model import kernels
 from llm.model.gpt import ModelSpec, bind
@@ -194,15 +194,6 @@ def test_auto_takes_the_kernel_that_devices_and_sizes_allow(mesh, model, dtype, 
     assert choose_attention("plain", config, dtype, mesh) == "plain"
     if expected != "plain":
         assert choose_attention(expected, config, dtype, mesh) == expected
-
-
-@pytest.mark.parametrize(("context", "expected"), [(512, "plain"), (1024, "splash")])
-def test_the_kernel_must_take_the_windows_that_a_run_begins_with(context, expected):
-    config = Config.model_validate(
-        {"model": {"context_length": context}, "training": {"window_warmup_steps": 9}}
-    )
-    assert choose_attention("auto", config.first_model.resolved(), "bfloat16", TPU) == expected
-    assert choose_attention("auto", config.model.resolved(), "bfloat16", TPU) == "splash"
 
 
 @pytest.mark.parametrize(

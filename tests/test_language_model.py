@@ -34,8 +34,8 @@ from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.sharding import check_divisible
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
-from llm.run.open import predicting_mesh
 from llm.run.receipt import make_receipt, receipt_logprobs
+from llm.run.setup import predicting_mesh
 from llm.text.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,13 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llm.config import Config, MeshConfig, ModelConfig
+from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
 from llm.model.gpt import ModelSpec, abstract_params, bind, initialise, logical_axes
 from llm.model.sharding import (
     MESH_AXES,
     check_divisible,
-    check_sizes,
     constrain,
     is_divided,
     make_mesh,
@@ -135,19 +134,6 @@ def test_matrices_that_write_into_the_stream_are_divided_by_their_rows_alone():
         assert spec == PartitionSpec(("tensor", "fsdp"), None)
     with pytest.raises(UsageError, match=r"d_ff = 50 .* 4 devices of mesh axis tensor x fsdp"):
         check_divisible(mesh, GROUPED.config.model_copy(update={"d_ff": 50}), 80, 8)
-
-
-def test_the_first_steps_of_what_grows_must_divide_too():
-    mesh = make_mesh(MeshConfig(data=4, context=2))
-    model = {"n_head": 8, "d_model": 32, "context_length": 64}
-    whole = {"model": model, "training": {"batch_size": 8}}
-    check_sizes(mesh, Config.model_validate(whole), 80)
-    growing = {"model": model, "training": {"batch_size": 8, "batch_warmup_steps": 3}}
-    with pytest.raises(UsageError, match=r"first steps.* have 1 of 8 sequences .* nearest.* 4"):
-        check_sizes(mesh, Config.model_validate(growing), 80)
-    growing = {"model": model | {"context_length": 16}, "training": {"window_warmup_steps": 3}}
-    with pytest.raises(UsageError, match=r"windows of 2 tokens of 16: .* = 2 .* 4 chunks"):
-        check_sizes(mesh, Config.model_validate(growing), 80)
 
 
 def test_divisible_sizes_pass():

@@ -272,3 +272,16 @@ def test_a_spike_needs_a_full_history_and_a_threshold():
     assert not is_spike(jnp.float32(1.05), jnp.asarray(usual), z + 0.01)
     assert not is_spike(jnp.float32(9.0), jnp.asarray(usual), 0.0)
     assert not is_spike(jnp.float32(9.0), jnp.asarray(usual).at[0].set(jnp.nan), 3.0)
+
+
+def test_the_step_uses_the_momentum_of_its_number():
+    """Warming up for ever from 0.85: the weights of a run whose momentum is 0.85."""
+    shared = OPTIMIZER.model_dump() | {"kind": "muon"}
+    rising = OptimizerConfig(**shared | {"muon_momentum_warmup_steps": 10**9})
+    low = OptimizerConfig(**shared | {"muon_momentum": 0.85})
+    states = [train(optimizer=each)[0] for each in (rising, low)]
+    name = "blocks.0.mlp.up.weight"
+    one, other = (np.asarray(state.params[name]) for state in states)
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    high = train(optimizer=OptimizerConfig(**shared))[0].params[name]
+    assert np.abs(np.asarray(high) - one).max() > 1e-4

@@ -228,3 +228,14 @@ def test_diff_of_two_dumps_of_a_text_is_a_page_of_what_changed(tmp_path, capsys)
     ]:
         with pytest.raises(error, match=words):
             diff.main([*map(str, wrong)])
+
+
+def test_replay_knows_that_the_batch_size_was_changed(tmp_path, capsys):
+    config = write_config(tmp_path)
+    assert train(config, "--training.steps", "2") == 0
+    # The batch before is not divisible by the micro-batch of now.
+    larger = ["--training.batch-size=16", "--training.micro-batch-size=16", "--run.allow-change"]
+    assert train(config, "--training.steps", "3", *larger) == 0
+    for step, sequences in ((2, 8), (3, 16)):
+        page = printed(capsys, replay, tmp_path / "run", "--step", step, "--json")
+        assert len(page["sequences"]) == sequences

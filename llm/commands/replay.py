@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> int:
     chosen = parse(Options, arguments)
 
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import check_corpus, check_trained, config_at
-    from llm.text.batches import training_batches
+    from llm.run.provenance import batch_size_at, check_corpus, check_trained
+    from llm.text.batches import TrainingBatches
     from llm.text.shards import prepare
 
     run = RunDirectory(Path(chosen.run))
@@ -50,7 +50,12 @@ def main(arguments: list[str]) -> int:
     check_step(run, chosen.step)
     corpus = prepare(config.data, config.tokenizer)
     check_corpus(run, corpus)
-    batches = training_batches(config_at(run, config, chosen.step), corpus)
+    batches = TrainingBatches(
+        corpus.train,
+        context_length=config.model.context_length,
+        batch_size=batch_size_at(run, config, chosen.step),
+        seed=config.run.seed,
+    )
     index = chosen.step - 1
     sequences = [
         {

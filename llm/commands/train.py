@@ -208,31 +208,22 @@ def _make_job(
     config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, progress: Progress
 ) -> "Job":
     """Text, model and mesh, each checked before anything is compiled."""
-    from llm.model.gpt import ModelSpec
-    from llm.model.kernels import choose_attention
-    from llm.model.remat import check_remat
-    from llm.model.sharding import check_divisible, check_sizes, make_mesh
-    from llm.run.open import compute_dtype
+    from llm.model.sharding import make_mesh
     from llm.run.provenance import check_compute_dtype
-    from llm.text.batches import check_windows
-    from llm.text.splits import check_held_out
+    from llm.run.setup import choose_kernels, make_setup
+    from llm.text.splits import check_held_out, check_window
     from llm.training.loop import Job
 
-    mesh, training = make_mesh(config.mesh), config.training
-    dtype = compute_dtype(training.compute_dtype)
+    mesh = make_mesh(config.mesh)
+    dtype, _ = choose_kernels(config, mesh)
     # Here and not with the other settings: "auto" needs the devices, and all processes find them.
     hosts.decide("the compute dtype", lambda: check_compute_dtype(run, dtype))
-    attention = choose_attention(training.attention, config.first_model, dtype, mesh)
-    check_remat(training.remat, mesh)
     corpus = _prepare_once(config, run, hosts, stop, progress)
     for note in corpus.notes:
         progress.say(note)
-    check_windows(config, corpus)
+    check_window(corpus.train, config.model.context_length)
     check_held_out(corpus.validation, config.data.validation)
-    spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
-    check_sizes(mesh, config, spec.padded_vocab_size)
-    if training.eval_batch_size:
-        check_divisible(mesh, spec.config, spec.padded_vocab_size, training.eval_batch_size)
+    spec = make_setup(config, corpus.tokenizer.vocab_size, mesh).spec
     return Job(config, spec, mesh, corpus, hosts)
 
 

@@ -8,11 +8,10 @@ from jax.sharding import Mesh
 
 from llm.config import Config
 from llm.model.gpt import ModelSpec
-from llm.model.kernels import choose_attention
-from llm.model.sharding import check_sizes, make_mesh
-from llm.run.open import compute_dtype
-from llm.text.batches import TrainingBatches, check_windows, training_batches
+from llm.run.setup import make_setup
+from llm.text.batches import TrainingBatches, training_batches
 from llm.text.shards import TokenizedCorpus, prepare
+from llm.text.splits import check_window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +24,8 @@ class Workload:
     corpus: TokenizedCorpus
 
     def batches(self) -> TrainingBatches:
-        """Of full size from the start, whatever warms up."""
-        training = {"batch_warmup_steps": 0, "window_warmup_steps": 0}
-        config = self.config.model_copy(
-            update={"training": self.config.training.model_copy(update=training)}
-        )
-        return training_batches(config, self.corpus)
+        """Those of a run."""
+        return training_batches(self.config, self.corpus)
 
     @property
     def tokens_per_step(self) -> int:
@@ -45,12 +40,7 @@ def make_workload(config: Config, on_progress: Callable[[str, int, int | None], 
     """Raises:
     UsageError, DataError: as the train command would.
     """
-    mesh = make_mesh(config.mesh)
     corpus = prepare(config.data, config.tokenizer, on_progress=on_progress)
-    check_windows(config, corpus)
-    dtype = compute_dtype(config.training.compute_dtype)
-    training = config.training
-    attention = choose_attention(training.attention, config.model, dtype, mesh)
-    spec = ModelSpec(config.model, corpus.tokenizer.vocab_size, dtype, attention)
-    check_sizes(mesh, config, spec.padded_vocab_size)
-    return Workload(config, spec, mesh, corpus)
+    check_window(corpus.train, config.model.context_length)
+    setup = make_setup(config, corpus.tokenizer.vocab_size)
+    return Workload(config, setup.spec, setup.mesh, corpus)

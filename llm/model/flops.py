@@ -73,8 +73,8 @@ def _share_used(spec: ModelSpec, name: str) -> Fraction:
     return Fraction(config.n_expert_active, config.n_expert) if of_experts else Fraction(1)
 
 
-def flops_per_token(spec: ModelSpec, window: int | None = None) -> float:
-    """FLOPs of one token's forward and backward pass; `window` is T where not the context's.
+def flops_per_token(spec: ModelSpec) -> float:
+    """FLOPs of one token's forward and backward pass.
 
         6 (matrix weights + head) + 12 L (N H) T / 2
 
@@ -90,7 +90,7 @@ def flops_per_token(spec: ModelSpec, window: int | None = None) -> float:
         if name.startswith("blocks.") and name.endswith(".weight")
     )
     head = config.d_model * spec.vocab_size
-    keys_seen = (window or config.context_length) / 2
+    keys_seen = config.context_length / 2
     return float(6 * (matrices + head)) + 12 * config.n_layer * config.d_model * keys_seen
 
 
@@ -110,14 +110,9 @@ def peak_flops(kind: str) -> float | None:
     return PEAKS.get(listed_name(kind, PEAKS) or "")
 
 
-def mfu(
-    spec: ModelSpec,
-    tokens_per_second: float,
-    devices: list[jax.Device],
-    window: int | None = None,
-) -> float | None:
+def mfu(spec: ModelSpec, tokens_per_second: float, devices: list[jax.Device]) -> float | None:
     """Share of the devices' bfloat16 peak, in [0, 1], or None when a peak is unknown."""
     peaks = [peak_flops(device.device_kind) for device in devices]
     if not all(peaks):
         return None
-    return tokens_per_second * flops_per_token(spec, window) / sum(peaks)  # type: ignore[arg-type]
+    return tokens_per_second * flops_per_token(spec) / sum(peaks)  # type: ignore[arg-type]

@@ -84,8 +84,7 @@ def _splash_obstacle(model: ModelConfig, mesh: Mesh) -> str:
         return f"it drops no attention weights, and model.dropout = {model.dropout}"
     if model.context_length % (LANES * chunks_of(parts)):
         return (
-            f"model.context_length (or an eighth of it, with which training.window_warmup_steps "
-            f"begins) = {model.context_length} is not a multiple of {LANES} in each "
+            f"model.context_length = {model.context_length} is not a multiple of {LANES} in each "
             f"of the {chunks_of(parts)} chunks that mesh.context = {parts} makes"
         )
     return ""

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llm.config import Config, MeshConfig, ModelConfig
+from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
 from llm.model.placement import place
 
@@ -116,27 +116,6 @@ def check_divisible(
                 f"{name} = {size} cannot be divided over the {parts} {pieces} of mesh axis "
                 f"{mesh_axis}; nearest that can: {nearest}"
             )
-
-
-def check_sizes(mesh: Mesh | AbstractMesh, config: Config, padded_vocab_size: int) -> None:
-    """What a step computes must divide over the mesh: whole, and while batch or window grow.
-
-    Raises:
-      UsageError: as check_divisible.
-    """
-    training = config.training
-    whole = training.micro_batch_size or training.batch_size
-    check_divisible(mesh, config.model, padded_vocab_size, whole)
-    first_rows, first_window = training.smallest_rows, config.window_ramp.at(0)
-    try:  # what follows in a ramp is a multiple of what it begins with
-        check_divisible(mesh, config.first_model, padded_vocab_size, first_rows)
-    except UsageError as error:
-        raise UsageError(
-            f"the first steps, while training.batch_warmup_steps = {training.batch_warmup_steps} "
-            f"and training.window_warmup_steps = {training.window_warmup_steps} last, have "
-            f"{first_rows} of {whole} sequences and windows of {first_window} tokens of "
-            f"{config.model.context_length}: {error}"
-        ) from None
 
 
 def sharding_of(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:

@@ -9,7 +9,6 @@ import dataclasses
 import re
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +17,19 @@ import jax.numpy as jnp
 
 from llm.config import Config
 from llm.model.flops import flops_per_token, parameter_count, peak_flops
-from llm.model.gpt import ModelSpec
-from llm.model.kernels import choose_attention
-from llm.model.sharding import check_sizes, make_mesh
+from llm.model.sharding import make_mesh
 from llm.planning.collectives import Collective, read_collectives
 from llm.planning.devices import GIB, sheet_of
 from llm.planning.estimate import Arithmetic
 from llm.planning.hlo import cycles
 from llm.planning.roofline import link_seconds
 from llm.planning.targets import Target
+from llm.run.setup import make_setup
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
 
 Facts = dict[str, Any]
-
-
-def model_spec(
-    config: Config, vocab_size: int, target: Target, sizes: Mapping[str, int]
-) -> ModelSpec:
-    """The model as the devices of the target would compute it on a mesh of these sizes.
-
-    Raises:
-      UsageError: they cannot compute attention by what training.attention asks for, or a size
-        cannot be divided over them.
-    """
-    training, outline = config.training, target.outline(sizes)
-    dtype = training.compute_dtype
-    if dtype == "auto":
-        dtype = "float32" if target.kind == "cpu" else "bfloat16"
-    kernel = choose_attention(training.attention, config.model, dtype, outline)
-    spec = ModelSpec(config.model, vocab_size, dtype, kernel)
-    check_sizes(outline, config, spec.padded_vocab_size)
-    return spec
 
 
 def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: float) -> Facts:
@@ -67,7 +46,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     """
     mesh, training = make_mesh(config.mesh, target.devices), config.training
     sizes = {str(axis): size for axis, size in mesh.shape.items()}
-    spec = model_spec(config, vocab_size, target, sizes)
+    spec = make_setup(config, vocab_size, target.outline(sizes)).spec
     # CPU devices that stand in for a GPU cannot compile its kernels.
     compiled_spec = dataclasses.replace(spec, attention="plain") if target.stands_in else spec
     arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)

@@ -15,8 +15,9 @@ from llm.errors import UsageError
 from llm.model.sharding import MESH_AXES, batch_shares
 from llm.planning.devices import sheet_of
 from llm.planning.estimate import Arithmetic
-from llm.planning.plan import Facts, available_memory, model_spec, plan_step
+from llm.planning.plan import Facts, available_memory, plan_step
 from llm.planning.targets import Target
+from llm.run.setup import make_setup
 
 REMATS = ("none", "dots", "block")
 # A candidate is dropped if arithmetic needs more than this times the memory there is. Arithmetic
@@ -86,7 +87,7 @@ def find_candidates(
             training, mesh = config.training.model_copy(update=changed), MeshConfig(**sizes)
             candidate = config.model_copy(update={"mesh": mesh, "training": training})
             try:
-                spec = model_spec(candidate, vocab_size, target, sizes)
+                spec = make_setup(candidate, vocab_size, target.outline(sizes)).spec
             except UsageError:
                 break
             arithmetic = Arithmetic(spec, config.optimizer, training, sizes, target.kind)

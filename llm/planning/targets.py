@@ -55,6 +55,8 @@ class Target:
         if self.stands_in:
             meant = SimpleNamespace(device_kind=self.kind, platform="gpu")
             meant.compute_capability = SHEETS[self.kind].capability
+            memories = [SimpleNamespace(kind=kind) for kind in ("device", "pinned_host")]
+            meant.addressable_memories = lambda: memories
         return SimpleNamespace(devices=np.array([meant], dtype=object), shape=sizes)
 
 

@@ -122,28 +122,17 @@ def check_compute_dtype(run: RunDirectory, dtype: str) -> None:
         )
 
 
-# What a batch depends on and a run may change on the way.
-_SETTINGS_OF_BATCHES = (
-    "training.batch_size",
-    "training.batch_warmup_steps",
-    "training.window_warmup_steps",
-)
+def batch_size_at(run: RunDirectory, config: Config, step: int) -> int:
+    """training.batch_size as it was at a step, counted from 1.
 
-
-def config_at(run: RunDirectory, config: Config, step: int) -> Config:
-    """With the settings that decided the batch of a step, counted from 1.
-
-    The last start before that step decides, and the changes recorded since are undone.
+    The last start before that step decides: the changes recorded since are undone.
     """
-    # A copy, not a configuration anew: what was set since, micro_batch_size say, need not suit it.
-    before: dict[str, Any] = {}
+    size, name = config.training.batch_size, "training.batch_size"
     for start in reversed(run.read_provenance()["starts"]):
         if start["from_step"] < step:
             break
-        for name in _SETTINGS_OF_BATCHES:
-            if name in start["changed"]:
-                before[name.removeprefix("training.")] = start["changed"][name][0]
-    return config.model_copy(update={"training": config.training.model_copy(update=before)})
+        size = start["changed"].get(name, [size])[0]
+    return size
 
 
 def versions() -> dict[str, str]:

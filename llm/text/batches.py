@@ -14,18 +14,15 @@ network and the cycle walk); Steele et al. 2014, "Fast Splittable Pseudorandom N
 (the mixing function, as in SplitMix64).
 """
 
-import itertools
 import math
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.config import Config
-from llm.errors import UsageError
-from llm.ramp import Ramp
 from llm.text.shards import TokenizedCorpus
-from llm.text.splits import TokenSplit, check_window, document_windows
+from llm.text.splits import TokenSplit
 from llm.text.tokenizer import Ids
 
 _Words = npt.NDArray[np.uint64]
@@ -52,15 +49,11 @@ class TrainingBatches:
     (phase_e + k T) mod N on; so each token is predicted at most once an epoch, and the N mod T that
     are left out are others in each. Batches run on from one epoch into the next.
 
-    With `starts` windows begin there instead, in another order in each epoch.
-
     Args:
       context_length: T; the split has more tokens than that (`splits.check_window`).
       batch_size: sequences of the global batch of each step.
       seed: any integer.
-      rows: of a global batch of some size, those that this host reads; None: all.
-      window: tokens that each step predicts of its windows, the first; None: all T.
-      starts: where the windows of an epoch begin (`splits.document_windows`); None: everywhere.
+      rows: of each global batch, those that this host reads; None: all.
     """
 
     def __init__(
@@ -68,37 +61,29 @@ class TrainingBatches:
         split: TokenSplit,
         *,
         context_length: int,
-        batch_size: int | Ramp,
+        batch_size: int,
         seed: int,
-        rows: Callable[[int], Rows] | None = None,
-        window: Ramp | None = None,
-        starts: npt.NDArray[np.int64] | None = None,
+        rows: Rows | None = None,
     ):
         assert len(split) > context_length, "check_window comes first"
         self._split, self._context_length = split, context_length
-        self._batch = batch_size if isinstance(batch_size, Ramp) else Ramp(batch_size)
-        self._window = window or Ramp(context_length)
-        self._rows = rows or np.arange
-        self._given_starts = starts
+        self._batch_size = batch_size
+        self._own_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
         self._key = _mix(np.array([seed % 2**64], np.uint64))
-        self.windows_per_epoch = len(split) // context_length if starts is None else len(starts)
+        self.windows_per_epoch = len(split) // context_length
 
     @property
     def steps_per_epoch(self) -> float:
-        """How many steps of full size see each window once; rarely a whole number."""
-        return self.windows_per_epoch / self._batch.full
-
-    def tokens_of(self, step: int) -> int:
-        """Predicted in that step by all hosts."""
-        return self._batch.at(step) * self._window.at(step)
+        """How many steps see each window once; rarely a whole number."""
+        return self.windows_per_epoch / self._batch_size
 
     def __getitem__(self, step: int) -> Ids:
-        """int32 [rows, window + 1]: this host's rows of batch `step`, counted from 0."""
+        """int32 [rows, T + 1]: this host's rows of batch `step`, counted from 0."""
         return self._block(step, 1)[0]
 
     def window_starts(self, step: int) -> npt.NDArray[np.int64]:
         """int64 [batch_size]: where each row of the global batch begins in the split."""
-        return self._starts(self._batch.before(step) + np.arange(self._batch.at(step)))
+        return self._starts(step * self._batch_size + np.arange(self._batch_size))
 
     def iterate(self, from_step: int = 0) -> Generator[Ids, None, None]:
         """Batch `from_step` and all that follow, read ahead in the background.
@@ -109,8 +94,7 @@ class TrainingBatches:
         yield self[from_step]
         import grain
 
-        own_rows = len(np.arange(self._batch.full)[self._rows(self._batch.full)])
-        batch_tokens = max(1, own_rows) * (self._context_length + 1)
+        batch_tokens = max(1, len(self._own_rows)) * (self._context_length + 1)
         batches = max(1, min(_BLOCK_BATCHES, _BLOCK_TOKENS // batch_tokens))
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BLOCKS_AHEAD)
         blocks = grain.MapDataset.source(_Blocks(self, from_step + 1, batches))
@@ -121,18 +105,14 @@ class TrainingBatches:
         finally:
             reading.close()
 
-    def _block(self, step: int, batches: int) -> list[Ids]:
-        """int32 [rows, window + 1] of each of the steps from `step` on."""
-        block: list[Ids] = []
-        for (size, window), same in itertools.groupby(
-            range(step, step + batches), lambda step: (self._batch.at(step), self._window.at(step))
-        ):
-            steps = list(same)
-            first = self._batch.before(steps[0]) + size * np.arange(len(steps))
-            numbers = first[:, None] + np.arange(size)[self._rows(size)]
-            windows = self._split.windows(self._starts(numbers.ravel()), window + 1)
-            block.extend(windows.reshape(*numbers.shape, window + 1))
-        return block
+    def _block(self, step: int, batches: int) -> npt.NDArray[np.int32]:
+        """int32 [batches, rows, T + 1]: the steps from `step` on."""
+        steps = step + np.arange(batches, dtype=np.int64)
+        numbers = steps[:, None] * self._batch_size + self._own_rows
+        length = self._context_length + 1
+        return self._split.windows(self._starts(numbers.ravel()), length).reshape(
+            *numbers.shape, length
+        )
 
     def _starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Where the windows with these running numbers, counted over all epochs, begin."""
@@ -140,41 +120,21 @@ class TrainingBatches:
         epoch, place = np.divmod(numbers.astype(np.uint64), np.uint64(self.windows_per_epoch))
         key = _mix(self._key + epoch)
         window = _permuted(place, self.windows_per_epoch, key)
-        if self._given_starts is not None:
-            return self._given_starts[window.astype(np.int64)]
         phase = _mix(key) % np.uint64(tokens)
         return ((phase + window * np.uint64(context_length)) % np.uint64(tokens)).astype(np.int64)
 
 
 def training_batches(
-    config: Config, corpus: TokenizedCorpus, rows: Callable[[int], Rows] | None = None
+    config: Config, corpus: TokenizedCorpus, rows: Rows | None = None
 ) -> TrainingBatches:
-    """The batches of a run, whose settings `check_windows` found good."""
-    T, at_documents = config.model.context_length, config.data.windows == "documents"
+    """The batches of a run, whose text holds one window (`splits.check_window`)."""
     return TrainingBatches(
         corpus.train,
-        context_length=T,
-        batch_size=config.training.batch_ramp,
+        context_length=config.model.context_length,
+        batch_size=config.training.batch_size,
         seed=config.run.seed,
         rows=rows,
-        window=config.window_ramp,
-        starts=document_windows(corpus.train, T) if at_documents else None,
     )
-
-
-def check_windows(config: Config, corpus: TokenizedCorpus) -> None:
-    """Raise unless this text can be cut into windows as the settings say.
-
-    Raises:
-      DataError, UsageError: naming the setting or the text that is at fault.
-    """
-    check_window(corpus.train, config.model.context_length)
-    if config.data.windows == "documents" and corpus.tokenizer.end_of_text is None:
-        raise UsageError(
-            "data.windows = 'documents' needs a tokenizer with an end of text, for windows to "
-            f"begin with; tokenizer.kind = {config.tokenizer.kind!r} has none; set data.windows = "
-            "'anywhere'"
-        )
 
 
 class _Blocks:
@@ -186,7 +146,7 @@ class _Blocks:
     def __len__(self) -> int:
         return 2**48
 
-    def __getitem__(self, number: int) -> list[Ids]:
+    def __getitem__(self, number: int) -> npt.NDArray[np.int32]:
         return self._batches._block(self._from_step + int(number) * self._size, self._size)
 
 

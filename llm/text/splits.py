@@ -5,11 +5,9 @@ side and new documents move none of the old. `tail:F` holds out the end of the t
 shakespeare_char does.
 """
 
-import itertools
 from fractions import Fraction
 
 import numpy as np
-import numpy.typing as npt
 
 from llm.errors import DataError, UsageError
 from llm.text.stream import TokenStream
@@ -66,33 +64,6 @@ class TokenSplit:
         if not 0 <= position < len(self):
             raise IndexError(f"token {position} of a split of {len(self)}")
         return self._stream.document_at(self.start + position)
-
-    def document_marks(self) -> npt.NDArray[np.int64]:
-        """Where each of its documents begins, ascending, and at last where the split ends."""
-        marks = self._stream.document_marks
-        inside = marks[(marks > self.start) & (marks < self.stop)]
-        return np.unique([self.start, *inside.tolist(), self.stop]) - self.start
-
-
-def document_windows(split: TokenSplit, context_length: int) -> npt.NDArray[np.int64]:
-    """Where windows begin that start with an end of text: one token before a document's first.
-
-    A document longer than the context is tiled from there on; its last window reads on into what
-    follows, the split taken as a ring. One that lies wholly in the window before is not begun
-    again. So every token but the split's first, which no end of text precedes, is predicted, and
-    some of those at the beginning of a document twice.
-    """
-    marks = split.document_marks().tolist()
-    firsts, counts, predicted = [], [], 0
-    for begin, end in itertools.pairwise(marks):
-        if end > predicted:
-            first = max(0, begin - 1)
-            count = max(1, -(-(end - 1 - first) // context_length))
-            firsts.append(first)
-            counts.append(count)
-            predicted = first + 1 + count * context_length
-    number_in_document = np.concatenate([np.arange(count) for count in counts])
-    return np.repeat(firsts, counts) + context_length * number_in_document
 
 
 def is_held_out(document_sha256: str, fraction: float) -> bool:

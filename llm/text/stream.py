@@ -216,11 +216,6 @@ class TokenStream:
                 f"vocabulary's {self.vocab_size}{remedy(self.folder)}"
             )
 
-    @property
-    def document_marks(self) -> npt.NDArray[np.int64]:
-        """The first token of each document, ascending, then the end of the stream."""
-        return self._index[:, 0]
-
     def document_at(self, position: int) -> tuple[str, int]:
         """The name of the document that holds a token, and the token's index in it."""
         number = int(np.searchsorted(self._index[:, 0], position, side="right")) - 1

@@ -66,7 +66,12 @@ class Job:
 
     def batches(self, whole: bool = False) -> TrainingBatches:
         """This process's rows of each batch, or all of them."""
-        return training_batches(self.config, self.corpus, None if whole else self.rows)
+        rows = None if whole else self.rows(self.config.training.batch_size)
+        return training_batches(self.config, self.corpus, rows)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.training.batch_size * self.config.model.context_length
 
     def receipt_tokens(self) -> np.ndarray:
         held_out = self.corpus.validation if len(self.corpus.validation) > 1 else self.corpus.train
@@ -171,9 +176,7 @@ class Loop:
         self._skipped = outputs.metrics.skipped()
         self._receipt_tokens = job.receipt_tokens()
         self.first_step_at: float | None = None
-        # A step of another batch or window than the one before is compiled first.
-        self._shape: tuple[int, ...] | None = None
-        self._compiled_for, self._settled = self._step + 1, self._step
+        self._first, self._settled = self._step + 1, self._step
 
     def run(self) -> None:
         """To the last step.
@@ -220,8 +223,6 @@ class Loop:
     def _train(self, tokens_BT: np.ndarray) -> None:
         """Dispatch one step, then read the metrics of the one before."""
         self._mark(f"step {self._step}")
-        if tokens_BT.shape != self._shape:
-            self._shape, self._compiled_for = tokens_BT.shape, self._step + 1
         on_mesh = shard_batch(self._job.mesh, tokens_BT, BATCH_AXES)
         state, metrics = self._train_step(self._state, on_mesh)
         self._state = state
@@ -229,7 +230,7 @@ class Loop:
         fault_point("step", self._step)
         self._stop.ask()
         self._settle()
-        self._pending = _Pending(self._step, self._batches.tokens_of(self._step - 1), metrics)
+        self._pending = _Pending(self._step, self._job.tokens_per_step, metrics)
         self._outputs.checkpoints.check_for_errors()
 
     def _settle_if_due(self) -> None:
@@ -285,7 +286,6 @@ class Loop:
                 self._job.spec,
                 tokens / seconds,
                 list(self._job.mesh.devices.flat),
-                self._job.config.window_ramp.at(step - 1),
             ),
         }
         row |= {name: values[name] for name in ROUTER_METRICS if name in values}
@@ -414,7 +414,7 @@ class Loop:
     def _mark(self, place: str) -> None:
         """Where this process is, for the others. Not while a step is compiled, which takes each
         process as long as it takes: only once that step was taken, and so by all."""
-        if self._settled >= self._compiled_for:
+        if self._settled >= self._first:
             self._job.hosts.mark(place)
 
     def _is_due(self, every: int) -> bool:
@@ -425,4 +425,4 @@ class Loop:
         today's batch size."""
         seen = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
         step, tokens = (seen[-1]["step"], seen[-1]["tokens"]) if seen else (0, 0)
-        return tokens + sum(map(self._batches.tokens_of, range(step, self._step)))
+        return tokens + (self._step - step) * self._job.tokens_per_step

@@ -130,7 +130,7 @@ def accumulate_gradients(
     losses are means of those of each micro-batch; load balancing is no sum over tokens, so that its
     part of the gradient is not quite that of the whole batch.
     """
-    micro_batches = training.accumulation_of(len(tokens_BT))
+    micro_batches = training.accumulation
     gradient = jax.grad(_objective, has_aux=True)
 
     def micro(index: int | jax.Array, rows_BT: jax.Array) -> tuple[Params, StepTerms]:

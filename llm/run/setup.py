@@ -1,0 +1,107 @@
+"""What a configuration computes and where: mesh, dtype, attention kernel, model.
+
+The one place that decides them, with every check that needs no text. `train`, `bench` and `plan`
+take `make_setup`; whoever opens a trained model takes `setup_to_predict`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from llm.config import Config, MeshConfig
+from llm.model.gpt import ModelSpec
+from llm.model.kernels import Kernel, choose_attention
+from llm.model.remat import check_remat
+from llm.model.sharding import Mesh, check_divisible, make_mesh
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model on a mesh.
+
+    Attributes:
+      config: all settings, resolved.
+      mesh: what `make_setup` was given, or this machine's devices.
+      spec: the model with its vocabulary, compute dtype and attention kernel.
+    """
+
+    config: Config
+    mesh: Mesh
+    spec: ModelSpec
+
+
+def make_setup(config: Config, vocab_size: int, mesh: Any = None) -> Setup:
+    """The setup of a training step, checked.
+
+    Args:
+      config: resolved.
+      mesh: a Mesh, or what has a mesh's shape and such devices (llm/planning/targets.py:Outline);
+        None: all devices, as the `mesh` section arranges them.
+    Raises:
+      UsageError: the devices cannot do what the settings ask for, or a size cannot be divided over
+        them; names the setting and what would work.
+    """
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    dtype, attention = choose_kernels(config, mesh)
+    spec = ModelSpec(config.model, vocab_size, dtype, attention)
+    training = config.training
+    for rows in (training.micro_batch_size or training.batch_size, training.eval_batch_size):
+        if rows:
+            check_divisible(mesh, config.model, spec.padded_vocab_size, rows)
+    return Setup(config, mesh, spec)
+
+
+def choose_kernels(config: Config, mesh: Any) -> tuple[str, Kernel]:
+    """The compute dtype and the attention kernel: the part of a setup that needs no vocabulary.
+
+    `train` asks for it before it prepares the text, which may take hours.
+
+    Raises:
+      UsageError: as `make_setup`.
+    """
+    training = config.training
+    check_remat(training.remat, mesh)
+    dtype = compute_dtype(training.compute_dtype, mesh.devices.flat[0])
+    return dtype, choose_attention(training.attention, config.model, dtype, mesh)
+
+
+def compute_dtype(choice: str, device: Any) -> str:
+    """training.compute_dtype with "auto" decided: bfloat16 on accelerators, float32 on a CPU."""
+    if choice != "auto":
+        return choice
+    return "float32" if device.platform == "cpu" else "bfloat16"
+
+
+def setup_to_predict(
+    config: Config, vocab_size: int, devices: Sequence[jax.Device] | None = None
+) -> Setup:
+    """The setup of a trained model that predicts.
+
+    Args:
+      devices: what to spread it over; None: all accelerators of this process, or one CPU (the
+        CPU "devices" of a test share one memory).
+    """
+    if devices is None:
+        own = jax.local_devices()
+        devices = own[:1] if own[0].platform == "cpu" else own
+    dtype = compute_dtype(config.training.compute_dtype, devices[0])
+    spec = ModelSpec(config.model, vocab_size, dtype)
+    return Setup(config, predicting_mesh(spec, devices), spec)
+
+
+def predicting_mesh(spec: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of as many of the devices as the model's sizes can be divided over.
+
+    First over heads, MLP columns and vocabulary (the tensor axis), because that divides the
+    key/value cache and attention as well; then over the width of the weights (fsdp). No device
+    gathers a weight: XLA sums the devices' partial products, and only activations travel.
+    """
+    config, count = spec.config, len(devices)
+    columns = math.gcd(config.n_kv_head, config.d_ff, spec.padded_vocab_size, count)
+    # Rows of the matrices that write into the stream are divided over both axes.
+    width = math.gcd(math.gcd(config.d_model, config.d_ff) // columns, count // columns)
+    mesh = MeshConfig(data=1, fsdp=width, tensor=columns)
+    return make_mesh(mesh, devices[: columns * width])
