@@ -211,6 +211,7 @@ def test_every_form_of_a_mistake(words, said):
         ("model.n_embed", "model.d_model"),
         ("hidden_size", "model.d_model"),
         ("block_size", "model.context_length"),
+        ("model.n_positions", "model.context_length"),
         ("model.num_hidden_layers", "model.n_layer"),
         ("max_iters", "training.steps"),
         ("lr", "optimizer.learning_rate"),
