@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
 
@@ -109,3 +111,15 @@ def params_sha256(run: Path, step: int = STEPS) -> str:
 def starts(run: Path) -> list[dict]:
     """What run.json says of each start."""
     return json.loads((run / "run.json").read_text())["starts"]
+
+
+def saved_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """The whole arrays of one group of a step, whichever processes wrote them."""
+    from llm.run.arrays import box_of, cut, read_pieces, stored_places
+
+    places = [(one, place) for one in folder.iterdir() for place in stored_places(one).values()]
+    pieces = list(read_pieces(places))
+    return {
+        place.name: cut([p for p in pieces if p.place.name == place.name], box_of(place.shape))
+        for _, place in places
+    }

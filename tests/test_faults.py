@@ -22,6 +22,7 @@ from runs import (
     losses,
     params_sha256,
     run_process,
+    saved_arrays,
     train,
     train_process,
     write_config,
@@ -29,7 +30,6 @@ from runs import (
 
 import llm.training.loop
 from llm.errors import CheckpointError, DataError, NonFiniteError, UsageError
-from llm.run.arrays import stored_arrays
 from llm.run.checkpoint import GROUPS, Checkpoints, read_receipt, saved_steps, verify_files
 from llm.run.metrics import Metrics, read_metrics
 from llm.run.open import open_model
@@ -252,12 +252,7 @@ def test_a_loss_spike_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, caps
 
 def resaved(folder, change):
     """The step's parameters changed, saved anew with a manifest and a hash that fit them."""
-    groups = {
-        group: {
-            name: array.read() for name, array in stored_arrays((folder / group).iterdir()).items()
-        }
-        for group in GROUPS
-    }
+    groups = {group: saved_arrays(folder / group) for group in GROUPS}
     groups["params"] = change(groups["params"])
     receipt = read_receipt(folder)
     step = int(folder.name)
@@ -386,7 +381,7 @@ def test_a_clock_that_jumps_changes_nothing(copy, unbroken, monkeypatch):
 
     monkeypatch.setattr(time, "time", jumping)
     train(copy / "config.toml")
-    assert jumps == []  # no save waits by the clock
+    assert jumps  # Orbax looks at the clock, to say how long things took
     start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
     assert start["from_step"] == newer
     assert 0 < start["seconds_to_first_step"] < 1e6

@@ -1,23 +1,24 @@
 """Named arrays in files: each process writes the pieces it holds, and any mesh reads them.
 
-    GROUP/PROCESS.safetensors    what one process wrote; of a run of one process, the whole arrays
+    GROUP/PROCESS/              what one process wrote with Orbax, a key for each piece
+    GROUP/PROCESS/pieces.json   key -> the array it is a part of, and where it begins
 
-A piece is a rectangle of an array. A file is hashed while it is written, from the memory that it is
-written from, so no byte is read back and no process touches what another one holds.
+A piece is a rectangle of an array; a run of one process has whole arrays. Every process uses Orbax
+by itself, in a folder of its own, so no process waits for another one or reads what another one
+wrote. Orbax's handler is called without its Checkpointer, whose barriers go by the wall clock.
 
 `Identity` gives arrays one sha256 that is the same however they are cut into pieces, so that the
 parameters of two runs can be compared across meshes and numbers of processes.
-
-File format: https://huggingface.co/docs/safetensors. Pieces that are not whole arrays are listed in
-the header's metadata, which the format leaves to its users.
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +26,53 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_CODES = {
-    "float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64",
-    "int32": "I32", "uint32": "U32", "int64": "I64", "int8": "I8", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-_NAMES = {code: name for name, code in _CODES.items()}
+PIECES = "pieces.json"
+# Orbax is asked for about this much at once: one call for each array would take milliseconds each.
+_READ_BYTES = 2**28
+
+Box = Sequence[slice]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a piece lies: a rectangle of the array `name`, which has `shape`, from `start` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: tuple[int, ...]
+    extent: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return self.name if self.extent == self.shape else f"{self.name}@{list(self.start)}"
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.extent) * jnp.dtype(self.dtype).itemsize
+
+    def overlap(self, box: Box) -> list[slice] | None:
+        """The part of a rectangle of the array that lies in this piece; None if there is none."""
+        common = [
+            slice(max(one.start, start), min(one.stop, start + size))
+            for one, start, size in zip(box, self.start, self.extent, strict=True)
+        ]
+        return common if all(part.start < part.stop for part in common) else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A rectangle of the array `name`, which has `shape`; it begins at `start`."""
+    """A piece in memory."""
 
-    name: str
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
+    place: Place
     values: np.ndarray
 
-    @property
-    def is_whole(self) -> bool:
-        return self.values.shape == self.shape
-
-
-def whole_piece(name: str, array: Any) -> Piece:
-    """An array as one piece, in this process's memory."""
-    values = np.asarray(array)
-    return Piece(name, values.shape, (0,) * values.ndim, values)
+    @classmethod
+    def of(
+        cls, name: str, shape: Sequence[int], start: Sequence[int], values: np.ndarray
+    ) -> "Piece":
+        place = Place(name, tuple(shape), values.dtype.name, tuple(start), values.shape)
+        return cls(place, values)
 
 
 def own_pieces(arrays: Mapping[str, Any]) -> list[Piece]:
@@ -69,7 +92,7 @@ def own_pieces(arrays: Mapping[str, Any]) -> list[Piece]:
     for *_, data in held:
         if isinstance(data, jax.Array):
             data.copy_to_host_async()
-    return [Piece(name, shape, start, _copy(data)) for name, shape, start, data in held]
+    return [Piece.of(name, shape, start, _copy(data)) for name, shape, start, data in held]
 
 
 def _copy(data: Any) -> np.ndarray:
@@ -78,119 +101,147 @@ def _copy(data: Any) -> np.ndarray:
     return np.array(data) if shares_memory else np.asarray(data)
 
 
-def write_pieces(path: Path, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Write and flush one file. Returns its size and sha256: {"bytes", "sha256"}."""
-    header: dict[str, Any] = {}
-    parts, offset = {}, 0
-    for piece in pieces:
-        key = piece.name if piece.is_whole else f"{piece.name}@{list(piece.start)}"
-        if not piece.is_whole:
-            parts[key] = [piece.name, piece.shape, piece.start]
-        end = offset + piece.values.nbytes
-        header[key] = {
-            "dtype": _CODES[piece.values.dtype.name],
-            "shape": piece.values.shape,
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps({"__metadata__": {"pieces": json.dumps(parts)}, **header}).encode()
-    text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for data in (len(text).to_bytes(8, "little"), text, *(_bytes(p.values) for p in pieces)):
-            file.write(data)
-            digest.update(data)
-            size += len(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": size, "sha256": digest.hexdigest()}
+def write_pieces(folder: Path, pieces: Sequence[Piece]) -> dict[str, dict[str, Any]]:
+    """Write pieces into a new folder, flushed to disk.
+
+    Returns each file's name, from `folder` on, with its size and sha256: {"bytes", "sha256"}.
+    """
+    folder.mkdir(parents=True)
+    if pieces:
+        handler = _handler()
+        tree = {piece.place.key: piece.values for piece in pieces}
+        handler.save(folder.resolve(), args=_orbax().args.PyTreeSave(tree))
+    places = {piece.place.key: dataclasses.astuple(piece.place) for piece in pieces}
+    (folder / PIECES).write_text(json.dumps(places))
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": sha256}
+    return files
 
 
-def _bytes(values: np.ndarray) -> Any:
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
-
-
-@dataclasses.dataclass(frozen=True)
-class _Extent:
-    """Where a piece lies in a file."""
-
-    path: Path
-    offset: int
-    shape: tuple[int, ...]
-    start: tuple[int, ...]
-
-    def read(self, dtype: np.dtype, first: int, last: int) -> np.ndarray:
-        """Rows `first` to `last` of the piece; all of it when it has no axis."""
-        shape = (last - first, *self.shape[1:]) if self.shape else ()
-        row = math.prod(self.shape[1:]) * dtype.itemsize
-        count = math.prod(shape) * dtype.itemsize
-        data = np.fromfile(self.path, np.uint8, count, offset=self.offset + first * row)
-        return data.view(dtype).reshape(shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredArray:
-    """An array in files, whichever processes wrote its pieces."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    extents: list[_Extent]
-
-    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """A rectangle of the array, all of it by default; reads the rows that it needs.
-
-        Raises:
-          ValueError: the files do not hold all of it.
-        """
-        box = [slice(0, size) for size in self.shape]
-        for axis, part in enumerate(index):
-            box[axis] = slice(*part.indices(self.shape[axis])[:2])
-        found = np.empty([part.stop - part.start for part in box], self.dtype)
-        missing = found.size
-        for extent in self.extents:
-            low = [max(b.start, s) for b, s in zip(box, extent.start, strict=True)]
-            high = [
-                min(b.stop, s + n) for b, s, n in zip(box, extent.start, extent.shape, strict=True)
-            ]
-            if any(a >= b for a, b in zip(low, high, strict=True)):
-                continue
-            first, last = (low[0] - extent.start[0], high[0] - extent.start[0]) if low else (0, 0)
-            rows = extent.read(self.dtype, first, last)
-            source = [slice(a - s, b - s) for a, b, s in zip(low, high, extent.start, strict=True)]
-            target = [
-                slice(a - b.start, c - b.start) for a, c, b in zip(low, high, box, strict=True)
-            ]
-            rows = rows[(slice(None), *source[1:])] if low else rows
-            found[tuple(target)] = rows
-            missing -= rows.size
-        if missing:
-            raise ValueError(f"{missing} elements of {self.name} are in no file")
-        return found
-
-
-def stored_arrays(paths: Iterable[Path]) -> dict[str, StoredArray]:
-    """What the files of a group hold, by their headers.
+def stored_places(folder: Path) -> dict[str, Place]:
+    """key -> where the piece lies, of a folder that `write_pieces` made.
 
     Raises:
-      OSError, ValueError, KeyError: a file is not one of `write_pieces`.
+      OSError, ValueError, TypeError: the folder is not such a folder.
     """
-    arrays: dict[str, StoredArray] = {}
-    for path in paths:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > path.stat().st_size:
-                raise ValueError(f"{path} has no header")
-            header = json.loads(file.read(length))
-        parts = json.loads(header.pop("__metadata__")["pieces"])
-        for key, entry in header.items():
-            shape = tuple(entry["shape"])
-            name, whole, start = parts.get(key, (key, shape, (0,) * len(shape)))
-            extent = _Extent(path, 8 + length + entry["data_offsets"][0], shape, tuple(start))
-            dtype = jnp.dtype(_NAMES[entry["dtype"]])
-            array = arrays.setdefault(name, StoredArray(name, tuple(whole), dtype, []))
-            array.extents.append(extent)
-    return arrays
+    stored = json.loads((folder / PIECES).read_bytes())
+    return {
+        key: Place(name, tuple(shape), dtype, tuple(start), tuple(extent))
+        for key, (name, shape, dtype, start, extent) in stored.items()
+    }
+
+
+def read_pieces(places: Iterable[tuple[Path, Place]]) -> Iterator[Piece]:
+    """The pieces at these places, given as (folder, place), in the order that they are given."""
+    batch: list[tuple[Path, Place]] = []
+    for one in places:
+        batch.append(one)
+        if sum(place.bytes for _, place in batch) >= _READ_BYTES:
+            yield from _read_batch(batch)
+            batch = []
+    yield from _read_batch(batch)
+
+
+def _read_batch(batch: Sequence[tuple[Path, Place]]) -> Iterator[Piece]:
+    ocp, held = _orbax(), {}
+    for folder, group in itertools.groupby(sorted(batch, key=_folder_of), _folder_of):
+        keys = [place.key for _, place in group]
+        arguments = ocp.args.PyTreeRestore(
+            item=dict.fromkeys(keys, 0),
+            restore_args={key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys},
+            partial_restore=True,
+        )
+        held[folder] = _handler().restore(folder.resolve(), args=arguments)
+    for folder, place in batch:
+        yield Piece(place, np.asarray(held[folder].pop(place.key)))
+
+
+def _folder_of(one: tuple[Path, Place]) -> Path:
+    return one[0]
+
+
+def cut(pieces: Sequence[Piece], box: Box) -> np.ndarray:
+    """A rectangle of an array, from the pieces that overlap it, in memory of its own.
+
+    Raises:
+      ValueError: the pieces do not hold all of it.
+    """
+    found = np.empty([part.stop - part.start for part in box], pieces[0].values.dtype)
+    missing = found.size
+    for piece in pieces:
+        common = piece.place.overlap(box)
+        if common is None:
+            continue
+        source = tuple(
+            slice(part.start - start, part.stop - start)
+            for part, start in zip(common, piece.place.start, strict=True)
+        )
+        target = tuple(
+            slice(part.start - one.start, part.stop - one.start)
+            for part, one in zip(common, box, strict=True)
+        )
+        found[target] = piece.values[source]
+        missing -= found[target].size
+    if missing:
+        raise ValueError(f"{missing} elements of {pieces[0].place.name} are in no file")
+    return found
+
+
+def box_of(shape: Sequence[int], index: tuple[slice, ...] = ()) -> list[slice]:
+    """An index of slices with every bound written out; the whole array by default."""
+    whole = [*index, *itertools.repeat(slice(None), len(shape) - len(index))]
+    return [slice(*part.indices(size)[:2]) for part, size in zip(whole, shape, strict=True)]
+
+
+@functools.cache
+def _orbax() -> Any:
+    """Imported when it is needed, which takes most of a second."""
+    import logging
+
+    import orbax.checkpoint as ocp
+
+    # Orbax warns of what is done here on purpose, and logs the errors that it then raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return ocp
+
+
+def _handler() -> Any:
+    """Orbax for this process alone; a folder for each array, which needs no merging."""
+    ocp, process = _orbax(), jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"only{process}"
+    )
+    return ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, multiprocessing_options=alone, type_handler_registry=_registry()
+    )
+
+
+@functools.cache
+def _registry() -> Any:
+    """Orbax's handler of NumPy arrays, which writes in process 0 alone, made to write in any."""
+    import tensorstore
+
+    type_handlers = _orbax().type_handlers
+
+    class AnyProcess(type_handlers.NumpyHandler):
+        async def serialize(self, values, infos, args=None):
+            for value, info in zip(values, infos, strict=True):
+                spec = {
+                    "driver": "zarr",
+                    "kvstore": {"driver": "file", "path": f"{info.parent_dir / info.name}/"},
+                    "metadata": {"compressor": None},
+                }
+                array = await tensorstore.open(
+                    spec, dtype=value.dtype.name, shape=value.shape, create=True, open=True
+                )
+                await array.write(value)
+            return []
+
+    return type_handlers.create_type_handler_registry((np.ndarray, AnyProcess()))
 
 
 _LANES = 4
@@ -218,7 +269,8 @@ class Identity:
 
     def add(self, piece: Piece) -> None:
         """Count one piece in. Each part of an array has to be added exactly once."""
-        self.merge({piece.name: [piece.values.dtype.name, list(piece.shape), _sums(piece)]})
+        place = piece.place
+        self.merge({place.name: [place.dtype, list(place.shape), _sums(piece)]})
 
     def merge(self, sums: Mapping[str, Sequence[Any]]) -> None:
         """Count in the `sums` of another one, as JSON gives them back."""
@@ -237,7 +289,8 @@ def params_sha256(params: Mapping[str, Any]) -> str:
     """The identity of arrays that this process holds as a whole."""
     identity = Identity()
     for name, array in params.items():
-        identity.add(whole_piece(name, array))
+        values = np.asarray(array)
+        identity.add(Piece.of(name, values.shape, (0,) * values.ndim, values))
     return identity.sha256()
 
 
@@ -250,13 +303,13 @@ def _wrapping_sums(piece: Piece) -> list[int]:
     words = _words(piece.values)  # [rows, columns]
     leading = [
         np.arange(start, start + size, dtype=np.uint64)
-        for start, size in zip(piece.start[:-1], piece.values.shape[:-1], strict=True)
+        for start, size in zip(piece.place.start[:-1], piece.values.shape[:-1], strict=True)
     ]
     row = np.zeros((), np.uint64)
-    for size, place in zip(piece.shape[:-1], leading, strict=True):
+    for size, place in zip(piece.place.shape[:-1], leading, strict=True):
         row = row[..., None] * np.uint64(size) + place
-    per_element = words.shape[1] // max(1, piece.values.shape[-1] if piece.shape else 1)
-    first = (piece.start[-1] if piece.shape else 0) * per_element
+    per_element = words.shape[1] // max(1, piece.values.shape[-1] if piece.place.shape else 1)
+    first = (piece.place.start[-1] if piece.place.shape else 0) * per_element
     column = np.arange(first, first + words.shape[1], dtype=np.uint64)
     keys = [
         (_keys(row.reshape(-1, 1), 3 * lane), _keys(column, 3 * lane + 1),

@@ -1,6 +1,6 @@
 """Checkpoints: save in the background, count only what is whole on disk, verify, restore.
 
-    checkpoints/STEP/params/ training/    the arrays, a file for each process (llm/run/arrays.py)
+    checkpoints/STEP/params/ training/    the arrays, a folder for each process (llm/run/arrays.py)
     checkpoints/STEP/receipt.json         what the parameters are and predict (llm/run/receipt.py)
     checkpoints/STEP/manifest.json        size and sha256 of every other file, by group, and its own
 
@@ -18,11 +18,12 @@ What the manifest lists must be as it was saved. A file that it does not list is
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,19 +43,22 @@ from llm.files import (
     whole_folder,
 )
 from llm.run.arrays import (
+    PIECES,
     Identity,
     Piece,
-    StoredArray,
+    Place,
+    box_of,
+    cut,
     own_pieces,
-    stored_arrays,
-    whole_piece,
+    read_pieces,
+    stored_places,
     write_pieces,
 )
 from llm.run.hosts import Hosts
 
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
-# Version 1 held Orbax's files, and one list of them.
+# Version 1 had one list of files, and a hash that needed all parameters in one process.
 SCHEMA = 2
 # Groups of arrays. "params" apart, so that whoever opens a model reads nothing else.
 GROUPS = ("params", "training")
@@ -202,10 +206,10 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Res
     identity, problem = Identity(), ""
     try:
         for group, abstract in wanted.items():
-            stored = _stored(folder, group)
-            _check_shapes(folder, stored, abstract)
-            groups[group] = _place(stored, abstract, hosts, identity if group == "params" else None)
-    except (CheckpointError, OSError, ValueError, KeyError) as error:
+            places = _places(folder, group)
+            _check_shapes(folder, {place.name: place for _, place in places}, abstract)
+            groups[group] = _place(places, abstract, hosts, identity if group == "params" else None)
+    except Exception as error:  # what a reader says of damaged files is not documented
         problem = str(error) if isinstance(error, LLMError) else f"{folder} cannot be read: {error}"
     # Parameters are verified by their own sha256, taken of what was read.
     own: list[Any] = [identity.sums, problem]
@@ -226,36 +230,50 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Res
 
 
 def _place(
-    stored: Mapping[str, StoredArray],
+    places: Sequence[tuple[Path, Place]],
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     hosts: Hosts,
     identity: Identity | None,
 ) -> dict[str, jax.Array]:
-    """Arrays on their devices, each born in its shards; counts them into `identity`.
+    """Arrays on their devices, each born in its shards; counts what was read into `identity`.
 
-    A process that is alone counts the very bytes that it places. Several read the rows that their
-    devices need, and each counts a share of the arrays.
+    Each process reads the pieces that its devices need, and a share of all pieces to count.
     """
+    boxes = {
+        name: [
+            box_of(leaf.shape, index)
+            for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        ]
+        for name, leaf in abstract.items()
+    }
+    counted = {place for _, place in places[hosts.index :: hosts.count]} if identity else set()
+    needed = [
+        (folder, place)
+        for folder, place in places
+        if place in counted or any(place.overlap(box) is not None for box in boxes[place.name])
+    ]
     arrays: dict[str, jax.Array] = {}
-    for number, (name, leaf) in enumerate(sorted(abstract.items())):
-        read: Any = stored[name].read
-        counts = identity is not None and number % hosts.count == hosts.index
-        if hosts.alone or counts:
-            whole = whole_piece(name, read())
-            read = functools.partial(_copy_of, whole.values)
-            if identity is not None:
-                identity.add(whole)
-        arrays[name] = jax.make_array_from_callback(leaf.shape, leaf.sharding, read)
+    for name, group in itertools.groupby(read_pieces(needed), lambda piece: piece.place.name):
+        pieces, leaf = list(group), abstract[name]
+        for piece in pieces:
+            if identity is not None and piece.place in counted:
+                identity.add(piece)
+        arrays[name] = jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, functools.partial(_part, pieces, leaf.shape)
+        )
     return arrays
 
 
-def _copy_of(whole: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
-    # A CPU's devices would share the memory of a view, and each take it for its own.
-    return np.array(whole[index])
+def _part(pieces: list[Piece], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
+    return cut(pieces, box_of(shape, index))
 
 
-def _stored(folder: Path, group: str) -> dict[str, StoredArray]:
-    return stored_arrays(folder / name for name in sorted(_read_manifest(folder)[group]))
+def _places(folder: Path, group: str) -> list[tuple[Path, Place]]:
+    """The folder and the place of each piece of a group, by name and start."""
+    files = [Path(name) for name in _read_manifest(folder)[group]]
+    folders = [folder / file.parent for file in files if file.name == PIECES]
+    places = [(one, place) for one in folders for place in stored_places(one).values()]
+    return sorted(places, key=lambda one: (one[1].name, one[1].start))
 
 
 def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -467,9 +485,9 @@ def _write_own(
     """Write what this process holds; returns its part of the manifest and of the identity."""
     files: dict[str, Any] = {}
     for group in GROUPS:
-        name = f"{group}/{process}.safetensors"
-        (partial / group).mkdir(exist_ok=True)
-        files[group] = {name: write_pieces(partial / name, pieces[group])}
+        own = f"{group}/{process}"
+        written = write_pieces(partial / own, pieces[group])
+        files[group] = {f"{own}/{name}": said for name, said in written.items()}
     identity = Identity()
     for piece in pieces["params"]:
         identity.add(piece)
@@ -482,7 +500,7 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = manifest if isinstance(manifest, dict) else {}
     if manifest.get("schema") == 1 and "files" in manifest:
         raise UsageError(
-            f"{folder} was saved by an earlier version, in files of Orbax that this one does not "
+            f"{folder} was saved by an earlier version, in a form that this one does not "
             "read; go on with the version that saved it (RUN/run.json names its code), or train "
             "again in another run.dir"
         )
