@@ -16,7 +16,7 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFloat
 
 from llm.commands.flags import parse
-from llm.commands.texts import RunOptions, check_outputs, open_and_say
+from llm.commands.shared import RunOptions, check_outputs, open_and_say
 from llm.config import setting
 from llm.errors import UsageError
 from llm.files import write_output

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llm.commands.flags import argument, parse
 from llm.commands.import_hf import new_folder
-from llm.commands.texts import RunOptions, open_and_say
+from llm.commands.shared import RunOptions, open_and_say
 from llm.config import setting
 from llm.runtime import prepare_process
 

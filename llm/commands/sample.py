@@ -10,23 +10,12 @@ import select
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import pydantic
 
 from llm.commands.flags import argument, parse
-from llm.commands.texts import (
-    RecordOptions,
-    as_text,
-    open_and_say,
-    open_records,
-    paint,
-    paints,
-    read_file,
-    written,
-)
+from llm.commands.shared import RecordOptions, as_text, emit, open_and_say, read_file
 from llm.config import SamplingConfig, setting
 from llm.errors import UsageError
 from llm.inference.samples import continued, decoding_numerics, make_requests, overlay
@@ -35,7 +24,6 @@ from llm.runtime import prepare_process
 if TYPE_CHECKING:
     from llm.inference.decode import Decoder, Request
     from llm.inference.records import Record, RecordBuilder
-    from llm.run.open import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
 
@@ -49,7 +37,7 @@ class Options(SamplingConfig, RecordOptions):
         (), "texts to continue; empty: start from an end of text"
     )
     prompt_file: tuple[str, ...] = setting(
-        (), "files to continue, each as it is, with its last newline", "FILE"
+        (), "files to continue, each with its last newline", "FILE"
     )
     greedy: bool = setting(False, "always the likeliest token")
     stop: tuple[str, ...] = setting((), "end a sample where one of these texts begins")
@@ -64,136 +52,91 @@ class Options(SamplingConfig, RecordOptions):
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
     options = parse(Options, arguments)
-    flags = given_settings(options)
+    changed = options.model_fields_set & SamplingConfig.model_fields.keys() - {"prompt"}
+    flags = options.model_dump(include=changed) | ({"temperature": 0.0} if options.greedy else {})
     files = [read_file(path) for path in options.prompt_file]
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.inference.decode import Decoder
+    from llm.inference.filters import Sampling
+    from llm.inference.records import RecordBuilder
 
     opened = open_and_say(options.run, options.step)
     settings = overlay(opened.config.sample, flags, where="the flags")
     prompts = [*options.prompt, *(as_text(data, opened.tokenizer, name) for name, data in files)]
     prompts += stdin_prompts(options.stdin, not prompts, opened.tokenizer)
     decoder = Decoder.create(opened.spec, opened.params, opened.tokenizer)
-    shows_numbers = options.probs or options.html or paints(options)
     requests = make_requests(
         settings,
         prompts or [settings.prompt],
         opened.tokenizer,
         stop=options.stop,
-        top=options.top if shows_numbers else None,
+        top=options.top if options.shows_numbers else None,
         watch=options.watch,
     )
     for request in requests:
         decoder.check(request)
-    _run(options, settings, opened, decoder, requests)
-    return 0
-
-
-def given_settings(options: Options) -> dict[str, Any]:
-    """What the flags change in the run's `sample` section."""
-    names = options.model_fields_set & SamplingConfig.model_fields.keys() - {"prompt"}
-    return options.model_dump(include=names) | ({"temperature": 0.0} if options.greedy else {})
-
-
-def _run(
-    options: Options,
-    settings: SamplingConfig,
-    opened: "OpenedModel",
-    decoder: "Decoder",
-    requests: "Sequence[Request]",
-) -> None:
-    from llm.inference.filters import Sampling
-    from llm.inference.records import RecordBuilder
-
     builder = RecordBuilder(opened.tokenizer)
     numerics = decoding_numerics(opened.spec, opened.params, decoder, requests[0])
     first = builder.run(opened.checkpoint, Sampling.of(settings), numerics, options.top)
-    kept: list[Record] | None = [] if options.html else None
-    with ExitStack() as stack:
-        file = open_records(options.probs, stack)
-        records = _records(first, builder, decoder, requests)
-        records = _noting_full_context(records, decoder, settings.max_new_tokens)
-        records = written(records, file, kept)
-        if options.probs == "-":
-            for _ in records:
-                pass
-        else:
-            show(records, len(requests), painted=paints(options))
-    if kept is not None and options.html is not None:
-        from llm.pages.view import write_page
-
-        write_page(kept, Path(options.html), title=f"Samples from {opened.run}, step {opened.step}")
+    emit(
+        records_of(first, builder, decoder, requests),
+        options,
+        title=f"Samples from {opened.run}, step {opened.step}",
+        show=lambda records: plain_text(records, len(requests)),
+    )
+    return 0
 
 
-def _records(
+def records_of(
     first: "Record", builder: "RecordBuilder", decoder: "Decoder", requests: "Sequence[Request]"
 ) -> "Iterator[Record]":
-    """The records of all samples, in order, as soon as each is final."""
+    """The run record, then the records of all samples in order, each as soon as it is final.
+
+    A line on stderr follows the last record if the context was full before a sample had as many
+    tokens as were asked for.
+    """
     yield first
-    tokens = []
+    tokens, cut_short = [], []
     for progress in continued(decoder, requests):
         for token in progress.tokens:
             yield builder.token(progress.row, token)
         tokens += progress.tokens
         if progress.finish is not None:
             yield builder.end(progress.row, tokens, progress.finish, counted="generated")
+            if progress.finish == "context":
+                cut_short.append(sum(token.phase == "generated" for token in tokens))
             tokens = []
+    if cut_short:
+        low, high = min(cut_short), max(cut_short)
+        context, asked = decoder.spec.config.context_length, requests[0].max_new_tokens
+        print(
+            f"the context of {context} {'token' if context == 1 else 'tokens'} is full after "
+            f"{high if low == high else f'{low} to {high}'} new "
+            f"{'token' if high == 1 else 'tokens'}; {asked} {'was' if asked == 1 else 'were'} "
+            "asked for",
+            file=sys.stderr,
+        )
 
 
-def _noting_full_context(
-    records: "Iterable[Record]", decoder: "Decoder", asked: int
-) -> "Iterator[Record]":
-    """The same records; after the last, a line on stderr when the context cut samples short."""
-    counts, new = [], 0
-    for record in records:
-        # Not the end record's count, which is of the tokens whose probability was asked for.
-        if record["type"] == "token":
-            new += record["phase"] == "generated"
-        elif record["type"] == "end":
-            if record["finish"] == "context":
-                counts.append(new)
-            new = 0
-        yield record
-    if counts:
-        context = decoder.spec.config.context_length
-        print(_full_context(context, min(counts), max(counts), asked), file=sys.stderr)
-
-
-def _full_context(context: int, low: int, high: int, asked: int) -> str:
-    new = f"{high}" if low == high else f"{low} to {high}"
-    return (
-        f"the context of {context} {'token' if context == 1 else 'tokens'} is full after {new} new "
-        f"{'token' if high == 1 else 'tokens'}; {asked} {'was' if asked == 1 else 'were'} asked for"
-    )
-
-
-def show(records: "Iterable[Record]", samples: int, *, painted: bool) -> None:
-    """The text of the records on stdout as it comes."""
-    out = sys.stdout
-    if hasattr(out, "reconfigure"):
-        out.reconfigure(errors="backslashreplace")  # a terminal that knows ASCII only
-    if painted:
-        paint(records)
-        return
+def plain_text(records: "Iterable[Record]", samples: int) -> Iterator[str]:
+    """The text of the records. With several samples, a line on stderr names each."""
     begun: int | None = None
     for record in records:
         if record["type"] == "token":
             if record["sample"] != begun and samples > 1:
                 print(f"--- sample {record['sample']}", file=sys.stderr, flush=True)
             begun = record["sample"]
-            out.write(record["text"])
+            yield record["text"]
         elif record["type"] == "end":
-            out.write("\n")
-        out.flush()
+            yield "\n"
 
 
 def stdin_prompts(asked: str | None, may_default: bool, tokenizer: "Tokenizer") -> list[str]:
-    """The prompt on standard input: when `-` asks for it, or something is piped in and nothing
-    else was given.
+    """The prompt on standard input, if `-` asks for it or, without another prompt, one is piped in.
 
-    A pipe that nobody asked for is read only if it has something to say by now (the model is
-    loaded): a shell or a scheduler may leave one open for ever.
+    A pipe that nobody asked for is read only if it holds something by now, when the model is
+    loaded: a shell or a scheduler may leave one open for ever.
     """
     if asked is None and not (may_default and _stdin_has_text()):
         return []

@@ -11,8 +11,8 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -20,16 +20,14 @@ import pydantic
 from pydantic import NonNegativeInt
 
 from llm.commands.flags import argument, parse
-from llm.commands.texts import (
+from llm.commands.shared import (
     RecordOptions,
     as_text,
     check_outputs,
+    emit,
     open_and_say,
-    open_records,
-    paint,
-    paints,
     read_file,
-    written,
+    writing,
 )
 from llm.config import setting
 from llm.errors import UsageError
@@ -38,13 +36,13 @@ from llm.runtime import prepare_process
 if TYPE_CHECKING:
     import numpy as np
 
-    from llm.inference.records import Record, RecordBuilder
+    from llm.inference.records import Record
     from llm.inference.score import Scorer
     from llm.inference.transcript import Token
     from llm.run.open import OpenedModel
     from llm.text.tokenizer import Ids, Tokenizer
 
-# A passage is so many tokens: a line or two of text, long enough to be read alone.
+# Tokens of a passage: a line or two of text, long enough to be read alone.
 PASSAGE_TOKENS = 16
 WORST_PASSAGES = 5
 
@@ -72,7 +70,7 @@ class Options(RecordOptions):
     attention: str | None = setting(
         None,
         "write where each head looks (.npz: ids_I int32 [T] and attention_I float32 [layers, "
-        "heads, T, T] of text I; row t is of the token that looks, rows sum to one)",
+        "heads, T, T] of text I; row t belongs to the token that looks, and rows sum to one)",
         "FILE",
     )
     attention_html: str | None = setting(
@@ -87,7 +85,9 @@ class Options(RecordOptions):
         if self.as_json and self.probs == "-":
             raise UsageError("--json and --probs - would both write to stdout; give --probs a file")
         if self.format == "openai" and not self.probs:
-            raise UsageError("--format openai needs --probs FILE or --probs -, which it is about")
+            raise UsageError(
+                "--format openai is the format of --probs; give --probs FILE or --probs -"
+            )
         return self
 
 
@@ -103,59 +103,88 @@ def main(arguments: list[str]) -> int:
     prepare_process()  # before JAX is imported, as it is below
 
     from llm.inference.score import Scorer
+    from llm.serving.completions import openai_completion
 
     opened = open_and_say(options.run, options.step)
-    texts = [encode(data, opened.tokenizer, name) for name, data in sources]
+    tokenizer = opened.tokenizer
+    texts = [tokenizer.encode(as_text(data, tokenizer, name)) for name, data in sources]
     if all(len(ids) < 2 for ids in texts):
         raise UsageError(
             "nothing to score: no text has two tokens, and the first token of a text has nothing "
             "before it to predict it from"
         )
     check_attention_texts(options, opened, texts, [name for name, _ in sources])
-    top = options.top if _records_wanted(options) else 0
+    top = options.top if options.shows_numbers else 0
     scorer = Scorer(opened.spec, opened.params, top, tuple(options.watch), options.stride)
-    summary = _run(options, opened, scorer, texts)
+    summary = Summary(tokenizer)
+
+    def completion(records: "list[Record]") -> str:
+        answer = openai_completion(records, opened.run, int(time.time()))
+        return json.dumps(answer, allow_nan=False) + "\n"
+
+    emit(
+        records_of(opened, scorer, texts, options, summary),
+        options,
+        title=f"Scored by {opened.run}, step {opened.step}",
+        in_one=completion if options.format == "openai" else None,
+    )
     if options.full:
-        write_arrays(Path(options.full), full_arrays(scorer, texts))
+        write_arrays(options.full, full_arrays(scorer, texts))
     if options.attention or options.attention_html:
         write_attention(options, opened, texts)
-    _report(options, opened, summary)
+    report = opened.checkpoint | summary.as_json()
+    if options.as_json:
+        print(json.dumps(report, allow_nan=False))
+    else:
+        print(for_people(report), file=sys.stderr)
     return 0
 
 
-def encode(data: bytes, tokenizer: "Tokenizer", name: str) -> "Ids":
-    """The ids of a text; the name is where it came from."""
-    return tokenizer.encode(as_text(data, tokenizer, name))
+def records_of(
+    opened: "OpenedModel",
+    scorer: "Scorer",
+    texts: "Sequence[Ids]",
+    options: Options,
+    summary: "Summary",
+) -> "Iterator[Record]":
+    """The records of all texts, if something shows them. The summary adds up every text."""
+    from llm.inference.records import RecordBuilder, numerics_of
+
+    builder = RecordBuilder(opened.tokenizer)
+    numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
+    yield builder.run(opened.checkpoint, None, numerics, options.top)
+    for sample, tokens in enumerate(scorer.tokens(texts, opened.tokenizer)):
+        summary.add(tokens)
+        if options.shows_numbers:
+            for token in tokens:
+                yield builder.token(sample, token)
+            yield builder.end(sample, tokens, "length", counted="prompt")
 
 
 @dataclass
 class Summary:
     """Sums over all scored tokens.
 
-    worst: the passages with the most nats per token, worst first, none overlapping another.
+    Attributes:
+      nats: the sum of each text.
+      worst: the passages with the most nats per token, worst first, none overlapping another.
     """
 
-    texts: int = 0
+    tokenizer: "Tokenizer"
     tokens: int = 0
     nats: list[float] = field(default_factory=list)
     bytes: int = 0
     worst: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, tokens: "Sequence[Token]", tokenizer: "Tokenizer") -> None:
-        """One more text."""
-        surprisals = [-t.prediction.logprob for t in tokens if t.prediction is not None]
-        self.tokens += len(surprisals)
-        self.nats.append(math.fsum(surprisals))
-        self.bytes += sum(
-            len(tokenizer.token_bytes(t.id)) for t in tokens if t.prediction is not None
-        )
+    def add(self, tokens: "Sequence[Token]") -> None:
+        """Add one more text, whose first token has no prediction."""
+        predicted = [token for token in tokens if token.prediction is not None]
+        surprisals = [-t.prediction.logprob for t in predicted if t.prediction is not None]
         for start, end in worst_passages(surprisals):
-            nats = math.fsum(surprisals[start:end])
-            # surprisals[i] is of tokens[i + 1].
-            passage = tokens[start + 1 : end + 1]
+            nats, passage = math.fsum(surprisals[start:end]), predicted[start:end]
             self.worst.append(
                 {
-                    "sample": self.texts,
+                    "sample": len(self.nats),
                     "position": passage[0].position,
                     "text_offset": passage[0].text_offset,
                     "tokens": len(passage),
@@ -166,15 +195,17 @@ class Summary:
             )
         self.worst.sort(key=lambda passage: -passage["nats_per_token"])
         del self.worst[WORST_PASSAGES:]
-        self.texts += 1
+        self.tokens += len(predicted)
+        self.nats.append(math.fsum(surprisals))
+        self.bytes += sum(len(self.tokenizer.token_bytes(token.id)) for token in predicted)
 
     def as_json(self) -> dict[str, Any]:
-        """The object that --json prints, but for the checkpoint."""
+        """The object that --json prints, without the checkpoint."""
         from llm.inference.records import bits_per_byte, perplexity
 
         total = math.fsum(self.nats)
         return {
-            "texts": self.texts,
+            "texts": len(self.nats),
             "tokens": self.tokens,
             "total_nats": total,
             "nats_per_token": total / self.tokens,
@@ -189,9 +220,7 @@ def worst_passages(surprisals: Sequence[float]) -> list[tuple[int, int]]:
     length = min(PASSAGE_TOKENS, len(surprisals))
     if not length:
         return []
-    sums = [0.0]
-    for surprisal in surprisals:
-        sums.append(sums[-1] + surprisal)
+    sums = [0.0, *accumulate(surprisals)]
     starts = range(len(surprisals) - length + 1)
     chosen: list[tuple[int, int]] = []
     for start in sorted(starts, key=lambda start: sums[start] - sums[start + length]):
@@ -202,33 +231,46 @@ def worst_passages(surprisals: Sequence[float]) -> list[tuple[int, int]]:
     return chosen
 
 
-def write_arrays(path: Path, arrays: "Iterable[tuple[str, np.ndarray]]") -> None:
-    """An .npz file of named arrays, one of them in memory at a time."""
+def for_people(report: dict[str, Any]) -> str:
+    """The summary as lines of text."""
+    per_byte = report["bits_per_byte"]
+    numbers = [
+        f"{report['tokens']:,} {'token' if report['tokens'] == 1 else 'tokens'}",
+        f"{report['total_nats']:.2f} nats",
+        f"{report['nats_per_token']:.4f} nats per token",
+        f"perplexity {report['perplexity'] or math.inf:.2f}",
+        *([f"{per_byte:.4f} bits per byte"] if per_byte is not None else []),
+    ]
+    passages = [
+        # repr: a text must not steer the terminal.
+        f"  {passage['nats_per_token']:.2f}  text {passage['sample']} at {passage['text_offset']}  "
+        f"{passage['text']!r}"
+        for passage in report["worst"]
+    ]
+    return "\n".join([" \u00b7 ".join(numbers), "predicted worst (nats per token):", *passages])
+
+
+def write_arrays(path: str, arrays: "Iterable[tuple[str, np.ndarray]]") -> None:
+    """Write an .npz file of named arrays, with one of them in memory at a time."""
     import numpy as np
 
-    try:
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, array in arrays:
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, array)
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+    with writing(path), zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays:
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array)
 
 
 def full_arrays(scorer: "Scorer", texts: "Sequence[Ids]") -> "Iterator[tuple[str, np.ndarray]]":
-    """What --full writes: the whole distribution of each text."""
+    """The arrays of --full: the whole distribution at every token of each text."""
     for index, ids in enumerate(texts):
         yield f"ids_{index}", ids
         yield f"logprobs_{index}", scorer.distributions(ids)
 
 
 def check_attention_texts(
-    options: Options,
-    opened: "OpenedModel",
-    texts: "Sequence[Ids]",
-    names: Sequence[str],
+    options: Options, opened: "OpenedModel", texts: "Sequence[Ids]", names: Sequence[str]
 ) -> None:
-    """Raise a UsageError, before anything is computed, for texts whose attention is not written."""
+    """Raise a UsageError, before anything is computed, if the attention cannot be written."""
     if not (options.attention or options.attention_html):
         return
     from llm.pages.attention import check_attention
@@ -248,13 +290,13 @@ def check_attention_texts(
 
 
 def write_attention(options: Options, opened: "OpenedModel", texts: "Sequence[Ids]") -> None:
-    """Where each head looks: all texts as arrays, one text as a page."""
+    """Write where each head looks: all texts as arrays, one text as a page."""
     from llm.pages.attention import attention_of
     from llm.pages.attention_view import write_attention_page
 
     weights: Iterable[np.ndarray] = (attention_of(opened.spec, opened.params, i) for i in texts)
     if options.attention_html:
-        weights = list(weights)  # of one text
+        weights = list(weights)  # the page has one text
         write_attention_page(
             weights[0],
             [opened.tokenizer.token_name(id_) for id_ in texts[0].tolist()],
@@ -267,80 +309,4 @@ def write_attention(options: Options, opened: "OpenedModel", texts: "Sequence[Id
             for index, (ids, array) in enumerate(zip(texts, weights, strict=True))
             for pair in ((f"ids_{index}", ids), (f"attention_{index}", array))
         )
-        write_arrays(Path(options.attention), arrays)
-
-
-def _records_wanted(options: Options) -> bool:
-    return bool(options.probs or options.html or paints(options))
-
-
-def _run(
-    options: Options, opened: "OpenedModel", scorer: "Scorer", texts: "Sequence[Ids]"
-) -> Summary:
-    """Score everything, write what was asked for."""
-    from llm.inference.records import RecordBuilder, numerics_of
-    from llm.serving.completions import openai_completion
-
-    builder, summary = RecordBuilder(opened.tokenizer), Summary()
-    if not _records_wanted(options):
-        for tokens in scorer.tokens(texts, opened.tokenizer):
-            summary.add(tokens, opened.tokenizer)
-        return summary
-    numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
-    first = builder.run(opened.checkpoint, None, numerics, options.top)
-    needs_all = options.html or options.format == "openai"
-    kept: list[Record] | None = [] if needs_all else None
-    with ExitStack() as stack:
-        file = open_records(options.probs, stack)
-        lines = None if options.format == "openai" else file
-        records = written(_records(first, builder, scorer, texts, opened, summary), lines, kept)
-        if paints(options):
-            paint(records)
-        else:
-            for _ in records:
-                pass
-        if options.format == "openai" and file is not None and kept is not None:
-            completion = openai_completion(kept, opened.run, int(time.time()))
-            file.write(json.dumps(completion, allow_nan=False) + "\n")
-    if options.html and kept is not None:
-        from llm.pages.view import write_page
-
-        write_page(kept, Path(options.html), title=f"Scored by {opened.run}, step {opened.step}")
-    return summary
-
-
-def _records(
-    first: "Record",
-    builder: "RecordBuilder",
-    scorer: "Scorer",
-    texts: "Sequence[Ids]",
-    opened: "OpenedModel",
-    summary: Summary,
-) -> "Iterator[Record]":
-    yield first
-    for sample, tokens in enumerate(scorer.tokens(texts, opened.tokenizer)):
-        for token in tokens:
-            yield builder.token(sample, token)
-        yield builder.end(sample, tokens, "length", counted="prompt")
-        summary.add(tokens, opened.tokenizer)
-
-
-def _report(options: Options, opened: "OpenedModel", summary: Summary) -> None:
-    result: dict[str, Any] = opened.checkpoint | summary.as_json()
-    if options.as_json:
-        print(json.dumps(result, allow_nan=False))
-        return
-    per_byte = result["bits_per_byte"]
-    parts = [
-        f"{result['tokens']:,} {'token' if result['tokens'] == 1 else 'tokens'}",
-        f"{result['total_nats']:.2f} nats",
-        f"{result['nats_per_token']:.4f} nats per token",
-        f"perplexity {result['perplexity'] or math.inf:.2f}",
-        *([f"{per_byte:.4f} bits per byte"] if per_byte is not None else []),
-    ]
-    print(" \u00b7 ".join(parts), file=sys.stderr)
-    print("predicted worst (nats per token):", file=sys.stderr)
-    for passage in result["worst"]:
-        # repr: a text must not steer the terminal.
-        where = f"text {passage['sample']} at {passage['text_offset']}"
-        print(f"  {passage['nats_per_token']:.2f}  {where}  {passage['text']!r}", file=sys.stderr)
+        write_arrays(options.attention, arrays)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from llm.commands.flags import parse
-from llm.commands.texts import RunOptions, open_and_say
+from llm.commands.shared import RunOptions, open_and_say
 from llm.config import setting
 from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
