@@ -6,11 +6,12 @@ each token, what the second checkpoint gives it and what the first did.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llm.commands.flags import CommandLine, argument, parse
-from llm.commands.texts import check_writable
+from llm.commands.shared import check_outputs
 from llm.config import differences, setting
 from llm.errors import UsageError
 from llm.inference.records import read_records
@@ -18,7 +19,7 @@ from llm.pages.view import write_diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import read_metrics
 
-# Where the run lies says nothing of what it computes.
+# Where a run lies changes nothing that it computes.
 IGNORED = ("run.dir", "data.cache_dir")
 
 
@@ -32,88 +33,84 @@ class Options(CommandLine):
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a page for a person, or with --json one JSON object. 0 whether they differ or not."""
+    """Prints a report for a person, or with --json one JSON object. Differences do not fail."""
     chosen = parse(Options, arguments)
     if chosen.html is not None:
-        write_changes(chosen.a, chosen.b, chosen.html)
+        check_outputs({"--html": chosen.html})
+        one, other = read_records(chosen.a), read_records(chosen.b)
+        checkpoints = [records[0]["checkpoint"] for records in (one, other)]
+        before, after = (f"{of['run']}, step {of['step']}" for of in checkpoints)
+        write_diff_page(one, other, Path(chosen.html), title=f"From {before} to {after}")
         return 0
     if Path(chosen.a).is_file():
         raise UsageError(f"{chosen.a} is a file; what changed between two dumps needs --html FILE")
-    runs = [RunDirectory(Path(path)) for path in (chosen.a, chosen.b)]
-    report = compare(*runs)
-    print(json.dumps(report) if chosen.as_json else _page(report))
+    report = compare(RunDirectory(Path(chosen.a)), RunDirectory(Path(chosen.b)))
+    print(json.dumps(report) if chosen.as_json else for_people(report))
     return 0
 
 
-def write_changes(before: str, after: str, html: str) -> None:
-    """The page of two files of records."""
-    check_writable(html)
-    one, other = read_records(before), read_records(after)
-    names = [f"{of['run']}, step {of['step']}" for of in (d[0]["checkpoint"] for d in (one, other))]
-    write_diff_page(one, other, Path(html), title=f"From {names[0]} to {names[1]}")
+def compare(*runs: RunDirectory) -> dict[str, Any]:
+    """Where the losses of two runs part, and what differs between the runs, by kind.
 
-
-def compare(run_a: RunDirectory, run_b: RunDirectory) -> dict[str, Any]:
-    """first_difference: {step, loss_a, loss_b} or None; recorded_steps of each run, common_steps of
-    both; and causes by kind."""
+    Keys: recorded_steps of each run, common_steps of both, first_difference {step, loss_a, loss_b}
+    or None, then the kinds.
+    """
     from llm.run.provenance import check_trained  # JAX, which `--help` does without
 
-    config = differences(run_a.read_config(), run_b.read_config())
-    records = [run.read_provenance() for run in (run_a, run_b)]
-    for run in (run_a, run_b):
+    config = differences(*(run.read_config() for run in runs))
+    changed = {name: list(pair) for name, pair in config.items() if name not in IGNORED}
+    randomness = {name: changed.pop(name) for name in ("run.seed",) if name in changed}
+    records = [run.read_provenance() for run in runs]
+    for run in runs:
         check_trained(run)
-    losses = [_losses(run) for run in (run_a, run_b)]
-    common = sorted(set(losses[0]) & set(losses[1]))
-    first = next((step for step in common if losses[0][step] != losses[1][step]), None)
+    losses = [
+        {row["step"]: row["loss"] for row in read_metrics(run.metrics) if row["kind"] == "train"}
+        for run in runs
+    ]
+    common = sorted(losses[0].keys() & losses[1].keys())
+    pairs = ({"step": n, "loss_a": losses[0][n], "loss_b": losses[1][n]} for n in common)
+
+    def unequal(part: Callable[[dict[str, Any]], Any]) -> list[Any]:
+        """Both values if they differ, else nothing."""
+        values = [part(record) for record in records]
+        return values if values[0] != values[1] else []
+
     return {
         "recorded_steps": [len(of_run) for of_run in losses],
         "common_steps": len(common),
-        "first_difference": None
-        if first is None
-        else {"step": first, "loss_a": losses[0][first], "loss_b": losses[1][first]},
-        "config": {k: list(v) for k, v in config.items() if k not in IGNORED and k != "run.seed"},
-        "randomness": {k: list(v) for k, v in config.items() if k == "run.seed"},
-        "data": _unequal(records, lambda r: r["data"]["fingerprint"]),
-        "code": _unequal(records, lambda r: sorted({s["code_sha256"] for s in r["starts"]})),
-        "versions": _unequal(records, lambda r: r["starts"] and r["starts"][-1]["versions"]),
-        "devices": _unequal(
-            records, lambda r: [{**s["devices"], "mesh": s["mesh"]} for s in r["starts"]]
+        "first_difference": next((p for p in pairs if p["loss_a"] != p["loss_b"]), None),
+        "config": changed,
+        "randomness": randomness,
+        "data": unequal(lambda r: r["data"]["fingerprint"]),
+        "code": unequal(lambda r: sorted({start["code_sha256"] for start in r["starts"]})),
+        "versions": unequal(lambda r: r["starts"] and r["starts"][-1]["versions"]),
+        "devices": unequal(
+            lambda r: [{**start["devices"], "mesh": start["mesh"]} for start in r["starts"]]
         ),
     }
 
 
-def _losses(run: RunDirectory) -> dict[int, float | None]:
-    return {row["step"]: row["loss"] for row in read_metrics(run.metrics) if row["kind"] == "train"}
-
-
-def _unequal(records: list[dict[str, Any]], part: Any) -> list[Any]:
-    """Both values when they differ, else nothing."""
-    a, b = part(records[0]), part(records[1])
-    return [] if a == b else [a, b]
-
-
-def _page(report: dict[str, Any]) -> str:
-    causes: list[str] = []
-    for kind in ("config", "randomness"):
-        causes += [f"{kind}: {name} is {a!r} and {b!r}" for name, (a, b) in report[kind].items()]
-    for kind in ("data", "code", "versions", "devices"):
-        if report[kind]:
-            causes.append(f"{kind} differ: {report[kind][0]} and {report[kind][1]}")
-    nothing = "nothing else differs: config, data, code, versions, devices, seed"
-    return "\n".join([*_compared(report), *(causes or [nothing])])
-
-
-def _compared(report: dict[str, Any]) -> list[str]:
-    """How many steps there are to compare, and where the losses part in them."""
-    common, first = report["common_steps"], report["first_difference"]
+def for_people(report: dict[str, Any]) -> str:
+    """The report as lines of text: how many steps are compared, where they part, and the causes."""
+    common, parting = report["common_steps"], report["first_difference"]
     one, other = report["recorded_steps"]
     counts = f"the first run has {one} recorded, the second {other}"
-    if not common:
-        return [f"no step is recorded in both, so no losses are compared: {counts}"]
-    head = f"{common} {'step' if common == 1 else 'steps'} in both"
-    return [
-        head if one == other == common else f"{head}: {counts}",
-        "equal losses, bit for bit, at each of them"
-        if first is None
-        else f"they part at step {first['step']}: loss {first['loss_a']} and {first['loss_b']}",
+    if common:
+        steps = f"{common} {'step' if common == 1 else 'steps'} in both"
+        lines = [steps if one == other == common else f"{steps}: {counts}"]
+    else:
+        lines = [f"no step is recorded in both, so no losses are compared: {counts}"]
+    if parting:
+        lines.append("they part at step {step}: loss {loss_a} and {loss_b}".format(**parting))
+    elif common:
+        lines.append("equal losses, bit for bit, at each of them")
+    causes = [
+        f"{kind}: {name} is {a!r} and {b!r}"
+        for kind in ("config", "randomness")
+        for name, (a, b) in report[kind].items()
     ]
+    for kind in ("data", "code", "versions", "devices"):
+        if report[kind]:
+            causes.append("{} differ: {} and {}".format(kind, *report[kind]))
+    nothing = "nothing else differs: config, data, code, versions, devices, seed"
+    return "\n".join([*lines, *(causes or [nothing])])

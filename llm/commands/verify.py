@@ -1,13 +1,14 @@
 """python -m llm verify RUN [--step N | --all] [--json]: is a checkpoint what was saved?
 
-Prints one JSON object a step: step, params_sha256, manifest_ok, receipt_max_abs_diff. It works on
-any machine, also without the accelerator that trained the run.
+Prints one JSON object for each step: step, params_sha256, manifest_ok, receipt_max_abs_diff. Each
+file is read once: the parameters are compared with their sha256, other files with the manifest. The
+command works on any machine, also without the accelerator that trained the run.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import pydantic
 from pydantic import NonNegativeInt
@@ -17,8 +18,11 @@ from llm.config import setting
 from llm.errors import CheckpointError, UsageError
 from llm.runtime import prepare_process
 
-# A run that trains may remove a step while it is read, but only when a newer one is whole: even the
-# second try hardly ever fails.
+if TYPE_CHECKING:
+    from llm.run.directory import RunDirectory
+
+# A run that trains may remove a step while it is read, but only when a newer step is whole: even
+# the second try hardly ever fails.
 ATTEMPTS = 5
 
 
@@ -38,29 +42,44 @@ class Options(CommandLine):
 
 
 def main(arguments: list[str]) -> int:
-    """0 when everything holds.
+    """0 if everything holds.
 
     Raises:
-      CheckpointError: something does not; every problem is named.
+      CheckpointError: something does not hold; the message has every problem.
     """
     chosen = parse(Options, arguments)
     prepare_process()
-    results = _verify(chosen)
-    for result in results:
-        print(json.dumps({name: value for name, value in result.items() if name != "problem"}))
-        if result["problem"] is None and not chosen.as_json:
+    results = verify(chosen)
+    problems = [result.pop("problem") for result in results]
+    for result, problem in zip(results, problems, strict=True):
+        print(json.dumps(result))
+        if problem is None and not chosen.as_json:
             print(f"step {result['step']}: manifest, parameters and receipt hold", file=sys.stderr)
-    problems = [result["problem"] for result in results if result["problem"]]
-    if problems:
-        raise CheckpointError("\n  ".join(problems))
+    if any(problems):
+        raise CheckpointError("\n  ".join(filter(None, problems)))
     return 0
 
 
-def _verify(chosen: Options) -> list[dict[str, Any]]:
-    """`verify_step` of each step that was asked for, except those that are removed meanwhile."""
+def verify(chosen: Options) -> list[dict[str, Any]]:
+    """`verify_step` of each chosen step, except those that the run removes meanwhile."""
+    from llm.run.checkpoint import saved_steps
+    from llm.run.directory import RunDirectory
+
+    run = RunDirectory(Path(chosen.run))
+    run.read_config()
     newest = chosen.step is None and not chosen.all
     for _ in range(ATTEMPTS if newest else 1):
-        found = {step: verify_step(Path(chosen.run), step) for step in _steps(chosen)}
+        steps = saved_steps(run.checkpoints)
+        if not steps:
+            raise CheckpointError(f"{run.path} has no checkpoint yet")
+        if chosen.step is not None and chosen.step not in steps:
+            raise UsageError(
+                f"{run.path} has no checkpoint of step {chosen.step}; there are: "
+                f"{', '.join(map(str, steps))}"
+            )
+        if not chosen.all:
+            steps = [steps[-1] if chosen.step is None else chosen.step]
+        found = {step: verify_step(run, step) for step in steps}
         results = [result for result in found.values() if result is not None]
         removed = ", ".join(str(step) for step, result in found.items() if result is None)
         said = f"removed by the run meanwhile, which is no damage: step {removed}"
@@ -77,50 +96,30 @@ def _verify(chosen: Options) -> list[dict[str, Any]]:
     )
 
 
-def verify_step(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The JSON object of one step, and its problem as text or None; None: the run removed it."""
-    from llm.run.checkpoint import read_receipt, verify_files
-    from llm.run.directory import RunDirectory
+def verify_step(run: "RunDirectory", step: int) -> dict[str, Any] | None:
+    """The JSON object of one step, and its `problem`, text or None. None: the run removed it."""
+    from llm.run.checkpoint import DamageError, read_receipt, verify_files
     from llm.run.open import open_model
 
-    folder = RunDirectory(run_dir).checkpoints / str(step)
-    result: dict[str, Any] = {
-        "step": step,
-        "params_sha256": None,
-        "manifest_ok": False,
-        "receipt_max_abs_diff": None,
-        "problem": None,
-    }
+    folder = run.checkpoints / str(step)
+    keys = ("params_sha256", "manifest_ok", "receipt_max_abs_diff", "problem")
+    result: dict[str, Any] = {"step": step, **dict.fromkeys(keys), "manifest_ok": False}
     try:
-        verify_files(folder)
+        try:
+            verify_files(folder, ["training"])  # opening verifies the others
+            opened = open_model(run.path, step)
+            result["params_sha256"] = opened.params_sha256
+            result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
+        except CheckpointError as error:
+            result["problem"] = str(error)
+            verify_files(folder)  # a damaged step is read again, to name the file
+            result["params_sha256"] = read_receipt(folder)["params_sha256"]
         result["manifest_ok"] = True
-        result["params_sha256"] = read_receipt(folder)["params_sha256"]
-        opened = open_model(run_dir, step)
-        result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
     except Exception as error:
         # Files that go away while they are read can raise anything.
         if not folder.exists():
             return None
-        if not isinstance(error, CheckpointError):
+        if not isinstance(error, DamageError):
             raise
         result["problem"] = str(error)
     return result
-
-
-def _steps(chosen: Options) -> list[int]:
-    from llm.run.checkpoint import saved_steps
-    from llm.run.directory import RunDirectory
-
-    run = RunDirectory(Path(chosen.run))
-    run.read_config()
-    steps = saved_steps(run.checkpoints)
-    if not steps:
-        raise CheckpointError(f"{run.path} has no checkpoint yet")
-    if chosen.step is not None and chosen.step not in steps:
-        raise UsageError(
-            f"{run.path} has no checkpoint of step {chosen.step}; there are: "
-            f"{', '.join(map(str, steps))}"
-        )
-    if chosen.all:
-        return steps
-    return [steps[-1] if chosen.step is None else chosen.step]
