@@ -12,9 +12,8 @@ What it is not: a server of requests that come one by one (server.py).
     L layers  N heads  T tokens of a text  V vocabulary
 """
 
-import difflib
 import functools
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
@@ -22,18 +21,12 @@ from typing import Any, TypedDict, Unpack, overload
 import jax
 import numpy as np
 
-from llm.api.results import (
-    Floats,
-    Generation,
-    Origin,
-    Results,
-    Score,
-)
-from llm.config import Config, SamplingConfig
+from llm.api.results import Call, Floats, Generation, Results, Score
+from llm.config import Config, SamplingConfig, nearest
 from llm.errors import UsageError
 from llm.inference.decode import Decoder, Request
 from llm.inference.filters import Sampling
-from llm.inference.records import RecordBuilder, TokenRecord, numerics_of
+from llm.inference.records import Record, RecordBuilder, TokenRecord, numerics_of
 from llm.inference.samples import (
     DEFAULT_TOP,
     continued,
@@ -50,47 +43,46 @@ from llm.run.open import OpenedModel, open_model
 from llm.text.tokenizer import Ids, Tokenizer
 
 
-class ScoringArguments(TypedDict, total=False):
-    """What `score` may be told.
+class RecordArguments(TypedDict, total=False):
+    """What results list.
 
     Attributes:
       top: alternatives of each token (10).
       watch: token ids that are listed whatever their rank.
+    """
+
+    top: int
+    watch: Iterable[int]
+
+
+class ScoringArguments(RecordArguments, total=False):
+    """The arguments of `score`.
+
+    Attributes:
       stride: tokens between the windows of a text longer than the context; smaller gives more
         context and takes longer (half of the context).
     """
 
-    top: int
-    watch: Sequence[int]
     stride: int
 
 
-class SamplingArguments(TypedDict, total=False):
-    """What `generate` and `stream` may be told; what is not, is as the run's `sample` section says.
+class SamplingArguments(RecordArguments, total=False):
+    """The arguments of `generate` and `stream`; each that is missing is as in the run's `sample`
+    section, where `llm.config.SamplingConfig` says what it means and can be.
 
     Attributes:
-      max_new_tokens: tokens to write after the prompt.
-      temperature: divides the logits; 0 is greedy.
       greedy: always the likeliest token, as temperature 0.
-      top_k: keep the k likeliest tokens; 0: all.
-      top_p: keep the likeliest tokens that reach this mass together.
-      min_p: keep tokens at least this fraction as likely as the likeliest.
-      seed: sample i of a prompt is a function of seed and i alone.
       stop: a text, or several, that end a sample where they begin.
-      top: alternatives of each token (10).
-      watch: token ids that are listed whatever their rank.
     """
 
     max_new_tokens: int
     temperature: float
-    greedy: bool
     top_k: int
     top_p: float
     min_p: float
     seed: int
-    stop: str | Sequence[str]
-    top: int
-    watch: Sequence[int]
+    greedy: bool
+    stop: str | Iterable[str]
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -113,9 +105,8 @@ class LanguageModel:
         """See `llm.load`."""
         if not isinstance(run, str | Path):
             raise UsageError(f"run = {run!r}: expected the path of a run directory")
-        if step is not None:
-            _check_integer("step", step, at_least=0)
-        return cls(open_model(run, step, _devices(devices)))
+        checked = None if step is None else _integer("step", step, at_least=0)
+        return cls(open_model(run, checked, _devices(devices)))
 
     @property
     def run(self) -> str:
@@ -139,17 +130,12 @@ class LanguageModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The run's own."""
+        """The tokenizer of the run."""
         return self.opened.tokenizer
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that the model can see at once."""
-        return self.spec.config.context_length
 
     @functools.cached_property
     def parameters(self) -> int:
-        """How many numbers were trained, as run.json has it."""
+        """How many numbers were trained, as in run.json."""
         return parameter_count(self.spec)
 
     def __repr__(self) -> str:
@@ -157,7 +143,7 @@ class LanguageModel:
         platform = next(iter(devices)).platform
         return (
             f"LanguageModel(run={self.run!r}, step={self.step}, {self.parameters:,} parameters, "
-            f"context {self.context_length:,}, vocabulary {self.spec.vocab_size:,} "
+            f"context {self.spec.config.context_length:,}, vocabulary {self.spec.vocab_size:,} "
             f"({self.tokenizer.name}), {len(devices)} x {platform}, {self.spec.compute_dtype})"
         )
 
@@ -165,7 +151,7 @@ class LanguageModel:
         """int32 [T] token ids.
 
         Raises:
-          UsageError: a character that the tokenizer has no token for.
+          UsageError: the tokenizer has no token for a character.
         """
         return self.tokenizer.encode(_text("text", text))
 
@@ -197,18 +183,13 @@ class LanguageModel:
         """
         _check_names("score", arguments, ScoringArguments)
         ids = [self.tokenizer.encode(one) for one in _texts("text", text)]
-        top = _check_integer("top", arguments.get("top", DEFAULT_TOP), at_least=0)
-        watch = self._ids("watch", arguments.get("watch", ()))
-        stride = _check_integer("stride", arguments.get("stride", 0), at_least=0)
-        scorer = Scorer(self.spec, self.opened.params, top, watch, stride)
-
-        def describe() -> dict[str, Any]:
-            numerics = numerics_of(self.spec, self.opened.params, "teacher_forced")
-            return self._builder.run(self.opened.checkpoint, None, numerics, top)
-
-        origin = self._origin("Scored by", describe)
+        listed = self._listed(arguments)
+        stride = _integer("stride", arguments.get("stride", 0), at_least=0)
+        scorer = Scorer(self.spec, self.opened.params, **listed, stride=stride)
+        numerics = functools.partial(numerics_of, self.spec, self.opened.params, "teacher_forced")
+        call = self._call("Scored by", None, numerics, listed["top"])
         results = Results(
-            Score("length", origin, tuple(tokens)) for tokens in scorer.tokens(ids, self.tokenizer)
+            Score("length", call, tuple(tokens)) for tokens in scorer.tokens(ids, self.tokenizer)
         )
         return results[0] if isinstance(text, str) else results
 
@@ -224,16 +205,7 @@ class LanguageModel:
     @overload
     def generate(
         self,
-        prompt: str | None = None,
-        *,
-        num_samples: int,
-        **arguments: Unpack[SamplingArguments],
-    ) -> Results[Generation]: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Iterable[str],
+        prompt: str | Iterable[str] | None = None,
         *,
         num_samples: int | None = None,
         **arguments: Unpack[SamplingArguments],
@@ -252,8 +224,8 @@ class LanguageModel:
         min_p, seed, stop, top, watch.
 
         Args:
-          prompt: None: the prompt of the run's `sample` section. An empty one starts from an end of
-            text.
+          prompt: None: the prompt of the run's `sample` section. An empty prompt starts from an end
+            of text.
           num_samples: samples of each prompt, as a list. Without it one prompt gives one result,
             whatever the run's section says.
         Raises:
@@ -261,14 +233,13 @@ class LanguageModel:
           NonFiniteError: the model gives no probabilities.
         """
         count = 1 if num_samples is None else num_samples
-        settings, requests = self._requests("generate", prompt, arguments, count)
+        requests, call = self._requests("generate", prompt, arguments, count)
         tokens: list[Token] = []
         results: Results[Generation] = Results()
-        origin = self._sampling_origin(settings, requests, arguments)
         for progress in continued(self._decoder, requests):
             tokens += progress.tokens
             if progress.finish is not None:
-                results.append(Generation(progress.finish, origin, tuple(tokens)))
+                results.append(Generation(progress.finish, call, tuple(tokens)))
                 tokens = []
         one = num_samples is None and (prompt is None or isinstance(prompt, str))
         return results[0] if one else results
@@ -276,42 +247,40 @@ class LanguageModel:
     def stream(
         self, prompt: str | None = None, **arguments: Unpack[SamplingArguments]
     ) -> Generator[TokenRecord, None, Generation]:
-        """The drawn tokens of `generate` as soon as each is final.
+        """The drawn tokens of `generate`, each as soon as it is final.
 
             for token in lm.stream("def "):
                 print(token.text, end="", flush=True)
 
-        Wrong arguments are answered at once, not at the first token. The generator returns the
-        whole Generation (`result = yield from lm.stream(...)`); what nobody asks for further is not
-        computed.
+        Wrong arguments are refused at once, not at the first token. The generator returns the whole
+        Generation (`result = yield from lm.stream(...)`). It computes no token before it is asked.
         """
         if prompt is not None:
             _text("prompt", prompt)
-        settings, requests = self._requests("stream", prompt, arguments, 1)
-        return self._stream(requests, self._sampling_origin(settings, requests, arguments))
+        requests, call = self._requests("stream", prompt, arguments, 1)
 
-    def _stream(
-        self, requests: Sequence[Request], origin: Origin
-    ) -> Generator[TokenRecord, None, Generation]:
-        tokens: list[Token] = []
-        finish = ""
-        for progress in continued(self._decoder, requests):
-            tokens += progress.tokens
-            finish = progress.finish or finish
-            for token in progress.tokens:
-                if token.phase == "generated":
-                    yield origin.builder.typed(0, token)
-        return Generation(finish, origin, tuple(tokens))
+        def drawn() -> Generator[TokenRecord, None, Generation]:
+            tokens: list[Token] = []
+            finish = ""
+            for progress in continued(self._decoder, requests):
+                tokens += progress.tokens
+                finish = progress.finish or finish
+                for token in progress.tokens:
+                    if token.phase == "generated":
+                        yield call.builder.typed(0, token)
+            return Generation(finish, call, tuple(tokens))
+
+        return drawn()
 
     def distribution(self, text: str) -> Floats:
         """What the model says of all tokens at every place of a text but the first.
 
         Returns:
-          float32 [T - 1, V] log-probabilities: row t is of the token at t + 1, given those before.
-          A text longer than the context is read through windows, as `score` does.
+          float32 [T - 1, V] log-probabilities: row t predicts the token at t + 1 from those up to
+          t. A text longer than the context is read through windows, as by `score`.
         """
         scorer = Scorer(self.spec, self.opened.params)
-        return scorer.distributions(self.tokenizer.encode(_text("text", text)))
+        return scorer.distributions(self.encode(text))
 
     def attention(self, text: str) -> Floats:
         """Where each head looks: the weights of one pass over a text.
@@ -322,8 +291,7 @@ class LanguageModel:
         Raises:
           UsageError: the text is longer than the context, or the weights are too many to be held.
         """
-        ids = self.tokenizer.encode(_text("text", text))
-        return attention_of(self.spec, self.opened.params, ids)
+        return attention_of(self.spec, self.opened.params, self.encode(text))
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
@@ -333,9 +301,13 @@ class LanguageModel:
     def _builder(self) -> RecordBuilder:
         return RecordBuilder(self.tokenizer)
 
-    def _origin(self, doing: str, describe: Any) -> Origin:
-        title = f"{doing} {self.run}, step {self.step}"
-        return Origin(self._builder, title, describe)
+    def _call(
+        self, doing: str, sampling: Sampling | None, numerics: Callable[[], Record], top: int
+    ) -> Call:
+        def describe() -> Record:
+            return self._builder.run(self.opened.checkpoint, sampling, numerics(), top)
+
+        return Call(self._builder, f"{doing} {self.run}, step {self.step}", describe)
 
     def _requests(
         self,
@@ -343,48 +315,50 @@ class LanguageModel:
         prompt: str | Iterable[str] | None,
         arguments: SamplingArguments,
         num_samples: int,
-    ) -> tuple[SamplingConfig, list[Request]]:
-        """The arguments of `generate` or `stream`, checked."""
-        _check_names(method, arguments, SamplingArguments)
-        _check_integer("num_samples", num_samples, at_least=1)
-        given = {name: _plain(arguments[name]) for name in _SETTINGS if name in arguments}  # type: ignore[literal-required]
-        if _flag("greedy", arguments.get("greedy", False)):
-            if "temperature" in given:
-                raise UsageError(
-                    f"greedy=True and temperature={given['temperature']!r} say two things; give one"
-                )
+    ) -> tuple[list[Request], Call]:
+        """The arguments of `generate` or `stream`, checked, as requests."""
+        also = ("num_samples",) if method == "generate" else ()
+        _check_names(method, arguments, SamplingArguments, also)
+        names = arguments.keys() & SamplingConfig.model_fields.keys()
+        given = {name: _plain(value) for name, value in arguments.items() if name in names}
+        greedy = arguments.get("greedy", False)
+        if not isinstance(greedy, bool):
+            raise UsageError(f"greedy = {greedy!r}: expected True or False")
+        if greedy and "temperature" in given:
+            raise UsageError(
+                f"greedy=True and temperature={given['temperature']!r} say two things; give one"
+            )
+        if greedy:
             given["temperature"] = 0.0
-        given["num_samples"] = _plain(num_samples)
-        section = self.config.sample
+        given["num_samples"] = _integer("num_samples", num_samples, at_least=1)
+        section, listed = self.config.sample, self._listed(arguments)
         settings = overlay(section, given, where=f"the arguments of {method}")
-        stop = arguments.get("stop", ())
         requests = make_requests(
             settings,
             _texts("prompt", section.prompt if prompt is None else prompt),
             self.tokenizer,
-            stop=_texts("stop", stop),
-            top=_top(arguments),
-            watch=self._ids("watch", arguments.get("watch", ())),
+            stop=_texts("stop", arguments.get("stop", ())),
+            **listed,
         )
         for request in requests:
             self._decoder.check(request)
-        return settings, requests
 
-    def _sampling_origin(
-        self, settings: SamplingConfig, requests: Sequence[Request], arguments: SamplingArguments
-    ) -> Origin:
-        def describe() -> dict[str, Any]:
-            numerics = decoding_numerics(self.spec, self.opened.params, self._decoder, requests[0])
-            drawn = Sampling.of(settings)
-            return self._builder.run(self.opened.checkpoint, drawn, numerics, _top(arguments))
+        def numerics() -> Record:
+            return decoding_numerics(self.spec, self.opened.params, self._decoder, requests[0])
 
-        return self._origin("Samples from", describe)
+        call = self._call("Samples from", Sampling.of(settings), numerics, listed["top"])
+        return requests, call
+
+    def _listed(self, arguments: RecordArguments) -> dict[str, Any]:
+        """`top` and `watch`, checked."""
+        top = _integer("top", arguments.get("top", DEFAULT_TOP), at_least=0)
+        return {"top": top, "watch": self._ids("watch", arguments.get("watch", ()))}
 
     def _ids(self, name: str, ids: Iterable[int]) -> tuple[int, ...]:
         """Token ids of this vocabulary, as plain integers."""
         if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
             raise UsageError(f"{name} = {ids!r}: expected a list of token ids")
-        plain = tuple(_check_integer(f"{name}[{i}]", id_) for i, id_ in enumerate(ids))
+        plain = tuple(_integer(f"{name}[{i}]", id_) for i, id_ in enumerate(ids))
         outside = [id_ for id_ in plain if not 0 <= id_ < self.spec.vocab_size]
         if outside:
             raise UsageError(
@@ -393,43 +367,32 @@ class LanguageModel:
         return plain
 
 
-_SETTINGS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-
-
-def _top(arguments: SamplingArguments) -> int:
-    return _check_integer("top", arguments.get("top", DEFAULT_TOP), at_least=0)
-
-
-def _check_names(method: str, arguments: Mapping[str, Any], known: Any) -> None:
-    """Raise a UsageError for an argument that there is not."""
-    names = [*(["num_samples"] if method == "generate" else []), *known.__annotations__]
+def _check_names(
+    method: str, arguments: Mapping[str, Any], known: Any, also: Sequence[str] = ()
+) -> None:
+    """Raise a UsageError for an argument that the method does not have."""
+    names = [*also, *known.__annotations__]
     for name in arguments:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {near[0]}? " if near else ""
+            near = nearest(name, names)
+            hint = f"did you mean {near}? " if near else ""
             raise UsageError(
                 f"{method} has no argument {name!r}; {hint}it takes {', '.join(names)}"
             )
 
 
-def _check_integer(name: str, value: Any, at_least: int | None = None) -> int:
+def _plain(value: Any) -> Any:
+    """A numpy scalar as a number of Python."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _integer(name: str, value: Any, at_least: int | None = None) -> int:
     plain = _plain(value)
     if type(plain) is not int:
         raise UsageError(f"{name} = {value!r}: expected an integer, found {type(value).__name__}")
     if at_least is not None and plain < at_least:
         raise UsageError(f"{name} = {plain}: expected {at_least} or more")
     return plain
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise UsageError(f"{name} = {value!r}: expected True or False")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    """A numpy scalar as the number that it is."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _text(name: str, value: Any) -> str:
@@ -452,7 +415,7 @@ def _texts(name: str, value: Any) -> list[str]:
 
 
 def _devices(devices: Any) -> Sequence[jax.Device] | None:
-    """The first so many of this machine's devices, or those that were given."""
+    """The devices that are given, or as many of this machine's as a number says."""
     if devices is None:
         return None
     if isinstance(devices, Sequence) and devices and not isinstance(devices, str):
@@ -460,7 +423,7 @@ def _devices(devices: Any) -> Sequence[jax.Device] | None:
         if wrong:
             raise UsageError(f"devices has {wrong[0]!r}; expected devices of jax.local_devices()")
         return devices
-    count, there = _check_integer("devices", devices, at_least=1), jax.local_devices()
+    count, there = _integer("devices", devices, at_least=1), jax.local_devices()
     if count > len(there):
         raise UsageError(
             f"devices = {count}: this machine has {len(there)} ({there[0].platform}); expected at "

@@ -5,16 +5,14 @@
     result.html(), result.write_html(F) the page; a notebook shows it by itself
     result.to_pandas()                  one row a token
 
-All of them are views of one thing, the tokens that the model read or drew. The first token of a
-text has nothing before it that could predict it: its numbers are None in a token, NaN in an array,
-and no sum counts it.
+All of them show one thing, the tokens that the model read or drew. Nothing predicts the first token
+of a text: its numbers are None in a token and NaN in an array, and no sum counts it.
 
 What it is not: the model (language_model.py).
 """
 
-import abc
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,12 +39,13 @@ _FRAME_PIXELS = 560
 
 
 @dataclass(frozen=True, eq=False)
-class Origin:
-    """What the results of one call share.
+class Call:
+    """What the results of one call of `score` or `generate` share.
 
     Attributes:
       title: heading of their page.
-      describe: makes their run record, when somebody wants it: it may cost a pass of the model.
+      describe: makes their run record. It is called only if the record is wanted: it may cost a
+        pass of the model.
     """
 
     builder: RecordBuilder
@@ -59,47 +58,64 @@ class Origin:
         return self.describe()
 
 
-class Shown(abc.ABC):
+class Shown:
     """What can be written as records, read as a page and taken as a table."""
 
-    @abc.abstractmethod
+    def _results(self) -> "Sequence[Result]":
+        """The texts, in order."""
+        raise NotImplementedError
+
+    @property
+    def _title(self) -> str:
+        results = self._results()
+        return results[0].call.title if results else "No texts"
+
     def records(self) -> list[Record]:
-        """A run record, then the token and end records of each text (docs/design.md)."""
+        """One run record, then the token and end records of each text (docs/records.md).
 
-    @abc.abstractmethod
-    def _title(self) -> str: ...
-
-    @abc.abstractmethod
-    def _length(self) -> int:
-        """Tokens in all."""
+        Raises:
+          UsageError: the results are not of one checkpoint, read or drawn in one way.
+        """
+        records = [result.call.record for result in self._results()[:1]]
+        for sample, result in enumerate(self._results()):
+            if result.call.record != records[0]:
+                raise UsageError(
+                    "these results are of different checkpoints or settings, and one file of "
+                    "records has one run record; write each of them by itself"
+                )
+            builder = result.call.builder
+            records += (builder.token(sample, token) for token in result.read)
+            records.append(builder.end(sample, result.read, result.finish, result._counted))
+        return records
 
     def write(self, path: str | Path) -> None:
         """Write the records as JSON lines; a file that is there is replaced.
 
         Raises:
-          UsageError: it cannot be written.
+          UsageError: the file cannot be written.
         """
         content = "".join(map(to_line, self.records())).encode("ascii")
         write_output(path, content, UsageError)
 
     def html(self) -> str:
         """The page, one self-contained HTML document."""
-        return page(self.records(), title=self._title())
+        return page(self.records(), title=self._title)
 
     def write_html(self, path: str | Path) -> None:
         """Write the page; a file that is there is replaced.
 
         Raises:
-          UsageError: it cannot be written.
+          UsageError: the file cannot be written.
         """
-        write_page(self.records(), Path(path), title=self._title())
+        write_page(self.records(), Path(path), title=self._title)
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows: the page in a frame. None, and so its repr, for a long text."""
-        return framed(self.html()) if self._length() <= MOST_SHOWN_TOKENS else None
+        """What a notebook shows: the page in a frame, or its repr (None) for a long text."""
+        tokens = sum(len(result.read) for result in self._results())
+        return framed(self.html()) if tokens <= MOST_SHOWN_TOKENS else None
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row a token: the fields of its record, `bytes` as bytes; missing where null.
+        """One row a token: the fields of its record, `bytes` as bytes; missing if null.
 
         Raises:
           UsageError: pandas is not installed.
@@ -123,25 +139,25 @@ class Result(Shown):
 
     Attributes:
       finish: how it ended, as in an end record.
-      origin: what it shares with the other results of its call.
+      call: what it shares with the other results of its call.
       read: its tokens as the model read or drew them; `tokens` are the same, for people.
     """
 
     finish: str
-    origin: Origin
+    call: Call
     read: tuple[Token, ...]
 
-    # Whose tokens the sums count: the phase of a record.
+    # The phase of the tokens that the sums count.
     _counted = "prompt"
 
     @cached_property
     def tokens(self) -> tuple[TokenRecord, ...]:
         """All tokens in order, the first with None for its numbers."""
-        return tuple(self.origin.builder.typed(0, token) for token in self.read)
+        return tuple(self.call.builder.typed(0, token) for token in self.read)
 
     @cached_property
     def text(self) -> str:
-        """All of it."""
+        """All of the text."""
         return "".join(token.text for token in self.read)
 
     @cached_property
@@ -151,14 +167,17 @@ class Result(Shown):
 
     @cached_property
     def logprobs(self) -> Floats:
-        """float32 [T] in nats: logprobs[t] is of tokens[t]. logprobs[0] is NaN: nothing predicts
-        the first token. `-np.nansum(logprobs)` are the nats of all tokens that are predicted."""
+        """float32 [T] in nats: logprobs[t] belongs to tokens[t].
+
+        logprobs[0] is NaN, since nothing predicts the first token. `-np.nansum(logprobs)` are the
+        nats of all tokens that are predicted.
+        """
         predictions = [token.prediction for token in self.read]
         return np.array([said.logprob if said else np.nan for said in predictions], np.float32)
 
     @property
     def total_nats(self) -> float:
-        """-sum of the logprobs that are counted (not the first's); see the class."""
+        """-sum of the logprobs that are counted (never the first); see the class."""
         return 0.0 - self._end["sum_logprob"]
 
     @property
@@ -171,24 +190,12 @@ class Result(Shown):
         """total_nats / (ln 2 * bytes of the tokens counted); None for no bytes."""
         return self._end["bits_per_byte"]
 
-    def records(self, sample: int = 0) -> list[Record]:
-        """A run record, the token records and an end record; `sample` numbers the text."""
-        return [self.origin.record, *self._of_sample(sample)]
-
-    def _of_sample(self, sample: int) -> list[Record]:
-        builder = self.origin.builder
-        tokens = [builder.token(sample, token) for token in self.read]
-        return [*tokens, builder.end(sample, self.read, self.finish, self._counted)]
-
     @cached_property
     def _end(self) -> Record:
-        return self.origin.builder.end(0, self.read, self.finish, self._counted)
+        return self.call.builder.end(0, self.read, self.finish, self._counted)
 
-    def _title(self) -> str:
-        return self.origin.title
-
-    def _length(self) -> int:
-        return len(self.read)
+    def _results(self) -> "Sequence[Result]":
+        return [self]
 
 
 class Score(Result):
@@ -196,32 +203,29 @@ class Score(Result):
 
     def __repr__(self) -> str:
         per_byte = self.bits_per_byte
-        return (
-            f"Score({_shortened(self.text)}, {len(self.read):,} tokens, "
-            f"{self.total_nats:.2f} nats"
-            + (f", {per_byte:.4f} bits per byte)" if per_byte is not None else ")")
-        )
+        rate = f", {per_byte:.4f} bits per byte" if per_byte is not None else ""
+        nats = f"{self.total_nats:.2f} nats"
+        return f"Score({_shortened(self.text)}, {len(self.read):,} tokens, {nats}{rate})"
 
 
 class Generation(Result):
     """A prompt and its continuation. Sums count the tokens that were drawn.
 
-    `tokens`, `ids`, `logprobs` and `text` begin with the prompt, as records do; the end of text
-    that stands in the place of an empty prompt is the first token, and has no text. `finish` is
-    "length", "stop", "end_of_text" or "context". A stop string is cut from the texts; the tokens
-    that spell it are there.
+    `tokens`, `ids`, `logprobs` and `text` begin with the prompt, as records do. An empty prompt is
+    an end of text, the first token, which has no text. `finish` is "length", "stop", "end_of_text"
+    or "context". A stop string is cut from the texts; the tokens that spell it are there.
     """
 
     _counted = "generated"
 
     @cached_property
     def new_tokens(self) -> tuple[TokenRecord, ...]:
-        """Those that were drawn."""
+        """The tokens that were drawn."""
         return tuple(token for token in self.tokens if token.phase == "generated")
 
     @cached_property
     def new_text(self) -> str:
-        """What they add to the prompt's text."""
+        """What the drawn tokens add to the prompt's text."""
         return "".join(token.text for token in self.read if token.phase == "generated")
 
     def __repr__(self) -> str:
@@ -235,40 +239,21 @@ R = TypeVar("R", bound=Result)
 class Results(list[R], Shown, Generic[R]):
     """A list of results that is also shown as a whole; records number the texts from 0."""
 
-    def records(self) -> list[Record]:
-        """One run record, then the token and end records of each text.
-
-        Raises:
-          UsageError: the results are not of one checkpoint, read or drawn in one way.
-        """
-        if not self:
-            return []
-        first, *others = [result.origin for result in self]
-        if any(other is not first and other.record != first.record for other in others):
-            raise UsageError(
-                "these results are of different checkpoints or settings, and one file of records "
-                "has one run record; write each of them by itself"
-            )
-        of_samples = (result._of_sample(sample) for sample, result in enumerate(self))
-        return [first.record, *(record for records in of_samples for record in records)]
-
-    def _title(self) -> str:
-        return self[0].origin.title if self else "No texts"
-
-    def _length(self) -> int:
-        return sum(len(result.read) for result in self)
+    def _results(self) -> "Sequence[Result]":
+        return self
 
 
 def framed(document: str) -> str:
     """A document as a frame that stands in another page.
 
-    Sandboxed: its style and script end at the frame, it has no access to the page around it, and
-    nothing of that page reaches into it.
+    The frame is sandboxed: its style and script end at the frame, it has no access to the page
+    around it, and nothing of that page reaches into it.
     """
-    # A frame's links are relative to the page around it, even `#token`. Before the document's
-    # policy, which forbids a base.
+    # A frame's links are relative to the page around it, even `#token`. The base has to come before
+    # the document's policy, which forbids one.
     based = document.replace("<head>", '<head><base href="about:srcdoc">', 1)
-    # In ASCII: read in another encoding than it was written, the script would not have its hash.
+    # In ASCII: if a page were read in another encoding than it was written in, the script would not
+    # have its hash.
     escaped = html.escape(based).encode("ascii", "xmlcharrefreplace").decode()
     return (
         f'<iframe sandbox="allow-scripts" srcdoc="{escaped}" width="100%" '
