@@ -173,7 +173,7 @@ def test_replay_refuses_a_step_that_was_not_trained_yet(runs, tmp_path):
 def test_replay_counts_one_token_as_one():
     sequence = {"row": 0, "ids": [7], "text": "x", "documents": []}
     parts = [{"document": "a", "offset": 5, "tokens": count} for count in (1, 2)]
-    page = replay._page(1, sequence | {"documents": parts})
+    page = replay.for_people(1, sequence | {"documents": parts})
     assert "a from token 5: 1 token\n" in page and "a from token 5: 2 tokens\n" in page
 
 

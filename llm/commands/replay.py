@@ -4,6 +4,7 @@ Prints the token ids and the text of each sequence of the batch, and the documen
 The command needs the corpus, which must still be the one that the run began with.
 """
 
+import bisect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,12 +73,12 @@ def main(arguments: list[str]) -> int:
         print(json.dumps({"step": chosen.step, "sequences": sequences}))
     else:
         for sequence in sequences:
-            print(_page(chosen.step, sequence))
+            print(for_people(chosen.step, sequence))
     return 0
 
 
 def check_step(run: "RunDirectory", step: int) -> None:
-    """Raise a UsageError for a step that the run has not come to, as far as its files say."""
+    """Raise a UsageError for a step that the run has not reached, as far as its files say."""
     from llm.run.checkpoint import saved_steps
     from llm.run.metrics import read_metrics
 
@@ -97,38 +98,26 @@ def check_step(run: "RunDirectory", step: int) -> None:
 
 
 def documents(split: "TokenSplit", start: int, length: int) -> Iterator[dict[str, Any]]:
-    """The documents of a window of the split taken as a ring: name, offset in it, tokens."""
+    """The documents of a window of the split, which is a ring: name, offset in it, tokens."""
     done = 0
     while done < length:
         position = (start + done) % len(split)
         name, offset = split.document_at(position)
-        tokens = _run_length(split, position, min(length - done, len(split) - position))
+        places = range(position, min(position + length - done, len(split)))
+        # The end of the document, by bisection: its places come before all others.
+        tokens = bisect.bisect_left(
+            places, True, key=lambda place: split.document_at(place)[1] - offset != place - position
+        )
         yield {"document": name, "offset": offset, "tokens": tokens}
         done += tokens
 
 
-def _run_length(split: "TokenSplit", position: int, limit: int) -> int:
-    """How many of the `limit` tokens from a position on are of its document, by bisection."""
-    first = split.document_at(position)[1] - position
-    low, high = 1, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        place = position + middle - 1
-        if split.document_at(place)[1] - place == first:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _tokens(count: int) -> str:
-    return f"{count} token" if count == 1 else f"{count} tokens"
-
-
-def _page(step: int, sequence: dict[str, Any]) -> str:
-    sources = "\n".join(
-        f"  {part['document']} from token {part['offset']}: {_tokens(part['tokens'])}"
+def for_people(step: int, sequence: dict[str, Any]) -> str:
+    """A sequence as lines of text: its documents, its ids and its own text."""
+    sources = [
+        f"  {part['document']} from token {part['offset']}: {part['tokens']} "
+        f"{'token' if part['tokens'] == 1 else 'tokens'}"
         for part in sequence["documents"]
-    )
-    head = f"step {step}, sequence {sequence['row']}"
-    return f"{head}\n{sources}\n  ids {sequence['ids']}\n{sequence['text']}\n"
+    ]
+    head, ids = f"step {step}, sequence {sequence['row']}", f"  ids {sequence['ids']}"
+    return "\n".join([head, *sources, ids, sequence["text"], ""])
