@@ -113,7 +113,8 @@ def main(arguments: list[str]) -> int:
             "nothing to score: no text has two tokens, and the first token of a text has nothing "
             "before it to predict it from"
         )
-    check_attention_texts(options, opened, texts, [name for name, _ in sources])
+    if options.attention or options.attention_html:
+        check_attention_texts(options, opened, texts, [name for name, _ in sources])
     top = options.top if options.shows_numbers else 0
     scorer = Scorer(opened.spec, opened.params, top, tuple(options.watch), options.stride)
     summary = Summary(tokenizer)
@@ -129,7 +130,7 @@ def main(arguments: list[str]) -> int:
         in_one=completion if options.format == "openai" else None,
     )
     if options.full:
-        write_arrays(options.full, full_arrays(scorer, texts))
+        write_arrays(options.full, "logprobs", texts, map(scorer.distributions, texts))
     if options.attention or options.attention_html:
         write_attention(options, opened, texts)
     report = opened.checkpoint | summary.as_json()
@@ -182,17 +183,10 @@ class Summary:
         surprisals = [-t.prediction.logprob for t in predicted if t.prediction is not None]
         for start, end in worst_passages(surprisals):
             nats, passage = math.fsum(surprisals[start:end]), predicted[start:end]
-            self.worst.append(
-                {
-                    "sample": len(self.nats),
-                    "position": passage[0].position,
-                    "text_offset": passage[0].text_offset,
-                    "tokens": len(passage),
-                    "nats": nats,
-                    "nats_per_token": nats / len(passage),
-                    "text": "".join(token.text for token in passage),
-                }
-            )
+            first, text = passage[0], "".join(token.text for token in passage)
+            place = {"position": first.position, "text_offset": first.text_offset}
+            sums = {"tokens": end - start, "nats": nats, "nats_per_token": nats / (end - start)}
+            self.worst.append({"sample": len(self.nats), **place, **sums, "text": text})
         self.worst.sort(key=lambda passage: -passage["nats_per_token"])
         del self.worst[WORST_PASSAGES:]
         self.tokens += len(predicted)
@@ -250,30 +244,25 @@ def for_people(report: dict[str, Any]) -> str:
     return "\n".join([" \u00b7 ".join(numbers), "predicted worst (nats per token):", *passages])
 
 
-def write_arrays(path: str, arrays: "Iterable[tuple[str, np.ndarray]]") -> None:
-    """Write an .npz file of named arrays, with one of them in memory at a time."""
+def write_arrays(
+    path: str, name: str, texts: "Sequence[Ids]", arrays: "Iterable[np.ndarray]"
+) -> None:
+    """Write the ids and the array of each text to an .npz file, one text in memory at a time."""
     import numpy as np
 
     with writing(path), zipfile.ZipFile(path, "w") as archive:
-        for name, array in arrays:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, array)
-
-
-def full_arrays(scorer: "Scorer", texts: "Sequence[Ids]") -> "Iterator[tuple[str, np.ndarray]]":
-    """The arrays of --full: the whole distribution at every token of each text."""
-    for index, ids in enumerate(texts):
-        yield f"ids_{index}", ids
-        yield f"logprobs_{index}", scorer.distributions(ids)
+        for index, (ids, array) in enumerate(zip(texts, arrays, strict=True)):
+            for kind, values in (("ids", ids), (name, array)):
+                with archive.open(f"{kind}_{index}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, values)
 
 
 def check_attention_texts(
     options: Options, opened: "OpenedModel", texts: "Sequence[Ids]", names: Sequence[str]
 ) -> None:
     """Raise a UsageError, before anything is computed, if the attention cannot be written."""
-    if not (options.attention or options.attention_html):
-        return
     from llm.pages.attention import check_attention
+    from llm.pages.attention_view import check_page_size
 
     if options.attention_html and len(texts) > 1:
         raise UsageError(
@@ -283,10 +272,7 @@ def check_attention_texts(
     for ids, name in zip(texts, names, strict=True):
         check_attention(opened.spec, ids, name)
     if options.attention_html:
-        from llm.pages.attention_view import check_page_size
-
-        model = opened.spec.config
-        check_page_size(model.n_layer, model.n_head, len(texts[0]))
+        check_page_size(opened.spec.config.n_layer, opened.spec.config.n_head, len(texts[0]))
 
 
 def write_attention(options: Options, opened: "OpenedModel", texts: "Sequence[Ids]") -> None:
@@ -304,9 +290,4 @@ def write_attention(options: Options, opened: "OpenedModel", texts: "Sequence[Id
             title=f"Attention of {opened.run}, step {opened.step}",
         )
     if options.attention:
-        arrays = (
-            pair
-            for index, (ids, array) in enumerate(zip(texts, weights, strict=True))
-            for pair in ((f"ids_{index}", ids), (f"attention_{index}", array))
-        )
-        write_arrays(options.attention, arrays)
+        write_arrays(options.attention, "attention", texts, weights)
