@@ -317,8 +317,7 @@ class LanguageModel:
         num_samples: int,
     ) -> tuple[list[Request], Call]:
         """The arguments of `generate` or `stream`, checked, as requests."""
-        also = ("num_samples",) if method == "generate" else ()
-        _check_names(method, arguments, SamplingArguments, also)
+        _check_names(method, arguments, SamplingArguments)
         names = arguments.keys() & SamplingConfig.model_fields.keys()
         given = {name: _plain(value) for name, value in arguments.items() if name in names}
         greedy = arguments.get("greedy", False)
@@ -367,11 +366,9 @@ class LanguageModel:
         return plain
 
 
-def _check_names(
-    method: str, arguments: Mapping[str, Any], known: Any, also: Sequence[str] = ()
-) -> None:
+def _check_names(method: str, arguments: Mapping[str, Any], known: Any) -> None:
     """Raise a UsageError for an argument that the method does not have."""
-    names = [*also, *known.__annotations__]
+    names = [*known.__annotations__, *(["num_samples"] if method == "generate" else [])]
     for name in arguments:
         if name not in names:
             near = nearest(name, names)
@@ -398,13 +395,14 @@ def _integer(name: str, value: Any, at_least: int | None = None) -> int:
 def _text(name: str, value: Any) -> str:
     if isinstance(value, str):
         return value
+    kind = type(value).__name__
     if isinstance(value, bytes | bytearray):
         raise UsageError(
-            f"{name} is {type(value).__name__}, expected str: decode it, for example with "
-            "data.decode('utf-8'), or, for a model of the 'bytes' tokenizer and data that may not "
-            "be UTF-8, with data.decode('utf-8', 'surrogateescape')"
+            f"{name} is {kind}, expected str: decode it, for example with data.decode('utf-8'), "
+            "or, for a model of the 'bytes' tokenizer and data that may not be UTF-8, with "
+            "data.decode('utf-8', 'surrogateescape')"
         )
-    raise UsageError(f"{name} = {value!r}: expected str, found {type(value).__name__}")
+    raise UsageError(f"{name} = {value!r}: expected str, found {kind}")
 
 
 def _texts(name: str, value: Any) -> list[str]:

@@ -69,31 +69,30 @@ def verify(chosen: Options) -> list[dict[str, Any]]:
     run.read_config()
     newest = chosen.step is None and not chosen.all
     for _ in range(ATTEMPTS if newest else 1):
-        steps = saved_steps(run.checkpoints)
-        if not steps:
+        there = saved_steps(run.checkpoints)
+        if not there:
             raise CheckpointError(f"{run.path} has no checkpoint yet")
-        if chosen.step is not None and chosen.step not in steps:
+        steps = there if chosen.all else [there[-1] if chosen.step is None else chosen.step]
+        if steps[0] not in there:
             raise UsageError(
                 f"{run.path} has no checkpoint of step {chosen.step}; there are: "
-                f"{', '.join(map(str, steps))}"
+                f"{', '.join(map(str, there))}"
             )
-        if not chosen.all:
-            steps = [steps[-1] if chosen.step is None else chosen.step]
         found = {step: verify_step(run, step) for step in steps}
         results = [result for result in found.values() if result is not None]
         removed = ", ".join(str(step) for step, result in found.items() if result is None)
         said = f"removed by the run meanwhile, which is no damage: step {removed}"
-        if results and removed:
-            print(said, file=sys.stderr)
         if results:
+            if removed:
+                print(said, file=sys.stderr)
             return results
-    if not newest:
-        raise UsageError(f"{said}; leave --step and --all out to verify the newest")
-    raise UsageError(
-        f"{chosen.run} removes its steps while they are read: the newest was gone {ATTEMPTS} "
-        "times, expected one to stay; set a larger checkpoint.keep, or verify when training has "
-        "ended"
-    )
+    if newest:
+        raise UsageError(
+            f"{chosen.run} removes its steps while they are read: the newest was gone {ATTEMPTS} "
+            "times, expected one to stay; set a larger checkpoint.keep, or verify when training "
+            "has ended"
+        )
+    raise UsageError(f"{said}; leave --step and --all out to verify the newest")
 
 
 def verify_step(run: "RunDirectory", step: int) -> dict[str, Any] | None:
