@@ -276,7 +276,7 @@ def test_the_fields_of_metrics_are_those_of_the_code():
     from llm.training.step import ROUTER_METRICS
 
     described = field_tables(section(RUNS.read_text(), "### metrics.jsonl"))
-    assert described == [dictionary_keys("_row"), ROUTER_METRICS, dictionary_keys("_report")]
+    assert described == [dictionary_keys("_row"), ROUTER_METRICS, dictionary_keys("_write")]
 
 
 def dictionary_keys(function: str) -> tuple[str, ...]:

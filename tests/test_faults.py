@@ -451,15 +451,15 @@ def test_a_save_that_failed_in_the_background_ends_the_run_at_the_next_step(tmp_
 def test_evaluation_never_stands_between_a_due_save_and_the_disk(tmp_path, monkeypatch):
     """The evaluation that is due at step 4 as well waits for the save, which must have begun."""
     begun = []
-    honest = llm.training.loop.Loop._evaluate
+    honest = llm.training.loop.Validation.run
 
-    def evaluate(self):
+    def run(self, state, step):
         checkpoints = self._outputs.checkpoints
-        if self._step == 4:
+        if step == 4:
             checkpoints._writer.join()
             begun.append(saved_steps(checkpoints.root))
-        return honest(self)
+        return honest(self, state, step)
 
-    monkeypatch.setattr(llm.training.loop.Loop, "_evaluate", evaluate)
+    monkeypatch.setattr(llm.training.loop.Validation, "run", run)
     train(write_config(tmp_path, training={"eval_every": 4}))
     assert begun == [[4]]

@@ -21,7 +21,7 @@ from llm.run.hosts import Hosts
 from llm.run.metrics import Metrics
 from llm.run.progress import NoProgress
 from llm.run.stop import StopRequest
-from llm.training.loop import Job, Loop, Outputs
+from llm.training.loop import Job, Outputs, train
 
 
 def measure_loop(workload: Workload, folder: Path, steps: int = 200) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def measure_loop(workload: Workload, folder: Path, steps: int = 200) -> dict[str
         return nothing(state, metrics)
 
     try:
-        Loop(job, outputs, stop, lambda params: "", state, instant_step).run()
+        train(job, outputs, stop, lambda params: "", state, instant_step)
     except StoppedError:
         pass  # as asked for
     finally:

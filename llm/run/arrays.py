@@ -225,9 +225,10 @@ def _registry() -> Any:
     """Orbax's handler of NumPy arrays, which writes in process 0 alone, made to write in any."""
     import tensorstore
 
-    type_handlers = _orbax().type_handlers
+    type_handlers: Any = _orbax().type_handlers
+    arrays: Any = type_handlers.NumpyHandler
 
-    class AnyProcess(type_handlers.NumpyHandler):
+    class AnyProcess(arrays):
         async def serialize(self, values, infos, args=None):
             for value, info in zip(values, infos, strict=True):
                 spec = {

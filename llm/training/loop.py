@@ -1,9 +1,9 @@
 """The loop around the step: data in, metrics out, saves, evaluations, samples, and a clean stop.
 
-It dispatches step n and then reads the metrics of step n - 1, so that the device never waits for
+`train` dispatches step n and then reads the metrics of step n - 1, so the device never waits for
 the host. A due save is handed to the background before an evaluation begins.
 
-What it is not: it knows no mathematics (step.py) and no file formats (llm/run/).
+What it is not: the mathematics (step.py), or the formats of files (llm/run/).
 """
 
 import contextlib
@@ -78,41 +78,33 @@ class Job:
         return receipt_tokens(held_out, self.spec.config.context_length)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Outputs:
-    """Where a run's results go."""
+    """The destinations of a run's results.
+
+    Attributes:
+      first_step_at: time.monotonic() when the first step of this start was complete.
+    """
 
     run: RunDirectory
     checkpoints: Checkpoints
     metrics: Metrics
     progress: Progress
     trackers: list[Tracker]
+    first_step_at: float | None = None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Called alike in every process; one of them writes (Metrics), and has trackers."""
+        """Write a row of metrics. Every process calls it; only process 0 writes."""
         self.metrics.write(row)
         for tracker in self.trackers:
             tracker.write(row)
 
     def close(self) -> None:
-        """Waits for a save under way."""
+        """Wait for a save under way, and close every file."""
         self.checkpoints.close()
         self.metrics.close()
         for tracker in self.trackers:
             tracker.close()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A step that was dispatched and whose metrics were not read yet."""
-
-    step: int
-    tokens: int
-    metrics: dict[str, jax.Array]
-
-
-class _EvaluationStoppedError(Exception):
-    """The run was told to stop, and batches of the evaluation are left."""
 
 
 def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
@@ -137,141 +129,137 @@ def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], N
     return from_groups(abstract, restored.groups)
 
 
-def _same_bits(a: jax.Array, b: jax.Array) -> bool:
-    return all(
-        np.asarray(one.data).tobytes() == np.asarray(other.data).tobytes()
-        for one, other in zip(a.addressable_shards, b.addressable_shards, strict=True)
-    )
-
-
-class Loop:
-    """Trains from a state to the last step. One object for one start of the program.
+def train(
+    job: Job,
+    outputs: Outputs,
+    stop: StopRequest,
+    sampler: Sampler,
+    state: TrainState,
+    train_step: Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]] | None = None,
+) -> None:
+    """Train from a state to the last step.
 
     Args:
-      train_step: another step than the job's; for those who measure the loop alone.
+      train_step: replaces the job's own step, for those who measure the loop alone.
+    Raises:
+      StoppedError: a stop was requested; everything is saved.
+      NonFiniteError, CheckpointError, DataError: as their messages say.
+    """
+    config, step = job.config, int(state.step)
+    steps, saves, evaluations = (
+        config.training.steps,
+        config.checkpoint.every,
+        config.training.eval_every,
+    )
+    step_fn = train_step or make_train_step(job.spec, config.optimizer, config.training, job.mesh)
+    shared_stop = SharedStop(stop, job.hosts, job.mesh)
+    report = StepReport(job, outputs, shared_stop, step)
+    validation = Validation(job, outputs, shared_stop, sampler, report)
+    if step and is_due(step, evaluations):
+        validation.run(state, step)  # a stop may have come between a save and its evaluation
+    if config.run.deterministic and step < steps:
+        check_repeats(job, step_fn, state, step)
+
+    with contextlib.closing(job.batches().iterate(step)) as batches:
+        for tokens_BT in batches:
+            if step >= steps or shared_stop.requested:
+                break
+            report.mark(f"step {step}")
+            on_mesh = shard_batch(job.mesh, tokens_BT, BATCH_AXES)
+            state, metrics = step_fn(state, on_mesh)
+            step += 1
+            fault_point("step", step)
+            shared_stop.ask()
+            report.settle(dispatched=step)  # the step before: the device never waits for the host
+            report.pending = step, metrics
+            outputs.checkpoints.check_for_errors()
+            if step < steps and is_due(step, saves):
+                report.settle(dispatched=step)
+                save(job, outputs, report, state, step)
+            if step < steps and is_due(step, evaluations):
+                report.settle(dispatched=step)
+                validation.run(state, step)
+    report.settle(dispatched=step)
+
+    save(job, outputs, report, state, step)
+    outputs.checkpoints.wait()
+    if step >= steps:
+        validation.run(state, step)
+        outputs.checkpoints.wait()
+    if shared_stop.requested and not (step >= steps and outputs.metrics.has_evaluation(step)):
+        raise StoppedError(
+            f"stopped on request at step {step} of {steps}, saved in {outputs.run.path}; the same "
+            "command goes on from there"
+        )
+
+
+class _EvaluationStoppedError(Exception):
+    """The run was told to stop before the evaluation was complete."""
+
+
+class StepReport:
+    """What is said of each step: metrics.jsonl, progress, skipped updates.
+
+    Attributes:
+      pending: (step, metrics) of a step that was dispatched and whose metrics were not read yet.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        outputs: Outputs,
-        stop: StopRequest,
-        sampler: Sampler,
-        state: TrainState,
-        train_step: Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]] | None = None,
-    ):
-        self._job, self._outputs, self._sampler = job, outputs, sampler
-        self._stop = SharedStop(stop, job.hosts, job.mesh)
-        self._settings = job.config.training
-        self._state = state
-        self._step = int(state.step)
-        self._train_step = train_step or make_train_step(
-            job.spec, job.config.optimizer, self._settings, job.mesh
-        )
-        self._evaluation_step = make_evaluation_step(job.spec, job.mesh)
-        self._pending: _Pending | None = None
-        self._clock = time.perf_counter()
-        self._batches = job.batches()
-        self._tokens = self._tokens_before()
+    def __init__(self, job: Job, outputs: Outputs, stop: SharedStop, step: int):
+        self._job, self._outputs, self._stop = job, outputs, stop
+        self._first, self._settled = step + 1, step
         self._skipped = outputs.metrics.skipped()
-        self._receipt_tokens = job.receipt_tokens()
-        self.first_step_at: float | None = None
-        self._first, self._settled = self._step + 1, self._step
+        # Tokens trained on until now: those of the last row, and of the steps since that row at
+        # today's batch size.
+        seen = [row for row in outputs.metrics.rows if row["kind"] == "train"]
+        last, tokens = (seen[-1]["step"], seen[-1]["tokens"]) if seen else (0, 0)
+        self._tokens = tokens + (step - last) * job.tokens_per_step
+        self.pending: tuple[int, StepMetrics] | None = None
+        self.restart_clock()
 
-    def run(self) -> None:
-        """To the last step.
+    def restart_clock(self) -> None:
+        """Do not count what came since the last step into the next step's time."""
+        self._clock = time.perf_counter()
 
-        Raises:
-          StoppedError: on request, with everything saved.
-          NonFiniteError, CheckpointError, DataError: as their messages say.
+    def mark(self, place: str) -> None:
+        """Publish this process's position, for the detection of processes that hang.
+
+        Suspended until the first step is complete, since compile times differ between processes.
         """
-        if self._step and self._is_due(self._settings.eval_every):
-            self._evaluate()  # a stop may have come between a save and its evaluation
-        if self._job.config.run.deterministic and self._step < self._settings.steps:
-            self._check_repeats()
-        with contextlib.closing(self._batches.iterate(self._step)) as batches:
-            for tokens_BT in batches:
-                if self._step >= self._settings.steps or self._stop.requested:
-                    break
-                self._train(tokens_BT)
-                self._settle_if_due()
-        self._settle()
-        if self._stop.requested and self._step < self._settings.steps:
-            self._leave()
-        self._finish()
+        if self._settled >= self._first:
+            self._job.hosts.mark(place)
 
-    def _check_repeats(self) -> None:
-        """Take the next step twice from the same state and compare every bit.
+    def settle(self, dispatched: int) -> None:
+        """Wait for the pending step and write what it measured.
 
+        Args:
+          dispatched: the newest step that was dispatched.
         Raises:
-          UsageError: they differ: this backend does not repeat itself.
+          NonFiniteError: the update was not applied, and the run may not go on.
         """
-        tokens_BT = self._batches[self._step]
-        copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # the step takes its buffers
-        results = [
-            self._train_step(copy(self._state), shard_batch(self._job.mesh, tokens_BT, BATCH_AXES))
-            for _ in range(2)
-        ]
-        groups = [jax.tree.leaves((to_groups(state), metrics)) for state, metrics in results]
-        if not all(_same_bits(a, b) for a, b in zip(*groups, strict=True)):
-            raise UsageError(
-                f"run.deterministic: step {self._step + 1} taken twice from one state gave two "
-                "results; this backend does not repeat itself bit for bit. Set run.deterministic = "
-                "false to train all the same"
-            )
-
-    def _train(self, tokens_BT: np.ndarray) -> None:
-        """Dispatch one step, then read the metrics of the one before."""
-        self._mark(f"step {self._step}")
-        on_mesh = shard_batch(self._job.mesh, tokens_BT, BATCH_AXES)
-        state, metrics = self._train_step(self._state, on_mesh)
-        self._state = state
-        self._step += 1
-        fault_point("step", self._step)
-        self._stop.ask()
-        self._settle()
-        self._pending = _Pending(self._step, self._job.tokens_per_step, metrics)
-        self._outputs.checkpoints.check_for_errors()
-
-    def _settle_if_due(self) -> None:
-        """Save, then evaluate, where this step is due for it."""
-        last = self._step >= self._settings.steps
-        save = last or self._is_due(self._job.config.checkpoint.every)
-        evaluation = last or self._is_due(self._settings.eval_every)
-        if save or evaluation:
-            self._settle()
-        if save:
-            self._save()
-        if evaluation and not last:
-            self._evaluate()
-
-    def _settle(self) -> None:
-        """Wait for the pending step and write what it measured."""
-        pending, self._pending = self._pending, None
-        if pending is None:
+        if self.pending is None:
             return
-        values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
-        self._settled = pending.step
-        # With a step dispatched after it, that one's answer stays; `_train` reads step by step.
-        self._stop.read(leave=self._step - pending.step)
+        (step, metrics), self.pending = self.pending, None
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        self._settled = step
+        # The answer of a step that was dispatched later is read with that step.
+        self._stop.read(leave=dispatched - step)
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        if self.first_step_at is None:
-            self.first_step_at = time.monotonic()
-        tokens = pending.tokens
-        self._tokens += tokens
+        if self._outputs.first_step_at is None:
+            self._outputs.first_step_at = time.monotonic()
+        self._tokens += self._job.tokens_per_step
+        rate = self._job.tokens_per_step / seconds
         applied = values["finite"] and not values["spike"]
-        if pending.step % self._job.config.logging.every == 0 or not applied:
-            self._outputs.write(self._row(pending.step, values, seconds, tokens))
-        self._outputs.progress.step(
-            pending.step, self._settings.steps, values["loss"], tokens / seconds
-        )
+        if step % self._job.config.logging.every == 0 or not applied:
+            self._outputs.write(self._row(step, values, seconds, rate))
+        steps = self._job.config.training.steps
+        self._outputs.progress.step(step, steps, values["loss"], rate)
         self._skipped = 0 if applied else self._skipped + 1
         if not applied:
-            self._refuse_or_skip(pending, values)
+            self._refuse_or_skip(step, values)
 
     def _row(
-        self, step: int, values: dict[str, Any], seconds: float, tokens: int
+        self, step: int, values: dict[str, Any], seconds: float, rate: float
     ) -> dict[str, Any]:
         row = {
             "kind": "train",
@@ -280,13 +268,9 @@ class Loop:
             "loss": values["loss"],
             "grad_norm": values["grad_norm"],
             "learning_rate": values["learning_rate"],
-            "tokens_per_second": tokens / seconds,
+            "tokens_per_second": rate,
             "step_seconds": seconds,
-            "mfu": mfu(
-                self._job.spec,
-                tokens / seconds,
-                list(self._job.mesh.devices.flat),
-            ),
+            "mfu": mfu(self._job.spec, rate, list(self._job.mesh.devices.flat)),
         }
         row |= {name: values[name] for name in ROUTER_METRICS if name in values}
         if not values["finite"]:
@@ -295,20 +279,21 @@ class Loop:
             row["spike"] = True
         return row
 
-    def _refuse_or_skip(self, pending: _Pending, values: dict[str, Any]) -> None:
-        """The step itself has left the weights as they were; here the run goes on or ends."""
-        what = f"step {pending.step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
+    def _refuse_or_skip(self, step: int, values: dict[str, Any]) -> None:
+        """The step itself left the weights as they were; here the run goes on or ends."""
+        settings = self._job.config.training
+        what = f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}"
         if not values["finite"] and math.isfinite(values["loss"] + values["grad_norm"]):
             what += ", but the new weights would not be finite"
-        may_skip = values["finite"] or self._settings.on_nonfinite == "skip"
-        if may_skip and self._skipped < self._settings.max_skipped:
+        may_skip = values["finite"] or settings.on_nonfinite == "skip"
+        if may_skip and self._skipped < settings.max_skipped:
             self._outputs.progress.say(f"WARNING: {what}; this update was skipped")
             return
-        batch = self._outputs.run.path / f"nonfinite-step-{pending.step}.npz"
+        batch = self._outputs.run.path / f"nonfinite-step-{step}.npz"
         if self._job.hosts.is_first:
-            batches, number = self._job.batches(whole=True), pending.step - 1
-            starts = batches.window_starts(number)
-            np.savez(batch, tokens=batches[number], window_starts=starts)
+            batches = self._job.batches(whole=True)
+            starts = batches.window_starts(step - 1)
+            np.savez(batch, tokens=batches[step - 1], window_starts=starts)
         in_a_row = f"the last {self._skipped} updates were skipped"
         raise NonFiniteError(
             f"{what}; {in_a_row if may_skip else 'the update was not applied'}. The batch is in "
@@ -316,45 +301,49 @@ class Loop:
             "--run.allow-change), or set training.on_nonfinite = 'skip' to pass over such batches"
         )
 
-    def _save(self) -> None:
-        checkpoints = self._outputs.checkpoints
-        self._mark(f"step {self._step}, before its checkpoint")
-        logprobs = receipt_logprobs(self._job.spec, self._state.params, self._receipt_tokens)
-        tokenizer_sha256 = self._job.corpus.tokenizer.sha256
 
-        def receipt() -> dict[str, Any]:
-            return make_receipt(self._receipt_tokens, logprobs, tokenizer_sha256)
+class Validation:
+    """The validation loss at a step, the best step so far, and a sample."""
 
-        checkpoints.save(self._step, to_groups(self._state), receipt)
-        self._clock = time.perf_counter()
+    def __init__(
+        self, job: Job, outputs: Outputs, stop: SharedStop, sampler: Sampler, report: StepReport
+    ):
+        self._job, self._outputs, self._stop = job, outputs, stop
+        self._sampler, self._report = sampler, report
+        self._step_fn = make_evaluation_step(job.spec, job.mesh)
 
-    def _evaluate(self) -> None:
-        """The validation loss at this step, once; then a sample."""
-        split = self._job.corpus.validation
-        if len(split) < 2 or self._outputs.metrics.has_evaluation(self._step):
+    def run(self, state: TrainState, step: int) -> None:
+        """Evaluate once a step. A stop ends it after the batch under way; the next start evaluates
+        this step anew."""
+        split, metrics = self._job.corpus.validation, self._outputs.metrics
+        if len(split) < 2 or metrics.has_evaluation(step):
             return
         try:
             result = evaluate(
-                self._evaluation_step,
-                self._state.weights,
-                self._until_stopped(split),
+                self._step_fn,
+                state.weights,
+                self._until_stopped(step),
                 self._job.corpus.tokenizer.byte_lengths(),
                 None if self._job.hosts.alone else split,
             )
         except _EvaluationStoppedError:
-            return  # the next start evaluates this step anew
-        self._report(result)
-        self._keep_if_best()
-        text = "" if self._stop.requested else self._sampler(self._state.params)
+            return
+        self._write(step, result)
+        best = metrics.best_evaluation()
+        if self._job.config.checkpoint.keep_best and best is not None:
+            self._outputs.checkpoints.best = best[0]
+            if best[0] == step:
+                save(self._job, self._outputs, self._report, state, step)
+        text = "" if self._stop.requested else self._sampler(state.params)
         if text:
             self._outputs.progress.say(text)
-        self._clock = time.perf_counter()
+        self._report.restart_clock()
 
-    def _until_stopped(self, split: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        settings = self._settings
+    def _until_stopped(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        settings = self._job.config.training
         size = settings.eval_batch_size or settings.micro_batch_size or settings.batch_size
         for batch in evaluation_batches(
-            split,
+            self._job.corpus.validation,
             context_length=self._job.spec.config.context_length,
             batch_size=size,
             rows=self._job.rows(size),
@@ -362,18 +351,18 @@ class Loop:
             if self._stop.requested:
                 self._stop.read()
                 raise _EvaluationStoppedError
-            self._mark(f"step {self._step}, in its evaluation")
+            self._report.mark(f"step {step}, in its evaluation")
             yield batch
-            fault_point("evaluation", self._step)
+            fault_point("evaluation", step)
             self._stop.ask()
             self._stop.read(leave=1)
         self._stop.read()
 
-    def _report(self, result: Evaluation) -> None:
+    def _write(self, step: int, result: Evaluation) -> None:
         self._outputs.write(
             {
                 "kind": "eval",
-                "step": self._step,
+                "step": step,
                 "split": "validation",
                 "loss": result.loss_nats,
                 "bits_per_byte": result.bits_per_byte,
@@ -383,46 +372,47 @@ class Loop:
         bits = result.bits_per_byte
         in_bits = f", {bits:.4f} bits per byte" if bits is not None else ""
         self._outputs.progress.say(
-            f"step {self._step}: validation loss {result.loss_nats:.4f} nats per token{in_bits} "
+            f"step {step}: validation loss {result.loss_nats:.4f} nats per token{in_bits} "
             f"({result.tokens:,} tokens)"
         )
 
-    def _keep_if_best(self) -> None:
-        best = self._outputs.metrics.best_evaluation()
-        if not self._job.config.checkpoint.keep_best or best is None:
-            return
-        self._outputs.checkpoints.best = best[0]
-        if best[0] == self._step:
-            self._save()
 
-    def _leave(self) -> None:
-        self._save()
-        self._outputs.checkpoints.wait()
-        raise StoppedError(
-            f"stopped on request at step {self._step} of {self._settings.steps}, saved in "
-            f"{self._outputs.run.path}; the same command goes on from there"
+def save(job: Job, outputs: Outputs, report: StepReport, state: TrainState, step: int) -> None:
+    """Hand the state to the background writer, with what its parameters predict."""
+    report.mark(f"step {step}, before its checkpoint")
+    tokens = job.receipt_tokens()
+    logprobs = receipt_logprobs(job.spec, state.params, tokens)
+    sha256 = job.corpus.tokenizer.sha256
+    outputs.checkpoints.save(step, to_groups(state), lambda: make_receipt(tokens, logprobs, sha256))
+    report.restart_clock()
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def check_repeats(job: Job, train_step: Any, state: TrainState, step: int) -> None:
+    """Take the next step twice from the same state and compare every bit.
+
+    Raises:
+      UsageError: they differ: this backend does not repeat itself.
+    """
+    tokens_BT = job.batches()[step]
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # the step takes its buffers
+    results = [
+        train_step(copy(state), shard_batch(job.mesh, tokens_BT, BATCH_AXES)) for _ in range(2)
+    ]
+    groups = [jax.tree.leaves((to_groups(state), metrics)) for state, metrics in results]
+    if not all(_same_bits(a, b) for a, b in zip(*groups, strict=True)):
+        raise UsageError(
+            f"run.deterministic: step {step + 1} taken twice from one state gave two "
+            "results; this backend does not repeat itself bit for bit. Set run.deterministic = "
+            "false to train all the same"
         )
 
-    def _finish(self) -> None:
-        self._save()
-        self._outputs.checkpoints.wait()
-        self._evaluate()
-        self._outputs.checkpoints.wait()
-        if self._stop.requested and not self._outputs.metrics.has_evaluation(self._step):
-            self._leave()
 
-    def _mark(self, place: str) -> None:
-        """Where this process is, for the others. Not while a step is compiled, which takes each
-        process as long as it takes: only once that step was taken, and so by all."""
-        if self._settled >= self._first:
-            self._job.hosts.mark(place)
-
-    def _is_due(self, every: int) -> bool:
-        return every > 0 and self._step % every == 0
-
-    def _tokens_before(self) -> int:
-        """Tokens trained on until now: as the last row has it, and the steps after that row by
-        today's batch size."""
-        seen = [row for row in self._outputs.metrics.rows if row["kind"] == "train"]
-        step, tokens = (seen[-1]["step"], seen[-1]["tokens"]) if seen else (0, 0)
-        return tokens + (self._step - step) * self._job.tokens_per_step
+def _same_bits(a: jax.Array, b: jax.Array) -> bool:
+    return all(
+        np.asarray(one.data).tobytes() == np.asarray(other.data).tobytes()
+        for one, other in zip(a.addressable_shards, b.addressable_shards, strict=True)
+    )

@@ -1,0 +1,166 @@
+"""What a run directory may become when a start meets it: begun, resumed, finished or refused.
+
+`claim` decides before anything is compiled. `begin` writes what a run needs to be opened later;
+`record_start` and `record_end` keep the history of starts in run.json.
+"""
+
+import contextlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from llm.config import Config, differences
+from llm.errors import CheckpointError, UsageError
+from llm.model.gpt import ModelSpec
+from llm.run.checkpoint import Checkpoints, saved_steps, verify_files
+from llm.run.directory import (
+    RunDirectory,
+    RunLock,
+    changes_on_resume,
+    check_is_ours,
+    explained,
+)
+from llm.run.hosts import Hosts
+from llm.run.metrics import Metrics, read_metrics
+from llm.run.progress import Progress
+from llm.run.provenance import check_trained, describe_run, describe_start
+from llm.text.shards import TokenizedCorpus
+
+
+def claim(run: RunDirectory, config: Config, lock: RunLock) -> dict[str, Any]:
+    """Take the directory, and return the settings that this start changes.
+
+    Raises:
+      UsageError: the directory is not a run, or the run has other settings.
+      RunLockedError: another process trains in it.
+      CheckpointError: checkpoints are gone.
+    """
+    check_is_ours(run)
+    if not run.exists():
+        lock.acquire()
+        return {}
+    before, rows = run.read_config(), read_metrics(run.metrics)
+    if not rows and not _holds_steps(run) and differences(before, config):
+        # Nothing was trained with the former settings, so this start may begin with others.
+        lock.acquire()
+        run.config.unlink()
+        return {}
+    changed = changes_on_resume(before, config)
+    check_trained(run)
+    _check_steps(run, config)
+    _check_checkpoints(run, before, rows)
+    lock.acquire()
+    return changed
+
+
+def _holds_steps(run: RunDirectory) -> bool:
+    """Whether anything was ever saved here, even if it is set aside as damaged now."""
+    return any(path.name[0].isdigit() for path in run.checkpoints.glob("*"))
+
+
+def _check_checkpoints(run: RunDirectory, before: Config, rows: list[dict[str, Any]]) -> None:
+    """Raise if the metrics go further than they could if nothing had ever been saved."""
+    if _holds_steps(run):
+        return
+    last, every = max((row["step"] for row in rows), default=0), before.checkpoint.every
+    # A save begins when the one before it is on disk, and the last evaluation after the last save.
+    was_saved = 0 < 2 * every < last or any(
+        row["kind"] == "eval" and row["step"] == before.training.steps for row in rows
+    )
+    if was_saved:
+        raise CheckpointError(
+            f"{run.metrics} goes to step {last}, and {run.checkpoints} holds no checkpoint: was it "
+            "moved, or is a disk not mounted? Put it back; to begin again, set run.dir to another "
+            "folder"
+        )
+
+
+def _check_steps(run: RunDirectory, config: Config) -> None:
+    """Raise a UsageError if more steps are trained than the settings ask for."""
+    trained = max(saved_steps(run.checkpoints), default=0)
+    if trained > config.training.steps:
+        raise UsageError(
+            f"training.steps = {config.training.steps}, and {run.path} is trained to step "
+            f"{trained}; expected at least {trained}: set --training.steps {trained} or more, or "
+            "run.dir to another folder for a shorter run"
+        )
+
+
+def is_finished(run: RunDirectory, config: Config, progress: Progress) -> bool:
+    """Whether the last step is saved, whole and evaluated. If so, it tells the person."""
+    steps = saved_steps(run.checkpoints) if run.exists() else []
+    if not steps or steps[-1] < config.training.steps:
+        return False
+    rows = [row for row in read_metrics(run.metrics) if row["kind"] == "eval"]
+    evaluated = {row["step"]: row for row in rows}
+    if config.data.validation != "none" and config.training.steps not in evaluated:
+        return False
+    try:
+        verify_files(run.checkpoints / str(steps[-1]))
+    except CheckpointError:
+        return False  # opening it says what is wrong, and finds the one before
+    row = evaluated.get(config.training.steps)
+    loss = f", validation loss {row['loss']:.4f}" if row else ""
+    progress.say(
+        f"{run.path} is finished: step {steps[-1]} of {config.training.steps}{loss}. "
+        f"Sample from it: python sample.py {run.path}. Train on: --training.steps N"
+    )
+    return True
+
+
+def begin(run: RunDirectory, config: Config, spec: ModelSpec, corpus: TokenizedCorpus) -> None:
+    """Write everything that the run needs to be opened later; config.toml last.
+
+    The tokenizer is written at every start, whatever became of its file: its corpus was compared.
+    """
+    with explained(run.tokenizer):
+        corpus.tokenizer.save(run.tokenizer)
+    if run.exists():
+        return
+    run.write_provenance(describe_run(run, spec, corpus))
+    run.write_config(config)
+
+
+def record_start(
+    run: RunDirectory,
+    config: Config,
+    step: int,
+    changed: dict[str, Any],
+    *,
+    mesh: Mesh,
+    attention: str,
+    hosts: Hosts,
+    metrics: Metrics,
+    checkpoints: Checkpoints,
+) -> list[dict[str, Any]]:
+    """Append this start to run.json, with the steps that a crash made the run repeat.
+
+    Returns the rows of metrics that decide how training goes on.
+    """
+    redone = [row for row in metrics.rewind(step) if row["kind"] == "train"]
+    best = metrics.best_evaluation() if config.checkpoint.keep_best else None
+    checkpoints.best = best[0] if best else None
+    start = describe_start(
+        step=step, mesh=dict(mesh.shape), devices=list(mesh.devices.flat), changed=changed
+    )
+    start["processes"] = hosts.count
+    start["attention"] = attention
+    start["redone_steps"] = len(redone)
+    start["redone_seconds"] = round(sum(row["step_seconds"] for row in redone), 3)
+    record = run.read_provenance()
+    record["starts"].append(start)
+    run.write_provenance(record)
+    if changed:
+        run.write_config(config)
+    return metrics.memory()
+
+
+def record_end(run: RunDirectory, first_step_at: float | None, started: float) -> None:
+    """Record how long this start took to its first step: a part of what a restart costs."""
+    if first_step_at is None:
+        return
+    # A statistic must not replace an error that is on its way out.
+    with contextlib.suppress(CheckpointError, UsageError):
+        record = run.read_provenance()
+        record["starts"][-1]["seconds_to_first_step"] = round(first_step_at - started, 3)
+        run.write_provenance(record)
