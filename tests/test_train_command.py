@@ -437,7 +437,7 @@ def test_a_file_size_limit_in_a_save_loses_nothing(unbroken_process, tmp_path):
     config = write_config(tmp_path)
     code, output = run_process(config, fault="checkpoint.before_copy:step=8:kill")
     assert code == -signal.SIGKILL, output
-    limited = train_process(config, under=("prlimit", "--fsize=40000"))
+    limited = train_process(config, under=("prlimit", "--fsize=14000"))
     output, _ = limited.communicate(timeout=300)
     assert limited.returncode == 4, output
     assert re.search(r"no room for a checkpoint .*File too large.* needs .*\d+ bytes", output), (
