@@ -2,6 +2,7 @@
 store of compiled programs, which tests, workers and the processes they start share. And the whole
 runs that several files of tests look at."""
 
+import collections
 import os
 from pathlib import Path
 
@@ -22,13 +23,25 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 
 # Files whose tests are whole runs, or wait for several processes.
-LONGEST = ("hosts", "train_command", "faults", "kills", "decode", "surfaces", "warmup", "serve")
+LONGEST = ("hosts", "train_command", "faults", "kills", "decode", "surfaces", "serve")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The longest files first: the last to begin are what one worker alone would end with."""
+    """The longest files first, and the cases that `make test` keeps of thorough tests.
+
+    A file that begins last is what one worker alone would end with. `thorough(keep=n)` leaves the
+    first n cases of a parametrised test in `make test`.
+    """
     places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+    cases = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("thorough")
+        function = item.nodeid.split("[")[0]
+        cases[function] += 1
+        if mark is not None and cases[function] <= mark.kwargs.get("keep", 0):
+            item.own_markers[:] = [own for own in item.own_markers if own.name != "thorough"]
 
 
 @pytest.fixture(scope="session")

@@ -261,6 +261,7 @@ def test_a_closed_iterator_ends_its_threads(split):
         assert not thread.is_alive()
 
 
+@pytest.mark.thorough
 def test_a_program_that_lets_an_iterator_be_ends(tmp_path):
     code = (
         "import sys, numpy as np\nfrom llm.text.batches import TrainingBatches\n"

@@ -38,6 +38,7 @@ def reported(capsys, *arguments):
     return json.loads(capsys.readouterr().out, parse_constant=refuse)
 
 
+@pytest.mark.thorough
 def test_the_figures_of_each_part_agree_with_closed_forms(quick, capsys, tmp_path):
     V = len(set((tmp_path / "corpus.txt").read_text()))
     report = reported(capsys, quick, "--parts", *PARTS, "--decode-batches", "1", "2")
@@ -87,6 +88,7 @@ def test_of_a_mixture_the_chosen_experts_are_read(rows, read):
     assert weight_bytes(decoder, rows) == 4 * (experts + attention + router + norms + head)
 
 
+@pytest.mark.thorough
 def test_decoding_is_measured_past_an_end_of_text(quick, capsys, monkeypatch):
     """Random weights may draw it: in the second turn it is what they drew in the first."""
     create, generate = Decoder.create, Decoder.generate
@@ -111,18 +113,21 @@ def test_decoding_is_measured_past_an_end_of_text(quick, capsys, monkeypatch):
     assert finishes - {None} == {"length"}
 
 
+@pytest.mark.thorough
 def test_the_start_is_timed_cold_and_warm(quick, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILING)
     start = reported(capsys, quick, "--parts", "start")["start"]
     assert 0 < start["warm_seconds"] < 600 and 0 < start["cold_seconds"] < 600
 
 
+@pytest.mark.thorough
 def test_a_person_gets_a_table(quick, capsys):
     assert main([quick, "--parts", "step", "--turns", "1"]) == 0
     shown = capsys.readouterr().out
     assert "tokens_per_second" in shown and "mfu_of_peak" in shown and "unknown" in shown
 
 
+@pytest.mark.thorough
 def test_a_part_is_shown_before_the_next_is_measured(quick, capsys, monkeypatch):
     """So that a measurement that is stopped, or runs into a limit, leaves what it has."""
 

@@ -164,6 +164,7 @@ def percentage(text):
     return float(re.search(r"([\d.]+) %", text)[1]) / 100
 
 
+@pytest.mark.thorough
 def test_the_page_opens_on_the_most_surprising_token_that_was_drawn(open_page, records):
     generated = [r for r in records if r.get("phase") == "generated"]
     hardest = min(generated, key=lambda r: r["logprob"])

@@ -63,6 +63,7 @@ def test_data_parallelism_all_reduces_each_gradient_once_and_nothing_else():
     assert totals["all-reduce"] == pytest.approx(sum(sizes_of(SPEC)) + table, rel=0.001)
 
 
+@pytest.mark.thorough
 def test_tensor_parallelism_all_reduces_activations_twice_a_block_forward():
     """After attention's and the MLP's second matrix (Shoeybi et al. 2019); and no weight."""
     found = collectives_on(data=1, tensor=8)
@@ -71,6 +72,7 @@ def test_tensor_parallelism_all_reduces_activations_twice_a_block_forward():
     assert {one.kind for one in found} == {"all-reduce"}
 
 
+@pytest.mark.thorough
 def test_fully_sharded_weights_are_gathered_block_by_block():
     """Forward and backward, one block's at a time; the tables once each way.
 

@@ -94,6 +94,7 @@ def random_params(spec):
     return {name: jnp.float32(random.normal(size=leaf.shape, scale=0.3)) for name, leaf in leaves}
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("packed", [False, True], ids=["one text", "packed"])
 @pytest.mark.parametrize("attention", [plain, cudnn_attention], ids=["plain", "cudnn"])
 @pytest.mark.parametrize(
@@ -158,6 +159,7 @@ def hidden_of(axes, packed, **settings):
         return np.asarray(hidden(random_params(spec)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "settings",
     [{"dropout": 0.5}, {}, {"positions": "rotary", "n_kv_head": 1}],

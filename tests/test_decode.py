@@ -87,6 +87,7 @@ WATCH = (0, 256, 70)
 SAMPLING = Sampling(temperature=0.9, top_k=60, top_p=0.95, min_p=0.001, seed=5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("config", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_every_number_equals_a_full_pass_in_float64(config, gpt2):
     spec, params, decoder = gpt2 if config is GPT2 else make(config)
@@ -137,6 +138,7 @@ MIXED = [
 GREEDY = Request(PROMPT, Sampling(0.0), max_new_tokens=20, top=3, watch=WATCH)
 
 
+@pytest.mark.thorough
 def test_a_batch_of_mixed_requests_equals_each_alone(decoder):
     together = collect(decoder, MIXED)
     for request, (tokens, finish) in zip(MIXED, together, strict=True):
@@ -299,6 +301,7 @@ def test_a_model_of_nan_says_so(gpt2):
             collect(decoder, [request])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_generation_of_many_chunks_compiles_its_programs_once(gpt2, devices, monkeypatch):
     """A second compilation of the same program would double the wait for the first token."""
@@ -315,6 +318,7 @@ def test_a_generation_of_many_chunks_compiles_its_programs_once(gpt2, devices, m
     assert (decode_chunk._cache_size(), prefill_piece._cache_size()) == tuple(n + 1 for n in before)
 
 
+@pytest.mark.thorough
 def test_a_step_neither_sorts_the_vocabulary_nor_joins_weights_nor_transposes_the_cache():
     """On a CPU each takes as long as much of what the model computes for a token."""
     spec = ModelSpec(GPT2, 1000)
@@ -335,6 +339,7 @@ def test_a_step_neither_sorts_the_vocabulary_nor_joins_weights_nor_transposes_th
     assert f"[{S},{N},{H}]" not in text and f"[1,{S},{N},{H}]" not in text
 
 
+@pytest.mark.thorough
 def test_parameters_spread_over_a_mesh_give_the_same_samples(gpt2):
     spec, params, decoder = gpt2
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])

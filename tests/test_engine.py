@@ -138,6 +138,7 @@ def make_requests():
     ]
 
 
+@pytest.mark.thorough
 def test_a_row_gets_in_company_what_it_gets_alone(engine, expected):
     """16 rows of a static batch, which test_decode holds to be what each would get alone, against
     the same on four places."""
@@ -150,6 +151,7 @@ def test_a_row_gets_in_company_what_it_gets_alone(engine, expected):
     assert (engine.active, engine.queued) == (0, 0)
 
 
+@pytest.mark.thorough
 def test_rows_join_and_leave_beside_a_running_row(engine, expected, monkeypatch):
     """The batch grows in rows and in capacity and shrinks again while one row runs through it."""
     monkeypatch.setattr("llm.serving.engine.LEAST_CAPACITY", 32)
@@ -189,6 +191,7 @@ def test_a_prompt_is_not_described_where_nobody_asks(engine):
     assert [token.prediction is None for token in listener.tokens] == [True] * 3 + [False] * 2
 
 
+@pytest.mark.thorough
 def test_a_row_that_is_not_finite_ends_alone_and_poisons_no_row_after_it(
     engine, expected, monkeypatch
 ):

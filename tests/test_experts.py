@@ -147,6 +147,7 @@ def test_gradients_are_those_of_the_formula_and_reach_the_router():
     assert np.abs(named(gradients[0][0])["router.weight"]).max() > 0.1
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("groups", [[0] * 40, [3] * 39 + [1], [0, 1, 2, 3] * 10, [2, 0]], ids=str)
 def test_rows_lie_in_blocks_of_one_group_however_they_are_spread(groups):
     group_R = np.array(groups)
@@ -182,6 +183,7 @@ def forward(spec, params, tokens):
     return bind(spec, params)(tokens)
 
 
+@pytest.mark.thorough
 def test_a_model_whose_experts_are_alike_is_the_dense_model():
     dense, mixture = spec_of(), spec_of(n_expert=4)
     params = random_params(dense)
@@ -201,6 +203,7 @@ def test_one_expert_is_the_dense_model_and_no_router():
     assert abstract_params(spec_of())["blocks.0.mlp.up.weight"].shape == (16, 24)
 
 
+@pytest.mark.thorough
 def test_cached_decoding_equals_the_full_forward_whatever_else_is_in_the_batch():
     spec = spec_of(n_expert=4, positions="rotary")
     params = random_params(spec)
@@ -348,6 +351,7 @@ def losses_of_one_device():
     return losses_on({}, {})
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("axes", "training"), [(EXPERT_8, {}), (MIXED, SCANNED), (MIXED, {})], ids=str
 )
@@ -374,6 +378,7 @@ def mixture_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_metrics_tell_how_the_experts_are_used(mixture_run):
     lines = (mixture_run / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
@@ -383,6 +388,7 @@ def test_metrics_tell_how_the_experts_are_used(mixture_run):
         assert 1.0 <= row["router_load_max"] <= 2.0 and "router_dropped" not in row
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_is_bit_for_bit_one_that_was_not_stopped(mixture_run, tmp_path):
     config = copied(mixture_run, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))

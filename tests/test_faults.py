@@ -70,6 +70,7 @@ def without_traceback(output):
 # A disk that is full.
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(
     unbroken_process, tmp_path, small_disk
 ):
@@ -123,6 +124,7 @@ def test_metrics_that_do_not_fit_are_counted_and_no_line_is_torn(small_disk, cap
     assert steps == [*range(1, 30 - lost), 30]
 
 
+@pytest.mark.thorough
 def test_shards_that_do_not_fit_leave_nothing_half_made(tmp_path, small_disk):
     disk = small_disk(32)
     (tmp_path / "long.txt").write_text("the cat sat on the mat " * 4000)
@@ -138,6 +140,7 @@ def test_shards_that_do_not_fit_leave_nothing_half_made(tmp_path, small_disk):
 # Signals.
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("place", ["prepare:term", "checkpoint.after_write:step=8:int"])
 def test_a_signal_while_text_is_prepared_or_a_step_saved(unbroken_process, tmp_path, place):
     config = write_config(tmp_path)
@@ -150,6 +153,7 @@ def test_a_signal_while_text_is_prepared_or_a_step_saved(unbroken_process, tmp_p
     assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
 
 
+@pytest.mark.thorough
 def test_a_signal_while_the_step_compiles(unbroken_process, tmp_path):
     """The run says "starting", then compiles; a signal there waits for the first step."""
     config = write_config(tmp_path, logging={"progress": "plain"})
@@ -318,6 +322,7 @@ def test_another_tokenizer_is_not_the_checkpoints(copy, replaced):
 # Text.
 
 
+@pytest.mark.thorough
 def test_bytes_that_are_not_utf8_are_named_or_replaced_and_counted(tmp_path, unbroken):
     data = (unbroken / "corpus.txt").read_bytes()
     (tmp_path / "bad.txt").write_bytes(data[:100] + b"\xff" + data[100:200] + b"\xc3" + data[200:])
@@ -352,6 +357,7 @@ def test_shards_that_changed_since_the_run_began_are_named(tmp_path):
 # Where and when.
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_on_another_mesh(tmp_path, unbroken, monkeypatch):
     config = write_config(tmp_path, mesh={"data": 2, "fsdp": 2, "tensor": 2})
     monkeypatch.setenv("LLM_FAULT", "step:step=7:raise")
@@ -402,6 +408,7 @@ def test_a_read_only_run_is_refused_before_anything_compiles_and_can_be_read(
     assert open_model(disk / "run").step == STEPS
 
 
+@pytest.mark.thorough
 def test_the_lock_of_a_dead_process_is_taken_over(copy):
     lock = copy / "run" / "run.lock"
     lock.write_text("process 1 on another-host, since 1970-01-01T00:00:00+00:00\n")
@@ -410,6 +417,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(copy):
     assert f"process {os.getpid()} on" in lock.read_text()
 
 
+@pytest.mark.thorough
 def test_a_reader_beside_a_trainer_sees_whole_steps_only(tmp_path):
     """Every step is saved and the one before deleted, while this process opens the model again
     and again."""

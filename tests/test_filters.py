@@ -132,6 +132,7 @@ def test_top_p_cuts_equal_tokens_by_lower_id():
     assert np.flatnonzero(found.weights_RV[0]).tolist() == list(range(350))
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("candidates", [1, CANDIDATES])  # with 1, bisection finds the last kept
 @pytest.mark.parametrize("first, second", [(3, 9), (9, 3)])
 def test_neighbouring_floats_are_told_apart(candidates, first, second):
@@ -226,6 +227,7 @@ def counts_of_draws(one, settings, count):
     return jax.lax.scan(draw_some, counts, jnp.arange(0, count, rows))[0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -259,6 +261,7 @@ def test_100_000_draws_fit_the_stated_probabilities(sampling):
     assert abs(chi_squared - degrees) <= 4 * np.sqrt(2 * degrees)
 
 
+@pytest.mark.thorough
 def test_noise_belongs_to_seed_index_and_position_and_not_to_the_row():
     logprobs = jax.nn.log_softmax(jnp.zeros((6, VOCAB)))
     seeds, indices, positions = [1, 1, 1, 2, 2**40 + 1, 1], [0, 1, 0, 0, 0, 0], [5, 5, 6, 5, 5, 5]

@@ -30,6 +30,7 @@ def test_parameter_counts_are_those_of_transformers_num_parameters(layers, heads
     assert parameter_count(gpt2(layers, heads, width)) == count
 
 
+@pytest.mark.thorough
 def test_transformers_counts_the_same():
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -227,6 +227,7 @@ def documents(*lengths, seed=4):
     return [random.integers(0, VOCAB, length, dtype=np.int32) for length in lengths]
 
 
+@pytest.mark.thorough(keep=1)
 @every_model
 def test_documents_packed_in_a_window_have_the_log_probabilities_that_they_have_alone(name):
     rows = documents(4, 1, 6), documents(2, 9, seed=5)
@@ -249,6 +250,7 @@ def test_a_document_changes_no_bit_of_the_others_in_its_window(name):
     assert not np.allclose(after[0, 4:7], before[0, 4:7])
 
 
+@pytest.mark.thorough(keep=2)
 @every_model
 def test_cached_decoding_equals_the_full_forward(name):
     assert_decoding_equals_the_full_forward(spec_of(name), [5, 2, 1], [1, 1, 1], prefill=5)

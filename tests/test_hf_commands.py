@@ -48,6 +48,7 @@ def golden(request, tmp_path):
     return folder, tokens, expected
 
 
+@pytest.mark.thorough
 def test_an_imported_model_gives_the_logits_of_transformers(golden, tmp_path, capsys):
     folder, tokens, expected = golden
     report = printed(capsys, import_hf, folder, tmp_path / "runs" / "mine", "--json")
@@ -84,6 +85,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.thorough
 def test_a_trained_run_goes_out_and_comes_back(trained, tmp_path, capsys):
     report = printed(capsys, export_hf, trained, tmp_path / "out", "--json")
     opened = open_model(trained)

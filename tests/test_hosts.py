@@ -187,6 +187,7 @@ def test_each_process_writes_its_own_files_and_one_hash_stands_for_the_parameter
     check_saved_by(two / "run", 2)
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed_by_two_is_bitwise_the_unbroken_run(two, two_killed, tmp_path):
     config = copied(two_killed, tmp_path)
     steps = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -199,6 +200,7 @@ def test_killed_and_resumed_by_two_is_bitwise_the_unbroken_run(two, two_killed, 
 OVER_FOUR = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
+@pytest.mark.thorough
 def test_a_run_of_two_is_resumed_by_four_that_share_each_matrix(one, two_killed, tmp_path):
     """With fsdp and tensor over the processes, each of which then holds a quarter."""
     config = copied(two_killed, tmp_path)
@@ -209,6 +211,7 @@ def test_a_run_of_two_is_resumed_by_four_that_share_each_matrix(one, two_killed,
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
 
 
+@pytest.mark.thorough
 def test_a_run_of_four_that_lost_one_is_resumed_by_one(one, tmp_path):
     config = write_config(tmp_path, **CHANGES)
     results = together(config, 4, *OVER_FOUR, faults=["", "", "", "step:step=5:kill"])
@@ -219,6 +222,7 @@ def test_a_run_of_four_that_lost_one_is_resumed_by_one(one, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
 
 
+@pytest.mark.thorough
 def test_a_run_of_one_is_resumed_by_two_that_share_each_sequence(one, tmp_path):
     config = write_config(tmp_path, **CHANGES)
     code, output = alone(config, fault="step:step=5:kill")
@@ -229,6 +233,7 @@ def test_a_run_of_one_is_resumed_by_two_that_share_each_sequence(one, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
 
 
+@pytest.mark.thorough
 def test_a_signal_to_one_process_stops_all_at_one_step_with_one_checkpoint(tmp_path):
     config = write_config(tmp_path, **{**CHANGES, "checkpoint": {"every": 100}})
     results = together(config, 2, faults=["", "step:step=3:term"])
@@ -240,6 +245,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step_with_one_checkpoint(tmp_p
     assert int(step) < STEPS
 
 
+@pytest.mark.thorough
 def test_a_process_that_is_killed_is_named_and_the_other_leaves(tmp_path):
     config = write_config(tmp_path, **CHANGES)
     (first, output), (second, _) = together(config, 2, faults=["", "step:step=3:kill"])
@@ -249,6 +255,7 @@ def test_a_process_that_is_killed_is_named_and_the_other_leaves(tmp_path):
     assert "gave no sign of life" in output
 
 
+@pytest.mark.thorough
 def test_a_process_that_hangs_is_named_and_all_leave(tmp_path):
     config = write_config(tmp_path, **CHANGES)
     results = together(config, 2, "--distributed.timeout", "8", faults=["", "step:step=3:hang"])
@@ -258,6 +265,7 @@ def test_a_process_that_hangs_is_named_and_all_leave(tmp_path):
     assert said(results[1][1]) == []
 
 
+@pytest.mark.thorough
 def test_the_death_of_process_0_is_named_by_the_other(tmp_path):
     config = write_config(tmp_path, **CHANGES)
     (first, _), (second, output) = together(config, 2, faults=["step:step=3:kill"])
@@ -420,6 +428,7 @@ def test_rows_by_number_are_those_of_the_whole_batch(one):
     np.testing.assert_array_equal(batches(rows)[3], batches(None)[3][rows])
 
 
+@pytest.mark.thorough
 def test_hosts_hear_of_no_place_until_the_step_was_compiled_by_all(tmp_path, monkeypatch):
     """Else one that compiles a little faster would find the others hanging."""
     places = []

@@ -40,6 +40,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_BLOCK", LANES)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("packed", [False, True], ids=["one text", "packed"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "length", "axes"),
@@ -78,6 +79,7 @@ MODEL = ModelConfig(
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kernel", "axes"), [("splash", {"data": 2, "tensor": 2}), ("cudnn", {"data": 4})]
 )

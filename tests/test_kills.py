@@ -1,5 +1,6 @@
 """No run is lost: 25 seeded kills, and every loss and parameter as if there had been none."""
 
+import pytest
 from kills import train_under_kills
 from runs import losses, params_sha256, run_process, starts, write_config
 
@@ -13,6 +14,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.thorough
 def test_a_run_survives_25_kills_bit_for_bit(tmp_path):
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     for folder in (unbroken, broken):

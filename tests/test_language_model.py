@@ -200,6 +200,7 @@ def test_what_is_not_given_is_as_the_runs_section_has_it(lm, command, tmp_path):
     assert g.text.startswith(SAMPLE.prompt) and len(g.new_tokens) == SAMPLE.max_new_tokens
 
 
+@pytest.mark.thorough
 def test_in_bfloat16_the_record_carries_the_measured_distance(lm, command, monkeypatch, tmp_path):
     spec = dataclasses.replace(lm.spec, compute_dtype="bfloat16")
     opened = dataclasses.replace(lm.opened, spec=spec)
@@ -464,6 +465,7 @@ def spread(folder):
     return llm.load(folder / "runs/mine", devices=8)
 
 
+@pytest.mark.thorough
 def test_each_device_holds_its_share_of_the_weights_and_the_numbers_are_the_same(lm, spread):
     assert "8 x cpu" in repr(spread)
     for name, weight in spread.opened.params.items():

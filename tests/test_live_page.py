@@ -781,6 +781,7 @@ def assert_decoder_says(decoder, records):
         assert theirs["top"][0]["logprob"] == pytest.approx(best, abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_the_server_writes_what_the_decoder_says(real, decoder):
     records = write(real, CAT, max_tokens=TOKENS, seed=3, temperature=0.9)
     assert_decoder_says(decoder, records)

@@ -473,7 +473,7 @@ def test_flags_that_cannot_be_used_are_answered_before_any_work(flags, named, ca
 def test_results_replace_a_file_as_a_whole_or_leave_it(tmp_path, monkeypatch):
     output = tmp_path / "out.json"
     output.write_text("before")
-    options = argparse.Namespace(output=str(output), samples=None, json=False)
+    options = argparse.Namespace(output=str(output), samples=None, as_json=False)
 
     def fails(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -630,6 +630,7 @@ def completions_client(model, tmp_path_factory):
         server.communicate(timeout=60)
 
 
+@pytest.mark.thorough
 def test_the_harness_client_of_the_server_gets_the_same_likelihoods(model, completions_client):
     """Of what the client sends whole: it keeps one position free for a token that it ignores."""
     pairs = [(row["question"], c) for row in CHOICES for c in row["choices"]] + PAIRS

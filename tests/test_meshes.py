@@ -57,6 +57,7 @@ def losses_of_one_device():
     return losses_on({}, PLAIN)
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("axes", "training"),
     [

@@ -163,6 +163,7 @@ def test_the_momentum_of_an_update_is_the_one_given():
     assert np.abs(given[name] - other[name]).max() > 1e-4
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_stacked_weights_get_the_updates_of_single_ones(kind):
     """Norms of a stack have two dimensions and are still neither decayed nor Muon's."""

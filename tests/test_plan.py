@@ -109,6 +109,7 @@ def test_executed_flops_are_those_of_the_compiled_program(remat):
     assert one.tokens * one.flops_per_token() == counted
 
 
+@pytest.mark.thorough
 def test_a_recomputed_block_costs_its_forward_pass_again(on_one):
     """But for its last product, which no gradient reads."""
     settings = {"remat": "block", "attention": "plain"}
@@ -149,6 +150,7 @@ def state_of(memory):
     return sum(memory[f"{part}_bytes"] for part in ("weights", "optimizer", "other_state"))
 
 
+@pytest.mark.thorough
 def test_the_compiled_program_takes_the_state_and_a_batch(sharded):
     memory = sharded["memory"]
     arguments = memory["needed_bytes"] - memory["temporaries_bytes"]

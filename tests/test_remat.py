@@ -39,6 +39,7 @@ def gradients_of(remat, scan):
     return gradients, float(loss.nll), compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("remat", ["dots", "block", "offload"])
 @pytest.mark.parametrize("scan", [False, True], ids=["layer by layer", "scan"])
 def test_what_is_computed_again_gives_the_same_loss_and_gradients(scan, remat):

@@ -97,6 +97,7 @@ def test_text_on_stdout_is_the_end_records_text(tmp_path, capsys):
     assert [r["sample"] for r in records] == sorted(r["sample"] for r in records)
 
 
+@pytest.mark.thorough
 def test_the_dump_does_not_change_the_text(capsys, tmp_path):
     assert sample("--prompt", "abc", "--seed", 5) == 0
     plain = capsys.readouterr().out
@@ -106,6 +107,7 @@ def test_the_dump_does_not_change_the_text(capsys, tmp_path):
     assert capsys.readouterr().out != plain
 
 
+@pytest.mark.thorough
 def test_each_prompt_gets_the_samples_that_it_would_get_alone(capsys):
     def text(*arguments):
         assert sample(*arguments) == 0
@@ -116,6 +118,7 @@ def test_each_prompt_gets_the_samples_that_it_would_get_alone(capsys):
     assert text("--prompt", "ab", "--prompt", "xyz w", "--num-samples", 2) == "".join(alone)
 
 
+@pytest.mark.thorough
 def test_flags_overrule_the_runs_section_and_greedy_is_temperature_zero(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
     flags = ("--greedy", "--max-new-tokens", 3, "--top_k", 0, "--watch", 5, 6, "--probs", path)
@@ -189,6 +192,7 @@ def test_a_seed_beyond_64_bits_is_refused_from_python_too():
             overlay(SAMPLE, {"seed": seed}, "generate")
 
 
+@pytest.mark.thorough
 def test_a_full_context_is_said_once(capsys):
     long = ("--prompt", "x" * 60, "--greedy", "--num-samples", 2, "--max-new-tokens")
     assert sample(*long, 5, "--probs", "-") == 0
@@ -238,6 +242,7 @@ def test_colour_on_a_terminal(capsys, monkeypatch):
     assert "\x1b[" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_in_bfloat16_the_distance_from_a_full_pass_is_measured(model, tmp_path, capsys):
     model["model"] = opened(ByteTokenizer(), "bfloat16")
     path = tmp_path / "out.jsonl"
@@ -380,6 +385,7 @@ def test_score_writes_whole_distributions_and_openais_shape(tmp_path, capsys):
     np.testing.assert_allclose(picked, logprobs["token_logprobs"][1:], atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_score_writes_where_each_head_looks(tmp_path, model, capsys):
     arrays, text = tmp_path / "attention.npz", "<b>h\u00e9 says h\u00e9</b>"
     assert score("--text", text, "z", "--attention", arrays) == 0

@@ -59,6 +59,7 @@ def test_a_stack_lies_on_the_mesh_as_each_of_its_layers():
                 assert layer.addressable_shards[0].data.shape == (8, 32)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_checkpoint_does_not_know_whether_it_was_stacked(kind):
     """Names, shapes and bits of parameters and moments; each opens as the other."""
@@ -100,6 +101,7 @@ def train_steps(*, scan):
     return state, np.array(rows)
 
 
+@pytest.mark.thorough
 def test_training_is_the_same_with_the_same_dropout():
     (one, rows), (other, scanned) = (train_steps(scan=scan) for scan in (False, True))
     np.testing.assert_allclose(scanned, rows, rtol=1e-5)
@@ -119,6 +121,7 @@ def instructions(program):
     return program.as_text().count(" = ")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_step_is_as_long_for_eight_layers_as_for_two(kind):
     """Forward, backward and the update; without a scan it grows."""
@@ -128,11 +131,13 @@ def test_the_step_is_as_long_for_eight_layers_as_for_two(kind):
     assert eight > 2.5 * two
 
 
+@pytest.mark.thorough
 def test_the_compiler_does_not_unroll_the_scan():
     two, eight = (instructions(lowered(n, scan=True).compile()) for n in (2, 8))
     assert eight == pytest.approx(two, rel=0.01)
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_with_the_other_setting_of_scan_layers(copy, unbroken):
     """Off to step 8, on to 10, off to 12: the same losses to rounding, one kind of checkpoint."""
     run = copy / "run"

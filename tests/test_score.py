@@ -85,6 +85,7 @@ def test_minus_the_sum_is_the_training_loss(params):
     np.testing.assert_allclose(total, training_loss(params, windows_BT), rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_generated_tokens_score_as_they_were_drawn(params):
     decoder = Decoder.create(SPEC, params, ByteTokenizer())
     request = Request([104, 105], Sampling(1.3, top_k=90), max_new_tokens=25, top=0)
@@ -95,6 +96,7 @@ def test_generated_tokens_score_as_they_were_drawn(params):
     assert [said.rank for said in drawn] == [said.rank for said in scored[1:]]
 
 
+@pytest.mark.thorough
 def test_cached_minus_full_is_measured(params):
     decoder = Decoder.create(SPEC, params, ByteTokenizer())
     assert cached_minus_full(SPEC, params, decoder, [104, 105]) < 1e-4
@@ -143,6 +145,7 @@ def test_windows_predict_each_token_once_with_enough_context(length, context, st
     assert predicted == list(range(1, length))
 
 
+@pytest.mark.thorough
 def test_texts_of_all_lengths_together_score_as_each_alone(params, monkeypatch):
     monkeypatch.setattr(score, "GROUP_WINDOWS", 6)
     texts = [random_ids(n, seed=n) for n in (0, 3, 1, 90, 33, 2, 34, 16, 17, 5, 70)]
@@ -157,6 +160,7 @@ def test_texts_of_all_lengths_together_score_as_each_alone(params, monkeypatch):
             assert a.rank == b.rank
 
 
+@pytest.mark.thorough
 def test_distributions_sum_to_one_and_hold_the_scores(params):
     ids = random_ids(50, seed=2)
     scorer = Scorer(SPEC, params)
@@ -170,6 +174,7 @@ def test_distributions_sum_to_one_and_hold_the_scores(params):
     assert scorer.distributions(ids[:1]).shape == (0, VOCAB)
 
 
+@pytest.mark.thorough
 def test_ranks_are_a_permutation_even_among_equals():
     logits = np.random.default_rng(3).integers(-3, 3, (1, 60)).astype(np.float32)
     logprobs = jnp.repeat(jax.nn.log_softmax(logits), 60, axis=0)

@@ -279,6 +279,7 @@ def test_an_empty_prompt_starts_from_an_end_of_text(running):
     assert [record["id"] for record in answer["records"][1:2]] == [256]
 
 
+@pytest.mark.thorough
 def test_many_at_once_get_what_each_gets_alone(running):
     asked = [
         {
@@ -620,6 +621,7 @@ def test_what_cannot_be_served_is_told_and_exits_2(flags, words, capsys, monkeyp
     assert all(word in error for word in words) and "Traceback" not in error, error
 
 
+@pytest.mark.thorough
 def test_without_its_libraries_it_names_the_extra():
     code = """
 import sys
@@ -657,6 +659,7 @@ def serve_process(run_dir, *flags):
     )
 
 
+@pytest.mark.thorough
 def test_sigterm_finishes_a_running_stream_and_the_port_is_the_first_servers(tmp_path):
     """A whole process, on a run as training leaves it."""
     config = runs.write_config(

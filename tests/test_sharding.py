@@ -48,6 +48,7 @@ def logits_on(spec, **axes):
         )
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("model", "axes"),
     [

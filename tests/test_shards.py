@@ -438,6 +438,7 @@ shards.prepare(
 """
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("place", "number", "kind"),
     [

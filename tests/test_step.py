@@ -86,6 +86,7 @@ def whole_batch():
     return train()
 
 
+@pytest.mark.thorough
 def test_reported_loss_is_the_mean_nll_of_the_batch_before_the_update(whole_batch):
     batch = tokens(0)
     logits = forward(fresh_state().params, batch[:, :-1])
@@ -94,6 +95,7 @@ def test_reported_loss_is_the_mean_nll_of_the_batch_before_the_update(whole_batc
     np.testing.assert_allclose(losses(whole_batch[1])[0], expected, rtol=1e-6)
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("micro_batch_size", [4, 2])
 def test_accumulation_gives_the_update_of_the_whole_batch(whole_batch, micro_batch_size):
     state, rows = train(micro_batch_size=micro_batch_size)
@@ -123,6 +125,7 @@ def test_the_state_is_sharded_from_birth_and_moments_lie_as_their_weights():
 DROPOUT_SPEC = dataclasses.replace(SPEC, config=SPEC.config.model_copy(update={"dropout": 0.2}))
 
 
+@pytest.mark.thorough
 def test_two_runs_of_one_seed_are_equal_bit_for_bit():
     one, _ = train(spec=DROPOUT_SPEC)
     other, _ = train(spec=DROPOUT_SPEC)
@@ -158,6 +161,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@pytest.mark.thorough
 def test_a_finite_gradient_that_carries_a_weight_out_of_range_is_masked():
     """Only the decay of a huge weight overflows, one of the vocabulary's padding."""
     optimizer = OPTIMIZER.model_copy(update={"weight_decay": 1e3, "warmup_steps": 0})
@@ -176,6 +180,7 @@ def test_a_finite_gradient_that_carries_a_weight_out_of_range_is_masked():
     jax.tree.map(np.testing.assert_array_equal, before, jax.device_get(dict(after.params)))
 
 
+@pytest.mark.thorough
 def test_a_state_survives_the_way_through_named_groups():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     optimizer = make_optimizer(OptimizerConfig(kind="muon"))
@@ -199,12 +204,14 @@ def test_abstract_groups_describe_the_groups():
     )
 
 
+@pytest.mark.thorough
 def test_training_on_one_batch_learns_it():
     _, rows = train(batches=[tokens(0)] * 30, steps=30)
     assert losses(rows)[0] == pytest.approx(np.log(70), abs=0.2)
     assert losses(rows)[-1] < 0.5 * losses(rows)[0]
 
 
+@pytest.mark.thorough
 def test_evaluation_weighs_tokens_not_batches():
     """Two batches, one nearly empty: the mean is over tokens, against float64 numpy."""
     mesh, params = one_device(), fresh_state().params
@@ -250,6 +257,7 @@ def test_an_evaluation_is_one_batch_ahead_of_the_device():
     assert events[:6] == ["sent 0", "sent 1", "waited for 0", "sent 2", "waited for 1", "sent 3"]
 
 
+@pytest.mark.thorough
 def test_a_loss_spike_is_skipped_and_does_not_enter_the_history():
     """64 ordinary losses, then weights that make the next one huge: the update is masked."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -274,6 +282,7 @@ def test_a_spike_needs_a_full_history_and_a_threshold():
     assert not is_spike(jnp.float32(9.0), jnp.asarray(usual).at[0].set(jnp.nan), 3.0)
 
 
+@pytest.mark.thorough
 def test_the_step_uses_the_momentum_of_its_number():
     """Warming up for ever from 0.85: the weights of a run whose momentum is 0.85."""
     shared = OPTIMIZER.model_dump() | {"kind": "muon"}

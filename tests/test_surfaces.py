@@ -191,6 +191,7 @@ def scored(surfaces):
     return surfaces.command(llm.commands.score, "--text", TEXT)[0]
 
 
+@pytest.mark.thorough(keep=1)
 def test_a_given_text_has_the_same_numbers_everywhere(surfaces, scored, served):
     assert_is_the_text(scored, TEXT.encode(), TEXT)
     sampled, out = surfaces.command(llm.commands.sample, "--prompt", TEXT, "--max-new-tokens", 0)
@@ -246,6 +247,7 @@ def test_in_bfloat16_the_servers_run_record_carries_the_measured_distance(surfac
     assert "cached_minus_full_nats" not in numerics["float32"]
 
 
+@pytest.mark.thorough
 def test_the_harness_adapter_says_the_same(surfaces, scored):
     pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
@@ -423,6 +425,7 @@ def scorer_of(surfaces):
     return Scorer(surfaces.lm.spec, surfaces.lm.opened.params)
 
 
+@pytest.mark.thorough
 def test_two_clients_at_once_get_the_alternatives_that_each_asked_for(surfaces, served):
     def ask(count):
         return served(prompt="The", max_tokens=LENGTH, records=count, **surfaces.drawn)

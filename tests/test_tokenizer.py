@@ -82,6 +82,7 @@ def test_any_text_round_trips_as_bytes(text):
     assert_round_trip(ByteTokenizer(), text)
 
 
+@pytest.mark.thorough
 @settings(deadline=None)
 @given(text=TEXTS)
 def test_any_text_round_trips_through_a_small_bpe(small_bpe, text):

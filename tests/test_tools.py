@@ -36,6 +36,7 @@ def printed(capsys, command, *arguments):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.thorough
 def test_verify_prints_what_the_design_promises(runs, capsys):
     result = printed(capsys, verify, runs[0] / "run", "--json")
     assert set(result) == {"step", "params_sha256", "manifest_ok", "receipt_max_abs_diff"}
@@ -262,6 +263,7 @@ def test_diff_of_two_dumps_of_a_text_is_a_page_of_what_changed(tmp_path, capsys)
             diff.main([*map(str, wrong)])
 
 
+@pytest.mark.thorough
 def test_replay_knows_that_the_batch_size_was_changed(tmp_path, capsys):
     config = write_config(tmp_path)
     assert train(config, "--training.steps", "2") == 0

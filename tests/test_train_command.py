@@ -57,6 +57,7 @@ def test_the_same_command_again_says_it_is_finished(unbroken, capsys):
     assert (unbroken / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.thorough(keep=2)
 @pytest.mark.parametrize(
     "place",
     ["step:step=3", "step:step=7", "evaluation:step=6", "checkpoint.after_write:step=8",
@@ -74,6 +75,7 @@ def test_resume_after_a_crash_is_bitwise(unbroken, tmp_path, monkeypatch, place)
     assert params_sha256(tmp_path / "run") == params_sha256(unbroken / "run")
 
 
+@pytest.mark.thorough
 def test_a_run_that_is_lengthened_goes_on_and_records_it(copy):
     train(copy / "config.toml", "--training.steps", "14")
     assert losses(copy / "run")[-1][1] == 14
@@ -82,6 +84,7 @@ def test_a_run_that_is_lengthened_goes_on_and_records_it(copy):
     assert start["changed"] == {"training.steps": [STEPS, 14]}
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("place", ["step:step=5:term", "evaluation:step=6:int"])
 def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_path, place):
     config = write_config(tmp_path)
@@ -96,6 +99,7 @@ def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_p
     assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("step", "batch", "code", "evaluated"),
     [(6, 64, 75, True), (6, 8, 75, False), (12, 64, 0, True)],
@@ -147,6 +151,7 @@ def test_without_any_good_checkpoint_training_does_not_begin_again(copy):
             train(copy / "config.toml", "--training.steps", "20")
 
 
+@pytest.mark.thorough
 def test_settings_that_make_another_model_are_refused_with_a_diff(copy):
     with pytest.raises(UsageError, match=r"model.n_layer: the run has 2, this command has 3"):
         train(copy / "config.toml", "--model.n-layer", "3")
@@ -173,6 +178,7 @@ def test_another_compute_dtype_is_refused_though_both_say_auto(copy):
     assert len(starts(copy / "run")) == 1
 
 
+@pytest.mark.thorough
 def test_a_compute_dtype_that_is_what_auto_stood_for_is_taken(copy):
     train(copy / "config.toml", "--training.steps=13", "--training.compute-dtype=float32")
     changed = starts(copy / "run")[-1]["changed"]
@@ -255,6 +261,7 @@ def test_a_folder_that_is_not_a_run_is_left_alone(unbroken, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.thorough
 def test_a_start_that_fails_before_it_is_a_run_leaves_room_for_the_same_command(
     tmp_path, monkeypatch
 ):
@@ -296,6 +303,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(copy):
     assert (copy / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.thorough
 def test_settings_by_which_nothing_was_trained_are_not_held_against_others(tmp_path, monkeypatch):
     """A first start that failed at its first step, say for lack of memory; then a smaller model."""
     config = write_config(tmp_path)
@@ -373,6 +381,7 @@ def test_help_needs_no_jax(tmp_path):
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
+@pytest.mark.thorough
 def test_a_second_signal_ends_it_at_once(tmp_path):
     process = train_process(write_config(tmp_path, training={"steps": 100_000, "eval_every": 0}))
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -388,6 +397,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     assert code in (128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
+@pytest.mark.thorough
 def test_a_backend_that_does_not_repeat_itself_is_refused(tmp_path, monkeypatch):
     """With a step that adds a fresh number each time; the honest step passes."""
     import llm.training.loop as loop
@@ -429,6 +439,7 @@ def test_a_model_is_opened_while_its_steps_are_deleted(copy, monkeypatch):
     assert open.open_model(copy / "run").step == steps[-2]
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="needs util-linux's prlimit")
 def test_a_file_size_limit_in_a_save_loses_nothing(unbroken_process, tmp_path):
     """A real limit of the system, reached while step 8 is written."""

@@ -158,6 +158,7 @@ def test_the_page_carries_the_records_as_they_are(samples):
     assert Parsed(page(samples, title="t")).records() == samples
 
 
+@pytest.mark.thorough
 @for_all(st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=12))
 @example([piece.decode() for piece in NASTY])
 @example(["<script>", "alert(1)", "</script>", "\ud800"])
@@ -312,6 +313,7 @@ def test_diff_page_leaves_the_records_as_they_were():
     assert json.dumps(after) == copy
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("other", "message"),
     [
