@@ -1,8 +1,9 @@
 """python -m llm verify RUN [--step N | --all] [--json]: is a checkpoint what was saved?
 
-Prints one JSON object for each step: step, params_sha256, manifest_ok, receipt_max_abs_diff. Each
-file is read once: the parameters are compared with their sha256, other files with the manifest. The
-command works on any machine, also without the accelerator that trained the run.
+Prints one JSON object for each step: step, params_sha256, manifest_ok, receipt_max_abs_diff. Every
+file is compared with the manifest; then the model is opened, and its parameters are compared with
+their sha256 and with what they predicted. Any machine will do, also one without the accelerator
+that trained the run.
 """
 
 import json
@@ -105,7 +106,7 @@ def verify_step(run: "RunDirectory", step: int) -> dict[str, Any] | None:
     result: dict[str, Any] = {"step": step, **dict.fromkeys(keys), "manifest_ok": False}
     try:
         try:
-            verify_files(folder, ["training"])  # opening verifies the others
+            verify_files(folder, ["training", "params"])  # opening verifies the receipt
             opened = open_model(run.path, step)
             result["params_sha256"] = opened.params_sha256
             result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
