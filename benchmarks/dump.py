@@ -56,7 +56,7 @@ def prepare(options: argparse.Namespace, path: Path):
     from llm.training.optimizer import make_optimizer
     from llm.training.state import create_state
 
-    config = load_config(options.config, []).resolved()
+    config = load_config(options.config).resolved()
     kind = config.tokenizer.kind
     tokenizer = copy.copy(ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind))
     tokenizer.end_of_text = None  # random weights may well draw it, and the rows would end there

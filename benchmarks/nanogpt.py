@@ -88,16 +88,16 @@ def our_step(recipe):
     from llm.training.step import make_train_step
 
     flags = {
-        "--model.n-layer": recipe["n_layer"],
-        "--model.n-head": recipe["n_head"],
-        "--model.d-model": recipe["width"],
-        "--model.context-length": recipe["context"],
-        "--training.batch-size": recipe["batch"],
-        "--training.micro-batch-size": 0,
-        "--model.dropout": 0.0,
+        "model.n_layer": recipe["n_layer"],
+        "model.n_head": recipe["n_head"],
+        "model.d_model": recipe["width"],
+        "model.context_length": recipe["context"],
+        "model.dropout": 0.0,
+        "model.bias": False,
+        "training.batch_size": recipe["batch"],
+        "training.micro_batch_size": 0,
     }
-    words = [str(word) for pair in flags.items() for word in pair] + ["--model.no-bias"]
-    config = load_config(ROOT / "configs" / recipe["config"], words).resolved()
+    config = load_config(ROOT / "configs" / recipe["config"], flags).resolved()
     setup = make_setup(config, recipe["vocabulary"])
     spec, mesh = setup.spec, setup.mesh
     train_step = make_train_step(spec, config.optimizer, config.training, mesh)
