@@ -243,7 +243,7 @@ def test_reading_ahead_is_bounded(split):
 
 def test_a_closed_iterator_ends_its_threads(split):
     def reading():
-        return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+        return [t for t in threading.enumerate() if t.name == "read-ahead"]
 
     before = set(reading())
     batches = TrainingBatches(split, context_length=16, batch_size=3, seed=2)
@@ -285,6 +285,22 @@ def test_an_id_outside_the_vocabulary_stops_the_iterator(tmp_path):
     batches = TrainingBatches(split, context_length=50, batch_size=2, seed=0)
     with pytest.raises(DataError, match="token id 1000; expected ids below the vocabulary's 1000"):
         list(itertools.islice(batches.iterate(0), 4))
+
+
+def test_an_error_of_the_reader_follows_the_batches_that_were_read_before_it(split):
+    class Failing(TrainingBatches):
+        def _block(self, step, batches):
+            if step > 1:
+                raise OSError("the disk is gone")
+            return super()._block(step, batches)
+
+    batches = Failing(split, context_length=16, batch_size=3, seed=2)
+    iterator = batches.iterate(0)
+    taken = [next(iterator) for _ in range(1 + 64)]  # the first batch, then one block
+    whole = TrainingBatches(split, context_length=16, batch_size=3, seed=2)
+    assert all(np.array_equal(batch, whole[step]) for step, batch in enumerate(taken))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(iterator)
 
 
 # The permutation
