@@ -145,12 +145,8 @@ def train(
       StoppedError: a stop was requested; everything is saved.
       NonFiniteError, CheckpointError, DataError: as their messages say.
     """
-    config, step = job.config, int(state.step)
-    steps, saves, evaluations = (
-        config.training.steps,
-        config.checkpoint.every,
-        config.training.eval_every,
-    )
+    config, step, steps = job.config, int(state.step), job.config.training.steps
+    saves, evaluations = config.checkpoint.every, config.training.eval_every
     step_fn = train_step or make_train_step(job.spec, config.optimizer, config.training, job.mesh)
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
