@@ -24,6 +24,11 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 # Files whose tests are whole runs, or wait for several processes.
 LONGEST = ("hosts", "train_command", "faults", "kills", "decode", "surfaces", "serve")
+# Files that `make test` leaves out: comparisons with other programs, and of many compiled programs.
+THOROUGH = (
+    "bench", "collectives", "compiler", "context", "engine", "experts", "hf", "kernels", "lm_eval",
+    "plan", "remat", "scan",
+)  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -37,6 +42,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     cases = collections.Counter()
     for item in items:
+        if item.path.stem.removeprefix("test_") in THOROUGH:
+            item.add_marker(pytest.mark.thorough)
+            continue
         mark = item.get_closest_marker("thorough")
         function = item.nodeid.split("[")[0]
         cases[function] += 1
