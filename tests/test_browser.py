@@ -547,6 +547,28 @@ def test_text_that_looks_like_a_script_does_not_run(open_page):
     ]
 
 
+EVIL = '"><img src=x onerror="window.hacked=1"><h1 class=evil>x</h1>'
+
+
+def spoiled(value, key=""):
+    """A record with markup in every text that a page does not look at for a known word."""
+    if isinstance(value, dict):
+        return {name: spoiled(one, name) for name, one in value.items()}
+    if isinstance(value, list):
+        return [spoiled(one) for one in value]
+    kept = key in ("type", "utf8", "phase") or not isinstance(value, str)
+    return value if kept else EVIL
+
+
+def test_no_field_of_a_record_can_bring_an_element_into_a_page(open_page):
+    records = [spoiled(json.loads(json.dumps(one))) for one in given([b"a", b"b", b"c"])]
+    records = [one | {"sample": EVIL} if "sample" in one else one for one in records]
+    browser = open_page("evil", page(records, title=EVIL))
+    assert len(find_all(browser, "#samples .t")) == 3
+    assert find_all(browser, ".evil, main img, header img") == []
+    assert browser.execute_script("return window.hacked ?? null") is None
+
+
 def test_policy_stops_a_script_that_slipped_in(open_page, browser):
     open_page("tokens")
     script = "const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
