@@ -373,7 +373,7 @@ class SamplingConfig(Section):
     min_p: Probability = setting(
         0.0, "keep tokens that are this fraction as likely as the likeliest"
     )
-    # The noise takes 64 bits of seed, and so does a request to the server (completions_api.py).
+    # The noise takes 64 bits of seed, and so does a request to the server (completions.py).
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = setting(
         1337, "sample i depends on the seed and i alone; below 2^63"
     )

@@ -20,11 +20,11 @@ from llm.serving.engine import (
     CHUNK_SECONDS,
     ClosedError,
     Engine,
-    Job,
-    Limits,
     Pace,
     QueueFullError,
+    Ticket,
 )
+from llm.serving.limits import Limits
 from llm.text.tokenizer import ByteTokenizer
 
 CONTEXT, VOCAB = 96, 257
@@ -68,13 +68,13 @@ def engine(model):
 
 
 class Listener:
-    """What a job delivers; `hook` is called with the Listener, in the engine's thread."""
+    """What a ticket delivers; `hook` is called with the Listener, in the engine's thread."""
 
     def __init__(self, engine, request, hook=lambda listener: None, **options):
         self.tokens, self.finish, self.error, self.deliveries = [], None, None, 0
         self.over, self.hook = threading.Event(), hook
-        self.job = Job(request, self._deliver, **options)
-        engine.submit([self.job])
+        self.ticket = Ticket(request, self._deliver, **options)
+        engine.submit([self.ticket])
 
     def _deliver(self, delivery):
         assert not self.over.is_set(), "something came after the end"
@@ -221,10 +221,10 @@ def test_a_deliver_that_raises_ends_its_own_row_only(engine, expected, capsys):
     def broken(_):
         raise RuntimeError("nobody home")
 
-    job = Job(SHORT, broken)
-    engine.submit([job])
+    ticket = Ticket(SHORT, broken)
+    engine.submit([ticket])
     assert_same(Listener(engine, SHORT).wait(), *expected([SHORT]))
-    assert job.ended and "nobody home" in capsys.readouterr().err
+    assert ticket.ended and "nobody home" in capsys.readouterr().err
 
 
 def test_a_device_that_fails_ends_what_it_held_and_the_engine_goes_on(
@@ -241,13 +241,13 @@ def test_a_device_that_fails_ends_what_it_held_and_the_engine_goes_on(
     assert_same(Listener(engine, SHORT).wait(), *answers)
 
 
-def test_a_job_that_nobody_waits_for_frees_its_row(engine):
+def test_a_ticket_that_nobody_waits_for_frees_its_row(engine):
     """Five jobs on four places: the fifth runs when one of the others has left."""
     finished = []
 
     def leave(listener):
         if listener.deliveries == 2:
-            listener.job.cancel()
+            listener.ticket.cancel()
 
     def note(listener):
         if listener.finish:
@@ -257,7 +257,7 @@ def test_a_job_that_nobody_waits_for_frees_its_row(engine):
     others = [Listener(engine, LONG, hook=note) for _ in range(3)]
     fifth = Listener(engine, dataclasses.replace(SHORT, max_new_tokens=1), hook=note)
     given_up = Listener(engine, LONG)
-    given_up.job.cancel()
+    given_up.ticket.cancel()
     for listener in [*others, fifth]:
         listener.wait()
     assert leaving.finish is None and leaving.deliveries == 2
@@ -266,19 +266,19 @@ def test_a_job_that_nobody_waits_for_frees_its_row(engine):
     assert (engine.active, engine.queued) == (0, 0)
 
 
-def test_the_queue_takes_all_jobs_of_a_call_or_none(model):
+def test_the_queue_takes_all_tickets_of_a_call_or_none(model):
     engine = Engine(model[2], Limits(max_batch=3, max_queue=3))
     assert engine.limits.max_batch == 4
-    jobs = [Job(Request([1]), print) for _ in range(5)]
-    engine.submit(jobs[:2])
+    tickets = [Ticket(Request([1]), print) for _ in range(5)]
+    engine.submit(tickets[:2])
     with pytest.raises(QueueFullError, match="2 samples wait already and 2 more"):
-        engine.submit(jobs[2:4])
+        engine.submit(tickets[2:4])
     assert engine.queued == 2
-    jobs[0].cancel()
-    engine.submit(jobs[2:4])
+    tickets[0].cancel()
+    engine.submit(tickets[2:4])
     assert engine.queued == 3
     with pytest.raises(UsageError, match="context"):
-        engine.submit([Job(Request([1] * (CONTEXT + 1)), print)])
+        engine.submit([Ticket(Request([1] * (CONTEXT + 1)), print)])
 
 
 def test_stopping_tells_whoever_waits(model):
@@ -298,7 +298,7 @@ def test_stopping_tells_whoever_waits(model):
     for listener in listeners:
         assert isinstance(listener.wait().error, ClosedError)
     with pytest.raises(ClosedError):
-        engine.submit([Job(SHORT, print)])
+        engine.submit([Ticket(SHORT, print)])
 
 
 def test_warming_up_leaves_nothing_to_compile_for_a_short_request(model):
@@ -311,7 +311,7 @@ def test_warming_up_leaves_nothing_to_compile_for_a_short_request(model):
     )
     answers = queue.Queue()
     for length, top in ((2, None), (40, 10), (9, 10)):
-        engine.submit([Job(Request([1] * length, max_new_tokens=50, top=top), answers.put)])
+        engine.submit([Ticket(Request([1] * length, max_new_tokens=50, top=top), answers.put)])
         while answers.get(timeout=60.0).finish is None:
             pass
     assert engine.stop(timeout=60.0)
@@ -326,11 +326,11 @@ def test_chunks_grow_while_they_are_quick_and_shrink_when_they_are_slow(monkeypa
     pace, seconds_per_step = Pace(), CHUNK_SECONDS / 7
     for _ in range(20):
         clock[0] += pace.steps * seconds_per_step
-        pace.note(steps=pace.steps, goes_on=True)
+        pace.record(steps=pace.steps, goes_on=True)
     assert pace.steps * seconds_per_step <= CHUNK_SECONDS < 4 * pace.steps * seconds_per_step
     seconds_per_step *= 8  # more rows came
     for _ in range(20):
         clock[0] += pace.steps * seconds_per_step
-        pace.note(steps=pace.steps, goes_on=True)
+        pace.record(steps=pace.steps, goes_on=True)
     assert pace.steps * seconds_per_step <= 2 * CHUNK_SECONDS
     assert pace.steps >= 1

@@ -13,7 +13,7 @@ from test_view import Parsed
 
 from llm.config import SamplingConfig
 from llm.pages.live_view import live_page
-from llm.serving.completions_api import CompletionRequest
+from llm.serving.completions import CompletionRequest
 
 NAME = "<script>alert(1)</script> & \u202eco"
 

@@ -29,14 +29,17 @@ from llm.inference.filters import Sampling  # noqa: E402
 from llm.inference.records import RecordBuilder, numerics_of, read_records, to_line  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
-from llm.serving.completions_api import RequestLimits, parse  # noqa: E402
-from llm.serving.engine import Engine, Limits  # noqa: E402
-from llm.serving.server import Served, Server, Site, listen, make_app, run, url_of  # noqa: E402
+from llm.serving.completions import Served, parse  # noqa: E402
+from llm.serving.engine import Engine  # noqa: E402
+from llm.serving.limits import Limits  # noqa: E402
+from llm.serving.server import Server, Site, listen, make_app, run, url_of  # noqa: E402
 from llm.text.tokenizer import ByteTokenizer  # noqa: E402
 
 CONTEXT = 96
 MODEL = ModelConfig(n_layer=1, n_head=2, d_model=32, context_length=CONTEXT)
-LIMITS = RequestLimits(max_body=20_000, max_prompts=8, max_n=8, max_tokens=500, max_top=12)
+LIMITS = Limits(
+    max_batch=4, max_queue=12, max_body=20_000, max_prompts=8, max_n=8, max_tokens=500, max_top=12
+)
 CHECKPOINT = {"run": "mine", "step": 7, "params_sha256": "ab" * 32}
 SITE = Site(("localhost", "127.0.0.1", "::1"), guests=())
 
@@ -50,7 +53,7 @@ class Running:
         self.params = {name: 6.0 * w if w.ndim > 1 else w for name, w in params.items()}
         self.spec = spec
         self.decoder = Decoder.create(spec, self.params, ByteTokenizer())
-        self.engine = Engine(self.decoder, Limits(max_batch=4, max_queue=12))
+        self.engine = Engine(self.decoder, LIMITS)
         self.served = Served(
             name="mine",
             builder=RecordBuilder(ByteTokenizer()),
@@ -59,12 +62,12 @@ class Running:
             created=0,
             page="<!doctype html><p>the live page",
         )
-        self.app = make_app(self.served, self.engine, LIMITS, SITE)
+        self.app = make_app(self.served, self.engine, SITE)
         listener, ready = listen("127.0.0.1", 0), threading.Event()
         self.url = url_of(listener)
-        self.server = Server(self.app, grace=5.0, ready=ready.set)
+        self.server = Server(self.app, self.engine, grace=5.0, ready=ready.set)
         self.engine.start()
-        self.thread = threading.Thread(target=run, args=(self.server, self.engine, listener))
+        self.thread = threading.Thread(target=run, args=(self.server, listener))
         self.thread.start()
         assert ready.wait(60.0)
         self.http = httpx.Client(base_url=self.url, timeout=120.0)
@@ -371,7 +374,7 @@ def test_what_is_neutral_or_null_is_taken(running):
 @pytest.mark.parametrize(("max_top", "listed"), [(5, 5), (12, 10)])
 def test_records_without_a_number_are_never_too_many(max_top, listed):
     body = b'{"prompt": "a", "records": true}'
-    assert parse(body, RequestLimits(max_top=max_top)).records == listed
+    assert parse(body, Limits(max_top=max_top)).records == listed
 
 
 @pytest.mark.parametrize(
@@ -496,8 +499,8 @@ def test_a_client_that_leaves_frees_its_rows(running, gate, streams):
     if streams:
         assert b"200 OK" in connection.recv(1000)
     connection.close()
-    jobs = [job for job in running.engine._rows if job]
-    until(lambda: all(job.ended for job in [*jobs, *filter(None, running.engine._rows)]))
+    tickets = [ticket for ticket in running.engine._rows if ticket]
+    until(lambda: all(t.ended for t in [*tickets, *filter(None, running.engine._rows)]))
     gate.open(4)
     until(lambda: running.engine.active == 0)
     assert gate.passed <= 4
@@ -536,10 +539,10 @@ def test_what_goes_wrong_in_the_middle_of_a_stream_is_an_event(running, gate, mo
 
 
 def test_a_stopped_engine_is_503(running):
-    engine = Engine(running.decoder)
+    engine = Engine(running.decoder, LIMITS)
     engine.start()
     assert engine.stop(timeout=10.0)
-    app = make_app(running.served, engine, LIMITS, SITE)
+    app = make_app(running.served, engine, SITE)
 
     async def ask():
         transport = httpx.ASGITransport(app)
@@ -561,11 +564,11 @@ def stopping(running, monkeypatch):
 
     monkeypatch.setattr(Decoder, "chunk", slow_chunk)
     engine = Engine(running.decoder, Limits(max_batch=4))
-    app = make_app(running.served, engine, LIMITS, SITE)
+    app = make_app(running.served, engine, SITE)
     listener, ready = listen("127.0.0.1", 0), threading.Event()
-    server = Server(app, grace=0.2, ready=ready.set)
+    server = Server(app, engine, grace=0.2, ready=ready.set)
     engine.start()
-    thread = threading.Thread(target=run, args=(server, engine, listener))
+    thread = threading.Thread(target=run, args=(server, listener))
     thread.start()
     assert ready.wait(60.0)
     yield server, engine, url_of(listener)
@@ -594,10 +597,10 @@ def test_when_the_grace_time_is_over_clients_are_told(stopping, capfd):
 def test_a_second_signal_ends_the_process_at_once(monkeypatch, capfd):
     left = []
     monkeypatch.setattr(os, "_exit", left.append)
-    server = Server(None, 1.0, print)
-    server._receive(signal.SIGTERM, None)
+    server = Server(None, None, 1.0, print)
+    server.handle_exit(signal.SIGTERM, None)
     assert server.should_exit and left == []
-    server._receive(signal.SIGTERM, None)
+    server.handle_exit(signal.SIGTERM, None)
     assert left == [128 + signal.SIGTERM] and "at once" in capfd.readouterr().err
 
 

@@ -115,8 +115,8 @@ def served(surfaces):
         pytest.importorskip(package)
     from llm.commands import serve
     from llm.serving import server as http
-    from llm.serving.completions_api import RequestLimits
-    from llm.serving.engine import Engine, Limits
+    from llm.serving.engine import Engine
+    from llm.serving.limits import Limits
 
     decoder = surfaces.lm._decoder
     about = serve.describe(surfaces.lm.opened, decoder, parse(serve.Options, [str(surfaces.run)]))
@@ -124,10 +124,10 @@ def served(surfaces):
     site = http.Site(http.LOOPBACK, guests=())
     listener, ready = http.listen("127.0.0.1", 0), threading.Event()
     url = http.url_of(listener)
-    app = http.make_app(about, engine, RequestLimits(), site)
-    server = http.Server(app, grace=5.0, ready=ready.set)
+    app = http.make_app(about, engine, site)
+    server = http.Server(app, engine, grace=5.0, ready=ready.set)
     engine.start()
-    thread = threading.Thread(target=http.run, args=(server, engine, listener))
+    thread = threading.Thread(target=http.run, args=(server, listener))
     thread.start()
     assert ready.wait(60.0)
 

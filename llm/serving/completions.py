@@ -1,18 +1,359 @@
-r"""Token records in the shape of OpenAI's completions, for programs that read that.
+r"""OpenAI's completions: what a request may say, and how an answer looks.
 
-Alternatives are keyed by their spelling there, so tokens that are not UTF-8 by themselves are
-spelled `bytes:\xNN`, as OpenAI does: as U+FFFD they would share one key.
+    request = parse(body, limits)                 a CompletionRequest, or an APIError
+    prompts = prompt_ids(request, tokenizer, T)   token ids
+    answer = Answer(request, prompts, served)     Progress in, events or one completion out
 
-Source: https://platform.openai.com/docs/api-reference/completions (`echo`, `logprobs`).
+    openai_completion(records, model, created)    the records of a file as one completion
+
+Requests and answers follow OpenAI's legacy completions, with these extensions:
+
+    prompt          may be token ids, the only exact way to give bytes that are not text
+    top_k, min_p    as in filters.py
+    records         true, or how many alternatives: the answer has the token-probability records of
+                    records.py in the field "records", beside "choices". Each event of a stream
+                    carries the new ones.
+
+Sample j of prompt i is choice n i + j and draws with noise (seed, j), as in sample.py. In
+records, "sample" is the number of the choice. Without `echo` neither the text of a choice nor its
+records include the prompt. `max_tokens` 0 with `echo` scores the prompt: nothing is drawn,
+`sampling` is null, and the end record sums the prompt.
+
+A dict of alternatives has their spellings as keys. A token that is not UTF-8 by itself is spelled
+`bytes:\xNN`, as OpenAI does: as U+FFFD all such tokens would share one key.
+
+What it is not: HTTP (server.py), or decoding (engine.py).
+
+Source: https://platform.openai.com/docs/api-reference/completions
 """
 
+import json
+import secrets
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn
 
-from llm.inference.records import Record
+import pydantic
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-FINISH = {"length": "length", "context": "length", "stop": "stop", "end_of_text": "stop"}
+from llm.config import Section, expected, nearest
+from llm.inference.decode import Progress, Request, TokenIds, encode_prompt
+from llm.inference.filters import Sampling
+from llm.inference.records import Record, RecordBuilder
+from llm.inference.samples import DEFAULT_TOP
+from llm.inference.transcript import Token
+from llm.serving.limits import Limits
+from llm.text.tokenizer import Tokenizer
+
+_MOST_SEED = 2**63
+_FINISH = {"length": "length", "context": "length", "stop": "stop", "end_of_text": "stop"}
+# OpenAI's fields that would change the text: the value that does not, and why no other is taken.
+_NOT_DONE: dict[str, tuple[Any, str]] = {
+    "suffix": ("", "text cannot be filled in before another"),
+    "logit_bias": ({}, "logits cannot be biased"),
+    "presence_penalty": (0.0, "penalties are not implemented"),
+    "frequency_penalty": (0.0, "penalties are not implemented"),
+}
+_ELSEWHERE = {
+    "messages": "this server completes text, it has no chat format: give prompt to /v1/completions",
+    "max_completion_tokens": "did you mean max_tokens?",
+    "max_new_tokens": "did you mean max_tokens?",
+    "num_samples": "did you mean n?",
+    "top_logprobs": "did you mean logprobs, the number of alternatives?",
+}
+
+
+class APIError(Exception):
+    """An answer that is not what was asked for, in OpenAI's shape.
+
+    Attributes:
+      param: the field that is wrong; None if no single field is.
+      code: a word that programs can compare, or None.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is served.
+
+    Attributes:
+      name: the id of the model in the API.
+      checkpoint, numerics: as in run records.
+      created: seconds since 1970, when the server started.
+      page: the HTML at /.
+    """
+
+    name: str
+    builder: RecordBuilder
+    checkpoint: dict[str, Any]
+    numerics: dict[str, Any]
+    created: int
+    page: str
+
+
+class StreamOptions(Section):
+    """What a stream has beside its events."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class CompletionRequest(Section):
+    """The fields of a request that have an effect here.
+
+    Attributes:
+      prompt: always a list of prompts.
+      records: how many alternatives the records list; None for no records.
+    """
+
+    prompt: Any
+    model: str | None = None
+    max_tokens: NonNegativeInt = 16
+    temperature: Annotated[float, Field(ge=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: NonNegativeInt = 0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    n: PositiveInt = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    logprobs: NonNegativeInt | None = None
+    echo: bool = False
+    stop: Any = ()
+    seed: Annotated[int, Field(ge=-_MOST_SEED, lt=_MOST_SEED)] | None = None
+    records: Any = None
+    user: str | None = None
+
+    @pydantic.field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, value: Any) -> "list[str] | list[list[int]]":
+        prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
+        if prompts and (all(isinstance(p, str) for p in prompts) or all(map(_is_ids, prompts))):
+            return prompts
+        raise ValueError(
+            "expected a text, a list of texts, a list of token ids, or a list of such lists, none "
+            "of them empty but a text"
+        )
+
+    @pydantic.field_validator("stop")
+    @classmethod
+    def _check_stop(cls, value: Any) -> tuple[str, ...]:
+        stops = value if isinstance(value, list) else [value]
+        if not all(isinstance(stop, str) and stop for stop in stops):
+            raise ValueError("expected a text or a list of texts, none of them empty")
+        if len(stops) > 16:
+            raise ValueError(f"found {len(stops)} texts, expected at most 16")
+        return tuple(stops)
+
+    @pydantic.field_validator("records")
+    @classmethod
+    def _check_records(cls, value: Any, info: pydantic.ValidationInfo) -> int | None:
+        if isinstance(value, bool):
+            # A client that names no number is not refused for one.
+            assert isinstance(info.context, Limits)
+            return min(DEFAULT_TOP, info.context.max_top) if value else None
+        if isinstance(value, int) and value >= 0:
+            return value
+        raise ValueError("expected true, false, or how many alternatives to list, 0 or more")
+
+    @pydantic.field_validator("stream_options")
+    @classmethod
+    def _check_stream_options(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        if not info.data.get("stream"):
+            raise ValueError("it is for streams only; give stream = true or leave it out")
+        return value
+
+    @property
+    def top(self) -> int | None:
+        """How many alternatives must be known; None if no numbers are asked for."""
+        asked = [count for count in (self.logprobs, self.records) if count is not None]
+        return max(asked, default=None)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are drawn. If none is drawn, nothing is cut from the distribution either."""
+        if self.max_tokens == 0:
+            return Sampling()
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p, seed)
+
+
+def parse(body: bytes, limits: Limits) -> CompletionRequest:
+    """The request in a body. A field that is null counts as absent.
+
+    Raises:
+      APIError: the body is no request; the message names the field, what was found and what was
+        expected.
+    """
+    values = {name: value for name, value in _read_json(body).items() if value is not None}
+    best_of = values.get("n", 1), "samples are not ranked; ask for n and choose"
+    for name, (neutral, why) in (_NOT_DONE | {"best_of": best_of}).items():
+        value = values.pop(name, neutral)
+        if value != neutral:
+            raise APIError(
+                400,
+                f"{name} = {_short(value)}: {why}; leave it out, or give {neutral!r}",
+                param=name,
+                code="unsupported_parameter",
+            )
+    fields = CompletionRequest.model_fields
+    for name in values:
+        if name not in fields:
+            near = nearest(name, fields)
+            hint = f"did you mean {near}?" if near else f"fields are {', '.join(fields)}"
+            message = f"unknown field {_short(name)}; {_ELSEWHERE.get(name, hint)}"
+            raise APIError(400, message, param=name, code="unknown_parameter")
+    try:
+        request = CompletionRequest.model_validate(values, context=limits)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        raise APIError(400, _explain(name, problem), param=name) from None
+    _check_limits(request, limits)
+    return request
+
+
+def prompt_ids(
+    request: CompletionRequest, tokenizer: Tokenizer, context_length: int
+) -> list[TokenIds]:
+    """The token ids of each prompt; `Decoder.check` checks that the model has given ids.
+
+    Raises:
+      APIError: a prompt is longer than the context.
+      UsageError: the tokenizer has no tokens for a text.
+    """
+    longest = max(map(len, tokenizer.token_table))
+    prompts: list[TokenIds] = []
+    for number, prompt in enumerate(request.prompt):
+        is_text = isinstance(prompt, str)
+        # A text that cannot fit is refused before it is encoded, which could take long.
+        least = -(-len(prompt) // longest) if is_text else len(prompt)
+        is_encoded = is_text and least <= context_length
+        ids = encode_prompt(tokenizer, prompt) if is_encoded else prompt
+        size = len(ids) if is_encoded else least
+        if size > context_length:
+            raise APIError(
+                400,
+                f"prompt {number} has {size} tokens{' or more' * (is_text and not is_encoded)}, "
+                f"this model's context holds {context_length}; shorten it",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        prompts.append(ids)
+    return prompts
+
+
+class Answer:
+    """The answer to one request as it grows: the events of a stream, or the whole.
+
+    Attributes:
+      requests: what to decode: n samples of each prompt, in the order of the choices.
+    """
+
+    def __init__(self, request: CompletionRequest, prompts: Sequence[TokenIds], served: Served):
+        self.request = request
+        sampling = request.sampling
+        self.requests = [
+            Request(
+                prompt=ids,
+                sampling=sampling,
+                index=index,
+                max_new_tokens=request.max_tokens,
+                stop=request.stop,
+                top=request.top,
+            )
+            for ids in prompts
+            for index in range(request.n)
+        ]
+        self._builder = served.builder
+        self._tokens: list[list[Token]] = [[] for _ in self.requests]
+        self._finish: list[str | None] = [None] * len(self.requests)
+        self._prompt_tokens = sum(map(len, prompts))
+        self._run: list[Record] = []  # until it is sent
+        if request.records is not None:
+            drawn = sampling if request.max_tokens else None
+            run = self._builder.run(served.checkpoint, drawn, served.numerics, request.records)
+            self._run.append(run)
+        self._shows_usage = bool(request.stream_options and request.stream_options.include_usage)
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": served.name,
+        }
+
+    @property
+    def finished(self) -> bool:
+        return None not in self._finish
+
+    def add(self, index: int, progress: Progress) -> None:
+        """Keep what a choice got."""
+        self._tokens[index] += self._shown(progress)
+        self._finish[index] = progress.finish
+
+    def event(self, index: int, progress: Progress) -> dict[str, Any] | None:
+        """The event of a stream for what was added; None if it would say nothing."""
+        tokens = self._shown(progress)
+        choice, records = self._part(index, tokens, progress.finish)
+        if not (choice["text"] or progress.finish or (tokens and self.request.top is not None)):
+            return None
+        event = self._head | {"choices": [choice]}
+        if self.request.records is not None:
+            event["records"] = self._run + records
+            self._run = []
+        return event | ({"usage": None} if self._shows_usage else {})
+
+    def last_event(self) -> dict[str, Any] | None:
+        """What a stream says after its choices: the usage, if the client asked for it."""
+        return self._head | {"choices": [], "usage": self._usage()} if self._shows_usage else None
+
+    def completion(self) -> dict[str, Any]:
+        """The whole answer, once all choices are finished."""
+        parts = [
+            self._part(index, tokens, finish)
+            for index, (tokens, finish) in enumerate(zip(self._tokens, self._finish, strict=True))
+        ]
+        answer = self._head | {"choices": [choice for choice, _ in parts], "usage": self._usage()}
+        if self.request.records is not None:
+            answer["records"] = [*self._run, *(r for _, records in parts for r in records)]
+        return answer
+
+    def _shown(self, progress: Progress) -> list[Token]:
+        return [t for t in progress.tokens if self.request.echo or t.phase == "generated"]
+
+    def _part(
+        self, index: int, tokens: Sequence[Token], finish: str | None
+    ) -> tuple[dict[str, Any], list[Record]]:
+        """These tokens of a choice in OpenAI's shape, and their records."""
+        request = self.request
+        shown = [] if request.top is None else [self._builder.token(index, t) for t in tokens]
+        text = "".join(token.text for token in tokens)
+        logprobs = None if request.logprobs is None else _logprobs(shown, request.logprobs)
+        choice = _choice(index, text, logprobs, finish)
+        if request.records is None:
+            return choice, []
+        records = [record | {"top": record["top"][: request.records]} for record in shown]
+        if finish is not None:
+            counted = "generated" if request.max_tokens else "prompt"
+            records.append(self._builder.end(index, self._tokens[index], finish, counted))
+        return choice, records
+
+    def _usage(self) -> dict[str, int]:
+        drawn = sum(token.phase == "generated" for tokens in self._tokens for token in tokens)
+        return _usage(self._prompt_tokens, drawn)
 
 
 def openai_completion(records: Sequence[Record], model: str, created: int) -> dict[str, Any]:
@@ -32,29 +373,30 @@ def openai_completion(records: Sequence[Record], model: str, created: int) -> di
         "object": "text_completion",
         "created": created,
         "model": model,
-        "choices": [_choice(end, tokens[end["sample"]]) for end in records if end["type"] == "end"],
-        "usage": {
-            "prompt_tokens": phases["prompt"],
-            "completion_tokens": phases["generated"],
-            "total_tokens": phases.total(),
-        },
+        "choices": [
+            _choice(end["sample"], end["text"], _logprobs(tokens[end["sample"]]), end["finish"])
+            for end in records
+            if end["type"] == "end"
+        ],
+        "usage": _usage(phases["prompt"], phases["generated"]),
     }
 
 
-def _choice(end: Record, tokens: Sequence[Record]) -> dict[str, Any]:
-    return {
-        "text": end["text"],
-        "index": end["sample"],
-        "logprobs": logprobs_of(tokens),
-        "finish_reason": FINISH[end["finish"]],
-    }
+def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+    reason = None if finish is None else _FINISH[finish]
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-def logprobs_of(tokens: Sequence[Record], count: int | None = None) -> dict[str, list[Any]]:
+def _usage(prompt: int, drawn: int) -> dict[str, int]:
+    total = prompt + drawn
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": total}
+
+
+def _logprobs(tokens: Sequence[Record], count: int | None = None) -> dict[str, list[Any]]:
     """The `logprobs` of a choice that has these tokens.
 
     Args:
-      count: how many of the likeliest to list, where the records list more.
+      count: how many of the likeliest to list, if the records list more.
     """
     return {
         "tokens": [_spelling(token) for token in tokens],
@@ -65,7 +407,7 @@ def logprobs_of(tokens: Sequence[Record], count: int | None = None) -> dict[str,
 
 
 def _alternatives(token: Record, count: int | None) -> dict[str, float] | None:
-    """The likeliest and, as OpenAI has it, the token itself where it is not among them."""
+    """The likeliest tokens and, as OpenAI has it, the token itself if it is not among them."""
     if token["logprob"] is None:
         return None
     listed = {_spelling(entry): entry["logprob"] for entry in token["top"][:count]}
@@ -73,9 +415,72 @@ def _alternatives(token: Record, count: int | None) -> dict[str, float] | None:
 
 
 def _spelling(entry: Record) -> str:
-    """Of a token record or an entry of its `top`."""
+    """The key of a token record, or of an entry of its `top`."""
     try:
         bytes(entry["bytes"]).decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
     return entry["token"]
+
+
+def _read_json(body: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise APIError(400, f"the body is not JSON: {why}", code="invalid_json") from None
+    if not isinstance(values, dict):
+        raise APIError(
+            400,
+            f"the body is {_short(values)}: expected a JSON object such as "
+            '{"prompt": "Once", "max_tokens": 16}',
+        )
+    return values
+
+
+def _no_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not a number in JSON")
+
+
+def _check_limits(request: CompletionRequest, limits: Limits) -> None:
+    prompts = len(request.prompt)
+    asked = (
+        ("prompt", "the number of prompts", prompts, "max_prompts"),
+        ("n", "n", request.n, "max_n"),
+        ("n", "prompts x n, the number of samples,", prompts * request.n, "max_queue"),
+        ("max_tokens", "max_tokens", request.max_tokens, "max_tokens"),
+        ("logprobs", "logprobs", request.logprobs or 0, "max_top"),
+        ("records", "records", request.records or 0, "max_top"),
+    )
+    for name, what, found, limit in asked:
+        most, flag = getattr(limits, limit), f"--{limit.replace('_', '-')}"
+        if found > most:
+            message = f"{what} is {found}: expected at most {most} (the server's {flag})"
+            raise APIError(400, message, param=name)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(id_) is int for id_ in value)
+
+
+def _explain(name: str, problem: Any) -> str:
+    """One pydantic problem with a field in a person's words."""
+    match problem["type"]:
+        case "missing":
+            return f"{name} is missing; expected the text to continue, or its token ids"
+        case "extra_forbidden":
+            return f"unknown field {name}"
+        case "model_type":
+            reason = "expected an object"
+        case _:
+            reason = expected(problem)
+    return f"{name} = {_short(problem['input'])}: {reason}"
+
+
+def _short(value: Any) -> str:
+    """A value as JSON, cut if it is long."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -1,53 +1,44 @@
 """HTTP: OpenAI's /v1/completions and /v1/models, /health, and the live page at /.
 
-    app = make_app(served, engine, limits, site)
-    run(Server(app, grace, ready), engine, listen(host, port))     until SIGTERM or Ctrl-C
+    app = make_app(served, engine, site)
+    run(Server(app, engine, grace, ready), listen(host, port))     until SIGTERM or Ctrl-C
 
-Every answer that is not what was asked for is OpenAI's error object. A client that goes away frees
-its rows at the next chunk, whether it streams or waits. There is no CORS: pages of other sites get
-no answer, and neither do names that a page made point to this machine (DNS rebinding), because
-Host and Origin are checked.
+Every answer that is not what the client asked for is OpenAI's error object. When a client goes
+away, its rows are free at the next chunk, whether it streams or waits. There is no CORS: pages of
+other sites get no answer. Host and Origin are checked, so a page cannot get an answer either by
+making a name of its own point to this machine (DNS rebinding).
 
-What it is not: what requests mean (completions_api.py), or decoding (llm/serving/engine.py). The
-one file that imports starlette and uvicorn.
+What it is not: the meaning of requests (completions.py), or decoding (engine.py). This is the only
+file that imports starlette and uvicorn.
 """
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
-import threading
 import traceback
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
 
 from llm.errors import LLMError, UsageError
 from llm.inference.decode import Progress
-from llm.inference.records import RecordBuilder
-from llm.serving.completions_api import (
-    Answer,
-    APIError,
-    CompletionRequest,
-    RequestLimits,
-    parse,
-    prompt_ids,
-    samples,
-)
-from llm.serving.engine import ClosedError, Delivery, Engine, Job, QueueFullError
+from llm.serving.completions import Answer, APIError, Served, parse, prompt_ids
+from llm.serving.engine import ClosedError, Delivery, Engine, QueueFullError, Ticket
 
 try:
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.background import BackgroundTask
     from starlette.concurrency import run_in_threadpool
     from starlette.datastructures import Headers
     from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, Response
+    from starlette.responses import HTMLResponse, Response, StreamingResponse
     from starlette.routing import Route
     from starlette.types import ASGIApp, Receive, Scope, Send
 except ImportError as error:
@@ -56,54 +47,36 @@ except ImportError as error:
         "with `pip install 'glassbox-gpt[serve]'`"
     ) from None
 
-# A body of one megabyte comes in so many seconds even over a slow line; a client that sends
-# nothing does not hold a connection for ever.
+# Seconds in which a body must arrive: enough for a megabyte over a slow line, and a client that
+# sends nothing does not hold a connection for ever.
 BODY_SECONDS = 60.0
-# Bytes too many that are read all the same: a connection that is closed while the client still
-# sends loses the answer that says why.
+# Bytes beyond the limit that are read all the same: if the server closes a connection while the
+# client still sends, the answer that says why is lost.
 DISCARDED = 2**26
-# A stop waits so long for what the device computes.
+# How long a stop waits for the device.
 STOP_SECONDS = 10.0
-# After the grace time so long for the device's chunk to end and for clients to be told.
+# How long the device's chunk may take after the grace time, and telling the clients.
 TELL_SECONDS = 5.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True)
-class Served:
-    """What is served.
-
-    Attributes:
-      name: the id of the model in the API.
-      checkpoint, numerics: as in run records.
-      created: seconds since 1970, when the server started.
-      page: the HTML at /.
-    """
-
-    name: str
-    builder: RecordBuilder
-    checkpoint: dict[str, Any]
-    numerics: dict[str, Any]
-    created: int
-    page: str
-
-
-@dataclass(frozen=True)
 class Site:
-    """Whose requests are answered; names without port, in lower case.
+    """Whose requests are answered. All names are without port, in lower case.
 
     Attributes:
-      names: what requests may call this server; None: anything.
-      guests: whose pages may send requests, beside this server's own; None: everybody's.
+      names: the names by which requests may call this server; None: any name.
+      guests: hosts whose pages may send requests, beside this server's own; None: all hosts.
     """
 
     names: tuple[str, ...] | None
     guests: tuple[str, ...] | None
 
 
-def make_app(served: Served, engine: Engine, limits: RequestLimits, site: Site) -> ASGIApp:
+def make_app(served: Served, engine: Engine, site: Site) -> ASGIApp:
     """The application."""
-    api = Api(served, engine, limits)
+    api = Api(served, engine)
+    errors = APIError, LLMError, HTTPException, ClientDisconnect, Exception
     app = Starlette(
         routes=[
             Route("/", api.page),
@@ -112,22 +85,22 @@ def make_app(served: Served, engine: Engine, limits: RequestLimits, site: Site) 
             Route("/v1/models/{name:path}", api.model),
             Route("/v1/completions", api.completions, methods=["POST"]),
         ],
-        exception_handlers={
-            APIError: _answer_error,
-            HTTPException: _answer_http_error,
-            # Nobody reads it; the number is nginx's.
-            ClientDisconnect: lambda request, error: Response(status_code=499),
-            Exception: lambda request, error: _answer_error(request, as_api_error(error)),
-        },
+        exception_handlers=dict.fromkeys(errors, answer_error),
     )
-    return SameSite(app, site)
+
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
+        problem = refusal(site, Headers(scope=scope)) if scope["type"] == "http" else None
+        error = None if problem is None else APIError(403, problem, code="forbidden_host")
+        await (app if error is None else _error(error))(scope, receive, send)
+
+    return checked
 
 
 class Api:
     """What the routes answer."""
 
-    def __init__(self, served: Served, engine: Engine, limits: RequestLimits):
-        self.served, self.engine, self.limits = served, engine, limits
+    def __init__(self, served: Served, engine: Engine):
+        self.served, self.engine = served, engine
 
     async def page(self, request: Request) -> Response:
         return HTMLResponse(self.served.page)
@@ -146,62 +119,32 @@ class Api:
         )
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": [self._model(None)]})
 
     async def model(self, request: Request) -> Response:
-        self._check_model(request.path_params["name"])
-        return _json(self._model())
+        return _json(self._model(request.path_params["name"]))
 
     async def completions(self, request: Request) -> Response:
-        body = await read_body(request, self.limits.max_body)
-        answer, requests = await run_in_threadpool(self._prepare, body)
-        deliveries = Deliveries(asyncio.get_running_loop())
-        jobs = [
-            Job(wanted, deliveries.of(index), describe_prompt=answer.request.echo)
-            for index, wanted in enumerate(requests)
-        ]
-        self._submit(jobs)
-        exchange = Exchange(answer, jobs, deliveries)
-        if answer.request.stream:
-            return EventStream(exchange)
+        body = await read_body(request, self.engine.limits.max_body)
+        exchange = Exchange(await run_in_threadpool(self._prepare, body))
+        self.engine.submit(exchange.tickets)
+        if exchange.answer.request.stream:
+            return exchange.stream()
         return await exchange.whole(request)
 
-    def _prepare(self, body: bytes) -> tuple[Answer, list[Any]]:
-        """Away from the event loop: a long prompt takes a while to encode."""
-        request = parse(body, self.limits)
-        self._check_model(request.model)
-        decoder = self.engine.decoder
-        prompts = prompt_ids(request, decoder.tokenizer, decoder.spec.config.context_length)
-        requests = samples(request, prompts)
-        return self._answer(request, requests), requests
+    def _prepare(self, body: bytes) -> Answer:
+        """Runs in a thread, because encoding a long prompt takes a while."""
+        request, decoder = parse(body, self.engine.limits), self.engine.decoder
+        self._model(request.model)
+        context = decoder.spec.config.context_length
+        return Answer(request, prompt_ids(request, decoder.tokenizer, context), self.served)
 
-    def _answer(self, request: CompletionRequest, requests: Sequence[Any]) -> Answer:
-        served = self.served
+    def _model(self, name: str | None) -> dict[str, Any]:
+        """The one model.
 
-        def run_record(sampling: Any, top: int) -> dict[str, Any]:
-            return served.builder.run(served.checkpoint, sampling, served.numerics, top)
-
-        return Answer(request, requests, served.name, served.builder, run_record)
-
-    def _submit(self, jobs: Sequence[Job]) -> None:
-        most = self.engine.limits.max_queue
-        if len(jobs) > most:
-            raise APIError(
-                400,
-                f"prompts x n are {len(jobs)} samples: expected at most {most} (the server's "
-                "--max-queue)",
-                param="n",
-            )
-        try:
-            self.engine.submit(jobs)
-        except QueueFullError as error:
-            raise APIError(429, f"{error}; try again later", code="queue_full") from None
-        except ClosedError:
-            raise APIError(503, "the server is shutting down", code="shutting_down") from None
-        except UsageError as error:
-            raise APIError(400, str(error)) from None
-
-    def _check_model(self, name: str | None) -> None:
+        Raises:
+          APIError: `name` is another model's.
+        """
         if name not in (None, self.served.name):
             raise APIError(
                 404,
@@ -209,8 +152,6 @@ class Api:
                 param="model",
                 code="model_not_found",
             )
-
-    def _model(self) -> dict[str, Any]:
         return {
             "id": self.served.name,
             "object": "model",
@@ -219,148 +160,111 @@ class Api:
         }
 
 
-class Deliveries:
-    """What the engine's thread hands to the event loop: (choice, Progress or exception)."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self._loop = loop
-        self._queue: asyncio.Queue[tuple[int, Delivery]] = asyncio.Queue()
-
-    def of(self, index: int) -> Callable[[Delivery], None]:
-        """Where the engine puts what one job gets."""
-
-        def deliver(delivery: Delivery) -> None:
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, delivery))
-
-        return deliver
-
-    def put(self, error: Exception) -> None:
-        """From the event loop itself."""
-        self._queue.put_nowait((0, error))
-
-    async def next(self) -> tuple[int, Progress]:
-        """Raises what went wrong."""
-        index, delivery = await self._queue.get()
-        if isinstance(delivery, Exception):
-            raise delivery
-        return index, delivery
-
-
 class Exchange:
-    """One request being answered: its jobs, and what has come of them."""
+    """One request being answered, in the event loop.
 
-    def __init__(self, answer: Answer, jobs: Sequence[Job], deliveries: Deliveries):
-        self.answer, self._jobs, self._deliveries = answer, jobs, deliveries
+    Attributes:
+      tickets: what the engine is to do for it; each delivers into this object.
+    """
+
+    def __init__(self, answer: Answer):
+        self.answer = answer
+        self._deliveries: asyncio.Queue[tuple[int, Delivery]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(index: int, delivery: Delivery) -> None:
+            """In the engine's thread."""
+            loop.call_soon_threadsafe(self._deliveries.put_nowait, (index, delivery))
+
+        self.tickets = [
+            Ticket(wanted, partial(deliver, index), describe_prompt=answer.request.echo)
+            for index, wanted in enumerate(answer.requests)
+        ]
 
     async def whole(self, request: Request) -> Response:
         """The answer that is not a stream."""
-        async with self._watched(request.receive):
-            while not self.answer.finished:
-                try:
-                    self.answer.add(*await self._deliveries.next())
-                except ClientDisconnect:
-                    raise
-                except Exception as error:
-                    raise as_api_error(error) from None
-            # In a thread: thousands of tokens with their alternatives take a while to write.
-            return await run_in_threadpool(lambda: _json(self.answer.completion()))
-
-    async def events(self, receive: Receive) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. The head of the answer is gone by now: errors are events too."""
-        async with self._watched(receive):
-            try:
-                while not self.answer.finished:
-                    index, progress = await self._deliveries.next()
-                    yield await run_in_threadpool(self._event, index, progress)
-                yield _event(self.answer.last_event())
-            except ClientDisconnect:
-                return
-            except Exception as error:
-                yield _event(as_api_error(error).body())
-            yield b"data: [DONE]\n\n"
-
-    def _event(self, index: int, progress: Progress) -> bytes:
-        return _event(self.answer.add(index, progress))
-
-    @contextlib.asynccontextmanager
-    async def _watched(self, receive: Receive) -> AsyncIterator[None]:
-        """In here a client that goes away is a delivery; in the end no job is left running."""
 
         async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
+            while (await request.receive())["type"] != "http.disconnect":
                 pass
-            self._deliveries.put(ClientDisconnect())
+            self._deliveries.put_nowait((0, ClientDisconnect()))
 
         watcher = asyncio.create_task(watch())
         try:
-            yield
+            while not self.answer.finished:
+                await self._next()
+            # In a thread: thousands of tokens with their alternatives take a while to write.
+            return await run_in_threadpool(lambda: _json(self.answer.completion()))
         finally:
             watcher.cancel()
-            for job in self._jobs:
-                job.cancel()
+            self.close()
+
+    def stream(self) -> Response:
+        """The answer as server-sent events. starlette ends it when the client goes away."""
+        return StreamingResponse(
+            self._events(),
+            media_type="text/event-stream",
+            headers={"cache-control": "no-cache"},
+            background=BackgroundTask(self.close),
+        )
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        """The status has been sent before the first event, so errors are events too."""
+        try:
+            while not self.answer.finished:
+                content = await run_in_threadpool(self.answer.event, *await self._next())
+                if content is not None:
+                    yield _event(content)
+            last = self.answer.last_event()
+            if last is not None:
+                yield _event(last)
+        except Exception as error:
+            yield _event(as_api_error(error).body())
+        yield b"data: [DONE]\n\n"
+
+    async def _next(self) -> tuple[int, Progress]:
+        """The next delivery, added to the answer.
+
+        Raises:
+          APIError: something went wrong with the request, or the client went away.
+        """
+        index, delivery = await self._deliveries.get()
+        if isinstance(delivery, Exception):
+            raise as_api_error(delivery) from None
+        self.answer.add(index, delivery)
+        return index, delivery
+
+    def close(self) -> None:
+        """Leave nothing running. From any thread."""
+        for ticket in self.tickets:
+            ticket.cancel()
 
 
-class EventStream(Response):
-    """A stream of server-sent events, as they come."""
+def refusal(site: Site, headers: Headers) -> str | None:
+    """Why a request may have been sent by a page of another site; None if it was not.
 
-    def __init__(self, exchange: Exchange):
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self._exchange = exchange
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        async with contextlib.aclosing(self._exchange.events(receive)) as events:
-            await send(head)
-            async for event in events:
-                if event:
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-class SameSite:
-    """Refuses requests that a page of another site may have sent.
-
-    A page can make its own name point to 127.0.0.1 (DNS rebinding); its requests then carry that
-    name as Host. A page can post here without reading the answer; its requests then carry Origin.
+    A page can make a name of its own point to 127.0.0.1 (DNS rebinding); its requests then carry
+    that name as Host. A page can post here without reading the answer; its requests then carry
+    Origin.
     """
-
-    def __init__(self, app: ASGIApp, site: Site):
-        self._app, self._site = app, site
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            headers = Headers(scope=scope)
-            host = headers.get("host", "")
-            problem = self._of_host(host) or self._of_origin(headers.get("origin"), host)
-            if problem is not None:
-                response = _answer_error(None, APIError(403, problem, code="forbidden_host"))
-                await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-    def _of_host(self, host: str) -> str | None:
-        name, names = _hostname(f"//{host}"), self._site.names
-        if names is None or name in names:
-            return None
+    host, origin = headers.get("host", ""), headers.get("origin")
+    name = _hostname(f"//{host}")
+    if site.names is not None and name not in site.names:
         return (
-            f"this server was called {host!a}; it answers to {', '.join(names)}. If that name is "
-            f"yours, start it with --allow-host {name or 'NAME'}"
+            f"this server was called {host!a}; it answers to {', '.join(site.names)}. If that name "
+            f"is yours, start it with --allow-host {name or 'NAME'}"
         )
-
-    def _of_origin(self, origin: str | None, host: str) -> str | None:
-        own = (None, f"http://{host}", f"https://{host}")
-        guests = self._site.guests
-        if origin in own or guests is None or _hostname(origin or "") in guests:
-            return None
-        return (
-            f"the request comes from a page of {origin!a}, not of this server, {host!a}; to let "
-            f"such pages in, start it with --allow-host {_hostname(origin or '') or 'NAME'}"
-        )
+    own, page = (None, f"http://{host}", f"https://{host}"), _hostname(origin or "")
+    if origin in own or site.guests is None or page in site.guests:
+        return None
+    return (
+        f"the request comes from a page of {origin!a}, not of this server, {host!a}; to let such "
+        f"pages in, start it with --allow-host {page or 'NAME'}"
+    )
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body, if it is no larger than it may be and comes in time."""
+    """The body, if it is no larger than `most` bytes and arrives in time."""
     body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -382,44 +286,56 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 def as_api_error(error: Exception) -> APIError:
-    """What a client is told of an error while its request was computed."""
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, ClosedError):
-        return APIError(503, str(error), code="shutting_down")
-    if isinstance(error, LLMError):
-        return APIError(500, str(error), code=type(error).__name__)
+    """What the client is told of an error."""
+    match error:
+        case APIError():
+            return error
+        case ClientDisconnect():  # nobody reads this answer; the number is nginx's
+            return APIError(499, "the client went away")
+        case QueueFullError():
+            return APIError(429, f"{error}; try again later", code="queue_full")
+        case ClosedError():
+            return APIError(503, str(error), code="shutting_down")
+        case UsageError():
+            return APIError(400, str(error), param="prompt")
+        case LLMError():
+            return APIError(500, str(error), code=type(error).__name__)
     traceback.print_exception(error)
     return APIError(500, "a bug in the server; its log has the traceback", code="internal_error")
+
+
+def answer_error(request: Request, error: Exception) -> Response:
+    """The answer to a request that failed before anything of an answer was sent."""
+    if not isinstance(error, HTTPException):
+        return _error(as_api_error(error))
+    message = (
+        f"{request.method} {request.url.path}: {error.detail.lower()}; POST /v1/completions, "
+        "GET /v1/models, GET /health and the page at / are here"
+    )
+    code = "not_found" if error.status_code == 404 else None
+    response = _error(APIError(error.status_code, message, code=code))
+    response.headers.update(error.headers or {})
+    return response
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket that already listens: clients that come while the model loads wait for it.
 
     Raises:
-      UsageError: the port is taken, or the host is none of this machine's.
+      UsageError: the port is taken, or the host is not one of this machine.
     """
     try:
-        family, kind, _, _, address = socket.getaddrinfo(
+        family, *_, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=dual)
     except OSError as error:
         raise UsageError(
-            f"--host {host}: {error.strerror}; expected a name or address of this machine, such as "
-            "127.0.0.1"
+            f"cannot listen on --host {host} --port {port}: {error.strerror}; stop what listens "
+            "there, or choose another --port (0: any free one), or a --host that is a name or "
+            "address of this machine, such as 127.0.0.1"
         ) from None
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise UsageError(
-            f"cannot listen on {host} port {port}: {error.strerror}; stop what listens there, or "
-            "choose another --port (0: any free one) or --host"
-        ) from None
-    return listener
 
 
 def url_of(listener: socket.socket) -> str:
@@ -429,31 +345,26 @@ def url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(server: "Server", engine: Engine, listener: socket.socket) -> None:
+def run(server: "Server", listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish what runs."""
-    server.engine = engine
     try:
         server.run(sockets=[listener])
     finally:
-        if not engine.stop(timeout=STOP_SECONDS):
-            # It waits for the device, and Python must not be taken down around it.
+        if not server.engine.stop(timeout=STOP_SECONDS):
+            # The engine waits for the device, and Python must not be taken down around it.
             os._exit(0)
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, with the signals of this program: a second one ends it at once.
+    """uvicorn's server, which tells clients why a stop ends their requests.
 
     Args:
-      grace: seconds that a stop waits for what runs.
-      ready: called when requests are answered.
-
-    Attributes:
-      engine: what computes; `run` sets it.
+      engine: what computes the answers.
+      grace: seconds that a stop waits for running requests.
+      ready: called once requests are answered.
     """
 
-    engine: Engine
-
-    def __init__(self, app: ASGIApp, grace: float, ready: Callable[[], None]):
+    def __init__(self, app: ASGIApp, engine: Engine, grace: float, ready: Callable[[], None]):
         config = uvicorn.Config(
             app,
             log_level="error",
@@ -463,45 +374,38 @@ class Server(uvicorn.Server):
             ws="none",
         )
         super().__init__(config)
-        self._grace, self._ready = grace, ready
+        self.engine, self._grace, self._ready = engine, grace, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn would cancel what still runs, and its clients would not be told why."""
-        stopping = asyncio.create_task(self._stop_engine())
+        """Stop the engine after the grace time, so that every client gets an answer.
+
+        uvicorn would cancel running requests, and their clients would not be told why.
+        """
+
+        async def stop_engine() -> None:
+            await asyncio.sleep(self._grace)
+            await asyncio.to_thread(self.engine.stop, TELL_SECONDS)
+
+        stopping = asyncio.create_task(stop_engine())
         await super().shutdown(sockets)
         stopping.cancel()
 
-    async def _stop_engine(self) -> None:
-        """After the grace time. Every job gets a ClosedError, and so every client an answer."""
-        await asyncio.sleep(self._grace)
-        await asyncio.to_thread(self.engine.stop, TELL_SECONDS)
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        on_main = threading.current_thread() is threading.main_thread()
-        numbers = (signal.SIGINT, signal.SIGTERM) if on_main else ()
-        before = {number: signal.signal(number, self._receive) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGINT and SIGTERM. A second signal ends the process at once."""
         if self.should_exit:
             os.write(2, b"\nstopped at once on a second signal\n")
-            os._exit(128 + number)
+            os._exit(128 + sig)
         self.should_exit = True
-        name = signal.Signals(number).name
+        name = signal.Signals(sig).name
         os.write(2, f"\n{name}: finishing what runs; again to stop at once\n".encode())
 
 
 def _hostname(url: str) -> str:
-    """Of a URL, in lower case; "" where there is none."""
+    """The host of a URL, in lower case; "" if it has none."""
     try:
         return (urlsplit(url).hostname or "").rstrip(".")
     except ValueError:
@@ -509,32 +413,20 @@ def _hostname(url: str) -> str:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    """In ASCII and strict: what was lone in a prompt must not end a connection."""
+    """In ASCII and strict: a lone surrogate in a prompt must not end a connection."""
     body = json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
     return Response(body, status, media_type="application/json")
 
 
 def _event(content: Any) -> bytes:
-    """One server-sent event; nothing for None."""
-    return b"" if content is None else b"data: " + bytes(_json(content).body) + b"\n\n"
+    """One server-sent event."""
+    return b"data: " + bytes(_json(content).body) + b"\n\n"
 
 
-def _answer_error(request: Request | None, error: Exception) -> Response:
-    assert isinstance(error, APIError)
+def _error(error: APIError) -> Response:
     response = _json(error.body(), error.status)
     if error.status in (429, 503):
         response.headers["retry-after"] = "1"
     if error.status in (408, 413):
         response.headers["connection"] = "close"  # the rest of the body is not read
-    return response
-
-
-def _answer_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    where = f"{request.method} {request.url.path}"
-    hint = "POST /v1/completions, GET /v1/models, GET /health and the page at / are"
-    message = f"{where}: {error.detail.lower()}; {hint} here"
-    code = "not_found" if error.status_code == 404 else None
-    response = _answer_error(request, APIError(error.status_code, message, code=code))
-    response.headers.update(error.headers or {})
     return response
