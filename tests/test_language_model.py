@@ -19,6 +19,7 @@ import pytest
 import llm
 import llm.commands.sample
 import llm.commands.score
+import llm.commands.shared
 import llm.run.open
 from llm.api import results
 from llm.api.language_model import LanguageModel
@@ -87,8 +88,7 @@ def command(folder, monkeypatch, capsys):
     """Runs `sample` or `score` on the run; gives the files it was asked for."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-    for module in (llm.commands.sample, llm.commands.score):
-        monkeypatch.setattr(module, "prepare_process", lambda: None)
+    monkeypatch.setattr(llm.commands.shared, "prepare_process", lambda: None)
 
     def run(module, *arguments):
         assert module.main(["runs/mine", *map(str, arguments)]) == 0

@@ -127,7 +127,8 @@ def model():
 def the_run(monkeypatch, model):
     """open_model gives this one for any run directory."""
     monkeypatch.setattr(llm.run.open, "open_model", lambda run, step=None: model)
-    monkeypatch.setattr(llm.commands.eval, "prepare_process", lambda: None)
+    for module in (llm.commands.eval, llm.commands.shared):
+        monkeypatch.setattr(module, "prepare_process", lambda: None)
 
 
 def adapter(model, **settings):

@@ -14,6 +14,7 @@ import pytest
 
 import llm.commands.sample
 import llm.commands.score
+import llm.commands.shared
 import llm.inference.samples
 import llm.pages.attention
 import llm.run.open
@@ -56,8 +57,7 @@ def model(monkeypatch):
     """open_model gives this one for any run directory."""
     chosen = {"model": opened(ByteTokenizer())}
     monkeypatch.setattr(llm.run.open, "open_model", lambda run, step=None: chosen["model"])
-    for command in (llm.commands.sample, llm.commands.score):
-        monkeypatch.setattr(command, "prepare_process", lambda: None)
+    monkeypatch.setattr(llm.commands.shared, "prepare_process", lambda: None)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     return chosen
 

@@ -22,7 +22,7 @@ httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from llm.commands import run_command, serve  # noqa: E402
+from llm.commands import run_command, serve, shared  # noqa: E402
 from llm.config import ModelConfig  # noqa: E402
 from llm.inference.decode import Decoder, Request  # noqa: E402
 from llm.inference.filters import Sampling  # noqa: E402
@@ -618,7 +618,8 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch, capfd):
     ids=lambda value: " ".join(value)[:30],
 )
 def test_what_cannot_be_served_is_told_and_exits_2(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(serve, "prepare_process", lambda: None)
+    for module in (serve, shared):
+        monkeypatch.setattr(module, "prepare_process", lambda: None)
     assert run_command(serve.main, ["no/such/run", *flags]) == 2
     error = capsys.readouterr().err
     assert all(word in error for word in words) and "Traceback" not in error, error

@@ -10,8 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm.commands.flags import CommandLine, argument, parse
-from llm.commands.shared import check_outputs
+from llm.commands.flags import CommandLine, OutputFile, argument, parse
 from llm.config import differences, setting
 from llm.errors import UsageError
 from llm.inference.records import read_records
@@ -29,14 +28,13 @@ class Options(CommandLine):
     a: str = argument("A", "run directory, or a file of token records")
     b: str = argument("B", "another of the same kind")
     as_json: bool = setting(False, "of runs: print one JSON object", flag="json")
-    html: str | None = setting(None, "of files of records: write the page", "FILE")
+    html: OutputFile = setting(None, "of files of records: write the page", "FILE")
 
 
 def main(arguments: list[str]) -> int:
     """Prints a report for a person, or with --json one JSON object. Differences do not fail."""
     chosen = parse(Options, arguments)
     if chosen.html is not None:
-        check_outputs({"--html": chosen.html})
         one, other = read_records(chosen.a), read_records(chosen.b)
         checkpoints = [records[0]["checkpoint"] for records in (one, other)]
         before, after = (f"{of['run']}, step {of['step']}" for of in checkpoints)

@@ -10,13 +10,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
-import pydantic
 from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFloat
 
-from llm.commands.flags import parse
-from llm.commands.shared import RunOptions, check_outputs, open_and_say
+from llm.commands.flags import OutputFile, parse
+from llm.commands.shared import RunOptions
 from llm.config import setting
 from llm.errors import UsageError
 from llm.files import write_output
@@ -77,14 +76,9 @@ class Options(RunOptions):
     )
     cache: str | None = setting(None, "keep answers there, and find them again", "FOLDER")
     confirm_run_unsafe_code: bool = setting(False, "run tasks that execute what the model writes")
-    output: str | None = setting(None, "write the results as one JSON object", "FILE")
-    samples: str | None = setting(None, "write questions and answers as JSON lines", "FILE")
+    output: OutputFile = setting(None, "write the results as one JSON object", "FILE")
+    samples: OutputFile = setting(None, "write questions and answers as JSON lines", "FILE")
     as_json: bool = setting(False, "print the results as one JSON object", flag="json")
-
-    @pydantic.model_validator(mode="after")
-    def _check_files(self) -> Self:
-        check_outputs({"--output": self.output, "--samples": self.samples})
-        return self
 
 
 def main(arguments: list[str]) -> int:
@@ -96,7 +90,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(harness.task_names(options.include_path)))
         return 0
 
-    opened = open_and_say(options.run, options.step)
+    opened = options.open()
     tasks = harness.load_tasks(options.tasks, options.include_path)
     how = _options(options, opened)
     harness.check_tasks(tasks, how, opened.spec.config.context_length)

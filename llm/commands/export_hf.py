@@ -12,9 +12,8 @@ from pathlib import Path
 
 from llm.commands.flags import argument, parse
 from llm.commands.import_hf import new_folder
-from llm.commands.shared import RunOptions, open_and_say
+from llm.commands.shared import RunOptions
 from llm.config import setting
-from llm.runtime import prepare_process
 
 
 class Options(RunOptions):
@@ -27,11 +26,10 @@ class Options(RunOptions):
 def main(arguments: list[str]) -> int:
     """Exit codes as in docs/design.md; errors are raised as LLMError."""
     options = parse(Options, arguments)
-    prepare_process()  # before JAX is imported, as it is below
+    opened = options.open()
 
     from llm.interop.hf import to_hf
 
-    opened = open_and_say(options.run, options.step)
     tokenizer = opened.tokenizer
     with new_folder(Path(options.folder)) as partial:
         to_hf(

@@ -20,7 +20,8 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import pydantic
 from pydantic.fields import FieldInfo
@@ -29,6 +30,11 @@ from llm.config import Config, Section, expected, known_files, load_config, near
 from llm.errors import UsageError
 
 WIDEST_HELP = 100  # columns; longer lines are harder to read
+
+
+# A flag that names a file to write.
+_OUTPUT = "output"
+OutputFile = Annotated[str | None, _OUTPUT]
 
 
 class CommandLine(Section):
@@ -44,6 +50,25 @@ class CommandLine(Section):
     lists_settings: ClassVar[bool] = False
 
     help: bool = setting(False, "show this text")
+
+    @pydantic.model_validator(mode="after")
+    def _check_outputs(self) -> Self:
+        """Refuse a file that cannot be written now, not after a model has run."""
+        flags: dict[Path, str] = {}
+        for name, info in type(self).model_fields.items():
+            path = getattr(self, name)
+            if _OUTPUT not in info.metadata or path in (None, "-"):
+                continue
+            if not Path(path).parent.is_dir():
+                raise UsageError(f"cannot write {path}: there is no folder {Path(path).parent}")
+            if Path(path).is_dir():
+                raise UsageError(f"cannot write {path}: it is a folder; expected a file's name")
+            other = flags.setdefault(Path(path).resolve(), spelled(name))
+            if other != spelled(name):
+                raise UsageError(
+                    f"{other} and {spelled(name)} both name {path}; give each a file of its own"
+                )
+        return self
 
 
 def argument(name: str, meaning: str, default: Any = ...) -> Any:

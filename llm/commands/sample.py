@@ -10,16 +10,16 @@ import select
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, Self
 
 import pydantic
 
 from llm.commands.flags import argument, parse
-from llm.commands.shared import RecordOptions, as_text, emit, open_and_say, read_file
+from llm.commands.shared import RecordOptions, as_text, counted, read_file
 from llm.config import SamplingConfig, setting
 from llm.errors import UsageError
 from llm.inference.samples import continued, decoding_numerics, make_requests, overlay
-from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     from llm.inference.decode import Decoder, Request
@@ -55,13 +55,12 @@ def main(arguments: list[str]) -> int:
     changed = options.model_fields_set & SamplingConfig.model_fields.keys() - {"prompt"}
     flags = options.model_dump(include=changed) | ({"temperature": 0.0} if options.greedy else {})
     files = [read_file(path) for path in options.prompt_file]
-    prepare_process()  # before JAX is imported, as it is below
+    opened = options.open()
 
     from llm.inference.decode import Decoder
     from llm.inference.filters import Sampling
     from llm.inference.records import RecordBuilder
 
-    opened = open_and_say(options.run, options.step)
     settings = overlay(opened.config.sample, flags, where="the flags")
     prompts = [*options.prompt, *(as_text(data, opened.tokenizer, name) for name, data in files)]
     prompts += stdin_prompts(options.stdin, not prompts, opened.tokenizer)
@@ -79,9 +78,8 @@ def main(arguments: list[str]) -> int:
     builder = RecordBuilder(opened.tokenizer)
     numerics = decoding_numerics(opened.spec, opened.params, decoder, requests[0])
     first = builder.run(opened.checkpoint, Sampling.of(settings), numerics, options.top)
-    emit(
-        records_of(first, builder, decoder, requests),
-        options,
+    options.emit(
+        chain([first], records_of(builder, decoder, requests)),
         title=f"Samples from {opened.run}, step {opened.step}",
         show=lambda records: plain_text(records, len(requests)),
     )
@@ -89,18 +87,16 @@ def main(arguments: list[str]) -> int:
 
 
 def records_of(
-    first: "Record", builder: "RecordBuilder", decoder: "Decoder", requests: "Sequence[Request]"
+    builder: "RecordBuilder", decoder: "Decoder", requests: "Sequence[Request]"
 ) -> "Iterator[Record]":
-    """The run record, then the records of all samples in order, each as soon as it is final.
+    """The records of all samples in order, each as soon as it is final.
 
     A line on stderr follows the last record if the context was full before a sample had as many
     tokens as were asked for.
     """
-    yield first
     tokens, cut_short = [], []
     for progress in continued(decoder, requests):
-        for token in progress.tokens:
-            yield builder.token(progress.row, token)
+        yield from (builder.token(progress.row, token) for token in progress.tokens)
         tokens += progress.tokens
         if progress.finish is not None:
             yield builder.end(progress.row, tokens, progress.finish, counted="generated")
@@ -109,12 +105,11 @@ def records_of(
             tokens = []
     if cut_short:
         low, high = min(cut_short), max(cut_short)
-        context, asked = decoder.spec.config.context_length, requests[0].max_new_tokens
+        asked, context = requests[0].max_new_tokens, decoder.spec.config.context_length
         print(
-            f"the context of {context} {'token' if context == 1 else 'tokens'} is full after "
-            f"{high if low == high else f'{low} to {high}'} new "
-            f"{'token' if high == 1 else 'tokens'}; {asked} {'was' if asked == 1 else 'were'} "
-            "asked for",
+            f"the context of {counted(context, 'token')} is full after "
+            f"{f'{low} to ' * (low < high)}{counted(high, 'new token')}; {asked} "
+            f"{'was' if asked == 1 else 'were'} asked for",
             file=sys.stderr,
         )
 
@@ -146,15 +141,12 @@ def stdin_prompts(asked: str | None, may_default: bool, tokenizer: "Tokenizer") 
 
 def _stdin_has_text() -> bool:
     try:
-        descriptor = sys.stdin.fileno()
-        mode = os.fstat(descriptor).st_mode
+        mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
         return False
-    if stat.S_ISREG(mode):
-        return True
     if not stat.S_ISFIFO(mode):
-        return False
-    if select.select([descriptor], [], [], 0.0)[0]:
+        return stat.S_ISREG(mode)
+    if select.select([sys.stdin], [], [], 0.0)[0]:
         return True
     note = "standard input is open but silent, so it is not read; to wait for it, give -"
     print(note, file=sys.stderr)

@@ -10,7 +10,7 @@ import math
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -19,25 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pydantic
 from pydantic import NonNegativeInt
 
-from llm.commands.flags import argument, parse
-from llm.commands.shared import (
-    RecordOptions,
-    as_text,
-    check_outputs,
-    emit,
-    open_and_say,
-    read_file,
-    writing,
-)
+from llm.commands.flags import OutputFile, argument, parse
+from llm.commands.shared import RecordOptions, as_text, counted, read_file, writing
 from llm.config import setting
 from llm.errors import UsageError
-from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from llm.inference.records import Record
-    from llm.inference.score import Scorer
     from llm.inference.transcript import Token
     from llm.run.open import OpenedModel
     from llm.text.tokenizer import Ids, Tokenizer
@@ -61,27 +50,25 @@ class Options(RecordOptions):
     format: Literal["records", "openai"] = setting(
         "records", "what --probs writes: records, or one JSON object like OpenAI's completions"
     )
-    full: str | None = setting(
+    full: OutputFile = setting(
         None,
         "write the whole distribution at every token (.npz: ids_I int32 [T] and logprobs_I "
         "float32 [T - 1, vocabulary] of text I)",
         "FILE",
     )
-    attention: str | None = setting(
+    attention: OutputFile = setting(
         None,
         "write where each head looks (.npz: ids_I int32 [T] and attention_I float32 [layers, "
         "heads, T, T] of text I; row t belongs to the token that looks, and rows sum to one)",
         "FILE",
     )
-    attention_html: str | None = setting(
+    attention_html: OutputFile = setting(
         None, "write where each head looks in one text, as a page", "FILE"
     )
     as_json: bool = setting(False, "print the summary as one JSON object", flag="json")
 
     @pydantic.model_validator(mode="after")
-    def _check_files(self) -> Self:
-        names = ("probs", "html", "full", "attention", "attention_html")
-        check_outputs({f"--{name.replace('_', '-')}": getattr(self, name) for name in names})
+    def _check_together(self) -> Self:
         if self.as_json and self.probs == "-":
             raise UsageError("--json and --probs - would both write to stdout; give --probs a file")
         if self.format == "openai" and not self.probs:
@@ -100,12 +87,12 @@ def main(arguments: list[str]) -> int:
         sources.append(("standard input", sys.stdin.buffer.read()))
     if not sources:
         raise UsageError("no text to score: give --file FILE, --text TEXT, or - for standard input")
-    prepare_process()  # before JAX is imported, as it is below
+    opened = options.open()
 
+    from llm.inference.records import Record, RecordBuilder, numerics_of
     from llm.inference.score import Scorer
     from llm.serving.completions import openai_completion
 
-    opened = open_and_say(options.run, options.step)
     tokenizer = opened.tokenizer
     texts = [tokenizer.encode(as_text(data, tokenizer, name)) for name, data in sources]
     if all(len(ids) < 2 for ids in texts):
@@ -113,53 +100,39 @@ def main(arguments: list[str]) -> int:
             "nothing to score: no text has two tokens, and the first token of a text has nothing "
             "before it to predict it from"
         )
-    if options.attention or options.attention_html:
-        check_attention_texts(options, opened, texts, [name for name, _ in sources])
     top = options.top if options.shows_numbers else 0
     scorer = Scorer(opened.spec, opened.params, top, tuple(options.watch), options.stride)
+    if options.attention or options.attention_html:
+        write_attention(options, opened, texts, [name for name, _ in sources])
     summary = Summary(tokenizer)
 
-    def completion(records: "list[Record]") -> str:
+    def records() -> Iterable[Record]:
+        builder = RecordBuilder(tokenizer)
+        numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
+        yield builder.run(opened.checkpoint, None, numerics, options.top)
+        for sample, tokens in enumerate(scorer.tokens(texts, tokenizer)):
+            summary.add(tokens)
+            if options.shows_numbers:
+                yield from (builder.token(sample, token) for token in tokens)
+                yield builder.end(sample, tokens, "length", counted="prompt")
+
+    def as_openai(records: list[Record]) -> str:
         answer = openai_completion(records, opened.run, int(time.time()))
         return json.dumps(answer, allow_nan=False) + "\n"
 
-    emit(
-        records_of(opened, scorer, texts, options, summary),
-        options,
+    options.emit(
+        records(),
         title=f"Scored by {opened.run}, step {opened.step}",
-        in_one=completion if options.format == "openai" else None,
+        encode=as_openai if options.format == "openai" else None,
     )
     if options.full:
         write_arrays(options.full, "logprobs", texts, map(scorer.distributions, texts))
-    if options.attention or options.attention_html:
-        write_attention(options, opened, texts)
     report = opened.checkpoint | summary.as_json()
     if options.as_json:
         print(json.dumps(report, allow_nan=False))
     else:
         print(for_people(report), file=sys.stderr)
     return 0
-
-
-def records_of(
-    opened: "OpenedModel",
-    scorer: "Scorer",
-    texts: "Sequence[Ids]",
-    options: Options,
-    summary: "Summary",
-) -> "Iterator[Record]":
-    """The records of all texts, if something shows them. The summary adds up every text."""
-    from llm.inference.records import RecordBuilder, numerics_of
-
-    builder = RecordBuilder(opened.tokenizer)
-    numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
-    yield builder.run(opened.checkpoint, None, numerics, options.top)
-    for sample, tokens in enumerate(scorer.tokens(texts, opened.tokenizer)):
-        summary.add(tokens)
-        if options.shows_numbers:
-            for token in tokens:
-                yield builder.token(sample, token)
-            yield builder.end(sample, tokens, "length", counted="prompt")
 
 
 @dataclass
@@ -179,19 +152,19 @@ class Summary:
 
     def add(self, tokens: "Sequence[Token]") -> None:
         """Add one more text, whose first token has no prediction."""
-        predicted = [token for token in tokens if token.prediction is not None]
-        surprisals = [-t.prediction.logprob for t in predicted if t.prediction is not None]
+        said = [(token, -token.prediction.logprob) for token in tokens if token.prediction]
+        surprisals = [nats for _, nats in said]
         for start, end in worst_passages(surprisals):
-            nats, passage = math.fsum(surprisals[start:end]), predicted[start:end]
-            first, text = passage[0], "".join(token.text for token in passage)
+            nats, first = math.fsum(surprisals[start:end]), said[start][0]
+            text = "".join(token.text for token, _ in said[start:end])
             place = {"position": first.position, "text_offset": first.text_offset}
             sums = {"tokens": end - start, "nats": nats, "nats_per_token": nats / (end - start)}
             self.worst.append({"sample": len(self.nats), **place, **sums, "text": text})
         self.worst.sort(key=lambda passage: -passage["nats_per_token"])
         del self.worst[WORST_PASSAGES:]
-        self.tokens += len(predicted)
+        self.tokens += len(said)
         self.nats.append(math.fsum(surprisals))
-        self.bytes += sum(len(self.tokenizer.token_bytes(token.id)) for token in predicted)
+        self.bytes += sum(len(self.tokenizer.token_bytes(token.id)) for token, _ in said)
 
     def as_json(self) -> dict[str, Any]:
         """The object that --json prints, without the checkpoint."""
@@ -229,7 +202,7 @@ def for_people(report: dict[str, Any]) -> str:
     """The summary as lines of text."""
     per_byte = report["bits_per_byte"]
     numbers = [
-        f"{report['tokens']:,} {'token' if report['tokens'] == 1 else 'tokens'}",
+        counted(report["tokens"], "token"),
         f"{report['total_nats']:.2f} nats",
         f"{report['nats_per_token']:.4f} nats per token",
         f"perplexity {report['perplexity'] or math.inf:.2f}",
@@ -237,8 +210,7 @@ def for_people(report: dict[str, Any]) -> str:
     ]
     passages = [
         # repr: a text must not steer the terminal.
-        f"  {passage['nats_per_token']:.2f}  text {passage['sample']} at {passage['text_offset']}  "
-        f"{passage['text']!r}"
+        "  {nats_per_token:.2f}  text {sample} at {text_offset}  {text!r}".format(**passage)
         for passage in report["worst"]
     ]
     return "\n".join([" \u00b7 ".join(numbers), "predicted worst (nats per token):", *passages])
@@ -257,12 +229,17 @@ def write_arrays(
                     np.lib.format.write_array(file, values)
 
 
-def check_attention_texts(
+def write_attention(
     options: Options, opened: "OpenedModel", texts: "Sequence[Ids]", names: Sequence[str]
 ) -> None:
-    """Raise a UsageError, before anything is computed, if the attention cannot be written."""
-    from llm.pages.attention import check_attention
-    from llm.pages.attention_view import check_page_size
+    """Write where each head looks: all texts as arrays, one text as a page.
+
+    Raises:
+      UsageError: the weights are too many, or a text is longer than the context. Nothing is written
+        then.
+    """
+    from llm.pages.attention import attention_of, check_attention
+    from llm.pages.attention_view import write_attention_page
 
     if options.attention_html and len(texts) > 1:
         raise UsageError(
@@ -271,15 +248,6 @@ def check_attention_texts(
         )
     for ids, name in zip(texts, names, strict=True):
         check_attention(opened.spec, ids, name)
-    if options.attention_html:
-        check_page_size(opened.spec.config.n_layer, opened.spec.config.n_head, len(texts[0]))
-
-
-def write_attention(options: Options, opened: "OpenedModel", texts: "Sequence[Ids]") -> None:
-    """Write where each head looks: all texts as arrays, one text as a page."""
-    from llm.pages.attention import attention_of
-    from llm.pages.attention_view import write_attention_page
-
     weights: Iterable[np.ndarray] = (attention_of(opened.spec, opened.params, i) for i in texts)
     if options.attention_html:
         weights = list(weights)  # the page has one text

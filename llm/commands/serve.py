@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from llm.commands.flags import parse
-from llm.commands.shared import RunOptions, open_and_say
+from llm.commands.shared import RunOptions
 from llm.config import setting
 from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     from llm.serving.server import Server, listen, make_app, run, url_of
 
     listener = listen(options.host, options.port)
-    opened = open_and_say(options.run, options.step)
+    opened = options.open()
     decoder = Decoder.create(opened.spec, opened.params, opened.tokenizer)
     served = describe(opened, decoder, options)
     engine = Engine(decoder, options)

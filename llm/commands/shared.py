@@ -2,18 +2,20 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, Any
 
-import pydantic
 from pydantic import NonNegativeInt
 
-from llm.commands.flags import CommandLine, argument
+from llm.commands.flags import CommandLine, OutputFile, argument
 from llm.config import setting
 from llm.errors import UsageError
 from llm.inference.samples import DEFAULT_TOP
+from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     from llm.inference.records import Record
@@ -27,22 +29,32 @@ class RunOptions(CommandLine):
     run: str = argument("RUN", "run directory")
     step: NonNegativeInt | None = setting(None, "checkpoint to use; by default the newest")
 
+    def open(self) -> "OpenedModel":
+        """The model of the run, in a process that is prepared for JAX.
+
+        Each warning, such as that a damaged step is passed over, is one line on stderr.
+        """
+        prepare_process()  # before JAX is imported
+        from llm.run.open import open_model
+
+        def say(message: Warning | str, *_: Any, **__: Any) -> None:
+            print(f"WARNING: {message}", file=sys.stderr)
+
+        with warnings.catch_warnings():
+            warnings.showwarning = say
+            return open_model(self.run, self.step)
+
 
 class RecordOptions(RunOptions):
     """What the records list, and where they go."""
 
-    probs: str | None = setting(
+    probs: OutputFile = setting(
         None, "write the record of every token as JSON lines; - for standard output", "FILE"
     )
-    html: str | None = setting(None, "write the records as a page", "FILE")
+    html: OutputFile = setting(None, "write the records as a page", "FILE")
     color: bool = setting(False, "paint tokens by probability, on a terminal")
     top: NonNegativeInt = setting(DEFAULT_TOP, "alternatives in each record")
     watch: tuple[int, ...] = setting((), "token ids that each record lists at any rank", "ID")
-
-    @pydantic.model_validator(mode="after")
-    def _check_records(self) -> Self:
-        check_outputs({"--probs": self.probs, "--html": self.html})
-        return self
 
     @property
     def paints(self) -> bool:
@@ -54,17 +66,49 @@ class RecordOptions(RunOptions):
         """Whether anything shows the probabilities, so that they must be computed."""
         return bool(self.probs or self.html or self.paints)
 
+    def emit(
+        self,
+        records: "Iterable[Record]",
+        title: str,
+        *,
+        show: "Callable[[Iterable[Record]], Iterable[str]] | None" = None,
+        encode: "Callable[[list[Record]], str] | None" = None,
+    ) -> None:
+        """Send records, each as soon as it comes, to the file, the terminal and the page.
 
-def open_and_say(run: str, step: int | None) -> "OpenedModel":
-    """`open_model`, which prints each warning (a step is passed over) as one line on stderr."""
-    from llm.run.open import open_model
+        Args:
+          title: heading of the page.
+          show: makes the text for the terminal, unless it is painted or has the records themselves.
+          encode: makes the content of the file from all records, in place of a line for each.
+        """
+        from llm.inference.records import to_line
+        from llm.pages.paint import paint_stream
+        from llm.pages.view import write_page
 
-    def say(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"WARNING: {message}", file=sys.stderr)
+        kept: list[Record] = []
+        with output(self.probs) as write:
 
-    with warnings.catch_warnings():
-        warnings.showwarning = say
-        return open_model(run, step)
+            def passing() -> "Iterator[Record]":
+                for record in records:
+                    if self.probs and encode is None:
+                        write(to_line(record))
+                    if self.html or encode is not None:
+                        kept.append(record)
+                    yield record
+
+            shown = paint_stream if self.paints else show
+            if shown is None or self.probs == "-":
+                deque(passing(), maxlen=0)
+            else:
+                if isinstance(sys.stdout, TextIOWrapper):
+                    sys.stdout.reconfigure(errors="backslashreplace")  # for an ASCII terminal
+                for text in shown(passing()):
+                    sys.stdout.write(text)
+                    sys.stdout.flush()
+            if encode is not None:
+                write(encode(kept))
+        if self.html:
+            write_page(kept, Path(self.html), title=title)
 
 
 def read_file(path: str) -> tuple[str, bytes]:
@@ -88,23 +132,9 @@ def as_text(data: bytes, tokenizer: "Tokenizer", name: str) -> str:
         ) from None
 
 
-def check_outputs(paths: Mapping[str, str | None]) -> None:
-    """Say now, not after the model has run, that a file (flag -> path) cannot be written.
-
-    Raises:
-      UsageError: the file has no folder, is a folder, or is named by two flags.
-    """
-    flags: dict[Path, str] = {}
-    for flag, path in paths.items():
-        if path is None or path == "-":
-            continue
-        if not Path(path).parent.is_dir():
-            raise UsageError(f"cannot write {path}: there is no folder {Path(path).parent}")
-        if Path(path).is_dir():
-            raise UsageError(f"cannot write {path}: it is a folder; expected the name of a file")
-        other = flags.setdefault(Path(path).resolve(), flag)
-        if other != flag:
-            raise UsageError(f"{other} and {flag} both name {path}; give each a file of its own")
+def counted(number: int, noun: str) -> str:
+    """ "1 token", "1,024 tokens" """
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 @contextmanager
@@ -119,72 +149,25 @@ def writing(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def output(path: str) -> "Iterator[Callable[[str], None]]":
-    """A function that writes text to a new file; "-" is standard output.
+def output(path: str | None) -> "Iterator[Callable[[str], None]]":
+    """A function that writes text to a new file; "-" and None are standard output.
 
     Raises:
       UsageError: the file cannot be written; the function raises it too.
     """
-    file: TextIO = sys.stdout
-    if path != "-":
-        with writing(path):
-            file = open(path, "w", encoding="ascii", newline="\n")  # noqa: SIM115  (closed below)
+    name = path or "-"
+    with writing(name):
+        file = sys.stdout
+        if name != "-":
+            file = open(name, "w", encoding="ascii", newline="\n")  # noqa: SIM115  (closed below)
 
     def write(text: str) -> None:
-        with writing(path):
+        with writing(name):
             file.write(text)
 
     try:
         yield write
     finally:
-        if path != "-":
-            with writing(path):
+        if file is not sys.stdout:
+            with writing(name):
                 file.close()
-
-
-def emit(
-    records: "Iterable[Record]",
-    options: RecordOptions,
-    title: str,
-    *,
-    show: "Callable[[Iterable[Record]], Iterable[str]] | None" = None,
-    in_one: "Callable[[list[Record]], str] | None" = None,
-) -> None:
-    """Send records, each as soon as it comes, to the file, the terminal and the page.
-
-    Args:
-      title: heading of the page.
-      show: makes the text for the terminal, unless it is painted or has the records themselves.
-      in_one: makes the content of the file from all records, in place of a line for each.
-    """
-    from llm.inference.records import to_line
-    from llm.pages.paint import paint_stream
-
-    kept: list[Record] = []
-    with ExitStack() as stack:
-        write = None if options.probs is None else stack.enter_context(output(options.probs))
-
-        def passing() -> "Iterator[Record]":
-            for record in records:
-                if write is not None and in_one is None:
-                    write(to_line(record))
-                if options.html is not None or in_one is not None:
-                    kept.append(record)
-                yield record
-
-        shown = paint_stream if options.paints else show
-        if shown is None or options.probs == "-":
-            for _ in passing():
-                pass
-        else:
-            if hasattr(sys.stdout, "reconfigure"):
-                sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that has only ASCII
-            for text in shown(passing()):
-                sys.stdout.write(text)
-                sys.stdout.flush()
-        if write is not None and in_one is not None:
-            write(in_one(kept))
-    if options.html is not None:
-        from llm.pages.view import write_page
-
-        write_page(kept, Path(options.html), title=title)
