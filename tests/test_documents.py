@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from llm.errors import DataError
 from llm.text import documents
 from llm.text.bpe import PATTERN
-from llm.text.documents import ReadingReport, pieces, read_documents
-from llm.text.sources import Origin
+from llm.text.documents import Origin, Reader, pieces
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -25,10 +24,10 @@ def origin_of(path: Path, kind: str = "text") -> Origin:
 
 
 def read(origins, errors="strict", text_field="text"):
-    """[(name, text)] and the report."""
-    report = ReadingReport()
-    found = read_documents(origins, errors=errors, text_field=text_field, report=report)
-    return [(document.name, "".join(document.pieces)) for document in found], report
+    """[(name, text)] and the reader, which counts."""
+    reader = Reader(errors, text_field)
+    found = reader.documents(origins)
+    return [(document.name, "".join(document.pieces)) for document in found], reader
 
 
 @pytest.fixture
@@ -98,8 +97,7 @@ def test_gpt2_of_the_pieces_is_gpt2_of_the_whole(name, monkeypatch):
     monkeypatch.setattr(documents, "PIECE_BYTES", 5000)
     encoding = tiktoken.get_encoding("gpt2")
     path = SHARED / "data" / name
-    origins = [origin_of(path)]
-    (document,) = read_documents(origins, errors="strict", text_field="", report=ReadingReport())
+    (document,) = Reader("strict", "").documents([origin_of(path)])
     parts = [encoding.encode_ordinary(piece) for piece in document.pieces]
     assert len(parts) > path.stat().st_size // 10_000
     assert np.concatenate(parts).tolist() == encoding.encode_ordinary(path.read_text("utf-8"))
@@ -159,9 +157,9 @@ def test_replacements_are_counted(tmp_path_factory, data, block):
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(documents, "PIECE_BYTES", block)
-        found, report = read([origin_of(path)], errors="replace")
+        found, reader = read([origin_of(path)], errors="replace")
     assert found == [("a.txt", expected)]
-    assert report.replaced == expected.count("\ufffd") - genuine
+    assert reader.replaced == expected.count("\ufffd") - genuine
 
 
 def test_a_file_that_changes_while_it_is_read_is_noticed(write, tmp_path):
@@ -177,16 +175,16 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(write, tmp_path):
 
 def test_python_source_is_read_in_the_encoding_it_declares(write):
     source = "# -*- coding: latin-1 -*-\nname = 'é'\n"
-    found, report = read([write("a.py", source.encode("latin-1"), "python")])
+    found, reader = read([write("a.py", source.encode("latin-1"), "python")])
     assert found == [("a.py", source)]
-    assert report.skipped == []
+    assert reader.skipped == []
 
 
 def test_python_source_that_is_wrong_is_left_out_and_named(write):
     origins = [write("bad.py", b"x = '\xff'\n", "python"), write("good.py", "x = 1\n", "python")]
-    found, report = read(origins)
+    found, reader = read(origins)
     assert found == [("good.py", "x = 1\n")]
-    assert report.skipped == ["bad.py"]
+    assert reader.skipped == ["bad.py"]
 
 
 # Rows
@@ -271,9 +269,9 @@ def test_rows_that_are_not_utf8_have_a_place_or_are_replaced(write):
     origin = write("rows.jsonl", b'{"text": "a\xffb"}\n', "json")
     with pytest.raises(DataError, match="byte 0xff at offset 11"):
         read([origin])
-    found, report = read([origin], errors="replace")
+    found, reader = read([origin], errors="replace")
     assert found == [("rows.jsonl#0", "a\ufffdb")]
-    assert report.replaced == 1
+    assert reader.replaced == 1
 
 
 def test_equal_texts_have_equal_hashes(write):
@@ -281,6 +279,6 @@ def test_equal_texts_have_equal_hashes(write):
         write("a.txt", "same"),
         write("rows.jsonl", '{"text": "same"}\n{"text": "other"}\n', "json"),
     ]
-    found = read_documents(origins, errors="strict", text_field="text", report=ReadingReport())
+    found = Reader("strict", "text").documents(origins)
     hashes = [document.sha256 for document in found if list(document.pieces)]
     assert hashes[0] == hashes[1] != hashes[2]

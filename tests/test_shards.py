@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import pytest
 
 from llm.config import DataConfig, TokenizerConfig
 from llm.errors import DataError, UsageError
-from llm.text import bpe, documents, shards, sources, splits
+from llm.text import bpe, documents, shards, splits, tokenizer
 from llm.text.batches import TrainingBatches
 from llm.text.cache import silent
-from llm.text.shards import HEADER, open_corpus, prepare
+from llm.text.shards import HEADER, prepare
 from llm.text.tokenizer import FILE_NAME, ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +94,7 @@ def test_documents_are_their_bytes_and_an_end_of_text(make, corpus):
     assert len(prepared.validation) == 0
     assert prepared.documents == 40
     assert prepared.text_bytes == sum(map(len, texts(corpus)))
-    assert prepared.tokens == prepared.text_bytes + 40
+    assert len(prepared.train) == prepared.text_bytes + 40
     assert [origin.name for origin in prepared.origins][:2] == ["00.txt", "01.txt"]
 
 
@@ -199,7 +200,7 @@ def test_tokens_are_stored_in_as_few_bytes_as_the_vocabulary_needs(
         vocab_size = 70_000
 
     if vocab_size == 70_000:
-        monkeypatch.setattr(shards, "ByteTokenizer", Wide)
+        monkeypatch.setattr(tokenizer, "ByteTokenizer", Wide)
     prepared = make(corpus, validation="none")
     assert prepared.streams[0].manifest.dtype == dtype
     assert ids(prepared.train) == joined(texts(corpus))
@@ -286,7 +287,7 @@ def test_another_pattern_trains_another_vocabulary(make, corpus, monkeypatch):
 
 def test_a_vocabulary_is_made_once(make, corpus, monkeypatch):
     first = make(corpus, "characters", validation="none")
-    monkeypatch.setattr(shards, "_made_from", None)
+    monkeypatch.setattr(shards, "_all_text", None)
     second = make(corpus, "characters", validation="tail:0.5")
     assert second.tokenizer.sha256 == first.tokenizer.sha256
 
@@ -328,9 +329,13 @@ def test_an_unknown_tokenizer_is_refused_before_anything_is_read(make):
 
 
 def test_shards_of_another_tokenizer_are_refused(make, corpus):
-    prepared = make(corpus, "characters", validation="none")
-    with pytest.raises(DataError, match=r"expected the tokenizer bytes .*, found characters"):
-        open_corpus(prepared.folder, ByteTokenizer())
+    prepared = make(corpus, validation="none")
+    others = make(corpus, "characters", validation="none")
+    shutil.rmtree(prepared.folder)
+    others.folder.rename(prepared.folder)
+    with pytest.raises(DataError, match=f"found {others.fingerprint}; delete") as caught:
+        make(corpus, validation="none")
+    assert f"expected the fingerprint {prepared.fingerprint}" in str(caught.value)
 
 
 def test_any_changed_byte_of_any_file_is_found(make, corpus):
@@ -370,8 +375,6 @@ def test_a_header_that_is_none_is_refused(make, corpus, value):
 
 
 def test_deleting_the_folder_is_the_remedy(make, corpus):
-    import shutil
-
     prepared = make(corpus, validation="none")
     (prepared.folder / "text-00000.bin").write_bytes(b"")
     shutil.rmtree(prepared.folder)
@@ -384,10 +387,10 @@ def test_large_shards_are_verified_on_request_and_their_ids_as_they_are_read(
     prepared = make(corpus, validation="none")
     monkeypatch.setattr(shards, "VERIFY_ON_OPEN_BYTES", 0)
     path = prepared.folder / "text-00000.bin"
-    path.write_bytes(np.full(prepared.tokens, 999, "<u2").tobytes())
+    path.write_bytes(np.full(len(prepared.train), 999, "<u2").tobytes())
     opened = make(corpus, validation="none")
     with pytest.raises(DataError, match="has changed"):
-        opened.verify()
+        opened.streams[0].verify()
     with pytest.raises(DataError, match="token id 999; expected ids below the vocabulary's 257"):
         TrainingBatches(opened.train, context_length=8, batch_size=2, seed=0)[0]
     with pytest.raises(DataError, match="token id 999"):
@@ -486,13 +489,13 @@ def test_preparing_asks_each_file_for_its_size_a_fixed_number_of_times(
     make, corpus, kind, monkeypatch
 ):
     asked = collections.Counter()
-    size = sources.Origin.text_bytes.fget
+    size = documents.Origin.text_bytes.fget
 
     def counted(origin):
         asked[origin.name] += 1
         return size(origin)
 
-    monkeypatch.setattr(sources.Origin, "text_bytes", property(counted))
+    monkeypatch.setattr(documents.Origin, "text_bytes", property(counted))
     prepared = make(corpus, kind, validation="none")
     # Once for the vocabulary, once for the tokens; not once for each piece of text.
     assert len(asked) == len(prepared.origins) > 40
@@ -562,7 +565,7 @@ def test_memory_does_not_grow_with_the_corpus(make, corpus, tmp_path, monkeypatc
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert prepared.tokens > 23_000_000
+    assert len(prepared.streams[0]) > 23_000_000
     assert peak < 8_000_000, peak
 
 
@@ -574,8 +577,8 @@ def test_no_more_work_is_begun_than_threads_can_hold():
             begun.append(n)
             yield n
 
-    for n, (item, result) in enumerate(shards._in_order(lambda n: n * n, items(), 3)):
-        assert (item, result) == (n, n * n)
+    for n, result in enumerate(shards._in_order(lambda n: n * n, items(), 3)):
+        assert result == n * n
         assert len(begun) <= n + 1 + 2 * 3
     assert n == 99
 
@@ -588,6 +591,6 @@ def test_an_error_in_a_thread_comes_out_where_its_item_stood():
 
     done = []
     with pytest.raises(ValueError, match="five"):
-        for item, _ in shards._in_order(fail_at_5, range(100), 2):
+        for item in shards._in_order(fail_at_5, range(100), 2):
             done.append(item)
     assert done == [0, 1, 2, 3, 4]

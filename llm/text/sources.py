@@ -2,8 +2,7 @@
 
 A source is a word in `data.source`. Each source becomes a list of origins: files, or a hub data
 set, with the identity of their content, so that a change to the corpus is noticed and named. To add
-a source, add a branch to `_origins_of` here and, for a new format, one to
-llm/text/documents.py:read_documents.
+a source, add a branch to `_origins_of`; to add a kind of file, see llm/text/documents.py.
 """
 
 import collections
@@ -20,22 +19,14 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from llm.errors import DataError, UsageError
 from llm.files import is_disk_full, write_atomic
 from llm.text.cache import OnProgress, built_once, silent
-
-Kind = Literal["text", "python", "json", "parquet", "hub"]
-
-KIND_OF_SUFFIX: dict[str, Kind] = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-}
+from llm.text.documents import KINDS, Origin, kind_of_file
 
 # These are not the library's source code: its tests, its manual as one string, other packages.
 STDLIB_WITHOUT = {
@@ -52,45 +43,23 @@ STDLIB_WITHOUT = {
 REMEMBER_HASH_ABOVE_BYTES = 2**24
 
 _EXPECTED = "expected a path, URL, 'stdlib' or hf:NAME"
+_RESTORE = "; restore it, or begin a new run with another run.dir"
 
 _BLOCK_BYTES = 2**20
 _DOWNLOAD_TIMEOUT_SECONDS = 60
 
 
-@dataclass(frozen=True)
-class Origin:
-    """One file, or one hub data set, and the identity of its content.
-
-    Attributes:
-      name: for people; does not depend on where the corpus lies on this machine.
-      kind: "text" is one document; "python" is one document of source code; each row of "json",
-        "parquet" and "hub" (a data set of the Hugging Face hub) is a document.
-      location: path of the file, or NAME[:CONFIG[:SPLIT]] on the hub.
-      bytes: size of the file; 0 for the hub, whose size is not known.
-      sha256: hash of the file's bytes; for the hub, the revision.
-    """
-
-    name: str
-    kind: Kind
-    location: str
-    bytes: int
-    sha256: str
-
-    @property
-    def has_rows(self) -> bool:
-        return self.kind in ("json", "parquet", "hub")
-
-    @property
-    def text_bytes(self) -> int | None:
-        """Size of the text; None if the file is compressed or its size is not known."""
-        return None if self.kind in ("parquet", "hub") else self.bytes
-
-
 class Found(NamedTuple):
     """What the sources name, and what a person should know about it, a sentence each."""
 
-    origins: list[Origin]
-    notes: list[str]
+    origins: tuple[Origin, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def text_bytes(self) -> int | None:
+        """Size of the text; None if an origin does not tell. A pass over all origins: ask once."""
+        sizes = [origin.text_bytes for origin in self.origins]
+        return None if None in sizes else sum(sizes)
 
 
 def find_origins(
@@ -101,43 +70,50 @@ def find_origins(
     Raises:
       DataError: a source that names nothing, or that cannot be read or fetched.
     """
-    found = Found([], [])
-    for source in [sources] if isinstance(sources, str) else sources:
-        try:
-            origins, notes = _origins_of(source, cache, on_progress)
-        except OSError as error:
-            # The name is too long, a folder may not be entered, or a file went away.
-            shown = source if len(source) <= 200 else source[:200] + "..."
-            raise DataError(
-                f"data.source = {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
-            ) from None
-        found.origins.extend(origins)
-        found.notes.extend(notes)
-    if not found.origins:
+    found: list[Origin] = []
+    notes: list[str] = []
+    try:
+        for source in [sources] if isinstance(sources, str) else sources:
+            found += _origins_of(source, cache, on_progress, notes)
+        origins = tuple(_identified(found, cache, on_progress))
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        # The name is too long, a file or folder may not be read, or a file went away.
+        shown = str(error.filename or sources)
+        shown = shown if len(shown) <= 200 else shown[:200] + "..."
+        raise DataError(
+            f"data.source: {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
+        ) from None
+    if not origins:
         raise DataError(f"data.source = {sources!r} names no documents")
-    return Found(_identified(found.origins, cache, on_progress), found.notes)
+    return Found(origins, tuple(notes))
 
 
-def _origins_of(source: str, cache: Path, on_progress: OnProgress) -> Found:
-    """The origins of one source, in a fixed order; files are not hashed yet."""
+def _origins_of(
+    source: str, cache: Path, on_progress: OnProgress, notes: list[str]
+) -> Iterator[Origin]:
+    """The origins of one source, in a fixed order. Files are not hashed yet."""
+    path = Path(source).expanduser()
     if not source:
         raise UsageError(f"data.source has an empty name; {_EXPECTED}")
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        files = [path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py"]
-        return Found([_unhashed(path, path.relative_to(root), "python") for path in files], [])
-    if source.startswith("hf:"):
-        return Found([_hub_origin(source.removeprefix("hf:"), cache)], [])
-    if source.startswith(("http://", "https://")):
-        return Found([_unhashed(_fetched(source, cache, on_progress), source)], [])
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return Found([_unhashed(path, path.name)], [])
-    if path.exists():
+        files = (path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py")
+        yield from (_unhashed(path, path.relative_to(root), "python") for path in files)
+    elif source.startswith("hf:"):
+        yield _hub_origin(source.removeprefix("hf:"), cache)
+    elif source.startswith(("http://", "https://")):
+        fetched = _fetched(source, cache, on_progress)
+        yield _unhashed(fetched, source, kind_of_file(fetched))
+    elif path.is_dir():
+        yield from _folder(path, notes)
+    elif path.is_file():
+        yield _unhashed(path, path.name, kind_of_file(path))
+    elif path.exists():
         raise DataError(f"{path} is neither a file nor a folder")
-    return Found(_matches(source, path), [])
+    else:
+        yield from _matches(source, path)
 
 
 def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None:
@@ -148,68 +124,72 @@ def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None
     """
     before = {record["name"]: record for record in recorded}
     now = {origin.name: origin for origin in origins}
-    for name, record in before.items():
+    for name in before | now:
         if name not in now:
-            raise DataError(f"the corpus changed since the run began: {name} is gone{_RESTORE}")
-        if now[name].sha256 != record["sha256"]:
-            raise DataError(
-                f"the corpus changed since the run began: {now[name].location}: expected "
-                f"{record['bytes']} bytes with sha256 {record['sha256']}, found "
-                f"{now[name].bytes} bytes with sha256 {now[name].sha256}{_RESTORE}"
+            change = f"{name} is gone"
+        elif name not in before:
+            change = f"{name} is new"
+        elif now[name].sha256 != before[name]["sha256"]:
+            change = (
+                f"{now[name].location}: expected {before[name]['bytes']} bytes with sha256 "
+                f"{before[name]['sha256']}, found {now[name].bytes} bytes with sha256 "
+                f"{now[name].sha256}"
             )
-    for name in now:
-        if name not in before:
-            raise DataError(f"the corpus changed since the run began: {name} is new{_RESTORE}")
+        else:
+            continue
+        raise DataError(f"the corpus changed since the run began: {change}{_RESTORE}")
 
 
-_RESTORE = "; restore it, or begin a new run with another run.dir"
-
-
-def _identified(origins: Sequence[Origin], cache: Path, on_progress: OnProgress) -> list[Origin]:
+def _identified(
+    origins: Sequence[Origin], cache: Path, on_progress: OnProgress
+) -> Iterator[Origin]:
     """The same origins, each file hashed, with distinct names: "NAME", "NAME (2)" and so on."""
     times: collections.Counter[str] = collections.Counter()
-    total, done, identified = sum(origin.bytes for origin in origins), 0, []
+    total, done = sum(origin.bytes for origin in origins), 0
     for origin in origins:
         on_progress("hashing", done, total)
-        times[origin.name] += 1
-        number = times[origin.name]
-        name = origin.name if number == 1 else f"{origin.name} ({number})"
-        sha256 = origin.sha256 or _sha256_of(Path(origin.location), cache)
-        identified.append(replace(origin, name=name, sha256=sha256))
         done += origin.bytes
-    return identified
+        times[origin.name] += 1
+        number = f" ({times[origin.name]})" if times[origin.name] > 1 else ""
+        sha256 = origin.sha256 or _sha256_of(Path(origin.location), cache)
+        yield replace(origin, name=origin.name + number, sha256=sha256)
 
 
-def _unhashed(path: Path, name: str | Path, kind: Kind | None = None) -> Origin:
-    kind = kind or KIND_OF_SUFFIX.get(path.suffix.lower(), "text")
+def _unhashed(path: Path, name: str | Path, kind: str) -> Origin:
     # A name may hold any bytes, but the name that is shown and stored is always valid UTF-8.
     shown = os.fsencode(name).decode("utf-8", "backslashreplace")
     return Origin(shown, kind, str(path), path.stat().st_size, "")
 
 
-def _matches(source: str, path: Path) -> list[Origin]:
+def _matches(source: str, path: Path) -> Iterator[Origin]:
     """The files that a glob matches."""
     if not glob.has_magic(source):
         raise DataError(f"there is no file or folder {source}{_near_names(path)}")
-    matches = sorted(glob.glob(str(path), recursive=True))
-    files = [Path(match) for match in matches if Path(match).is_file()]
+    files = [
+        file for file in map(Path, sorted(glob.glob(str(path), recursive=True))) if file.is_file()
+    ]
     if not files:
         raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
     root = _before_magic(path)
-    return [_unhashed(file, file.relative_to(root)) for file in files]
+    yield from (_unhashed(file, file.relative_to(root), kind_of_file(file)) for file in files)
 
 
-def _folder(root: Path) -> Found:
+def _folder(root: Path, notes: list[str]) -> Iterator[Origin]:
     """The files of a folder; binary files are left out and counted."""
-    origins, skipped = [], 0
+    skipped = 0
     for path in _walk(root, set()):
-        if _is_binary(path):
-            skipped += 1
-            continue
+        kind = kind_of_file(path)
+        if KINDS[kind].is_text:
+            with open(path, "rb") as file:
+                # Git's rule for a binary file: a NUL among its first 8000 bytes.
+                if b"\0" in file.read(8000):
+                    skipped += 1
+                    continue
         # A .json file in a folder is more often a document than a table of documents.
-        kind: Kind | None = "text" if path.suffix.lower() == ".json" else None
-        origins.append(_unhashed(path, path.relative_to(root), kind))
-    return Found(origins, [f"{root}: {skipped} binary files were left out"] if skipped else [])
+        kind = "text" if path.suffix.lower() == ".json" else kind
+        yield _unhashed(path, path.relative_to(root), kind)
+    if skipped:
+        notes.append(f"{root}: {skipped} binary files were left out")
 
 
 def _walk(root: Path, without: set[str]) -> Iterator[Path]:
@@ -220,21 +200,6 @@ def _walk(root: Path, without: set[str]) -> Iterator[Path]:
             path = Path(folder, file)
             if file[0] != "." and path.is_file():
                 yield path
-
-
-def _is_binary(path: Path) -> bool:
-    """Git's rule: a NUL among the first 8000 bytes. Parquet is binary, and data all the same."""
-    if path.suffix.lower() == ".parquet":
-        return False
-    with _opened(path) as file:
-        return b"\0" in file.read(8000)
-
-
-def _opened(path: Path):
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _before_magic(path: Path) -> Path:
@@ -276,7 +241,7 @@ def _sha256_of(path: Path, cache: Path) -> str:
 
 
 def _sha256_of_bytes(path: Path) -> str:
-    with _opened(path) as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -303,21 +268,24 @@ def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Path:
 
 
 def _download(url: str, path: Path, on_progress: OnProgress) -> str:
+    """Fetch a file and return its sha256."""
     digest, done, total = hashlib.sha256(), 0, None
     try:
         with (
             urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response,
             open(path, "wb") as file,
         ):
-            declared = response.headers.get("Content-Length")
-            total = int(declared) if declared else None
+            # What is still to be read: all of it now, nothing after the last block.
+            total = response.length
             while block := response.read(_BLOCK_BYTES):
                 file.write(block)
                 digest.update(block)
                 done += len(block)
                 on_progress("fetching", done, total)
+            if response.length:
+                raise http.client.HTTPException(f"it ended after {done} of {total} bytes")
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, OSError) and is_disk_full(error):
+        if is_disk_full(error):
             free = shutil.disk_usage(path.parent).free + done
             raise DataError(
                 f"{url} does not fit into {path.parent.parent} ({error.strerror}): it has "
@@ -325,8 +293,6 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> str:
                 "or set data.cache_dir to a folder on another disk"
             ) from None
         raise DataError(_unreachable(url, str(error))) from None
-    if total is not None and done != total:
-        raise DataError(_unreachable(url, f"it ended after {done} of {total} bytes"))
     return digest.hexdigest()
 
 

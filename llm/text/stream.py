@@ -10,10 +10,10 @@ Counts, bounds and hashes of these files are in the stream's StreamManifest, a p
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -49,14 +49,9 @@ class StreamManifest:
     index: StoredFile
     names: StoredFile
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        files = {key: StoredFile(**values[key]) for key in ("index", "names")}
-        shards = tuple(StoredFile(**shard) for shard in values["shards"])
-        return cls(**{**values, **files, "shards": shards})
+    @property
+    def files(self) -> tuple[StoredFile, ...]:
+        return (*self.shards, self.index, self.names)
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -65,10 +60,10 @@ def smallest_dtype(vocab_size: int) -> str:
 
 
 class _HashedFile:
-    """A file that hashes what is written to it."""
+    """A file that hashes what is written to it. It is closed at the latest when `files` is."""
 
-    def __init__(self, path: Path):
-        self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 (held until close)
+    def __init__(self, path: Path, files: ExitStack):
+        self._file: BinaryIO = files.enter_context(open(path, "wb"))  # noqa: SIM115
         self._digest = hashlib.sha256()
         self.name = path.name
         self.bytes = 0
@@ -82,20 +77,17 @@ class _HashedFile:
         self._file.close()
         return StoredFile(self.name, self.bytes, self._digest.hexdigest())
 
-    def abandon(self) -> None:
-        self._file.close()
-
 
 class StreamWriter:
     """Writes a stream in bounded memory, documents one after the other."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
-        self._folder, self._name = folder, name
+        self._folder, self._name, self._files = folder, name, ExitStack()
         self._dtype, self._shard_tokens = np.dtype(dtype).newbyteorder("<"), shard_tokens
         self._shards: list[StoredFile] = []
         self._shard: _HashedFile | None = None
-        self._index = _HashedFile(folder / f"{name}.documents")
-        self._names = _HashedFile(folder / f"{name}.names")
+        self._index = _HashedFile(folder / f"{name}.documents", self._files)
+        self._names = _HashedFile(folder / f"{name}.names", self._files)
         self.tokens = self.documents = 0
         self._smallest, self._largest = 2**63 - 1, -1
 
@@ -115,7 +107,9 @@ class StreamWriter:
             room = self._shard_tokens - self.tokens % self._shard_tokens
             if self._shard is None:
                 number = len(self._shards)
-                self._shard = _HashedFile(self._folder / f"{self._name}-{number:05d}.bin")
+                self._shard = _HashedFile(
+                    self._folder / f"{self._name}-{number:05d}.bin", self._files
+                )
             self._shard.write(ids[:room].astype(self._dtype).tobytes())
             self.tokens += len(ids[:room])
             ids = ids[room:]
@@ -137,11 +131,9 @@ class StreamWriter:
             names=self._names.close(),
         )
 
-    def abandon(self) -> None:
-        """Close every file without finishing the stream."""
-        for file in (self._shard, self._index, self._names):
-            if file is not None:
-                file.abandon()
+    def close(self) -> None:
+        """Close every file, whether the stream is finished or not."""
+        self._files.close()
 
     def _mark(self) -> None:
         self._index.write(np.array([self.tokens, self._names.bytes], "<i8").tobytes())
@@ -171,8 +163,15 @@ class TokenStream:
                 f"{folder} holds the token id {manifest.largest_id}; expected ids below the "
                 f"vocabulary's {vocab_size}{remedy(folder)}"
             )
-        for file in self._files():
-            _check_size(folder, file)
+        for file in manifest.files:
+            path = folder / file.name
+            if not path.exists():
+                raise DataError(f"{path} is missing; expected {file.bytes} bytes{remedy(folder)}")
+            found = path.stat().st_size
+            if found != file.bytes:
+                raise DataError(
+                    f"{path}: expected {file.bytes} bytes, found {found}{remedy(folder)}"
+                )
         if hashed:
             self.verify()
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
@@ -184,7 +183,7 @@ class TokenStream:
 
     def verify(self) -> None:
         """Read every file and compare its sha256; DataError names the first that differs."""
-        for file in self._files():
+        for file in self.manifest.files:
             with open(self.folder / file.name, "rb") as opened:
                 found = hashlib.file_digest(opened, "sha256").hexdigest()
             if found != file.sha256:
@@ -225,22 +224,10 @@ class TokenStream:
             names.seek(name_start)
             return names.read(name_stop - name_start).decode(), position - start
 
-    def _files(self) -> Iterator[StoredFile]:
-        yield from (*self.manifest.shards, self.manifest.index, self.manifest.names)
-
 
 def remedy(folder: Path) -> str:
     """Advice for the end of a message about shards that cannot be trusted."""
     return f"; delete {folder} and run the same command again to prepare it anew"
-
-
-def _check_size(folder: Path, file: StoredFile) -> None:
-    path = folder / file.name
-    if not path.exists():
-        raise DataError(f"{path} is missing; expected {file.bytes} bytes{remedy(folder)}")
-    found = path.stat().st_size
-    if found != file.bytes:
-        raise DataError(f"{path}: expected {file.bytes} bytes, found {found}{remedy(folder)}")
 
 
 def _mapped(path: Path, dtype: np.dtype) -> npt.NDArray:

@@ -30,6 +30,16 @@ Ids = npt.NDArray[np.int32]
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
 
+# Kinds of tokenizers whose vocabulary the corpus decides (llm/text/shards.py makes them). Every
+# other kind is a name that `named_tokenizer` knows.
+MADE_FROM_CORPUS = ("characters", "bpe")
+
+
+def sha256_of_json(values: Mapping[str, Any]) -> str:
+    """Hash of values as JSON; equal values have equal hashes, in whatever order their keys are."""
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
 
 class UnseenCharacterError(UsageError):
     """The tokenizer has no token for a character; the message gives its place in the text."""
@@ -82,7 +92,7 @@ class Tokenizer(abc.ABC):
     @cached_property
     def sha256(self) -> str:
         """Hash of the definition: equal tokenizers have equal hashes."""
-        return hashlib.sha256(_canonical(self.definition())).hexdigest()
+        return sha256_of_json(self.definition())
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; b"" for special tokens and unassigned ids."""
@@ -218,6 +228,11 @@ class BytePairTokenizer(Tokenizer):
 _SURROGATE = "is half of a surrogate pair, which is not a character"
 
 
+def named_tokenizer(kind: str) -> Tokenizer:
+    """A tokenizer that needs no corpus: "bytes", or the name of a tiktoken encoding."""
+    return ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind)
+
+
 def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
     """A public encoding by its name, from tiktoken's cache or the network.
 
@@ -231,9 +246,10 @@ def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0][:200]
         raise DataError(
             f"the tiktoken encoding {name!r} is not on this machine and could not be fetched "
-            f"({_short(error)}). Offline: on a machine with a network run `TIKTOKEN_CACHE_DIR=DIR "
+            f"({reason}). Offline: on a machine with a network run `TIKTOKEN_CACHE_DIR=DIR "
             f"python -c 'import tiktoken; tiktoken.get_encoding(\"{name}\")'`, copy DIR here and "
             "set TIKTOKEN_CACHE_DIR to it"
         ) from None
@@ -262,20 +278,18 @@ def known_vocab_size(kind: str) -> int | None:
       DataError: the encoding is not known here and cannot be fetched.
     """
     check_kind(kind)
-    if kind in ("characters", "bpe"):
+    if kind in MADE_FROM_CORPUS:
         return None
-    if kind == "bytes":
-        return ByteTokenizer().vocab_size
-    return _ENCODING_SIZES.get(kind) or tiktoken_tokenizer(kind).vocab_size
+    return _ENCODING_SIZES.get(kind) or named_tokenizer(kind).vocab_size
 
 
 def check_kind(kind: str) -> None:
     """Raise a UsageError that lists the known kinds, unless `kind` is one of them."""
-    if kind in ("bytes", "characters", "bpe"):
+    if kind in ("bytes", *MADE_FROM_CORPUS):
         return
     import tiktoken
 
-    known = ["bytes", "characters", "bpe", *tiktoken.list_encoding_names()]
+    known = ["bytes", *MADE_FROM_CORPUS, *tiktoken.list_encoding_names()]
     if kind not in known:
         near = difflib.get_close_matches(kind, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -299,7 +313,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         raise CheckpointError(f"no tokenizer at {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is not a saved tokenizer: it is damaged") from None
-    found = hashlib.sha256(_canonical(definition)).hexdigest()
+    found = sha256_of_json(definition)
     if found != expected:
         raise CheckpointError(
             f"{path} is not the tokenizer that was saved: expected sha256 {expected}, found {found}"
@@ -323,11 +337,3 @@ def _from_definition(definition: Mapping[str, Any]) -> Tokenizer:
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.dtype("<u4"))
-
-
-def _canonical(definition: Mapping[str, Any]) -> bytes:
-    return json.dumps(definition, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _short(error: Exception) -> str:
-    return str(error).split("\n")[0][:200]
