@@ -134,7 +134,7 @@ def test_a_part_is_shown_before_the_next_is_measured(quick, capsys, monkeypatch)
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llm.measure.loop.measure_loop", interrupted)
+    monkeypatch.setattr("llm.measure.training.measure_loop", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main([quick, "--parts", "step", "loop", "--turns", "1"])
     assert "mfu_of_peak" in capsys.readouterr().out

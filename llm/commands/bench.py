@@ -1,12 +1,12 @@
 """python -m llm bench CONFIG [--parts PART ...] [--section.key VALUE ...]: how fast is each part?
 
-Times what a run of this configuration does, and compares it with what the machine can do at most:
+Times the parts of a run of this configuration, and compares them with the limits of the machine:
 
     step         the train step: compile time, tokens/s, memory, MFU of the
                  measured peak of matrix products
     loop         what the loop adds to the step: data, dispatch, metrics
-    decode       sampling with the key/value cache, and the share of the
-                 measured memory bandwidth that it reaches
+    decode       sampling with the key/value cache, and its share of the
+                 measured memory bandwidth
     data         tokenising, and reading batches
     checkpoint   what a save adds, and how long it holds the loop
     start        from the command to the first step, with and without
@@ -19,7 +19,6 @@ setting is a flag too, such as --training.batch_size 8; `python train.py --help`
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -52,7 +51,7 @@ def main(arguments: list[str]) -> int:
     config = options.settings.resolved()
     with tempfile.TemporaryDirectory(prefix="llm-bench-") as name:
         folder = Path(name)
-        # Its own store of compiled programs: compile times are of compiling.
+        # An empty store of compiled programs, so that compile times are those of compiling.
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla")
         prepare_process()
         report: dict[str, Any] = {}
@@ -66,54 +65,43 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[str, Any]]:
-    """machine, model, and one object for each part that was asked for, each once it is measured."""
-    import jax
-
-    from llm.measure import data, decode, loop, machine, training
-    from llm.measure.workload import make_workload
+    """The figures of the machine, the model and each part of --parts, as soon as they are known."""
+    from llm.measure import data, decode, machine, training
     from llm.model.flops import flops_per_token, parameter_count
+    from llm.run.hosts import Hosts
     from llm.run.progress import make_progress
+    from llm.run.setup import make_setup
+    from llm.text.shards import prepare
+    from llm.text.splits import check_window
+    from llm.training.loop import Job
 
     with make_progress(config.logging.progress) as progress:
-        workload = make_workload(config, progress.prepare)
-        devices = list(workload.mesh.devices.flat)
+        corpus = prepare(config.data, config.tokenizer, on_progress=progress.prepare)
+        check_window(corpus.train, config.model.context_length)
+        setup = make_setup(config, corpus.tokenizer.vocab_size)
+        job = Job(config, setup.spec, setup.mesh, corpus, Hosts())
         progress.say("measuring the machine")
-        matmul = machine.matmul_peak(workload.spec.compute_dtype)
-        bandwidth = machine.read_bandwidth()
-        yield (
-            "machine",
-            {
-                "device": devices[0].device_kind,
-                "devices": len(devices),
-                "mesh": {name: size for name, size in workload.mesh.shape.items() if size > 1},
-                "platform": devices[0].platform,
-                "cores": len(os.sched_getaffinity(0))
-                if sys.platform == "linux"
-                else os.cpu_count(),
-                "compute_dtype": workload.spec.compute_dtype,
-                "jax": jax.__version__,
-                "matmul_flops": matmul,
-                "read_bytes_per_second": bandwidth,
-            },
-        )
+        limits = machine.measure_machine(job.mesh, job.spec.compute_dtype)
+        matmul, bandwidth = limits["matmul_flops"], limits["read_bytes_per_second"]
+        yield "machine", limits
         yield (
             "model",
             {
-                "parameters": parameter_count(workload.spec),
-                "flops_per_token": flops_per_token(workload.spec),
-                "tokens_per_step": workload.tokens_per_step,
+                "parameters": parameter_count(job.spec),
+                "flops_per_token": flops_per_token(job.spec),
+                "tokens_per_step": job.tokens_per_step,
             },
         )
         turns, few = options.turns, max(3, options.turns // 5)
         measures: dict[str, Callable[[Path], Any]] = {
-            "step": lambda _: training.measure_step(workload, matmul, turns),
-            "loop": lambda own: loop.measure_loop(workload, own),
+            "step": lambda _: training.measure_step(job, matmul, turns),
+            "loop": lambda own: training.measure_loop(job, own),
             "decode": lambda _: [
-                decode.measure_decoding(workload, rows, bandwidth, few)
+                decode.measure_decoding(job, rows, bandwidth, few)
                 for rows in options.decode_batches
             ],
-            "data": lambda own: data.measure_data(workload, own, few),
-            "checkpoint": lambda own: training.measure_saves(workload, own, max(3, turns // 3)),
+            "data": lambda own: data.measure_data(job, own, few),
+            "checkpoint": lambda own: training.measure_saves(job, own, max(3, turns // 3)),
             "start": lambda own: training.measure_start(config, own),
         }
         for part in PARTS:

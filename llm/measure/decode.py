@@ -1,4 +1,4 @@
-"""Decoding with the key/value cache: seconds per token, and the bytes that a token has to read."""
+"""Decoding with the key/value cache: seconds a token, and the bytes that a token has to read."""
 
 import copy
 import statistics
@@ -9,8 +9,8 @@ import jax
 from llm.inference.decode import Decoder, Request, round_up
 from llm.inference.filters import Sampling
 from llm.measure.machine import time_turns
-from llm.measure.workload import Workload
 from llm.model.gpt import KVCache
+from llm.training.loop import Job
 from llm.training.optimizer import make_optimizer
 from llm.training.state import create_state
 
@@ -18,27 +18,27 @@ _GREEDY = Sampling(temperature=0.0)
 
 
 def measure_decoding(
-    workload: Workload, batch_size: int, bandwidth: float, turns: int, tokens: int = 128
+    job: Job, batch_size: int, bandwidth: float, turns: int, tokens: int = 128
 ) -> dict[str, Any]:
     """Continue a short prompt in `batch_size` rows, with random weights, greedily.
 
     Args:
-      bandwidth: measured, bytes/s.
+      bandwidth: the measured bandwidth of one device, bytes/s.
     Returns:
-      seconds_per_token: for one token in each row: how much longer `tokens` tokens take than one,
-        which leaves out the prompt and all that is done once. Null if they take no longer, because
-        of the machine's noise or a context of two tokens; then tokens_per_second and
-        bandwidth_share are null too.
-      bytes_per_token: what is read for it: matrices in their compute dtype, the most experts of a
-        mixture that the rows can choose, and the cache at its capacity.
+      seconds_per_token: the time for one token in each row. It is computed from how much longer
+        `tokens` tokens take than one, which leaves out the prompt and all that is done once. Null
+        if they take no longer, because of the machine's noise or a context of two tokens; then
+        tokens_per_second and bandwidth_share are null too.
+      bytes_per_token: bytes read for one token in each row: matrices in their compute dtype, the
+        most experts of a mixture that the rows can choose, and the cache at its capacity.
       bandwidth_share: the share of the measured bandwidth.
     """
-    spec, mesh = workload.spec, workload.mesh
-    state = create_state(spec, make_optimizer(workload.config.optimizer), 0, mesh)
-    tokenizer = copy.copy(workload.corpus.tokenizer)
+    spec, mesh = job.spec, job.mesh
+    state = create_state(spec, make_optimizer(job.config.optimizer), 0, mesh)
+    tokenizer = copy.copy(job.corpus.tokenizer)
     tokenizer.end_of_text = None  # random weights may draw it, and the row would end there
     decoder = Decoder.create(spec, state.params, tokenizer)
-    prompt = workload.tokens()[0, :1]
+    prompt = job.batches()[0][0, :1]
     tokens = min(tokens, spec.config.context_length - len(prompt))
 
     def seconds_for(length: int) -> float:
@@ -60,9 +60,10 @@ def measure_decoding(
 
 
 def weight_bytes(decoder: Decoder, rows: int) -> int:
-    """Bytes of all weights that one token of each row reads whole. It reads one row of embeddings.
+    """Bytes of the weights that are read to decode one token in each row.
 
-    Of a mixture's E experts one row reads K, and several rows read at most K times their number.
+    Embedding tables do not count, because a token reads one row of them. A row reads K of the E
+    experts of a mixture, so min(E, rows x K) of them count.
     """
     config = decoder.spec.config
     read = min(config.n_expert, rows * config.n_expert_active)

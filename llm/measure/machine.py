@@ -1,21 +1,46 @@
-"""What one device can do at most, measured: products of matrices, and reading of memory.
+"""What one device can do at most: products of matrices, and reading of memory.
 
-The bench compares a step and a decoded token with these. A data sheet promises more than a device
-ever reaches, and says nothing about a shared CPU.
+The bench compares a training step and a decoded token with these measured limits. A data sheet
+promises more than a device ever reaches, and says nothing about a shared CPU.
 """
 
 import functools
+import os
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-# Sides of the square matrices, and the FLOPs of one call, enough to make the cost of the call
-# negligible: on a CPU, and on an accelerator.
+# Sides of the square matrices, and FLOPs of one call, on a CPU and on an accelerator: enough FLOPs
+# to make the cost of the call negligible.
 _CPU_SIDES, _CPU_FLOPS = (512, 1024, 2048), 2**34
 _SIDES, _FLOPS = (2048, 4096, 8192), 2**42
 _TURNS = 5
+
+
+def measure_machine(mesh: Mesh, dtype: str) -> dict[str, Any]:
+    """The devices of a mesh, and the limits of its first device.
+
+    Returns:
+      matmul_flops: see `matmul_peak`.
+      read_bytes_per_second: see `read_bandwidth`.
+    """
+    device = mesh.devices.flat[0]
+    return {
+        "device": device.device_kind,
+        "devices": mesh.size,
+        "mesh": {name: size for name, size in mesh.shape.items() if size > 1},
+        "platform": device.platform,
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "compute_dtype": dtype,
+        "jax": jax.__version__,
+        "matmul_flops": matmul_peak(dtype),
+        "read_bytes_per_second": read_bandwidth(),
+    }
 
 
 def time_turns(turn: Callable[[], object], turns: int, warm_up: int = 1) -> list[float]:
@@ -42,8 +67,8 @@ def matmul_peak(dtype: str) -> float:
 def read_bandwidth() -> float:
     """Bytes/s at which the first device reads memory: the fastest of three readers.
 
-    They sum a matrix, and multiply it with a vector from either side, as decoding a token does.
-    Each reads the matrix once, which is larger than any cache, and writes next to nothing.
+    The readers sum a matrix, and multiply it with a vector from either side, as decoding a token
+    does. Each reads the matrix once, which is larger than any cache, and writes next to nothing.
     """
     on_cpu = jax.default_backend() == "cpu"
     rows, columns = (32_768, 2_048) if on_cpu else (262_144, 2_048)
@@ -63,8 +88,8 @@ def _seconds(computation: Callable[[], jax.Array]) -> float:
 
 def _matmul_rate(side: int, dtype: str, flops: int) -> float:
     keys = jax.random.split(jax.random.key(0))
-    # Random numbers, because a GPU multiplies zeros faster: they draw less power. The scale puts
-    # the eigenvalues within the unit circle, so that a product of many neither grows nor vanishes.
+    # Random numbers, because a GPU multiplies zeros faster: zeros draw less power. The scale puts
+    # the eigenvalues within the unit circle, so that a long product neither grows nor vanishes.
     x, weight = (jax.random.normal(key, (side, side), dtype) for key in keys)
     weight = weight * side**-0.5
     count = max(1, flops // (2 * side**3))

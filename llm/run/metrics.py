@@ -22,8 +22,8 @@ from llm.faults import fault_point
 from llm.files import write_atomic
 from llm.run.directory import explained, holds
 
-# The newest rows of steps stay in memory, for whoever measures them (llm/measure/loop.py, 200); not
-# all of them, because a row is half a kilobyte, and runs have millions of steps.
+# The newest rows of steps stay in memory, for llm/measure/training.py, which reads 200. Not all of
+# them stay, because a row is half a kilobyte, and runs have millions of steps.
 NEWEST_ROWS = 1000
 
 
