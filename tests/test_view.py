@@ -348,8 +348,8 @@ def painted_characters(painted: str) -> list[tuple[str, str]]:
             at = match.end()
             if match[1] == "0":
                 background = ""
-            elif match[1].startswith("48;"):
-                background = match[1].split(";38;")[0]
+            elif colours := re.search(r"48;(5;\d+|2;\d+;\d+;\d+)", match[1]):
+                background = colours[0]
     return found
 
 
@@ -377,7 +377,7 @@ def test_terminal_colours_a_character_by_the_token_that_closes_it():
 def test_terminal_gets_256_colours_unless_it_knows_more():
     records = scored(TEXT)
     assert "48;2;" not in paint_tokens(records, {})
-    assert re.search(r"\x1b\[48;5;\d+;38;5;\d+m", paint_tokens(records, {"COLORTERM": ""}))
+    assert re.search(r"\x1b\[[\d;]*38;5;\d+;48;5;\d+m", paint_tokens(records, {"COLORTERM": ""}))
     assert "48;5;" not in paint_tokens(records, {"COLORTERM": "24bit"})
     light = paint_tokens(records, {"COLORTERM": "truecolor", "COLORFGBG": "0;15"})
     assert light != paint_tokens(records, {"COLORTERM": "truecolor", "COLORFGBG": "15;0"})

@@ -17,7 +17,7 @@ from importlib import resources
 from typing import Any
 
 from llm.pages import scales
-from llm.pages.spelling import escape_character, escaped, pieces
+from llm.pages.spelling import escaped
 
 # Each way of colouring: the letter of its levels' classes, and of its scale.
 MODES = {
@@ -79,10 +79,7 @@ def escape(text: str) -> str:
 
 def plain_text(text: str) -> str:
     """Text for an element of the class "plain": lines stay lines, unsafe characters are escaped."""
-    return "".join(
-        html.escape(escape_character(part) if kind == "escape" else part)
-        for kind, part in pieces(text)
-    )
+    return html.escape(escaped(text, keep="\n\t"))
 
 
 def script_json(data: Any) -> str:

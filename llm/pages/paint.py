@@ -1,28 +1,30 @@
 """Token-probability records as coloured text for a terminal.
 
-Each token stands on the colour of its probability; a character that is spread over several tokens,
-on that of the token that closes it. What a model wrote could steer the terminal that shows it, so
-control and direction characters are spelled out, never sent (see spelling.py); the same holds for
-every other string of a record.
+Each token stands on the colour of its probability. A character that is spread over several tokens
+stands on the colour of the token that closes it. Text that a model wrote could steer the terminal
+that shows it, so control and direction characters are spelled out, never sent (see spelling.py);
+the same holds for every other string of a record.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
-from llm.pages import scales
-from llm.pages.spelling import (
-    Cell,
-    TokenRecord,
-    cells,
-    ends_inside_character,
-    escape_character,
-    escaped,
-    pieces,
-)
+from rich.color import Color
+from rich.style import Style
 
-_RESET = "\x1b[0m"
-_FAINT, _ITALIC, _UNDERLINE = 2, 3, 4
+from llm.pages import scales
+from llm.pages.spelling import ends_inside_character, escape_character, escaped, is_unsafe
+
+# Of xterm's 256 colours those that go the way of the scales, two levels each. The nearest ones
+# would not do: greys lie between the dark steps.
+_XTERM = {
+    "dark": (17, 18, 24, 30, 36, 42, 77, 113, 149, 184, 220, 226),
+    "light": (230, 229, 193, 157, 116, 80, 44, 38, 31, 25, 19, 18),
+}
+_INKS = {"#000": Color.from_ansi(16), "#fff": Color.from_ansi(231)}
+_FAINT, _ITALIC, _UNDERLINED = Style(dim=True), Style(italic=True), Style(underline=True)
 
 
 def paint_stream(
@@ -30,75 +32,66 @@ def paint_stream(
 ) -> Iterator[str]:
     """The samples of these records, coloured by probability, with a legend.
 
-    Piece by piece: a token as soon as its last character is complete.
+    The text comes in pieces: each token as soon as its last character is complete.
 
     Args:
-      environ: COLORTERM says whether the terminal knows 24-bit colours, else it gets 256;
-        COLORFGBG, where the terminal sets it, whether its paper is light.
+      environ: COLORTERM says whether the terminal knows 24-bit colours; without it the terminal
+        gets 256. COLORFGBG, if the terminal sets it, says whether its paper is light.
     """
     palette = _palette(environ)
     yield _legend(palette)
     sample: Any = None
-    waiting: list[TokenRecord] = []
+    waiting: list[Mapping[str, Any]] = []
     for record in records:
         if record["type"] == "run":
             continue
         if record["sample"] != sample:
-            yield from _flush(waiting, palette)
+            yield from _painted(waiting, palette)
             waiting, sample = [], record["sample"]
-            yield f"\n{_sgr(_FAINT)}sample {escaped(str(sample))}{_RESET}\n"
+            yield f"\n{_FAINT.render(f'sample {escaped(str(sample))}')}\n"
+        if record["type"] == "token":
+            waiting.append(record)
+            if ends_inside_character(record):
+                continue
+        yield from _painted(waiting, palette)
+        waiting = []
         if record["type"] == "end":
-            yield from _flush(waiting, palette)
-            waiting = []
-            yield f"\n{_sgr(_FAINT)}{escaped(_end_line(record))}{_RESET}\n"
+            yield f"\n{_FAINT.render(escaped(_end_line(record)))}\n"
+    yield from _painted(waiting, palette)
+
+
+def _painted(tokens: list[Mapping[str, Any]], palette: list[Style]) -> Iterator[str]:
+    """Tokens that share a character, or one token: their text, or their names if they have none."""
+    is_open = bool(tokens) and tokens[-1]["utf8"] in ("open", "continue")
+    has_text = not is_open and any(token["text"] for token in tokens)
+    for token in tokens:
+        style = palette[scales.probability_level(token["logprob"] or 0.0)]
+        if token["phase"] == "prompt":
+            style += _UNDERLINED
+        if has_text:
+            yield _spelled(token["text"], style)
         else:
-            waiting.append(dict(record))
-            if not ends_inside_character(waiting[-1]):
-                yield from _flush(waiting, palette)
-                waiting = []
-    yield from _flush(waiting, palette)
+            yield (style + _ITALIC).render(escaped(token["token"]))
 
 
-def _flush(waiting: list[TokenRecord], palette: list[str]) -> Iterator[str]:
-    for cell in cells(waiting):
-        yield from _cell(cell, palette)
+def _spelled(text: str, style: Style) -> str:
+    """A text with line breaks and tabs marked; other unsafe characters are escaped, in italics."""
+    # Colour must not be on when a line ends: some terminals paint the rest of the line.
+    special = {"\n": style.render("\u21b5") + "\n", "\t": style.render("\u2192   ")}
+    parts = []
+    for unsafe, run in groupby(text, is_unsafe):
+        if not unsafe:
+            parts.append(style.render("".join(run)))
+            continue
+        escape = style + _ITALIC
+        parts += [special.get(c) or escape.render(escape_character(c)) for c in run]
+    return "".join(parts)
 
 
-def _cell(cell: Cell, palette: list[str]) -> Iterator[str]:
-    for token in cell.tokens:
-        style = _style(token, palette)
-        if cell.spelled_out:
-            yield f"{style}{_sgr(_ITALIC)}{escaped(token['token'])}{_RESET}"
-        elif token["text"]:
-            yield _painted(token["text"], style)
-
-
-def _painted(text: str, style: str) -> str:
-    parts = [style]
-    for kind, part in pieces(text):
-        if kind == "newline":
-            # Colour must not be on when the line ends: some terminals paint the rest of the line.
-            parts.append(f"\u21b5{_RESET}\n{style}")
-        elif kind == "tab":
-            parts.append("\u2192   ")
-        elif kind == "escape":
-            parts.append(f"{_sgr(_ITALIC)}{escape_character(part)}{_RESET}{style}")
-        else:
-            parts.append(part)
-    return "".join(parts) + _RESET
-
-
-def _style(token: TokenRecord, palette: list[str]) -> str:
-    level = scales.probability_level(token["logprob"])
-    colour = "" if level is None else palette[level]
-    return colour + (_sgr(_UNDERLINE) if token["phase"] == "prompt" else "")
-
-
-def _legend(palette: list[str]) -> str:
-    levels = range(0, scales.SEQUENTIAL_LEVELS, 2)
-    bar = "".join(f"{palette[level]} {_RESET}" for level in levels)
-    prompt = f"{_sgr(_UNDERLINE)}prompt{_RESET}"
-    return f"probability 100 % {bar} 0 %   {prompt}   {_sgr(_ITALIC)}\\x1b{_RESET} unprintable\n"
+def _legend(palette: list[Style]) -> str:
+    bar = "".join(style.render(" ") for style in palette[::2])
+    prompt, escape = _UNDERLINED.render("prompt"), _ITALIC.render("\\x1b")
+    return f"probability 100 % {bar} 0 %   {prompt}   {escape} unprintable\n"
 
 
 def _end_line(end: Mapping[str, Any]) -> str:
@@ -110,36 +103,15 @@ def _end_line(end: Mapping[str, Any]) -> str:
     return " \u00b7 ".join(parts)
 
 
-def _palette(environ: Mapping[str, str]) -> list[str]:
-    """For each level what sets background and ink; level 0 keeps the terminal's own."""
+def _palette(environ: Mapping[str, str]) -> list[Style]:
+    """The background and ink of each level; level 0 keeps the terminal's own."""
     # COLORFGBG is "foreground;background" in the 16 ANSI colours: 7 and 15 are the light ones.
     light = environ.get("COLORFGBG", "").rpartition(";")[2] in ("7", "15")
     theme = "light" if light else "dark"
     if environ.get("COLORTERM", "").lower() in ("truecolor", "24bit"):
-        return ["", *(_truecolor_pair(colour) for colour in scales.sequential(theme)[1:])]
-    return ["", *(pair for index in _XTERM[theme] for pair in 2 * [_xterm_pair(index)])]
-
-
-# Of xterm's 256 colours those that go the way of the scales, two levels each. The nearest ones
-# would not do: greys lie between the dark steps.
-_XTERM = {
-    "dark": (17, 18, 24, 30, 36, 42, 77, 113, 149, 184, 220, 226),
-    "light": (230, 229, 193, 157, 116, 80, 44, 38, 31, 25, 19, 18),
-}
-_CUBE = (0, 95, 135, 175, 215, 255)
-
-
-def _truecolor_pair(colour: scales.RGB) -> str:
-    background = ";".join(map(str, colour))
-    ink = "0;0;0" if scales.ink_on(colour) == "#000" else "255;255;255"
-    return f"\x1b[48;2;{background};38;2;{ink}m"
-
-
-def _xterm_pair(index: int) -> str:
-    red, green, blue = (_CUBE[(index - 16) // size % 6] for size in (36, 6, 1))
-    ink = 16 if scales.ink_on((red, green, blue)) == "#000" else 231
-    return f"\x1b[48;5;{index};38;5;{ink}m"
-
-
-def _sgr(attribute: int) -> str:
-    return f"\x1b[{attribute}m"
+        colours = [Color.from_rgb(*colour) for colour in scales.sequential(theme)[1:]]
+    else:
+        colours = [Color.from_ansi(index) for index in _XTERM[theme] for _ in range(2)]
+    inks = [_INKS[scales.ink_on(colour.get_truecolor())] for colour in colours]
+    pairs = zip(inks, colours, strict=True)
+    return [Style(), *(Style(color=ink, bgcolor=colour) for ink, colour in pairs)]

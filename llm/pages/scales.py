@@ -1,28 +1,24 @@
 """Colour scales for the numbers of a token: from a value to a level, from a level to a colour.
 
-Level 0 is what the model expected and has the colour of the paper, so that a text at rest looks
+Level 0 is what the model expected. It has the colour of the paper, so that a text at rest looks
 like a text and surprise stands out, on light paper and on dark. Both sequential scales change
-steadily in luminance, so they can be read without telling hues apart; the diverging one goes from
-orange over paper to blue, the pair that colour-blind people confuse least. What ink is written on a
-colour is computed from their contrast.
+steadily in luminance, so they can be read without telling hues apart. The diverging scale goes from
+orange over paper to blue, the pair that colour-blind people confuse least.
 
 The light scale is ColorBrewer's YlGnBu without its darkest step (Brewer 2003,
-https://colorbrewer2.org), the dark one is viridis (van der Walt and Smith 2015), the diverging one
-is ColorBrewer's PuOr with blue for purple.
-Contrast is that of WCAG 2.2. In a browser, page.js computes the levels.
+https://colorbrewer2.org), the dark scale is viridis (van der Walt and Smith 2015), the diverging
+scale is ColorBrewer's PuOr with blue for purple. Contrast is that of WCAG 2.2. In a browser,
+page.js computes the levels.
 """
 
 import math
 
-RGB = tuple[int, int, int]
+RGB = tuple[int, ...]
 
 SEQUENTIAL_LEVELS = 25
 DIVERGING_LEVELS = 17  # the middle one, 8, means no change
-# A change of 3 nats is a factor of 20: beyond it, a difference of degree no longer tells much.
-CHANGE_LIMIT_NATS = 3.0
 
 THEMES = ("light", "dark")
-PAPER = {"light": "#fdfdfb", "dark": "#14161a"}
 
 _SEQUENTIAL = {
     "light": "fdfdfb f7fbc9 e4f4b6 c7e9b4 7fcdbb 41b6c4 1d91c0 225ea8 253494",
@@ -44,69 +40,53 @@ def diverging(theme: str) -> list[RGB]:
     return _ramp(_DIVERGING[theme], DIVERGING_LEVELS)
 
 
-def probability_level(logprob: float | None) -> int | None:
+def _ramp(anchors: str, levels: int) -> list[RGB]:
+    """Colours at equal distances along the line through the anchors, in sRGB."""
+    points = [bytes.fromhex(anchor) for anchor in anchors.split()]
+    ramp: list[RGB] = []
+    for level in range(levels):
+        place = level / (levels - 1) * (len(points) - 1)
+        index = min(int(place), len(points) - 2)
+        ends = zip(points[index], points[index + 1], strict=True)
+        ramp.append(tuple(round(a + (b - a) * (place - index)) for a, b in ends))
+    return ramp
+
+
+def probability_level(logprob: float) -> int:
     """0 for certain, the last level for impossible: 1 - sqrt(probability).
 
     The square root gives one in four the middle of the scale, and tells one in ten from one in a
     hundred; in a linear scale both would look impossible.
     """
-    if logprob is None:
-        return None
     fraction = 1.0 - math.exp(min(logprob, 0.0) / 2.0)
     # floor(x + 1/2), as Math.round in the browser; Python's round goes to the even neighbour.
     return math.floor(fraction * (SEQUENTIAL_LEVELS - 1) + 0.5)
 
 
 def ink_on(colour: RGB) -> str:
-    """Black or white, whichever reads better; at least 4.5 : 1 on any colour."""
-    black, white = contrast(colour, (0, 0, 0)), contrast(colour, (255, 255, 255))
+    """Black or white, whichever has more contrast; at least 4.5 : 1 on any colour.
+
+    The contrast of relative luminances a > b is (a + 0.05) / (b + 0.05).
+    """
+    channels = [channel / 255 for channel in colour]
+    red, green, blue = (
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+    )
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    black, white = (luminance + 0.05) / 0.05, 1.05 / (luminance + 0.05)
     return "#000" if black >= white else "#fff"
-
-
-def contrast(one: RGB, other: RGB) -> float:
-    """WCAG's contrast ratio, 1 to 21."""
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
-
-
-def luminance(colour: RGB) -> float:
-    """Relative luminance of an sRGB colour, 0 to 1."""
-    linear = [
-        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-        for c in (channel / 255 for channel in colour)
-    ]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def css_colours() -> str:
     """The scales as CSS variables: --c3 and --d3 are colours, --ck3 and --dk3 the ink on them."""
     lines = []
-    for letter, scale in (("c", sequential), ("d", diverging)):
-        for level, (light, dark) in enumerate(zip(scale("light"), scale("dark"), strict=True)):
+    for letter, name, scale in (("c", "sequential", sequential), ("d", "diverging", diverging)):
+        pairs = list(zip(scale("light"), scale("dark"), strict=True))
+        for level, (light, dark) in enumerate(pairs):
             lines.append(
-                f"--{letter}{level}:light-dark({_hex(light)},{_hex(dark)});"
+                f"--{letter}{level}:light-dark(#{bytes(light).hex()},#{bytes(dark).hex()});"
                 f"--{letter}k{level}:light-dark({ink_on(light)},{ink_on(dark)});"
             )
-    stops = {"sequential": ("c", SEQUENTIAL_LEVELS), "diverging": ("d", DIVERGING_LEVELS)}
-    for name, (letter, levels) in stops.items():
-        colours = ",".join(f"var(--{letter}{level})" for level in range(levels))
+        colours = ",".join(f"var(--{letter}{level})" for level in range(len(pairs)))
         lines.append(f"--{name}:linear-gradient(90deg,{colours});")
     return ":root{" + "".join(lines) + "}"
-
-
-def _ramp(anchors: str, levels: int) -> list[RGB]:
-    """Colours at equal distances along the line through the anchors, in sRGB."""
-    points = [bytes.fromhex(anchor) for anchor in anchors.split()]
-    ramp = []
-    for level in range(levels):
-        place = level / (levels - 1) * (len(points) - 1)
-        index = min(int(place), len(points) - 2)
-        part = place - index
-        low, high = points[index], points[index + 1]
-        red, green, blue = (round(a + (b - a) * part) for a, b in zip(low, high, strict=True))
-        ramp.append((red, green, blue))
-    return ramp
-
-
-def _hex(colour: RGB) -> str:
-    return "#" + bytes(colour).hex()
