@@ -245,6 +245,17 @@ def test_a_gpt2_variant_is_refused_by_name(gpt2_folder, settings, named):
         from_hf(gpt2_folder)
 
 
+@pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
+def test_a_key_that_a_family_does_not_have_is_refused_by_name(tmp_path, name):
+    """Mixtral has no biases, so a file that asks for them is of another model."""
+    to_hf(MIXTRAL, VOCAB, random_params(MIXTRAL), tmp_path)
+    change_description(tmp_path, attention_bias=False, mlp_bias=False)
+    assert not from_hf(tmp_path)[0].bias
+    change_description(tmp_path, **{name: True})
+    with pytest.raises(UsageError, match=f"{name} = True cannot be represented"):
+        from_hf(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
