@@ -107,14 +107,15 @@ def gradients_of(way: str) -> Any:
     import jax
     import jax.numpy as jnp
 
+    from llm.model.attention import Places
     from llm.model.context import positions_on_devices
     from llm.model.kernels import self_attention
     from llm.model.sharding import shares
 
     def attention(query_BTNH, key_BTKH, value_BTKH):
         order_T = positions_on_devices(query_BTNH.shape[1], shares("sequence"))
-        positions_BT = jnp.asarray(order_T)[None]
-        return self_attention(way, query_BTNH, key_BTKH, value_BTKH, positions_BT)
+        places = Places(jnp.asarray(order_T)[None])
+        return self_attention(way, query_BTNH, key_BTKH, value_BTKH, places)
 
     def objective(*arrays):
         return jnp.sum(jnp.square(attention(*arrays).astype(jnp.float32)))

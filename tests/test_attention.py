@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llm.model.attention import (
+    Places,
     attend,
     attention_weights,
     drop,
@@ -127,21 +128,23 @@ def test_bfloat16_rounds_inputs_weights_and_output_but_not_scores():
 
 def test_a_position_sees_itself_and_what_is_before_it():
     positions = np.arange(6)[None]
-    seen = np.asarray(visible(positions, positions))
+    seen = np.asarray(visible(Places(positions), Places(positions)))
     assert seen.shape == (1, 6, 6)
     assert all(seen[0, t, s] == (s <= t) for t in range(6) for s in range(6))
 
 
 def test_who_sees_whom_does_not_depend_on_the_order_that_positions_stand_in():
     queries, keys = np.array([[4, 1]]), np.array([[3, 0, 1, 4, 2]])
-    assert visible(queries, keys)[0].tolist() == [[True] * 5, [False, True, True, False, False]]
+    seen = visible(Places(queries), Places(keys))
+    assert seen[0].tolist() == [[True] * 5, [False, True, True, False, False]]
 
 
 def test_a_position_sees_its_own_segment_alone_in_which_positions_begin_anew():
     segments = np.array([[7, 7, 2, 2, 2, 3], [0, 0, 0, 0, 0, 0]], np.int32)
     positions = segment_positions(segments)
     assert positions.tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
-    seen = np.asarray(visible(positions, positions, segments, segments))
+    places = Places(positions, segments)
+    seen = np.asarray(visible(places, places))
     for b, t, s in np.ndindex(seen.shape):
         assert seen[b, t, s] == (s <= t and segments[b, s] == segments[b, t])
 

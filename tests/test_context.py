@@ -9,6 +9,7 @@ import pytest
 from test_collectives import total_bytes
 
 from llm.config import MeshConfig, ModelConfig
+from llm.model.attention import Places
 from llm.model.context import from_zigzag, positions_on_devices, to_zigzag
 from llm.model.gpt import ModelSpec, abstract_params, bind
 from llm.model.kernels import cudnn_attention, self_attention
@@ -21,7 +22,7 @@ ROWS, HEAD = 2, 16
 def plain(query, key, value, segments=None):
     """In the order that the mesh in context has."""
     order_T = jnp.asarray(positions_on_devices(query.shape[1], shares("sequence")))
-    return self_attention("plain", query, key, value, order_T[None], segments)
+    return self_attention("plain", query, key, value, Places(order_T[None], segments))
 
 
 def example(heads, kv_heads, length):
@@ -154,9 +155,9 @@ def hidden_of(axes, packed, **settings):
     key = jax.random.key(1) if config.dropout else None
     with jax.set_mesh(mesh_of(dict(axes))):
         hidden = jax.jit(
-            lambda params: bind(spec, params).hidden(tokens, segments, dropout_key=key)
+            lambda params: bind(spec, params).hidden_and_routing(tokens, segments, dropout_key=key)
         )
-        return np.asarray(hidden(random_params(spec)))
+        return np.asarray(hidden(random_params(spec))[0])
 
 
 @pytest.mark.thorough

@@ -15,7 +15,7 @@ from llm.inference.decode import Decoder, Request, encode_prompt, round_up
 from llm.inference.filters import CANDIDATES, Sampling
 from llm.inference.programs import decode_chunk, empty, for_decoding, prefill_piece
 from llm.model.gpt import GPT, ModelSpec, bind, initialise, logical_axes
-from llm.model.layers import few_rows_product, filled_up_product
+from llm.model.layers import filled_up_product, rows_product
 from llm.model.sharding import make_mesh, tree_shardings
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -371,9 +371,9 @@ def test_a_few_rows_multiply_as_many_do():
     x, weight = rng.normal(size=(7, 32)), rng.normal(size=(32, 48))
     for rows in (1, 2, 7):
         arrays = x[:rows].astype(np.float32), weight.astype(np.float32)
-        found = filled_up_product(*arrays, "float32")
+        found = filled_up_product(jnp.matmul, *arrays)
         np.testing.assert_allclose(found, x[:rows] @ weight, atol=1e-5)
-    product = jax.jit(functools.partial(few_rows_product, dtype="float32"))
+    product = jax.jit(functools.partial(rows_product, preferred_element_type="float32"))
     traced = product.trace(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arrays))
     on = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu")}
     assert "tensor<8x48xf32>" in on["cuda"] and "tensor<8x48xf32>" not in on["cpu"]

@@ -432,7 +432,7 @@ def test_residual_projections_may_start_at_zero():
 
 @functools.partial(jax.jit, static_argnums=0)
 def hidden_with_dropout(spec, params, tokens, key):
-    return bind(spec, params).hidden(tokens, dropout_key=key)
+    return bind(spec, params).hidden_and_routing(tokens, dropout_key=key)[0]
 
 
 DROPOUT_RATE = 0.3

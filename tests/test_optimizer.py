@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llm.config import OptimizerConfig
-from llm.model.stack import unstack
+from llm.model.stack import unstack_layers
 from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_momentum
 
 STEPS = 100
@@ -180,8 +180,8 @@ def test_stacked_weights_get_the_updates_of_single_ones(kind):
     }
     stacked = {name: jnp.float32(random.normal(size=shape)) for name, shape in shapes.items()}
     gradients = [jax.tree.map(jnp.float32, g) for g in random_gradients(stacked, 3)]
-    moved = unstack(run_updates(config, stacked, gradients))
-    singles = run_updates(config, unstack(stacked), [unstack(g) for g in gradients])
+    moved = unstack_layers(run_updates(config, stacked, gradients))
+    singles = run_updates(config, unstack_layers(stacked), [unstack_layers(g) for g in gradients])
     assert moved.keys() == singles.keys()
     for name, value in singles.items():
         np.testing.assert_allclose(moved[name], value, rtol=1e-5, atol=1e-6, err_msg=name)

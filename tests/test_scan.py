@@ -15,7 +15,7 @@ from test_step import BATCH, OPTIMIZER, tokens
 from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.sharding import make_mesh, shard_batch
-from llm.model.stack import is_stacked, stack, unstack
+from llm.model.stack import is_stacked, stack_layers, unstack_layers
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state, create_state, from_groups, to_groups
 from llm.training.step import BATCH_AXES, make_train_step
@@ -37,7 +37,7 @@ def mesh_of(**axes):
 def test_stacked_initial_weights_are_those_of_the_single_layers_bit_for_bit():
     key = jax.random.key(0)
     single = initialise(SPEC, key)
-    again = unstack(initialise(SPEC, key, stacked=True))
+    again = unstack_layers(initialise(SPEC, key, stacked=True))
     assert again.keys() == single.keys()
     for name, value in single.items():
         np.testing.assert_array_equal(again[name], value, err_msg=name)
@@ -84,9 +84,11 @@ def test_layers_keep_their_order_through_ten_and_more():
     """As text "10" comes before "2"."""
     like = {"m['blocks.*.x']": jax.ShapeDtypeStruct((12, 2), jnp.float32)}
     whole = {"m['blocks.*.x']": jnp.arange(24.0).reshape(12, 2)}
-    single = unstack(whole)
+    single = unstack_layers(whole)
     np.testing.assert_array_equal(single["m['blocks.10.x']"], [20.0, 21.0])
-    np.testing.assert_array_equal(stack(single, like)["m['blocks.*.x']"], whole["m['blocks.*.x']"])
+    np.testing.assert_array_equal(
+        stack_layers(single, like)["m['blocks.*.x']"], whole["m['blocks.*.x']"]
+    )
 
 
 def train_steps(*, scan):

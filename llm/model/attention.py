@@ -10,30 +10,34 @@ Transformer Decoding" (multi-query) and Ainslie et al. 2023, "GQA" (grouped-quer
     N = K G query heads  H head size
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 
-def visible(
-    query_at_BT: jax.Array,
-    key_at_BS: jax.Array,
-    query_segments_BT: jax.Array | None = None,
-    key_segments_BS: jax.Array | None = None,
-) -> jax.Array:
+class Places(NamedTuple):
+    """Where tokens stand, which decides who sees whom.
+
+    positions_BT: int32, in any order; one row serves the whole batch.
+    segments_BT: int32, the document of each token if documents are packed in one window; positions
+      begin anew with each. None: each row is one document.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+
+
+def visible(queries: Places, keys: Places) -> jax.Array:
     """Who sees whom: bool [B, T, S], True where the query at t may look at the key at s.
 
-    A position sees itself and what is before it. Documents packed in one window are segments: a
-    position then sees its own segment alone. Training, the key/value cache, the kernels and the
-    attention maps all ask this function.
-
-    Args:
-      query_at_BT, key_at_BS: int32 positions, in any order; one row serves the whole batch.
-      query_segments_BT, key_segments_BS: int32, the segment of each position; None: one segment.
+    A position sees itself and what is before it, in its own segment alone. Training, the key/value
+    cache, the kernels and the attention maps all ask this function.
     """
-    seen_BTS = key_at_BS[:, None, :] <= query_at_BT[:, :, None]
-    if query_segments_BT is None or key_segments_BS is None:
+    seen_BTS = keys.positions_BT[:, None, :] <= queries.positions_BT[:, :, None]
+    if queries.segments_BT is None or keys.segments_BT is None:
         return seen_BTS
-    return seen_BTS & (key_segments_BS[:, None, :] == query_segments_BT[:, :, None])
+    return seen_BTS & (keys.segments_BT[:, None, :] == queries.segments_BT[:, :, None])
 
 
 def segment_positions(segments_BT: jax.Array) -> jax.Array:

@@ -21,93 +21,78 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from llm.config import ModelConfig
 from llm.model.grouped import grouped_matmul, lay_out
-from llm.model.layers import activate, drawn, residual_std, spread
+from llm.model.layers import MLP, activate, spread
 from llm.model.remat import PRODUCT
-from llm.model.router import Router, Routes, Routing
-from llm.model.sharding import constrain, partition_of, shares
+from llm.model.router import Router, Routing
+from llm.model.sharding import constrain, partition_of, per_device, shares
 
 # "up.weight" [E, D, F], ... in the compute dtype; "up.bias" [E, F], ... in float32
 Weights = Mapping[str, jax.Array]
 
-_AXES = {
-    "up.weight": ("expert", "embed", "mlp"),
-    "up.bias": ("expert", "mlp"),
-    "gate.weight": ("expert", "embed", "mlp"),
-    "gate.bias": ("expert", "mlp"),
-    "down.weight": ("expert", "mlp_in", "width"),
-    "down.bias": ("expert", "width"),
-}
 
-
-class ExpertLinear(nnx.Module):
-    """W [E, in, out] and b [E, out]: one linear layer for each expert."""
-
-    def __init__(self, name: str, shape: tuple[int, int, int], *, std: float, bias: bool):
-        self.weight = drawn(_AXES[f"{name}.weight"], shape, std)
-        self.bias = (
-            nnx.Param(jnp.zeros((shape[0], shape[2])), axes=_AXES[f"{name}.bias"]) if bias else None
-        )
-
-
-class Experts(nnx.Module):
-    """The MLP's place in a block; the weights have the MLP's names, with one dimension more."""
+class Experts(MLP):
+    """An MLP with E sets of weights, and the router that chooses k of them for each token."""
 
     def __init__(self, config: ModelConfig, dtype: str):
+        super().__init__(config, dtype, config.n_expert)
         self.config, self.dtype = config, dtype
-        E, D, F = config.n_expert, config.d_model, config.d_ff
         self.router = Router(config)
-        self.up = ExpertLinear("up", (E, D, F), std=config.init_std, bias=config.bias)
-        if config.activation == "swiglu":
-            self.gate = ExpertLinear("gate", (E, D, F), std=config.init_std, bias=config.bias)
-        self.down = ExpertLinear("down", (E, F, D), std=residual_std(config), bias=config.bias)
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
         """[B, T, D], and how the experts were used."""
-        routes = self.router(x_BTD)
-        state = nnx.to_flat_state(nnx.state(self))
-        named = {".".join(map(str, path)): weight[...] for path, weight in state}
+        chosen_BTk, gates_BTk, routing = self.router(x_BTD)
+        flat = {".".join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(self))}
+        del flat["router.weight"]
         weights = {
-            name: named[name].astype(self.dtype) if name.endswith("weight") else named[name]
-            for name in _AXES
-            if name in named
+            name: p[...].astype(self.dtype) if name.endswith("weight") else p[...]
+            for name, p in flat.items()
         }
-        y_BTD = dropless(self.config, weights, x_BTD, routes)
-        return constrain(y_BTD, "batch", "sequence", "width"), Routing.of(routes)
+        specs = {name: partition_of(p.get_metadata("axes")) for name, p in flat.items()}
+        y_BTD = dropless(self.config, weights, specs, x_BTD, chosen_BTk, gates_BTk)
+        return constrain(y_BTD, "batch", "sequence", "width"), routing
 
 
-def dropless(config: ModelConfig, weights: Weights, x_BTD: jax.Array, routes: Routes) -> jax.Array:
-    """[B, T, D]: each device computes every choice of its own tokens."""
+def dropless(
+    config: ModelConfig,
+    weights: Weights,
+    specs: Mapping[str, PartitionSpec],
+    x_BTD: jax.Array,
+    chosen_BTk: jax.Array,
+    gates_BTk: jax.Array,
+) -> jax.Array:
+    """[B, T, D]: each device computes every choice of its own tokens.
+
+    Args:
+      specs: where each of the weights lies on the mesh.
+      chosen_BTk, gates_BTk: the router's choices.
+    """
     compute = functools.partial(_grouped, config)
-    arguments = (x_BTD, routes.chosen_BTk, routes.gates_BTk)
+    arguments = (x_BTD, chosen_BTk, gates_BTk)
     if math.prod(shares(axis) for axis in ("batch", "sequence", "expert", "embed", "mlp")) == 1:
         return compute(weights, *arguments)
     columns = partition_of(["mlp"])[0]
     parts = shares("mlp")
 
     def on_one_device(weights: Weights, *arguments: jax.Array) -> jax.Array:
-        weights = {name: _gather(weight, name, columns) for name, weight in weights.items()}
+        weights = {name: _gather(weight, specs[name], columns) for name, weight in weights.items()}
         if "down.bias" in weights:  # each device of the tensor axis adds its part of the sum
             weights["down.bias"] = weights["down.bias"] / parts
         return jax.lax.psum(compute(weights, *arguments), columns)
 
     tokens = partition_of(["batch", "sequence", None])
-    return jax.shard_map(
-        on_one_device,
-        in_specs=({name: partition_of(_AXES[name]) for name in weights}, tokens, tokens, tokens),
-        out_specs=tokens,
-        check_vma=False,
-    )(weights, *arguments)
+    return per_device(on_one_device, (specs, tokens, tokens, tokens), tokens)(weights, *arguments)
 
 
-def _gather(weight: jax.Array, name: str, columns: str) -> jax.Array:
+def _gather(weight: jax.Array, spec: PartitionSpec, columns: str) -> jax.Array:
     """All experts and rows of a weight that is divided over devices; the columns stay divided.
 
     The gradient of the gathering is a reduce-scatter.
     """
-    for dimension, axes in enumerate(partition_of(_AXES[name])):
+    for dimension, axes in enumerate(spec):
         for axis in (axes,) if isinstance(axes, str) else axes or ():
             if axis != columns:
                 weight = jax.lax.all_gather(weight, axis, axis=dimension, tiled=True)

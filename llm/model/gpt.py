@@ -34,6 +34,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from llm.config import ModelConfig
 from llm.model.attention import (
+    Places,
     attend,
     attention_weights,
     drop,
@@ -45,13 +46,12 @@ from llm.model.context import from_zigzag, positions_on_devices, to_zigzag
 from llm.model.experts import Experts
 from llm.model.kernels import Kernel, self_attention
 from llm.model.layers import (
-    LEAST_ROWS,
+    MLP,
     Linear,
-    activate,
     apply_side_by_side,
-    drawn,
-    few_rows_product,
+    normal_weight,
     residual_std,
+    rows_product,
 )
 from llm.model.norm import Norm
 from llm.model.remat import Remat, keep
@@ -62,9 +62,13 @@ from llm.model.stack import is_stacked, layer_names
 # Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights. Inside
 # training the blocks may be stacked, "blocks.*.attention.query.weight" (stack.py).
 Params = dict[str, jax.Array]
+# name -> where a module's variable lies in its state, and the variable
+Variables = dict[str, tuple[tuple[Any, ...], Any]]
 
-# Of one layer, each [B, K, S, H]: KVCache.
-Cached = tuple[jax.Array, jax.Array]
+# One layer's keys and values in a KVCache, each [B, K, S, H]; None in a pass without a cache.
+Cached = tuple[jax.Array, jax.Array] | None
+# Seeds the dropout of one pass; None turns dropout off.
+DropoutKey = jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +132,12 @@ class Embed(nnx.Module):
         config = spec.config
         self.dtype = spec.compute_dtype
         D, std = config.d_model, config.init_std
-        self.weight = drawn(("vocab", "embed"), (spec.padded_vocab_size, D), std)
+        self.weight = normal_weight(("vocab", "embed"), (spec.padded_vocab_size, D), std)
         has_positions = config.positions == "learned"
         self.position = (
-            drawn(("position", "embed"), (config.context_length, D), std) if has_positions else None
+            normal_weight(("position", "embed"), (config.context_length, D), std)
+            if has_positions
+            else None
         )
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
@@ -162,6 +168,11 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
     x_BTD = table_VD[tokens_BT]
     x_BTD = constrain(x_BTD, "batch_of_columns", "sequence", "embed")
     return constrain(x_BTD, "batch_by_columns", "sequence", "width")
+
+
+def stream_norm(config: ModelConfig) -> Norm:
+    """The norm of what a sub-layer, or the head, reads from the residual stream."""
+    return Norm(config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias)
 
 
 class Attention(nnx.Module):
@@ -211,25 +222,23 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array | None = None,
+        places: Places,
         *,
-        cached: Cached | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Cached | None]:
+        cached: Cached = None,
+        dropout_key: DropoutKey = None,
+    ) -> tuple[jax.Array, Cached]:
         """Each position of x looks at itself and at what is before it in x, or in the cache.
 
         Returns [B, T, D], and the cached keys and values with those of x in their places.
         """
-        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, positions_BT)
+        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, places.positions_BT)
         if cached is None:
             mixed_BTNH = self_attention(
                 self.kernel,
                 query_BTNH,
                 key_BTKH,
                 value_BTKH,
-                positions_BT,
-                segments_BT,
+                places,
                 dropout=self.config.dropout,
                 dropout_key=dropout_key,
             )
@@ -237,43 +246,20 @@ class Attention(nnx.Module):
             B, _, K, _ = key_BTKH.shape
             # An index for each axis: XLA's CPU backend turns a slice of heads into two transposes.
             rows_B11, heads_11K = jnp.arange(B)[:, None, None], jnp.arange(K)[None, None, :]
-            place_BTK = rows_B11, heads_11K, positions_BT[:, :, None]
+            place_BTK = rows_B11, heads_11K, places.positions_BT[:, :, None]
             keys_BKSH = cached[0].at[place_BTK].set(key_BTKH)
             values_BKSH = cached[1].at[place_BTK].set(value_BTKH)
-            visible_BTS = visible(positions_BT, jnp.arange(keys_BKSH.shape[2])[None, :])
+            visible_BTS = visible(places, Places(jnp.arange(keys_BKSH.shape[2])[None, :]))
             keys_BSKH, values_BSKH = keys_BKSH.swapaxes(1, 2), values_BKSH.swapaxes(1, 2)
             mixed_BTNH = attend(query_BTNH, keys_BSKH, values_BSKH, visible_BTS)
             cached = keys_BKSH, values_BKSH
         return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1)), cached
 
-    def weights(
-        self, x_BTD: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array | None = None
-    ) -> jax.Array:
+    def weights(self, x_BTD: jax.Array, places: Places) -> jax.Array:
         """The softmax that __call__ mixes values with, without dropout: float32 [B, N, T, T]."""
-        query_BTNH, key_BTKH, _ = self.project(x_BTD, positions_BT)
-        visible_BTS = visible(positions_BT, positions_BT, segments_BT, segments_BT)
-        weights_BKGTS = attention_weights(query_BTNH, key_BTKH, visible_BTS)
+        query_BTNH, key_BTKH, _ = self.project(x_BTD, places.positions_BT)
+        weights_BKGTS = attention_weights(query_BTNH, key_BTKH, visible(places, places))
         return jax.lax.collapse(weights_BKGTS, 1, 3)
-
-
-class MLP(nnx.Module):
-    """Position by position: W_down f(W_up x), or W_down (silu(W_gate x) * W_up x) for swiglu."""
-
-    def __init__(self, spec: ModelSpec):
-        config = spec.config
-        self.activation = config.activation
-        linear = functools.partial(
-            Linear, bias=config.bias, dtype=spec.compute_dtype, std=config.init_std
-        )
-        D, F = config.d_model, config.d_ff
-        self.up = linear(("embed", "mlp"), (D, F))
-        self.gate = linear(("embed", "mlp"), (D, F)) if self.activation == "swiglu" else None
-        self.down = linear(("mlp_in", "width"), (F, D), std=residual_std(config))
-
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
-        gate_BTF = None if self.gate is None else self.gate(x_BTD)
-        return self.down(activate(self.activation, up_BTF, gate_BTF))
 
 
 class Block(nnx.Module):
@@ -285,35 +271,25 @@ class Block(nnx.Module):
     def __init__(self, spec: ModelSpec):
         config = spec.config
         self.dropout = config.dropout
-        norm = functools.partial(
-            Norm, config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias
-        )
-        self.attention_norm, self.attention = norm(), Attention(spec)
-        self.has_experts = config.has_experts
-        self.mlp_norm = norm()
-        self.mlp: Any = Experts(config, spec.compute_dtype) if self.has_experts else MLP(spec)
+        self.attention_norm, self.attention = stream_norm(config), Attention(spec)
+        self.mlp_norm = stream_norm(config)
+        self.mlp = (Experts if config.has_experts else MLP)(config, spec.compute_dtype)
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        positions_BT: jax.Array,
-        segments_BT: jax.Array | None = None,
+        places: Places,
         *,
-        cached: Cached | None = None,
-        dropout_key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Routing | None, Cached | None]:
+        cached: Cached = None,
+        dropout_key: DropoutKey = None,
+    ) -> tuple[jax.Array, Routing | None, Cached]:
         """The stream after this block, how its experts were used, and the longer cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         branch_BTD, cached = self.attention(
-            self.attention_norm(x_BTD),
-            positions_BT,
-            segments_BT,
-            cached=cached,
-            dropout_key=keys[0],
+            self.attention_norm(x_BTD), places, cached=cached, dropout_key=keys[0]
         )
         x_BTD = x_BTD + drop(branch_BTD, self.dropout, keys[1])
-        read_BTD = self.mlp_norm(x_BTD)
-        branch_BTD, routing = self.mlp(read_BTD) if self.has_experts else (self.mlp(read_BTD), None)
+        branch_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + drop(branch_BTD, self.dropout, keys[2]), routing, cached
 
 
@@ -335,9 +311,7 @@ class GPT(nnx.Module):
             if stacked
             else nnx.List([Block(spec) for _ in range(config.n_layer)])
         )
-        self.final_norm = Norm(
-            config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias
-        )
+        self.final_norm = stream_norm(config)
         if not config.tie_embeddings:
             self.head = Linear(
                 ("embed", "vocab"),
@@ -351,14 +325,7 @@ class GPT(nnx.Module):
         """float32 logits [B, T, vocab_size]; those at t score the token at t + 1."""
         return self.logits(self.hidden(tokens_BT))
 
-    def hidden(
-        self,
-        tokens_BT: jax.Array,
-        segments_BT: jax.Array | None = None,
-        *,
-        dropout_key: jax.Array | None = None,
-        remat: Remat = "none",
-    ) -> jax.Array:
+    def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
         """What the head reads: [B, T, D] after the final norm.
 
         Args:
@@ -367,36 +334,38 @@ class GPT(nnx.Module):
           segments_BT: int32, the document of each token if documents are packed in one window,
             each in one piece. A token sees its own document alone, and positions begin anew
             with each. None: each row is one text.
-          dropout_key: seeds this pass's dropout; None turns dropout off.
-          remat: what each block keeps for its gradient.
         """
-        return self.hidden_and_routing(
-            tokens_BT, segments_BT, dropout_key=dropout_key, remat=remat
-        )[0]
+        return self.hidden_and_routing(tokens_BT, segments_BT)[0]
 
     def hidden_and_routing(
         self,
         tokens_BT: jax.Array,
         segments_BT: jax.Array | None = None,
         *,
-        dropout_key: jax.Array | None = None,
+        dropout_key: DropoutKey = None,
         remat: Remat = "none",
     ) -> tuple[jax.Array, Routing | None]:
-        """`hidden`, and how the experts of each block were used, [L]; None in a dense model."""
-        x_BTD, positions_BT = self._embedded(tokens_BT, segments_BT)
+        """`hidden` as training needs it, and how the experts of each block were used.
+
+        Args:
+          dropout_key: seeds this pass's dropout; None turns dropout off.
+          remat: what each block keeps for its gradient.
+        Returns:
+          [B, T, D], and the Routing of all blocks, [L]; None in a dense model.
+        """
+        x_BTD, places = self._embedded(tokens_BT, segments_BT)
         if dropout_key is not None:
             x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
         # Dropout is drawn in the natural order, so that a mesh does not change it.
         zigzag = is_divided("sequence") and dropout_key is None
         if zigzag:
             order_T = positions_on_devices(tokens_BT.shape[1], shares("sequence"))
-            x_BTD, positions_BT = to_zigzag(x_BTD), positions_BT[:, order_T]
-            segments_BT = None if segments_BT is None else segments_BT[:, order_T]
+            x_BTD, places = to_zigzag(x_BTD), jax.tree.map(lambda x: x[:, order_T], places)
 
         def through(graph, x_BTD, layer, weights):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, layer + 1)
             block = nnx.merge(graph, weights)
-            x_BTD, routing, _ = block(x_BTD, positions_BT, segments_BT, dropout_key=key)
+            x_BTD, routing, _ = block(x_BTD, places, dropout_key=key)
             return constrain(x_BTD, "batch", "sequence", "width"), routing
 
         x_BTD, routing_L = self._through_blocks(through, x_BTD, remat)
@@ -421,14 +390,14 @@ class GPT(nnx.Module):
 
     def _embedded(
         self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """x_0 of whole rows, and the position of each token in its text."""
+    ) -> tuple[jax.Array, Places]:
+        """x_0 of whole rows, and where each token stands."""
         if segments_BT is None:
-            positions_BT, x_BTD = jnp.arange(tokens_BT.shape[1])[None, :], self.embed(tokens_BT)
+            places, x_BTD = Places(jnp.arange(tokens_BT.shape[1])[None, :]), self.embed(tokens_BT)
         else:
-            positions_BT = segment_positions(segments_BT)
-            x_BTD = self.embed(tokens_BT, positions_BT)
-        return constrain(x_BTD, "batch", "sequence", "width"), positions_BT
+            places = Places(segment_positions(segments_BT), segments_BT)
+            x_BTD = self.embed(tokens_BT, places.positions_BT)
+        return constrain(x_BTD, "batch", "sequence", "width"), places
 
     def attention_weights(self, tokens_BT: jax.Array) -> jax.Array:
         """Where each head looks: float32 [L, B, N, T, T].
@@ -436,11 +405,11 @@ class GPT(nnx.Module):
         weights[l, b, n, t, s] is how much head n of layer l takes from position s when it computes
         its output at t; each row sums to one and is zero for s > t. All L layers are held at once.
         """
-        x_BTD, positions_BT = self._embedded(tokens_BT)
+        x_BTD, places = self._embedded(tokens_BT)
         layers = []
         for block in self.blocks:
-            layers.append(block.attention.weights(block.attention_norm(x_BTD), positions_BT))
-            x_BTD, _, _ = block(x_BTD, positions_BT)
+            layers.append(block.attention.weights(block.attention_norm(x_BTD), places))
+            x_BTD, _, _ = block(x_BTD, places)
         return jnp.stack(layers)
 
     def extend(self, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -458,7 +427,7 @@ class GPT(nnx.Module):
         x_BTD = self.embed(tokens_BT, positions_BT)
         layers = []
         for block, *cached in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x_BTD, _, longer = block(x_BTD, positions_BT, cached=tuple(cached))
+            x_BTD, _, longer = block(x_BTD, Places(positions_BT), cached=tuple(cached))
             layers.append(longer)
         keys, values = zip(*layers, strict=True)
         return self.final_norm(x_BTD), KVCache(keys, values, cache.length_B + T)
@@ -471,11 +440,8 @@ class GPT(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., vocab_size] from [..., D]: the padding of the vocabulary is cut away."""
-        weight_DV = self.head_weight()
-        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-        if hidden.ndim == 2 and len(hidden) < LEAST_ROWS:
-            product = functools.partial(few_rows_product, dtype=jnp.float32)
-        scores = product(hidden, weight_DV)
+        product = rows_product if hidden.ndim == 2 else jnp.matmul
+        scores = product(hidden, self.head_weight(), preferred_element_type=jnp.float32)
         return soft_cap(scores[..., : self.spec.vocab_size], self.spec.config.logit_soft_cap)
 
 
@@ -490,11 +456,9 @@ def initialise(spec: ModelSpec, key: jax.Array, *, stacked: bool = False) -> Par
     A stacked layer has the same weights as a single one. One loop draws all weights of one shape,
     because each separate draw takes a third of a second to compile.
     """
-    state = nnx.state(GPT(spec, stacked=stacked))
-    flat = {_name(path): variable for path, variable in nnx.to_flat_state(state)}
     params: Params = {}
     by_shape: dict[tuple[int, ...], dict[str, float]] = collections.defaultdict(dict)
-    for name, variable in flat.items():
+    for name, (_, variable) in _by_name(nnx.state(GPT(spec, stacked=stacked))).items():
         value, std = variable.get_value(), variable.get_metadata("std", 0.0)
         layers = (spec.config.n_layer,) if is_stacked(name) else ()
         params[name] = jnp.broadcast_to(value, layers + value.shape)
@@ -507,11 +471,11 @@ def initialise(spec: ModelSpec, key: jax.Array, *, stacked: bool = False) -> Par
 
 def _draw(key: jax.Array, shape: tuple[int, ...], stds: dict[str, float], layers: int) -> Params:
     """Weights of one shape, single or stacked: name -> N(0, std^2)."""
-    parts = {name: layer_names(name, layers) for name in stds}
-    hashes = [zlib.crc32(part.encode()) for names in parts.values() for part in names]
+    parts = [layer_names(name, layers) for name in stds]
+    hashes = [zlib.crc32(part.encode()) for part in itertools.chain(*parts)]
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(hashes, jnp.uint32))
     draws = jax.lax.map(lambda key: jax.random.normal(key, shape), keys)
-    ends = list(itertools.accumulate(len(names) for names in parts.values()))
+    ends = list(itertools.accumulate(map(len, parts)))
     return {
         name: stds[name] * (draws_L if is_stacked(name) else draws_L[0])
         for name, draws_L in zip(stds, jnp.split(draws, ends[:-1]), strict=True)
@@ -520,32 +484,29 @@ def _draw(key: jax.Array, shape: tuple[int, ...], stds: dict[str, float], layers
 
 def bind(spec: ModelSpec, params: Params) -> GPT:
     """The model with these parameters in place; use inside jit, where it costs nothing."""
-    graph, abstract = _abstract(spec, any(map(is_stacked, params)))
-    variables = [
-        (path, variable.replace(params[_name(path)]))
-        for path, variable in nnx.to_flat_state(abstract)
-    ]
-    return nnx.merge(graph, nnx.from_flat_state(variables))
+    graph, variables = _abstract(spec, any(map(is_stacked, params)))
+    flat = [(path, variable.replace(params[name])) for name, (path, variable) in variables.items()]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def abstract_params(spec: ModelSpec) -> dict[str, jax.ShapeDtypeStruct]:
     """name -> shape and dtype, without allocating anything."""
-    flat = nnx.to_flat_state(_abstract(spec)[1])
-    return {_name(path): variable.get_value() for path, variable in flat}
+    return {name: variable.get_value() for name, (_, variable) in _abstract(spec)[1].items()}
 
 
 def logical_axes(spec: ModelSpec, *, stacked: bool = False) -> dict[str, tuple[str, ...]]:
     """name -> logical axes, as written beside each weight above; a stack's first is "layer"."""
-    flat = nnx.to_flat_state(_abstract(spec, stacked)[1])
-    axes = {_name(path): variable.get_metadata("axes") for path, variable in flat}
-    return {name: ("layer", *names) if is_stacked(name) else names for name, names in axes.items()}
+    return {
+        name: (("layer",) if is_stacked(name) else ()) + variable.get_metadata("axes")
+        for name, (_, variable) in _abstract(spec, stacked)[1].items()
+    }
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract(spec: ModelSpec, stacked: bool = False) -> tuple[Any, nnx.State]:
-    model = nnx.eval_shape(lambda: GPT(spec, stacked=stacked))
-    return nnx.split(model, nnx.Param)
+def _abstract(spec: ModelSpec, stacked: bool = False) -> tuple[Any, Variables]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: GPT(spec, stacked=stacked)), nnx.Param)
+    return graph, _by_name(state)
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    return ".".join(str(part) for part in path)
+def _by_name(state: nnx.State) -> Variables:
+    return {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}

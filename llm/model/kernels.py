@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llm.config import ModelConfig
 from llm.errors import UsageError
-from llm.model.attention import attend, visible
+from llm.model.attention import Places, attend, visible
 from llm.model.context import gathered, positions_on_devices
 from llm.model.sharding import chunks_of, constrain, is_divided, partition_of, per_device, shares
 
@@ -127,8 +127,7 @@ def self_attention(
     query_BTNH: jax.Array,
     key_BTKH: jax.Array,
     value_BTKH: jax.Array,
-    positions_BT: jax.Array,
-    segments_BT: jax.Array | None = None,
+    places: Places,
     *,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -138,29 +137,22 @@ def self_attention(
     Args:
       kernel: as `choose_attention` chose it. Only plain drops weights.
       query_BTNH, key_BTKH, value_BTKH: as `attend` takes them.
-      positions_BT: int32, the position of each query and key in its segment, of one row or of B.
-        If the mesh divides the sequence they stand in the zig-zag order; plain takes any order.
-      segments_BT: int32 segments in the same order; None: each row is one segment.
+      places: where each query and its key stand. If the mesh divides the sequence they are in the
+        zig-zag order; plain takes any order.
     """
     assert kernel == "plain" or dropout_key is None
     query_BTNH = constrain(query_BTNH, "batch", "sequence", "heads", None)
     if kernel == "cudnn":
-        return cudnn_attention(query_BTNH, key_BTKH, value_BTKH, segments_BT)
+        return cudnn_attention(query_BTNH, key_BTKH, value_BTKH, places.segments_BT)
     if kernel == "splash":
-        return splash_attention(query_BTNH, key_BTKH, value_BTKH, segments_BT)
+        return splash_attention(query_BTNH, key_BTKH, value_BTKH, places.segments_BT)
     if is_divided("sequence"):
         key_BTKH = constrain(key_BTKH, "batch", None, "kv_heads", None)
         value_BTKH = constrain(value_BTKH, "batch", None, "kv_heads", None)
-    visible_BTS = visible(positions_BT, positions_BT, segments_BT, segments_BT)
+    visible_BTS = visible(places, places)
     return attend(
         query_BTNH, key_BTKH, value_BTKH, visible_BTS, dropout=dropout, dropout_key=dropout_key
     )
-
-
-def is_residual(operation: Any, *inputs: Any, **settings: Any) -> bool:
-    """A policy for jax.checkpoint: keep what a kernel's backward pass reads beside its inputs."""
-    named = jax.checkpoint_policies.save_only_these_names(RESIDUAL)
-    return operation.name == CUDNN_FORWARD or named(operation, *inputs, **settings)
 
 
 def cudnn_attention(
@@ -188,9 +180,9 @@ def cudnn_attention(
     def attention(query_at_T, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
         mask_B1TS = None
         if parts > 1 or segments_BT is not None:
-            key_at_S = jnp.arange(key_BSKH.shape[1])
-            visible_BTS = visible(query_at_T[None], key_at_S[None], segments_BT, segments_BS)
-            mask_B1TS = visible_BTS[:, None]
+            queries = Places(query_at_T[None], segments_BT)
+            keys = Places(jnp.arange(key_BSKH.shape[1])[None], segments_BS)
+            mask_B1TS = visible(queries, keys)[:, None]
         return jax.nn.dot_product_attention(
             query_BTNH,
             key_BSKH,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm.config import ModelConfig
-from llm.model.sharding import is_divided
+from llm.model.sharding import constrain, is_divided
 
 # Two thresholds for few rows, as decoding has them.
 # An NVIDIA GPU's matrix units multiply at least this many rows at once.
@@ -24,7 +24,7 @@ LEAST_ROWS = 8
 JOINED_ROWS = 64
 
 
-def drawn(axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> nnx.Param:
+def normal_weight(axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> nnx.Param:
     """A float32 weight that `gpt.initialise` draws from N(0, std^2); zero until then."""
     return nnx.Param(jnp.zeros(shape), axes=axes, std=std)
 
@@ -40,29 +40,30 @@ def matmul(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
         return jnp.matmul(x_BTD, weight_DF)
     B, T, D = x_BTD.shape
     x_RD = x_BTD.reshape(B * T, D)
-    if B * T < LEAST_ROWS:
-        return few_rows_product(x_RD, weight_DF, x_BTD.dtype).reshape(B, T, -1)
-    return jnp.matmul(x_RD, weight_DF).reshape(B, T, -1)
+    return rows_product(x_RD, weight_DF, x_BTD.dtype).reshape(B, T, -1)
 
 
-def few_rows_product(x_RD: jax.Array, weight_DF: jax.Array, dtype: Any) -> jax.Array:
-    """x W in `dtype`, for fewer than LEAST_ROWS rows, as decoding has them.
+def rows_product(
+    x_RD: jax.Array, weight_DF: jax.Array, preferred_element_type: jax.typing.DTypeLike
+) -> jax.Array:
+    """x W in the given dtype.
 
     XLA's GPU backend takes the product of a single row apart: it writes the weight times the row,
-    then sums that. For several rows it uses a matrix product, which reads the weight once.
+    then sums that. For several rows it uses a matrix product, which reads the weight once. So fewer
+    rows than LEAST_ROWS, as decoding has them, are filled up.
     """
-    filled_up = functools.partial(filled_up_product, dtype=dtype)
-    product = functools.partial(jnp.matmul, preferred_element_type=dtype)
+    product = functools.partial(jnp.matmul, preferred_element_type=preferred_element_type)
+    if len(x_RD) >= LEAST_ROWS:
+        return product(x_RD, weight_DF)
+    filled_up = functools.partial(filled_up_product, product)
     return jax.lax.platform_dependent(x_RD, weight_DF, cuda=filled_up, default=product)
 
 
-def filled_up_product(x_RD: jax.Array, weight_DF: jax.Array, dtype: Any) -> jax.Array:
-    """x W, computed with LEAST_ROWS rows."""
-    rows = len(x_RD)
-    x_RD = jnp.pad(x_RD, ((0, LEAST_ROWS - rows), (0, 0)))
-    y_RF = jnp.matmul(x_RD, weight_DF, preferred_element_type=dtype)
+def filled_up_product(product: Any, x_RD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """x W, computed by `product` with LEAST_ROWS rows."""
+    y_RF = product(jnp.pad(x_RD, ((0, LEAST_ROWS - len(x_RD)), (0, 0))), weight_DF)
     # Behind a barrier: the compiler would also pad what is added to y, in a kernel of its own.
-    return jax.lax.optimization_barrier(y_RF)[:rows]
+    return jax.lax.optimization_barrier(y_RF)[: len(x_RD)]
 
 
 def spread(weight: jax.Array, like: jax.Array) -> jax.Array:
@@ -75,20 +76,27 @@ def spread(weight: jax.Array, like: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """y = x W + b, with W stored [in, out]."""
+    """y = x W + b, with W stored [in, out].
+
+    W [E, in, out] and b [E, out] of experts are for grouped.py to multiply by.
+    """
 
     def __init__(
         self,
-        axes: tuple[str, str],
-        shape: tuple[int, int],
+        axes: tuple[str, ...],
+        shape: tuple[int, ...],
         *,
         std: float,
         bias: bool,
         dtype: str,
+        experts: int | None = None,
     ):
         self.dtype = dtype
-        self.weight = drawn(axes, shape, std)
-        self.bias = nnx.Param(jnp.zeros(shape[1:]), axes=axes[1:]) if bias else None
+        if experts is not None:
+            axes, shape = ("expert", *axes), (experts, *shape)
+        self.weight = normal_weight(axes, shape, std)
+        zeros = jnp.zeros(shape[:-2] + shape[-1:])
+        self.bias = nnx.Param(zeros, axes=axes[:-2] + axes[-1:]) if bias else None
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         y = matmul(x_BTD, self.weight[...].astype(self.dtype))
@@ -147,6 +155,26 @@ def _activate_backward(kind, kept, d_out):
 
 
 activate.defvjp(_activate_forward, _activate_backward)
+
+
+class MLP(nnx.Module):
+    """Position by position: W_down f(W_up x), or W_down (silu(W_gate x) * W_up x) for swiglu."""
+
+    def __init__(self, config: ModelConfig, dtype: str, experts: int | None = None):
+        self.activation = config.activation
+        linear = functools.partial(
+            Linear, bias=config.bias, dtype=dtype, std=config.init_std, experts=experts
+        )
+        D, F = config.d_model, config.d_ff
+        self.up = linear(("embed", "mlp"), (D, F))
+        self.gate = linear(("embed", "mlp"), (D, F)) if self.activation == "swiglu" else None
+        self.down = linear(("mlp_in", "width"), (F, D), std=residual_std(config))
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+        """[B, T, D]; and None, for a mixture of experts says here how its experts were used."""
+        up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
+        gate_BTF = None if self.gate is None else self.gate(x_BTD)
+        return self.down(activate(self.activation, up_BTF, gate_BTF)), None
 
 
 def residual_std(config: ModelConfig) -> float:

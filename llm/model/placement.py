@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
+from jax.experimental import mesh_utils
 
 from llm.errors import UsageError
 
@@ -33,7 +33,7 @@ def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray
     by, groups = network_groups(devices)
     shape = list(sizes.values())
     if len(groups) == 1:
-        return _within(shape, devices)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     if len({len(group) for group in groups}) > 1:
         counts = ", ".join(str(len(group)) for group in groups)
         raise UsageError(
@@ -45,7 +45,7 @@ def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray
         return np.array(devices, dtype=object).reshape(shape)
     outer = _between(sizes, len(groups), by)
     inner = [size // outside for size, outside in zip(shape, outer, strict=True)]
-    return create_hybrid_device_mesh(
+    return mesh_utils.create_hybrid_device_mesh(
         inner,
         outer,
         devices,
@@ -69,19 +69,6 @@ def network_groups(devices: Sequence[jax.Device]) -> tuple[str, list[list[jax.De
     for device in devices:
         found[getattr(device, by)].append(device)
     return by, [found[number] for number in sorted(found)]
-
-
-def _within(shape: Sequence[int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices as jax.make_mesh places them.
-
-    If the axes fit the sides of a slice's torus they lie along them; else sides are split over
-    several axes, which jax.make_mesh refuses on most TPUs.
-    """
-    axes = tuple(map(str, range(len(shape))))
-    try:
-        return jax.make_mesh(shape, axes, devices=devices).devices
-    except NotImplementedError:
-        return create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def _between(sizes: Mapping[str, int], groups: int, by: str) -> list[int]:

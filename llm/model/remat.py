@@ -15,33 +15,38 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 import jax
+from jax import checkpoint_policies as policies
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from llm.errors import UsageError
-from llm.model.kernels import is_residual
+from llm.model.kernels import CUDNN_FORWARD, RESIDUAL
 
 Remat = Literal["none", "dots", "block", "offload"]
 HOST = "pinned_host"
 _INPUT = "block_input"
 # The name (`checkpoint_name`) of the experts' products with weights, which are no plain dots.
 PRODUCT = "product"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _is_product_or_residual(operation: Any, *inputs: Any, **settings: Any) -> bool:
+    """A policy for jax.checkpoint: products with weights, and what attention's kernels read."""
+    product = policies.dots_with_no_batch_dims_saveable(operation, *inputs, **settings)
+    named = policies.save_only_these_names(PRODUCT, RESIDUAL)(operation, *inputs, **settings)
+    return product or named or operation.name == CUDNN_FORWARD
+
+
 _POLICIES = {
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_from_both_policies(
-            jax.checkpoint_policies.save_only_these_names(PRODUCT), is_residual
-        ),
-    ),
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+    "dots": _is_product_or_residual,
+    "block": policies.nothing_saveable,
+    "offload": policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[_INPUT],
         offload_src="device",
         offload_dst=HOST,
     ),
 }
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def keep(remat: Remat, block: Function, *, in_scan: bool = False) -> Function:

@@ -22,20 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llm.config import ModelConfig
-from llm.model.layers import drawn
-
-
-class Routes(NamedTuple):
-    """What a router decided.
-
-    logits_BTE: float32 scores.
-    chosen_BTk: int32 experts, the likeliest first.
-    gates_BTk: float32 weights of the chosen experts.
-    """
-
-    logits_BTE: jax.Array
-    chosen_BTk: jax.Array
-    gates_BTk: jax.Array
+from llm.model.layers import normal_weight
 
 
 class Router(nnx.Module):
@@ -43,9 +30,12 @@ class Router(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
-        self.weight = drawn(("embed", "router"), (config.d_model, config.n_expert), config.init_std)
+        self.weight = normal_weight(
+            ("embed", "router"), (config.d_model, config.n_expert), config.init_std
+        )
 
-    def __call__(self, x_BTD: jax.Array) -> Routes:
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, "Routing"]:
+        """The chosen experts [B, T, k] (int32, the likeliest first), their gates, and the usage."""
         logits_BTE = jnp.einsum(
             "BTD,DE->BTE",
             x_BTD.astype(jnp.float32),
@@ -58,7 +48,8 @@ class Router(nnx.Module):
         scores_BTk = jnp.take_along_axis(logits_BTE, chosen_BTk, axis=-1)
         among = scores_BTk if self.config.normalize_gates else logits_BTE
         log_z_BT1 = jax.nn.logsumexp(among, axis=-1, keepdims=True)
-        return Routes(logits_BTE, chosen_BTk, jnp.exp(scores_BTk - log_z_BT1))
+        gates_BTk = jnp.exp(scores_BTk - log_z_BT1)
+        return chosen_BTk, gates_BTk, Routing.of(logits_BTE, chosen_BTk)
 
 
 class Routing(NamedTuple):
@@ -78,12 +69,12 @@ class Routing(NamedTuple):
     load_max: jax.Array
 
     @classmethod
-    def of(cls, routes: Routes) -> "Routing":
-        """The numbers of one block."""
-        E = routes.logits_BTE.shape[-1]
-        share_E = jax.nn.one_hot(routes.chosen_BTk, E).mean(axis=(0, 1, 2))
-        probability_E = jax.nn.softmax(routes.logits_BTE, axis=-1).mean(axis=(0, 1))
-        log_z_BT = jax.nn.logsumexp(routes.logits_BTE, axis=-1)
+    def of(cls, logits_BTE: jax.Array, chosen_BTk: jax.Array) -> "Routing":
+        """The numbers of one block, from the router's scores and choices."""
+        E = logits_BTE.shape[-1]
+        share_E = jax.nn.one_hot(chosen_BTk, E).mean(axis=(0, 1, 2))
+        probability_E = jax.nn.softmax(logits_BTE, axis=-1).mean(axis=(0, 1))
+        log_z_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
         return cls(
             load_balancing=E * jnp.sum(share_E * probability_E),
             z_loss=jnp.mean(jnp.square(log_z_BT)),

@@ -4,11 +4,10 @@
     blocks.*.mlp.up.weight [L, D, F]
 
 A scan over layers reads weights in this form, which keeps a program's size the same at any depth.
-Only training uses it (`training.scan_layers`); checkpoints and everything else outside training
-have the names of single layers.
+Only training uses it (`training.scan_layers`). Checkpoints and everything else outside training
+use the names of single layers.
 """
 
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -26,13 +25,13 @@ def is_stacked(name: str) -> bool:
 
 
 def layer_names(name: str, layers: int) -> list[str]:
-    """The names of a stack's parts, from the first layer on; any other array keeps its own name."""
+    """The names of a stack's layers, in order; an array that is not stacked keeps its one name."""
     if not is_stacked(name):
         return [name]
     return [_ALL_LAYERS.sub(f"blocks.{layer}.", name) for layer in range(layers)]
 
 
-def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def unstack_layers(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Each stack as the arrays of its layers, sharded as the stack is; all else is unchanged.
 
     Args:
@@ -40,50 +39,34 @@ def unstack(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for name, leaf in arrays.items():
-        parts = _parts(leaf) if is_stacked(name) else [leaf]
+        parts = _layers_of(leaf) if is_stacked(name) else [leaf]
         result |= dict(zip(layer_names(name, len(parts)), parts, strict=True))
     return result
 
 
-def stack(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `unstack`.
+def stack_layers(arrays: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack_layers`.
 
     Args:
       arrays: name -> jax.Array, without stacks.
       like: the names, shapes, dtypes and shardings of the result.
     """
-    return {
-        name: _join([arrays[part] for part in layer_names(name, leaf.shape[0])], leaf)
-        if is_stacked(name)
-        else arrays[name]
-        for name, leaf in like.items()
-    }
+    result = dict[str, Any]()
+    for name, leaf in like.items():
+        if is_stacked(name):
+            layers = [arrays[part] for part in layer_names(name, leaf.shape[0])]
+            result[name] = jax.jit(jnp.stack, out_shardings=leaf.sharding)(layers)
+        else:
+            result[name] = arrays[name]
+    return result
 
 
-def _parts(leaf: Any) -> list[Any]:
+def _layers_of(leaf: Any) -> list[Any]:
     layers, *shape = leaf.shape
-    sharding = _of_one_layer(leaf.sharding)
+    sharding = leaf.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return [jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=sharding)] * layers
-    return list(_splitter(sharding, layers)(leaf))
-
-
-def _of_one_layer(sharding: Any) -> Any:
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return sharding
-
-
-# Compiled with its shardings, so that no device ever holds more of a weight than its share.
-@functools.lru_cache(maxsize=64)
-def _splitter(sharding: Any, layers: int) -> Any:
-    return jax.jit(jnp.unstack, out_shardings=(sharding,) * layers)
-
-
-@functools.lru_cache(maxsize=64)
-def _joiner(sharding: Any) -> Any:
-    return jax.jit(jnp.stack, out_shardings=sharding)
-
-
-def _join(parts: list[jax.Array], like: Any) -> jax.Array:
-    return _joiner(like.sharding)(parts)
+    # Compiled with its shardings, so that no device ever holds more of a weight than its share.
+    return list(jax.jit(jnp.unstack, out_shardings=(sharding,) * layers)(leaf))

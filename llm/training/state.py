@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llm.model.gpt import ModelSpec, Params, initialise, logical_axes
 from llm.model.sharding import replicated, tree_shardings
-from llm.model.stack import stack, unstack
+from llm.model.stack import stack_layers, unstack_layers
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +39,7 @@ class TrainState:
     @property
     def params(self) -> Params:
         """The weights under the names of single layers; copies of them where they are stacked."""
-        return unstack(self.weights)
+        return unstack_layers(self.weights)
 
 
 # Losses that a spike is measured against: enough for a spread, few enough to follow the curve.
@@ -97,7 +97,7 @@ def state_shardings(
 
 def to_groups(state: TrainState) -> Groups:
     """The state as named plain arrays, for a checkpoint: the same whether it is stacked or not."""
-    training = unstack(_optimizer_arrays(state))
+    training = unstack_layers(_optimizer_arrays(state))
     # Typed keys are not storable; their data is.
     key_data = jax.eval_shape(jax.random.key_data, state.key) if _is_abstract(state.key) else None
     if key_data is None:
@@ -120,12 +120,12 @@ def to_groups(state: TrainState) -> Groups:
 def from_groups(abstract: TrainState, groups: Mapping[str, Mapping[str, jax.Array]]) -> TrainState:
     """The inverse of `to_groups`, given the state's shape."""
     training = groups["training"]
-    optimizer_arrays = stack(training, _optimizer_arrays(abstract))
+    optimizer_arrays = stack_layers(training, _optimizer_arrays(abstract))
     structure = jax.tree.structure(abstract.opt_state)
     key = jax.random.wrap_key_data(training["key"])
     return TrainState(
         step=training["step"],
-        weights=stack(groups["params"], abstract.weights),
+        weights=stack_layers(groups["params"], abstract.weights),
         opt_state=jax.tree.unflatten(structure, optimizer_arrays.values()),
         key=jax.device_put(key, abstract.key.sharding),
         loss_history=training["loss_history"],
