@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llm.errors import UsageError
+from llm.errors import DataError, UsageError
 from llm.files import whole_folder
 from llm.runtime import cache_dir
 
@@ -37,6 +37,19 @@ def cache_root(setting: str) -> Path:
             "a folder that can be written"
         ) from None
     return root
+
+
+def no_room(what: str, folder: Path, needed: str, error: OSError) -> DataError:
+    """The error for a disk that became full while `what` was written into a folder.
+
+    Args:
+      needed: how much room it needs, in words.
+    """
+    return DataError(
+        f"no room for {what} in {folder} ({error.strerror}): {needed}, and "
+        f"{shutil.disk_usage(folder).free} bytes are free there; make room, or set data.cache_dir "
+        "to a folder on another disk"
+    )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from llm.config import DataConfig, TokenizerConfig
 from llm.errors import CheckpointError, DataError, UsageError
 from llm.files import is_disk_full
 from llm.text.bpe import PATTERN, TRAINING_CHARACTERS, train_bpe
-from llm.text.cache import OnProgress, built_once, cache_root, silent
+from llm.text.cache import OnProgress, built_once, cache_root, no_room, silent
 from llm.text.documents import KINDS, Document, Origin, Reader
 from llm.text.sources import Found, find_origins
 from llm.text.splits import TokenSplit, is_held_out, tail_boundary
@@ -122,7 +121,7 @@ def prepare(
                 _write_header(partial, {"fingerprint": fingerprint, **header})
     except OSError as error:
         if is_disk_full(error):
-            raise DataError(_disk_full(root, found, error)) from None
+            raise no_room("the token shards", root, _needed(found), error) from None
         raise
     too_small = tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size
     note = (
@@ -406,16 +405,13 @@ def _read_header(folder: Path, fingerprint: str) -> dict[str, Any]:
     path = folder / HEADER
     try:
         header = json.loads(path.read_bytes())
-        expected = header.pop("sha256")
+        whole = header.pop("sha256") == sha256_of_json(header)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}{remedy(folder)}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path} is damaged: it is not a header{remedy(folder)}") from None
-    found = sha256_of_json(header)
-    if found != expected:
-        raise DataError(
-            f"{path} has changed: expected sha256 {expected}, found {found}{remedy(folder)}"
-        )
+        whole = False
+    if not whole:
+        raise DataError(f"{path} is damaged: it is not what was written{remedy(folder)}")
     if header["fingerprint"] != fingerprint:
         raise DataError(
             f"{path} is of another corpus or tokenizer: expected the fingerprint {fingerprint}, "
@@ -424,15 +420,10 @@ def _read_header(folder: Path, fingerprint: str) -> dict[str, Any]:
     return header
 
 
-def _disk_full(root: Path, found: Found, error: OSError) -> str:
-    needed = (
-        "how much the corpus needs is not known beforehand"
-        if found.text_bytes is None
-        else f"{found.text_bytes} bytes of text need up to {2 * found.text_bytes} (2 for each "
-        "token, 4 if the vocabulary has more than 65,536)"
-    )
+def _needed(found: Found) -> str:
+    if found.text_bytes is None:
+        return "how much the corpus needs is not known beforehand"
     return (
-        f"the token shards do not fit into {root} ({error.strerror}): {needed}, and "
-        f"{shutil.disk_usage(root).free} bytes are free there; make room, or set data.cache_dir "
-        "to a folder on another disk"
+        f"{found.text_bytes} bytes of text need up to {2 * found.text_bytes} (2 for each token, 4 "
+        "if the vocabulary has more than 65,536)"
     )

@@ -13,7 +13,6 @@ import http.client
 import itertools
 import json
 import os
-import shutil
 import sysconfig
 import time
 import urllib.parse
@@ -25,25 +24,16 @@ from typing import NamedTuple
 
 from llm.errors import DataError, UsageError
 from llm.files import is_disk_full, write_atomic
-from llm.text.cache import OnProgress, built_once, silent
+from llm.text.cache import OnProgress, built_once, no_room, silent
 from llm.text.documents import KINDS, Origin, kind_of_file
 
 # These are not the library's source code: its tests, its manual as one string, other packages.
-STDLIB_WITHOUT = {
-    "test",
-    "tests",
-    "idle_test",
-    "pydoc_data",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+STDLIB_WITHOUT = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
 
 # A core hashes smaller files in milliseconds; remembering their hashes would gain nothing.
 REMEMBER_HASH_ABOVE_BYTES = 2**24
 
 _EXPECTED = "expected a path, URL, 'stdlib' or hf:NAME"
-_RESTORE = "; restore it, or begin a new run with another run.dir"
 
 _BLOCK_BYTES = 2**20
 _DOWNLOAD_TIMEOUT_SECONDS = 60
@@ -80,8 +70,7 @@ def find_origins(
         if is_disk_full(error):
             raise
         # The name is too long, a file or folder may not be read, or a file went away.
-        shown = str(error.filename or sources)
-        shown = shown if len(shown) <= 200 else shown[:200] + "..."
+        shown = str(error.filename or sources)[:200]
         raise DataError(
             f"data.source: {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
         ) from None
@@ -100,16 +89,15 @@ def _origins_of(
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         files = (path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py")
-        yield from (_unhashed(path, path.relative_to(root), "python") for path in files)
+        yield from (_origin_of(path, path.relative_to(root), "python") for path in files)
     elif source.startswith("hf:"):
         yield _hub_origin(source.removeprefix("hf:"), cache)
     elif source.startswith(("http://", "https://")):
-        fetched = _fetched(source, cache, on_progress)
-        yield _unhashed(fetched, source, kind_of_file(fetched))
+        yield _fetched(source, cache, on_progress)
     elif path.is_dir():
         yield from _folder(path, notes)
     elif path.is_file():
-        yield _unhashed(path, path.name, kind_of_file(path))
+        yield _origin_of(path, path.name, kind_of_file(path))
     elif path.exists():
         raise DataError(f"{path} is neither a file nor a folder")
     else:
@@ -124,20 +112,19 @@ def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None
     """
     before = {record["name"]: record for record in recorded}
     now = {origin.name: origin for origin in origins}
-    for name in before | now:
-        if name not in now:
-            change = f"{name} is gone"
-        elif name not in before:
-            change = f"{name} is new"
-        elif now[name].sha256 != before[name]["sha256"]:
-            change = (
-                f"{now[name].location}: expected {before[name]['bytes']} bytes with sha256 "
-                f"{before[name]['sha256']}, found {now[name].bytes} bytes with sha256 "
-                f"{now[name].sha256}"
-            )
-        else:
-            continue
-        raise DataError(f"the corpus changed since the run began: {change}{_RESTORE}")
+    changes = [f"{name} is gone" for name in before if name not in now]
+    changes += [
+        f"{origin.location}: expected {before[name]['bytes']} bytes with sha256 "
+        f"{before[name]['sha256']}, found {origin.bytes} bytes with sha256 {origin.sha256}"
+        for name, origin in now.items()
+        if name in before and origin.sha256 != before[name]["sha256"]
+    ]
+    changes += [f"{name} is new" for name in now if name not in before]
+    if changes:
+        raise DataError(
+            f"the corpus changed since the run began: {changes[0]}; restore it, or begin a new run "
+            "with another run.dir"
+        )
 
 
 def _identified(
@@ -155,10 +142,10 @@ def _identified(
         yield replace(origin, name=origin.name + number, sha256=sha256)
 
 
-def _unhashed(path: Path, name: str | Path, kind: str) -> Origin:
+def _origin_of(path: Path, name: str | Path, kind: str, sha256: str = "") -> Origin:
     # A name may hold any bytes, but the name that is shown and stored is always valid UTF-8.
     shown = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return Origin(shown, kind, str(path), path.stat().st_size, "")
+    return Origin(shown, kind, str(path), path.stat().st_size, sha256)
 
 
 def _matches(source: str, path: Path) -> Iterator[Origin]:
@@ -171,7 +158,7 @@ def _matches(source: str, path: Path) -> Iterator[Origin]:
     if not files:
         raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
     root = _before_magic(path)
-    yield from (_unhashed(file, file.relative_to(root), kind_of_file(file)) for file in files)
+    yield from (_origin_of(file, file.relative_to(root), kind_of_file(file)) for file in files)
 
 
 def _folder(root: Path, notes: list[str]) -> Iterator[Origin]:
@@ -187,7 +174,7 @@ def _folder(root: Path, notes: list[str]) -> Iterator[Origin]:
                     continue
         # A .json file in a folder is more often a document than a table of documents.
         kind = "text" if path.suffix.lower() == ".json" else kind
-        yield _unhashed(path, path.relative_to(root), kind)
+        yield _origin_of(path, path.relative_to(root), kind)
     if skipped:
         notes.append(f"{root}: {skipped} binary files were left out")
 
@@ -245,7 +232,7 @@ def _sha256_of_bytes(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Path:
+def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Origin:
     """The file at a URL, from the cache or fetched once; its sha256 is kept beside it."""
     folder = cache / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:32]
     try:
@@ -257,14 +244,15 @@ def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Path:
         if partial is not None:
             sha256 = _download(url, partial / name, on_progress)
             (partial / f"{name}.sha256").write_text(sha256)
+    path = folder / name
     expected = (folder / f"{name}.sha256").read_text()
-    found = _sha256_of(folder / name, cache)
+    found = _sha256_of(path, cache)
     if found != expected:
         raise DataError(
-            f"{folder / name}, fetched from {url}, has changed: expected sha256 {expected}, found "
-            f"{found}; delete {folder} to fetch it again"
+            f"{path}, fetched from {url}, has changed: expected sha256 {expected}, found {found}; "
+            f"delete {folder} to fetch it again"
         )
-    return folder / name
+    return _origin_of(path, url, kind_of_file(path), found)
 
 
 def _download(url: str, path: Path, on_progress: OnProgress) -> str:
@@ -275,7 +263,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> str:
             urllib.request.urlopen(url, timeout=_DOWNLOAD_TIMEOUT_SECONDS) as response,
             open(path, "wb") as file,
         ):
-            # What is still to be read: all of it now, nothing after the last block.
+            # `length` is what is still to be read: now all of it, at the end nothing.
             total = response.length
             while block := response.read(_BLOCK_BYTES):
                 file.write(block)
@@ -286,12 +274,9 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> str:
                 raise http.client.HTTPException(f"it ended after {done} of {total} bytes")
     except (OSError, http.client.HTTPException) as error:
         if is_disk_full(error):
-            free = shutil.disk_usage(path.parent).free + done
-            raise DataError(
-                f"{url} does not fit into {path.parent.parent} ({error.strerror}): it has "
-                f"{total or 'an unknown number of'} bytes, and {free} are free there; make room, "
-                "or set data.cache_dir to a folder on another disk"
-            ) from None
+            path.unlink()
+            needed = f"it has {total or 'an unknown number of'} bytes"
+            raise no_room(url, path.parent.parent, needed, error) from None
         raise DataError(_unreachable(url, str(error))) from None
     return digest.hexdigest()
 

@@ -36,14 +36,13 @@ class StreamManifest:
     """What a stream's files should hold.
 
     Attributes:
-      smallest_id, largest_id: over all tokens; 0 and -1 when there are none.
+      largest_id: over all tokens; -1 if there are none.
     """
 
     dtype: str
     shard_tokens: int
     tokens: int
     documents: int
-    smallest_id: int
     largest_id: int
     shards: tuple[StoredFile, ...]
     index: StoredFile
@@ -84,12 +83,11 @@ class StreamWriter:
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
         self._folder, self._name, self._files = folder, name, ExitStack()
         self._dtype, self._shard_tokens = np.dtype(dtype).newbyteorder("<"), shard_tokens
-        self._shards: list[StoredFile] = []
-        self._shard: _HashedFile | None = None
+        self._shards: list[_HashedFile] = []  # the last one is open
         self._index = _HashedFile(folder / f"{name}.documents", self._files)
         self._names = _HashedFile(folder / f"{name}.names", self._files)
         self.tokens = self.documents = 0
-        self._smallest, self._largest = 2**63 - 1, -1
+        self._largest_id = -1
 
     def begin_document(self, name: str) -> None:
         """Start a document: the ids added next belong to it."""
@@ -99,34 +97,26 @@ class StreamWriter:
 
     def add(self, ids: Ids) -> None:
         """Append token ids."""
-        if len(ids) == 0:
-            return
-        self._smallest = min(self._smallest, int(ids.min()))
-        self._largest = max(self._largest, int(ids.max()))
+        if len(ids):
+            self._largest_id = max(self._largest_id, int(ids.max()))
         while len(ids):
-            room = self._shard_tokens - self.tokens % self._shard_tokens
-            if self._shard is None:
-                number = len(self._shards)
-                self._shard = _HashedFile(
-                    self._folder / f"{self._name}-{number:05d}.bin", self._files
-                )
-            self._shard.write(ids[:room].astype(self._dtype).tobytes())
+            room = len(self._shards) * self._shard_tokens - self.tokens
+            if room == 0:
+                self._begin_shard()
+                room = self._shard_tokens
+            self._shards[-1].write(ids[:room].astype(self._dtype).tobytes())
             self.tokens += len(ids[:room])
             ids = ids[room:]
-            if self.tokens % self._shard_tokens == 0:
-                self._close_shard()
 
     def finish(self) -> StreamManifest:
-        self._close_shard()
         self._mark()
         return StreamManifest(
             dtype=self._dtype.name,
             shard_tokens=self._shard_tokens,
             tokens=self.tokens,
             documents=self.documents,
-            smallest_id=self._smallest if self.tokens else 0,
-            largest_id=self._largest,
-            shards=tuple(self._shards),
+            largest_id=self._largest_id,
+            shards=tuple(shard.close() for shard in self._shards),
             index=self._index.close(),
             names=self._names.close(),
         )
@@ -138,10 +128,11 @@ class StreamWriter:
     def _mark(self) -> None:
         self._index.write(np.array([self.tokens, self._names.bytes], "<i8").tobytes())
 
-    def _close_shard(self) -> None:
-        if self._shard is not None:
-            self._shards.append(self._shard.close())
-            self._shard = None
+    def _begin_shard(self) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        name = f"{self._name}-{len(self._shards):05d}.bin"
+        self._shards.append(_HashedFile(self._folder / name, self._files))
 
 
 class TokenStream:

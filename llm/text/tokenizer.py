@@ -258,16 +258,8 @@ def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
     )
 
 
-# Sizes of the encodings that tiktoken knows, so that a plan needs none of them on this machine.
-_ENCODING_SIZES = {
-    "gpt2": 50257,
-    "r50k_base": 50257,
-    "p50k_base": 50281,
-    "p50k_edit": 50284,
-    "cl100k_base": 100277,
-    "o200k_base": 200019,
-    "o200k_harmony": 201088,
-}
+# Sizes of the encodings that the settings name, so that a plan needs none of them on this machine.
+_ENCODING_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 
 
 def known_vocab_size(kind: str) -> int | None:
@@ -308,20 +300,14 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = Path(directory) / FILE_NAME
     try:
         saved = json.loads(path.read_bytes())
-        expected, definition = saved["sha256"], saved["definition"]
+        definition = saved["definition"]
+        whole = saved["sha256"] == sha256_of_json(definition)
     except OSError as error:
         raise CheckpointError(f"no tokenizer at {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{path} is not a saved tokenizer: it is damaged") from None
-    found = sha256_of_json(definition)
-    if found != expected:
-        raise CheckpointError(
-            f"{path} is not the tokenizer that was saved: expected sha256 {expected}, found {found}"
-        )
-    return _from_definition(definition)
-
-
-def _from_definition(definition: Mapping[str, Any]) -> Tokenizer:
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path} is not a saved tokenizer: it is damaged")
     match definition["kind"]:
         case "bytes":
             return ByteTokenizer()
