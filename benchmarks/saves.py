@@ -56,7 +56,9 @@ def build(run: RunDirectory, config: Config) -> dict[str, float]:
     random = np.random.default_rng(1)
     groups["training"] = {
         # Moments of zeros would take no room in a format that compresses.
-        name: random.standard_normal(array.shape, np.float32) if array.ndim > 1 else array
+        name: jax.numpy.asarray(random.standard_normal(array.shape, np.float32))
+        if array.ndim > 1
+        else array
         for name, array in groups["training"].items()
     }
     checkpoints = Checkpoints(run.checkpoints, keep=1)

@@ -115,11 +115,16 @@ def starts(run: Path) -> list[dict]:
 
 def saved_arrays(folder: Path) -> dict[str, np.ndarray]:
     """The whole arrays of one group of a step, whichever processes wrote them."""
-    from llm.run.arrays import box_of, cut, read_pieces, stored_places
+    from llm.run.arrays import stored_arrays
 
-    places = [(one, place) for one in folder.iterdir() for place in stored_places(one).values()]
-    pieces = list(read_pieces(places))
-    return {
-        place.name: cut([p for p in pieces if p.place.name == place.name], box_of(place.shape))
-        for _, place in places
-    }
+    stored = stored_arrays(folder, [path.name for path in folder.iterdir()])
+    return {name: array.read().result() for name, array in stored.items()}
+
+
+def identity_of(arrays: dict[str, np.ndarray]) -> str:
+    """The params_sha256 of whole arrays."""
+    from llm.run.arrays import Piece, element_sums, identity
+
+    held = {name: np.asarray(array) for name, array in arrays.items()}
+    pieces = [Piece(name, array.shape, (0,) * array.ndim, array) for name, array in held.items()]
+    return identity(element_sums(pieces))

@@ -257,7 +257,7 @@ def test_a_loss_spike_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, caps
 def resaved(folder, change):
     """The step's parameters changed, saved anew with a manifest and a hash that fit them."""
     groups = {group: saved_arrays(folder / group) for group in GROUPS}
-    groups["params"] = change(groups["params"])
+    groups = jax.tree.map(jax.numpy.asarray, {**groups, "params": change(groups["params"])})
     receipt = read_receipt(folder)
     step = int(folder.name)
     shutil.rmtree(folder)
@@ -387,7 +387,6 @@ def test_a_clock_that_jumps_changes_nothing(copy, unbroken, monkeypatch):
 
     monkeypatch.setattr(time, "time", jumping)
     train(copy / "config.toml")
-    assert jumps  # Orbax looks at the clock, to say how long things took
     start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
     assert start["from_step"] == newer
     assert 0 < start["seconds_to_first_step"] < 1e6

@@ -207,8 +207,9 @@ def _save_checkpoint(
     length = min(LENGTH, spec.config.context_length) + 1
     # Any tokens would do; no text can be encoded by every tokenizer.
     tokens_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (ROWS, length), np.int32)
-    logprobs_BT = receipt_logprobs(spec, jax.device_put(dict(params)), tokens_BT)
-    groups = {"params": params, "training": {"step": np.zeros((), np.int32)}}
+    placed = jax.device_put(dict(params))
+    logprobs_BT = receipt_logprobs(spec, placed, tokens_BT)
+    groups = {"params": placed, "training": {"step": jax.numpy.int32(0)}}
     checkpoints = Checkpoints(root, keep=1)
     checkpoints.clean()
     try:

@@ -18,18 +18,16 @@ What the manifest lists must be as it was saved. A file that it does not list is
 
 import functools
 import hashlib
-import itertools
 import json
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 
 from llm.errors import CheckpointError, LLMError, UsageError
 from llm.faults import fault_point
@@ -43,23 +41,21 @@ from llm.files import (
     whole_folder,
 )
 from llm.run.arrays import (
-    PIECES,
-    Identity,
     Piece,
-    Place,
-    box_of,
-    cut,
+    copy_to_host,
+    element_sums,
+    identity,
     own_pieces,
-    read_pieces,
-    stored_places,
+    read_array,
+    stored_arrays,
     write_pieces,
 )
 from llm.run.hosts import Hosts
 
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
-# Version 1 had one list of files, and a hash that needed all parameters in one process.
-SCHEMA = 2
+# Version 1 had one list of files; version 2 had a folder for each process.
+SCHEMA = 3
 # Groups of arrays. "params" apart, so that whoever opens a model reads nothing else.
 GROUPS = ("params", "training")
 # As a group of files: the receipt, which is read with every other.
@@ -201,23 +197,25 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Res
     """
     hosts = hosts or Hosts()
     verify_files(folder, [RECEIPT_GROUP, *(set(wanted) - {"params"})], hosts)
-    receipt = read_receipt(folder)
+    receipt, manifest = read_receipt(folder), _read_manifest(folder)
     groups: dict[str, dict[str, jax.Array]] = {}
-    identity, problem = Identity(), ""
+    sums: list[Any] = []
+    problem = ""
     try:
         for group, abstract in wanted.items():
-            places = _places(folder, group)
-            _check_shapes(folder, {place.name: place for _, place in places}, abstract)
-            groups[group] = _place(places, abstract, hosts, identity if group == "params" else None)
-    except Exception as error:  # what a reader says of damaged files is not documented
+            names = {str(Path(file).parent.relative_to(group)) for file in manifest[group]}
+            stored = stored_arrays(folder / group, names)
+            _check_shapes(folder, stored, abstract)
+            groups[group] = {
+                name: read_array(stored.pop(name), leaf.sharding) for name, leaf in abstract.items()
+            }
+        # Parameters are verified by their own sha256, taken of what lies on the devices.
+        sums = element_sums(own_pieces(groups.get("params", {})))
+    except Exception as error:  # tensorstore does not document what it raises for damaged files
         problem = str(error) if isinstance(error, LLMError) else f"{folder} cannot be read: {error}"
-    # Parameters are verified by their own sha256, taken of what was read.
-    own: list[Any] = [identity.sums, problem]
-    for sums, said in hosts.gather("identity", own):
-        problem = problem or said
-        if sums is not identity.sums:
-            identity.merge(sums)
-    found = identity.sha256()
+    said = hosts.gather("what was read", [sums, problem])
+    problem = next((problem for _, problem in said if problem), "")
+    found = identity(one for sums, _ in said for one in sums)
     if not problem and "params" in wanted and found != receipt["params_sha256"]:
         problem = (
             f"{folder}: the parameters that were read have sha256 {found}, expected "
@@ -229,57 +227,10 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Res
     return Restored(int(folder.name), folder, groups, receipt)
 
 
-def _place(
-    places: Sequence[tuple[Path, Place]],
-    abstract: Mapping[str, jax.ShapeDtypeStruct],
-    hosts: Hosts,
-    identity: Identity | None,
-) -> dict[str, jax.Array]:
-    """Arrays on their devices, each born in its shards; counts what was read into `identity`.
-
-    Each process reads the pieces that its devices need, and a share of all pieces to count.
-    """
-    boxes = {
-        name: [
-            box_of(leaf.shape, index)
-            for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-        ]
-        for name, leaf in abstract.items()
-    }
-    counted = {place for _, place in places[hosts.index :: hosts.count]} if identity else set()
-    needed = [
-        (folder, place)
-        for folder, place in places
-        if place in counted or any(place.overlap(box) is not None for box in boxes[place.name])
-    ]
-    arrays: dict[str, jax.Array] = {}
-    for name, group in itertools.groupby(read_pieces(needed), lambda piece: piece.place.name):
-        pieces, leaf = list(group), abstract[name]
-        for piece in pieces:
-            if identity is not None and piece.place in counted:
-                identity.add(piece)
-        arrays[name] = jax.make_array_from_callback(
-            leaf.shape, leaf.sharding, functools.partial(_part, pieces, leaf.shape)
-        )
-    return arrays
-
-
-def _part(pieces: list[Piece], shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    return cut(pieces, box_of(shape, index))
-
-
-def _places(folder: Path, group: str) -> list[tuple[Path, Place]]:
-    """The folder and the place of each piece of a group, by name and start."""
-    files = [Path(name) for name in _read_manifest(folder)[group]]
-    folders = [folder / file.parent for file in files if file.name == PIECES]
-    places = [(one, place) for one in folders for place in stored_places(one).values()]
-    return sorted(places, key=lambda one: (one[1].name, one[1].start))
-
-
 def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in sorted({*held, *wanted}):
         found, expected = (
-            f"{arrays[name].shape} of {arrays[name].dtype}" if name in arrays else None
+            f"{arrays[name].shape} of {arrays[name].dtype.name}" if name in arrays else None
             for arrays in (held, wanted)
         )
         if found != expected:
@@ -362,7 +313,7 @@ class Checkpoints:
         if not self._hosts.decide(f"save {step}", lambda: self._is_needed(step)):
             return
         fault_point("checkpoint.before_copy", step)
-        pieces = {group: own_pieces(groups[group]) for group in GROUPS}
+        pieces = {group: copy_to_host(own_pieces(groups[group])) for group in GROUPS}
 
         def work() -> None:
             try:
@@ -413,15 +364,13 @@ class Checkpoints:
             self.root / str(step), lambda: fault_point("checkpoint.before_commit", step)
         ) as partial:
             self._hosts.tell(f"saving/{step}", True)
-            parts = [_write_own(partial, pieces, self._hosts.index)]
+            parts = [_write_own(partial, pieces)]
             for index in range(1, self._hosts.count):
                 parts.append(self._hosts.hear(f"written/{step}/{index}", forget=True))
             fault_point("checkpoint.after_write", step)
-            identity = Identity()
-            for part in parts:
-                identity.merge(part["sums"])
-            receipt = {"schema": SCHEMA, "step": step, "params_sha256": identity.sha256()}
-            content = json.dumps({**receipt, **make_receipt()}, allow_nan=False).encode()
+            sha256 = identity(one for part in parts for one in part["sums"])
+            receipt = {"schema": SCHEMA, "step": step, "params_sha256": sha256, **make_receipt()}
+            content = json.dumps(receipt, allow_nan=False).encode()
             (partial / RECEIPT).write_bytes(content)
             fault_point("checkpoint.before_manifest", step)
             files: dict[str, dict[str, Any]] = {
@@ -440,7 +389,7 @@ class Checkpoints:
     def _write_for_first(self, step: int, pieces: Mapping[str, list[Piece]]) -> None:
         """In the other processes: write beside process 0, tell it what, wait until it counts."""
         self._hosts.hear(f"saving/{step}")
-        part = _write_own(partial_folder(self.root / str(step)), pieces, self._hosts.index)
+        part = _write_own(partial_folder(self.root / str(step)), pieces)
         self._hosts.tell(f"written/{step}/{self._hosts.index}", part)
         self._hosts.hear(f"saved/{step}")
 
@@ -479,26 +428,17 @@ class Checkpoints:
         )
 
 
-def _write_own(
-    partial: Path, pieces: Mapping[str, list[Piece]], process: int
-) -> dict[str, dict[str, Any]]:
-    """Write what this process holds; returns its part of the manifest and of the identity."""
-    files: dict[str, Any] = {}
-    for group in GROUPS:
-        own = f"{group}/{process}"
-        written = write_pieces(partial / own, pieces[group])
-        files[group] = {f"{own}/{name}": said for name, said in written.items()}
-    identity = Identity()
-    for piece in pieces["params"]:
-        identity.add(piece)
-    return {"files": files, "sums": identity.sums}
+def _write_own(folder: Path, pieces: Mapping[str, list[Piece]]) -> dict[str, Any]:
+    """Write the pieces of this process; returns its part of the manifest and of the identity."""
+    files = {group: write_pieces(folder, group, pieces[group]) for group in GROUPS}
+    return {"files": files, "sums": element_sums(pieces["params"])}
 
 
 def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """The files of each group: name -> {"bytes", "sha256"}."""
     manifest = _read_json(folder / MANIFEST)
     manifest = manifest if isinstance(manifest, dict) else {}
-    if manifest.get("schema") == 1 and "files" in manifest:
+    if manifest.get("schema") in range(1, SCHEMA):
         raise UsageError(
             f"{folder} was saved by an earlier version, in a form that this one does not "
             "read; go on with the version that saved it (RUN/run.json names its code), or train "

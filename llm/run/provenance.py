@@ -142,7 +142,7 @@ def versions() -> dict[str, str]:
     import jax
 
     found = {"python": platform.python_version(), "jax": jax.__version__}
-    for name in ("jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tiktoken"):
+    for name in ("jaxlib", "flax", "optax", "tensorstore", "numpy", "tiktoken"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
