@@ -145,7 +145,15 @@ def test_help_imports_no_jax(command):
     )
     loaded = set(json.loads(finished.stdout))
     assert "pydantic" in loaded
-    assert not loaded & {"jax", "numpy", "tensorstore", "datasets", "tiktoken", "starlette", "lm_eval"}
+    assert not loaded & {
+        "jax",
+        "numpy",
+        "tensorstore",
+        "datasets",
+        "tiktoken",
+        "starlette",
+        "lm_eval",
+    }
 
 
 class Sample(CommandLine):

@@ -173,21 +173,21 @@ def test_what_two_processes_saved_opens_in_one(two, capsys):
     assert found["receipt_max_abs_diff"] < 1e-4
 
 
-def check_saved_by(run, count):
-    """Together they wrote each array once; the one hash is that of the whole arrays."""
+def check_saved(run, pieces):
+    """The processes wrote each array once, in so many pieces; one hash is that of the whole."""
     step = run / "checkpoints" / str(STEPS)
     groups = json.loads((step / "manifest.json").read_text())["groups"]
     for group in ("params", "training"):
         on_disk = [path for path in (step / group).rglob("*") if path.is_file()]
         assert {str(path.relative_to(step)) for path in on_disk} == set(groups[group])
-    pieces = [name for name in groups["params"] if "/blocks.0.mlp.up.weight/" in name]
-    assert len(pieces) == 1 + count  # and .zarray
+    found = [name for name in groups["params"] if "/blocks.0.mlp.up.weight/" in name]
+    assert len(found) == pieces + 1  # and .zarray
     assert identity_of(saved_arrays(step / "params")) == params_sha256(run, STEPS)
 
 
-def test_each_process_writes_its_own_files_and_one_hash_stands_for_the_parameters(one, two):
-    check_saved_by(one / "run", 1)
-    check_saved_by(two / "run", 2)
+def test_what_both_processes_hold_is_written_once_and_one_hash_stands_for_it(one, two):
+    check_saved(one / "run", pieces=1)
+    check_saved(two / "run", pieces=1)
 
 
 @pytest.mark.thorough
@@ -210,7 +210,7 @@ def test_a_run_of_two_is_resumed_by_four_that_share_each_matrix(one, two_killed,
     results = together(config, 4, *OVER_FOUR)
     assert codes(results) == [0] * 4, results
     same_losses(tmp_path / "run", one / "run")
-    check_saved_by(tmp_path / "run", 4)
+    check_saved(tmp_path / "run", pieces=4)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
 
 

@@ -94,7 +94,7 @@ def test_skipped_updates_are_counted_in_a_row_up_to_the_step(tmp_path, refused, 
     metrics, other = Metrics(tmp_path / "metrics.jsonl"), Metrics(tmp_path / "no", writes=False)
     metrics.rewind(step)
     other.remember(metrics.memory(), step)
-    assert metrics.skipped() == other.skipped() == expected
+    assert metrics.skipped == other.skipped == expected
 
 
 def test_only_the_newest_steps_stay_in_memory_and_every_evaluation(tmp_path, monkeypatch):

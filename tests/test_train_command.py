@@ -27,7 +27,7 @@ from llm.commands import run_command
 from llm.commands.train import main
 from llm.errors import CheckpointError, DataError, NonFiniteError, RunLockedError, UsageError
 from llm.model import remat
-from llm.run.directory import RunDirectory, RunLock
+from llm.run.directory import RunDirectory, locked
 from llm.text.tokenizer import CharacterTokenizer
 
 
@@ -123,11 +123,11 @@ def test_another_number_of_devices_gives_the_same_losses_within_rounding(
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_run(copy):
-    lock = RunLock(RunDirectory(copy / "run"))
-    lock.acquire()
-    with pytest.raises(RunLockedError, match=r"in use by process \d+ on "):
+    with (
+        locked(RunDirectory(copy / "run")),
+        pytest.raises(RunLockedError, match=r"in use by process \d+ on "),
+    ):
         train(copy / "config.toml")
-    lock.release()
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(unbroken, copy, capsys):

@@ -68,19 +68,19 @@ def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[st
     """The figures of the machine, the model and each part of --parts, as soon as they are known."""
     from llm.measure import data, decode, machine, training
     from llm.model.flops import flops_per_token, parameter_count
+    from llm.run.display import make_display
     from llm.run.hosts import Hosts
-    from llm.run.progress import make_progress
     from llm.run.setup import make_setup
     from llm.text.shards import prepare
     from llm.text.splits import check_window
     from llm.training.loop import Job
 
-    with make_progress(config.logging.progress) as progress:
-        corpus = prepare(config.data, config.tokenizer, on_progress=progress.prepare)
+    with make_display(config.logging.progress) as display:
+        corpus = prepare(config.data, config.tokenizer, on_progress=display.prepare)
         check_window(corpus.train, config.model.context_length)
         setup = make_setup(config, corpus.tokenizer.vocab_size)
         job = Job(config, setup.spec, setup.mesh, corpus, Hosts())
-        progress.say("measuring the machine")
+        display.say("measuring the machine")
         limits = machine.measure_machine(job.mesh, job.spec.compute_dtype)
         matmul, bandwidth = limits["matmul_flops"], limits["read_bytes_per_second"]
         yield "machine", limits
@@ -106,7 +106,7 @@ def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[st
         }
         for part in PARTS:
             if part in options.parts:
-                progress.say(f"measuring {part}")
+                display.say(f"measuring {part}")
                 (folder / part).mkdir()
                 yield part, measures[part](folder / part)
 

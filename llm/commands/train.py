@@ -3,6 +3,7 @@
 The same command again resumes the run; if the run is finished, it says so.
 """
 
+import contextlib
 import socket
 import time
 from pathlib import Path
@@ -12,9 +13,9 @@ from llm.commands.flags import CommandLine, argument, parse
 from llm.config import Config
 from llm.errors import DataError, UsageError
 from llm.faults import fault_point
-from llm.run.directory import RunDirectory, RunLock
+from llm.run.directory import RunDirectory
+from llm.run.display import Display, make_display
 from llm.run.hosts import Hosts, joined
-from llm.run.progress import Progress, make_progress
 from llm.run.stop import StopRequest
 from llm.runtime import prepare_process
 
@@ -42,17 +43,14 @@ def main(arguments: list[str]) -> int:
     with joined(config.distributed) as hosts:
         hosts.check_same(config)
         run = RunDirectory(Path(config.run.dir))
-        lock = RunLock(run)
-        try:
-            changed = hosts.decide("the run directory", lambda: claim(run, config, lock))
+        with contextlib.ExitStack() as held:
+            changed = hosts.decide("the run directory", lambda: claim(run, config, held))
             with (
                 StopRequest() as stop,
-                make_progress(config.logging.progress, speaks=hosts.is_first) as progress,
+                make_display(config.logging.progress, speaks=hosts.is_first) as display,
             ):
-                if not hosts.decide("finished", lambda: is_finished(run, config, progress)):
-                    _train(config, run, changed, hosts, stop, progress, started)
-        finally:
-            lock.release()
+                if not hosts.decide("finished", lambda: is_finished(run, config, display)):
+                    _train(config, run, changed, hosts, stop, display, started)
     return 0
 
 
@@ -76,7 +74,7 @@ def _train(
     changed: dict[str, Any],
     hosts: Hosts,
     stop: StopRequest,
-    progress: Progress,
+    display: Display,
     started: float,
 ) -> None:
     from llm.run.start import begin, record_end, record_start
@@ -85,15 +83,15 @@ def _train(
 
     if hosts.is_first:
         check_trackers(config.logging)
-    job = _make_job(config, run, hosts, stop, progress)
+    job = _make_job(config, run, hosts, stop, display)
     if hosts.is_first:
         # Write config.toml before anything else: a directory without it is treated as somebody
         # else's.
         begin(run, config, job.spec, job.corpus)
-    outputs = _make_outputs(config, run, hosts, progress)
+    outputs = _make_outputs(config, run, hosts, display)
     try:
         with hosts.collective():
-            state = restore_or_create(job, outputs.checkpoints, progress.say)
+            state = restore_or_create(job, outputs.checkpoints, display.say)
         step = int(state.step)
         sampler = _make_sampler(job)
         rows = hosts.decide(
@@ -105,14 +103,13 @@ def _train(
                 changed,
                 mesh=job.mesh,
                 attention=job.spec.attention,
-                hosts=hosts,
                 metrics=outputs.metrics,
                 checkpoints=outputs.checkpoints,
             ),
         )
         if not hosts.is_first:
             outputs.metrics.remember(rows, step)
-        _say_what_starts(job, run, step, progress)
+        _say_what_starts(job, run, step, display)
         stop.check("nothing was trained yet")
         with hosts.collective():
             try:
@@ -120,7 +117,7 @@ def _train(
             finally:
                 if hosts.is_first:
                     record_end(run, outputs.first_step_at, started)
-        progress.say(
+        display.say(
             f"finished {config.training.steps} steps in {run.path}; "
             f"sample from it: python sample.py {run.path}"
         )
@@ -129,7 +126,7 @@ def _train(
 
 
 def _make_job(
-    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, progress: Progress
+    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, display: Display
 ) -> "Job":
     """Text, model and mesh, each checked before anything is compiled."""
     from llm.model.sharding import make_mesh
@@ -142,9 +139,9 @@ def _make_job(
     dtype, _ = choose_kernels(config, mesh)
     # Here and not with the other settings: "auto" needs the devices, and all processes find them.
     hosts.decide("the compute dtype", lambda: check_compute_dtype(run, dtype))
-    corpus = _prepare_once(config, run, hosts, stop, progress)
+    corpus = _prepare_once(config, run, hosts, stop, display)
     for note in corpus.notes:
-        progress.say(note)
+        display.say(note)
     check_window(corpus.train, config.model.context_length)
     check_held_out(corpus.validation, config.data.validation)
     spec = make_setup(config, corpus.tokenizer.vocab_size, mesh).spec
@@ -152,7 +149,7 @@ def _make_job(
 
 
 def _prepare_once(
-    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, progress: Progress
+    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, display: Display
 ) -> "TokenizedCorpus":
     """Process 0 prepares the text; the others then find it, or prepare their own, equal one.
 
@@ -166,7 +163,7 @@ def _prepare_once(
         hosts.moved()
         fault_point("prepare")
         stop.check("the text is not prepared yet")
-        progress.prepare(what, done, total)
+        display.prepare(what, done, total)
 
     def prepared() -> "TokenizedCorpus":
         return prepare(config.data, config.tokenizer, on_progress=on_progress)
@@ -189,7 +186,7 @@ def _prepare_once(
     return corpus
 
 
-def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, progress: Progress) -> "Outputs":
+def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, display: Display) -> "Outputs":
     from llm.run.checkpoint import Checkpoints
     from llm.run.metrics import Metrics
     from llm.run.trackers import make_trackers
@@ -199,22 +196,22 @@ def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, progress: Pro
     if hosts.is_first:
         checkpoints.clean()
     trackers = make_trackers(config, run) if hosts.is_first else []
-    return Outputs(run, checkpoints, Metrics(run.metrics, hosts.is_first), progress, trackers)
+    return Outputs(run, checkpoints, Metrics(run.metrics, hosts.is_first), display, trackers)
 
 
-def _say_what_starts(job: "Job", run: RunDirectory, step: int, progress: Progress) -> None:
+def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display) -> None:
     from llm.model.flops import active_parameter_count, parameter_count
 
     devices = list(job.mesh.devices.flat)
     corpus = job.corpus
     active = f" ({active_parameter_count(job.spec):,} active)" * job.spec.config.has_experts
-    progress.say(
+    display.say(
         f"{parameter_count(job.spec):,} parameters{active}, {len(corpus.train):,} training tokens "
         f"({corpus.tokenizer.name}), {len(corpus.validation):,} held out; "
         f"{len(devices)} x {devices[0].device_kind}, {job.spec.compute_dtype}"
         + (f", {job.spec.attention} attention" if job.spec.attention != "plain" else "")
     )
-    progress.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))
+    display.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))
 
 
 def _make_sampler(job: "Job") -> "Sampler":

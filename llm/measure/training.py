@@ -27,8 +27,8 @@ from llm.model.flops import flops_per_token, mfu
 from llm.model.sharding import shard_batch
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
+from llm.run.display import Display
 from llm.run.metrics import Metrics
-from llm.run.progress import NoProgress
 from llm.run.receipt import make_receipt, receipt_logprobs
 from llm.run.stop import StopRequest
 from llm.training.loop import Job, Outputs, train
@@ -115,7 +115,7 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
     checkpoints, rows = Checkpoints(run.checkpoints, 1, job.hosts), Metrics(run.metrics)
     checkpoints.clean()
     rows.rewind(0)
-    outputs = Outputs(run, checkpoints, rows, NoProgress(), [])
+    outputs = Outputs(run, checkpoints, rows, Display(speaks=False), [])
     stop, (_, state) = StopRequest(), make_step(job)
     metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), jnp.zeros(()))
     metrics |= {"finite": jnp.array(True), "spike": jnp.array(False)}

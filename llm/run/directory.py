@@ -16,7 +16,6 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
@@ -25,39 +24,17 @@ from llm.errors import CheckpointError, RunLockedError, UsageError
 from llm.files import free_bytes, is_disk_full, now, write_atomic
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """Names of the files of a run."""
+    """The files of a run."""
 
-    path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.toml"
-
-    @property
-    def provenance(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def lock(self) -> Path:
-        return self.path / "run.lock"
+    def __init__(self, path: Path):
+        self.path, self.name = path, path.resolve().name
+        self.config = path / "config.toml"
+        self.provenance = path / "run.json"
+        self.tokenizer = path / "tokenizer"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.lock = path / "run.lock"
 
     def exists(self) -> bool:
         """Whether a run began here; its config.toml is the last thing that a beginning writes."""
@@ -66,9 +43,10 @@ class RunDirectory:
     def read_config(self) -> Config:
         """The settings of the run as they were resolved."""
         if not self.exists():
-            raise UsageError(
-                f"{self.path} is not a run directory: it has no config.toml{self._near()}"
-            )
+            parent = self.path.parent if self.path.parent.is_dir() else Path()
+            runs = sorted(str(folder.parent) for folder in parent.glob("*/config.toml"))[:5]
+            near = f"; there is {', '.join(runs)}" if runs else ""
+            raise UsageError(f"{self.path} is not a run directory: it has no config.toml{near}")
         return validate(read_toml(self.config), where=str(self.config))
 
     def write_config(self, config: Config) -> None:
@@ -98,22 +76,12 @@ class RunDirectory:
         with explained(self.provenance):
             write_atomic(self.provenance, json.dumps(record, indent=1).encode() + b"\n")
 
-    def _near(self) -> str:
-        parent = self.path.parent if self.path.parent.is_dir() else Path()
-        runs = sorted(str(folder.parent) for folder in parent.glob("*/config.toml"))[:5]
-        return f"; there is {', '.join(runs)}" if runs else ""
 
-
-# What is read of run.json, and of each of its starts.
+# The fields of run.json that are read, and those of each of its starts.
 _DATA = {"fingerprint": str, "origins": list}
-_START = {
-    "from_step": int,
-    "code_sha256": str,
-    "versions": dict,
-    "devices": dict,
-    "mesh": dict,
-    "changed": dict,
-}
+_START = {"from_step": int, "code_sha256": str} | dict.fromkeys(
+    ("versions", "devices", "mesh", "changed"), dict
+)
 
 
 def _is_provenance(record: object) -> bool:
@@ -152,49 +120,32 @@ def explained(path: Path) -> Iterator[None]:
         ) from None
 
 
-class RunLock:
-    """Keeps a second process out of a run directory.
+def locked(run: RunDirectory) -> IO[str]:
+    """Keep every other process out of a run directory until the file that is returned is closed.
 
-    The kernel lets go of the lock when its holder dies, so that one left by a dead process is
-    simply taken over. The file's content only tells a person who holds it.
+    The kernel releases the lock when its holder dies, so the lock of a dead process is simply taken
+    over. The file's content only tells a person who holds it.
+
+    Raises:
+      RunLockedError: another process trains here; the message names it.
+      UsageError, CheckpointError: see `explained`.
     """
-
-    def __init__(self, run: RunDirectory):
-        self._run = run
-        self._file: IO[str] | None = None
-
-    def acquire(self) -> None:
-        """Raises:
-        RunLockedError: another process trains here; the message names it.
-        UsageError: the directory cannot be written.
-        """
-        path = self._run.path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            file = open(self._run.lock, "a+")  # noqa: SIM115 (held until release)
-        except OSError as error:
-            raise UsageError(
-                f"the run directory {path} cannot be written: {error.strerror}; set run.dir to a "
-                "folder that can be"
-            ) from None
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            file.close()
-            raise RunLockedError(
-                f"{path} is in use by {holder}; wait for it, stop it, or set another run.dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
-        file.flush()
-        self._file = file
-
-    def release(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    with explained(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        file = open(run.lock, "a+")  # noqa: SIM115 (held until the caller closes it)
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunLockedError(
+            f"{run.path} is in use by {holder}; wait for it, stop it, or set another run.dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
+    file.flush()
+    return file
 
 
 def check_is_ours(run: RunDirectory) -> None:
@@ -203,14 +154,11 @@ def check_is_ours(run: RunDirectory) -> None:
     Raises:
       UsageError: naming what was found.
     """
-    if run.path.exists() and not run.path.is_dir():
-        raise UsageError(
-            f"run.dir = {run.path} is a file; expected a folder, or a name for a new one"
-        )
-    if run.checkpoints.exists() and not run.checkpoints.is_dir():
-        raise UsageError(
-            f"{run.checkpoints} is a file; expected a folder: move it away, or set another run.dir"
-        )
+    for path in (run.path, run.checkpoints):
+        if path.exists() and not path.is_dir():
+            raise UsageError(
+                f"{path} is a file; expected a folder: move it away, or set another run.dir"
+            )
     if run.exists() or not run.path.is_dir():
         return
     ours = {"run.lock", "run.json", "tokenizer", "metrics.jsonl"}
@@ -252,12 +200,16 @@ def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]
     """Settings that differ from the run's and are taken: name -> (before, now).
 
     Raises:
-      UsageError: a diff, when one of them may not differ.
+      UsageError: a setting differs that may not; the message lists each of them.
     """
     changed = differences(before, now_)
-    refused = {name for name in changed if not _is_free(name)}
+    refused = {
+        name
+        for name in changed
+        if name.split(".")[0] not in FREE_SECTIONS and name not in FREE_SETTINGS
+    }
     if "auto" in changed.get("training.compute_dtype", ()):
-        # What it stands for is compared once the devices are known: provenance.py.
+        # What "auto" stands for is compared once the devices are known: provenance.py.
         refused.discard("training.compute_dtype")
     may_be_allowed = {
         name for name in refused if name.split(".")[0] in ALLOWED_SECTIONS and name not in NEVER
@@ -265,29 +217,17 @@ def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]
     if now_.run.allow_change:
         refused -= may_be_allowed
     if refused:
-        raise UsageError(
-            _refusal(before, {name: changed[name] for name in refused}, may_be_allowed)
-        )
+        remedy = "set run.dir to another folder for another experiment, or restore these settings"
+        if refused <= may_be_allowed:
+            remedy += ", or add --run.allow-change to take them from here on (it is recorded)"
+        lines = [
+            f"  {name}: the run has {changed[name][0]!r}, this command has {changed[name][1]!r}"
+            for name in sorted(refused)
+        ]
+        holder = f"{before.run.dir or 'the run directory'} holds a run with other settings:"
+        raise UsageError("\n".join([holder, *lines, f"  {remedy}"]))
     return {
         name: values
         for name, values in changed.items()
         if name not in ("run.dir", "run.allow_change")
     }
-
-
-def _is_free(name: str) -> bool:
-    return name.split(".")[0] in FREE_SECTIONS or name in FREE_SETTINGS
-
-
-def _refusal(
-    before: Config, refused: Mapping[str, tuple[Any, Any]], may_be_allowed: set[str]
-) -> str:
-    lines = [
-        f"  {name}: the run has {old!r}, this command has {new!r}"
-        for name, (old, new) in sorted(refused.items())
-    ]
-    remedy = "set run.dir to another folder for another experiment, or restore these settings"
-    if set(refused) <= may_be_allowed:
-        remedy += ", or add --run.allow-change to take them from here on (it is recorded)"
-    where = before.run.dir or "the run directory"
-    return "\n".join([f"{where} holds a run with other settings:", *lines, f"  {remedy}"])

@@ -9,6 +9,7 @@ Losses are nats per token. A number that is not finite is null, with "finite": f
 
 import collections
 import errno
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ NEWEST_ROWS = 1000
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line, in order; one that a crash cut off is left out.
+    """The row of every whole line, in order; a line that a crash cut off is left out.
 
     Raises:
       CheckpointError: naming a line that is JSON, and not a row.
@@ -43,7 +44,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if not holds(row, _ROW) or "loss" not in row:
+        if not holds(row, {"kind": str, "step": int}) or "loss" not in row:
             raise CheckpointError(
                 f"{path}, line {number}: expected an object with kind, step and loss, found "
                 f"{line[:80]}; remove the line, or restore the file"
@@ -52,14 +53,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-_ROW = {"kind": str, "step": int}
-
-
 class Metrics:
-    """Appends rows. What cannot be written is counted and warned of once: training goes on.
+    """Appends rows. A row that cannot be written is counted, with one warning: training goes on.
 
     Args:
-      writes: False in all processes of a run but one: they only remember.
+      writes: False in all processes of a run but one, which only remember their rows.
+    Attributes:
+      skipped: how many updates in a row, up to the step that training resumes from, were refused.
+      lost: how many rows could not be written.
     """
 
     def __init__(self, path: Path, writes: bool = True):
@@ -67,8 +68,7 @@ class Metrics:
         self._file: IO[bytes] | None = None
         self._evaluated: list[dict[str, Any]] = []
         self._trained: collections.deque[dict[str, Any]] = collections.deque(maxlen=NEWEST_ROWS)
-        self._skipped = 0
-        self.lost = 0
+        self.skipped = self.lost = 0
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -94,12 +94,18 @@ class Metrics:
         rows = list(rows)
         trained = [row for row in rows if row["kind"] == "train"]
         self._evaluated = [row for row in rows if row["kind"] == "eval"]
-        self._skipped = _skipped_before(trained, step)
-        self._trained = collections.deque(trained, maxlen=max(NEWEST_ROWS, self._skipped + 1))
+        # A refused step always has a row, an applied one only each logging.every steps, so that
+        # neighbours in the file need not be neighbours in the run.
+        refused = {row["step"] for row in trained if {"finite", "spike"} & set(row)}
+        self.skipped = next(n for n in itertools.count() if step - n not in refused)
+        self._trained = collections.deque(trained, maxlen=max(NEWEST_ROWS, self.skipped + 1))
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row and hand it to the operating system."""
-        row = {name: _finite(value) for name, value in row.items()}
+        row = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
         (self._trained if row["kind"] == "train" else self._evaluated).append(row)
         if not self._writes:
             return
@@ -107,7 +113,13 @@ class Metrics:
             action = fault_point("metrics.write", row["step"])
             self._append(_line(row).encode(), action)
         except OSError as error:
-            self._warn(error)
+            if not self.lost:
+                print(
+                    f"warning: {self._path} cannot be written ({error.strerror}); training goes "
+                    "on, and the lines that are lost are counted",
+                    file=sys.stderr,
+                )
+            self.lost += 1
 
     def _append(self, line: bytes, action: str | None) -> None:
         """The whole line or, on a full disk, none of it."""
@@ -122,13 +134,9 @@ class Metrics:
             self._file.truncate(size)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def skipped(self) -> int:
-        """How many updates in a row, up to the step that training resumes from, were refused."""
-        return self._skipped
-
     def memory(self) -> list[dict[str, Any]]:
         """The rows that decide how training goes on: what a process that reads no file is told."""
-        return self._evaluated + list(self._trained)[-1 - self._skipped :]
+        return self._evaluated + list(self._trained)[-1 - self.skipped :]
 
     def best_evaluation(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest validation loss."""
@@ -147,32 +155,6 @@ class Metrics:
             self._file.close()
             self._file = None
 
-    def _warn(self, error: OSError) -> None:
-        self.lost += 1
-        if self.lost == 1:
-            print(
-                f"warning: {self._path} cannot be written ({error.strerror}); training goes on, "
-                "and the lines that are lost are counted",
-                file=sys.stderr,
-            )
-
-
-def _skipped_before(trained: list[dict[str, Any]], step: int) -> int:
-    """Refused updates in a row that end at a step.
-
-    Refused steps all have a row, applied ones only each logging.every: neighbours in the file need
-    not be neighbours in the run.
-    """
-    refused = {row["step"] for row in trained if {"finite", "spike"} & set(row)}
-    count = 0
-    while step - count in refused:
-        count += 1
-    return count
-
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,13 +8,16 @@ starts                one entry for each start: from which step, versions, devic
 """
 
 import dataclasses
+import hashlib
+import importlib.metadata
 import os
 import platform
 import socket
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jax.sharding import Mesh
 
 from llm.config import Config
 from llm.errors import DataError, UsageError
@@ -48,21 +51,18 @@ def describe_import(
     run: RunDirectory, spec: ModelSpec, tokenizer: Tokenizer, source: Path
 ) -> dict[str, Any]:
     """run.json of a run that nobody trained here; `source` is the folder its model came from."""
-    data = {
-        # No corpus has this fingerprint, so that training on any is refused.
+    counts = ("train_tokens", "validation_tokens", "documents", "text_bytes", "replaced")
+    # No corpus has this fingerprint, so that training on any corpus is refused.
+    data = dict.fromkeys(counts, 0) | {
         "fingerprint": "none: imported from a Hugging Face model",
         "tokenizer_sha256": tokenizer.sha256,
-        **dict.fromkeys(_COUNTS, 0),
         "origins": [],
     }
     imported = {"from": str(source.resolve()), "versions": versions()}
     return _description(run, spec, data) | {"imported": imported}
 
 
-_COUNTS = ("train_tokens", "validation_tokens", "documents", "text_bytes", "replaced")
-
-
-def _description(run: RunDirectory, spec: ModelSpec, data: Mapping[str, Any]) -> dict[str, Any]:
+def _description(run: RunDirectory, spec: ModelSpec, data: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "name": run.name,
@@ -73,7 +73,7 @@ def _description(run: RunDirectory, spec: ModelSpec, data: Mapping[str, Any]) ->
             "vocab_size": spec.vocab_size,
             "compute_dtype": spec.compute_dtype,
         },
-        "data": dict(data),
+        "data": data,
         "starts": [],
     }
 
@@ -136,30 +136,23 @@ def batch_size_at(run: RunDirectory, config: Config, step: int) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that decides a number."""
-    import importlib.metadata
-
-    import jax
-
-    found = {"python": platform.python_version(), "jax": jax.__version__}
-    for name in ("jaxlib", "flax", "optax", "tensorstore", "numpy", "tiktoken"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+    """The versions of everything that decides a number."""
+    packages = ("jax", "jaxlib", "flax", "optax", "tensorstore", "numpy", "tiktoken")
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
 
 
-def describe_start(
-    *, step: int, mesh: Mapping[str, int], devices: Sequence[Any], changed: Mapping[str, Any]
-) -> dict[str, Any]:
-    """One entry of run.json's list of starts."""
+def describe_start(mesh: Mesh) -> dict[str, Any]:
+    """When, where and by what a start is made: a part of its entry in run.json."""
+    devices = list(mesh.devices.flat)
     return {
         "time": now(),
-        "from_step": step,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "host": socket.gethostname(),
         "process": os.getpid(),
+        "processes": len({device.process_index for device in devices}),
         "code_sha256": code_sha256(),
         "versions": versions(),
         "devices": {
@@ -167,15 +160,12 @@ def describe_start(
             "kind": devices[0].device_kind,
             "platform": devices[0].platform,
         },
-        "mesh": dict(mesh),
-        "changed": {name: list(values) for name, values in changed.items()},
+        "mesh": dict(mesh.shape),
     }
 
 
 def code_sha256() -> str:
-    """Of this package's own source, so that two runs can tell whether the code was the same."""
-    import hashlib
-
+    """The sha256 of this package's source, so that two runs can tell if the code was the same."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

@@ -15,53 +15,49 @@ from llm.model.gpt import ModelSpec
 from llm.run.checkpoint import Checkpoints, saved_steps, verify_files
 from llm.run.directory import (
     RunDirectory,
-    RunLock,
     changes_on_resume,
     check_is_ours,
     explained,
+    locked,
 )
-from llm.run.hosts import Hosts
+from llm.run.display import Display
 from llm.run.metrics import Metrics, read_metrics
-from llm.run.progress import Progress
 from llm.run.provenance import check_trained, describe_run, describe_start
 from llm.text.shards import TokenizedCorpus
 
 
-def claim(run: RunDirectory, config: Config, lock: RunLock) -> dict[str, Any]:
+def claim(run: RunDirectory, config: Config, held: contextlib.ExitStack) -> dict[str, Any]:
     """Take the directory, and return the settings that this start changes.
 
+    Args:
+      held: keeps the lock of the directory until it is closed.
     Raises:
       UsageError: the directory is not a run, or the run has other settings.
       RunLockedError: another process trains in it.
       CheckpointError: checkpoints are gone.
     """
     check_is_ours(run)
-    if not run.exists():
-        lock.acquire()
-        return {}
-    before, rows = run.read_config(), read_metrics(run.metrics)
-    if not rows and not _holds_steps(run) and differences(before, config):
-        # Nothing was trained with the former settings, so this start may begin with others.
-        lock.acquire()
+    changed: dict[str, Any] = {}
+    begins_again = False
+    if run.exists():
+        before, rows = run.read_config(), read_metrics(run.metrics)
+        # If nothing was trained with the former settings, this start may begin with others.
+        holds_steps = any(path.name[0].isdigit() for path in run.checkpoints.glob("*"))
+        begins_again = not rows and not holds_steps and bool(differences(before, config))
+        if not begins_again:
+            changed = changes_on_resume(before, config)
+            check_trained(run)
+            _check_steps(run, config)
+            if not holds_steps:
+                _check_checkpoints(run, before, rows)
+    held.enter_context(locked(run))
+    if begins_again:
         run.config.unlink()
-        return {}
-    changed = changes_on_resume(before, config)
-    check_trained(run)
-    _check_steps(run, config)
-    _check_checkpoints(run, before, rows)
-    lock.acquire()
     return changed
-
-
-def _holds_steps(run: RunDirectory) -> bool:
-    """Whether anything was ever saved here, even if it is set aside as damaged now."""
-    return any(path.name[0].isdigit() for path in run.checkpoints.glob("*"))
 
 
 def _check_checkpoints(run: RunDirectory, before: Config, rows: list[dict[str, Any]]) -> None:
     """Raise if the metrics go further than they could if nothing had ever been saved."""
-    if _holds_steps(run):
-        return
     last, every = max((row["step"] for row in rows), default=0), before.checkpoint.every
     # A save begins when the one before it is on disk, and the last evaluation after the last save.
     was_saved = 0 < 2 * every < last or any(
@@ -86,8 +82,8 @@ def _check_steps(run: RunDirectory, config: Config) -> None:
         )
 
 
-def is_finished(run: RunDirectory, config: Config, progress: Progress) -> bool:
-    """Whether the last step is saved, whole and evaluated. If so, it tells the person."""
+def is_finished(run: RunDirectory, config: Config, display: Display) -> bool:
+    """Whether the last step is saved, whole and evaluated; if so, the person is told."""
     steps = saved_steps(run.checkpoints) if run.exists() else []
     if not steps or steps[-1] < config.training.steps:
         return False
@@ -101,7 +97,7 @@ def is_finished(run: RunDirectory, config: Config, progress: Progress) -> bool:
         return False  # opening it says what is wrong, and finds the one before
     row = evaluated.get(config.training.steps)
     loss = f", validation loss {row['loss']:.4f}" if row else ""
-    progress.say(
+    display.say(
         f"{run.path} is finished: step {steps[-1]} of {config.training.steps}{loss}. "
         f"Sample from it: python sample.py {run.path}. Train on: --training.steps N"
     )
@@ -111,7 +107,7 @@ def is_finished(run: RunDirectory, config: Config, progress: Progress) -> bool:
 def begin(run: RunDirectory, config: Config, spec: ModelSpec, corpus: TokenizedCorpus) -> None:
     """Write everything that the run needs to be opened later; config.toml last.
 
-    The tokenizer is written at every start, whatever became of its file: its corpus was compared.
+    The tokenizer is written at every start, since its file may be gone; its corpus was compared.
     """
     with explained(run.tokenizer):
         corpus.tokenizer.save(run.tokenizer)
@@ -129,7 +125,6 @@ def record_start(
     *,
     mesh: Mesh,
     attention: str,
-    hosts: Hosts,
     metrics: Metrics,
     checkpoints: Checkpoints,
 ) -> list[dict[str, Any]]:
@@ -140,13 +135,13 @@ def record_start(
     redone = [row for row in metrics.rewind(step) if row["kind"] == "train"]
     best = metrics.best_evaluation() if config.checkpoint.keep_best else None
     checkpoints.best = best[0] if best else None
-    start = describe_start(
-        step=step, mesh=dict(mesh.shape), devices=list(mesh.devices.flat), changed=changed
-    )
-    start["processes"] = hosts.count
-    start["attention"] = attention
-    start["redone_steps"] = len(redone)
-    start["redone_seconds"] = round(sum(row["step_seconds"] for row in redone), 3)
+    start = describe_start(mesh) | {
+        "from_step": step,
+        "changed": {name: list(values) for name, values in changed.items()},
+        "attention": attention,
+        "redone_steps": len(redone),
+        "redone_seconds": round(sum(row["step_seconds"] for row in redone), 3),
+    }
     record = run.read_provenance()
     record["starts"].append(start)
     run.write_provenance(record)

@@ -26,9 +26,9 @@ from llm.model.gpt import ModelSpec
 from llm.model.sharding import own_rows, shard_batch
 from llm.run.checkpoint import Checkpoints, restore
 from llm.run.directory import RunDirectory
+from llm.run.display import Display
 from llm.run.hosts import Hosts, SharedStop
 from llm.run.metrics import Metrics
-from llm.run.progress import Progress
 from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
@@ -89,7 +89,7 @@ class Outputs:
     run: RunDirectory
     checkpoints: Checkpoints
     metrics: Metrics
-    progress: Progress
+    display: Display
     trackers: list[Tracker]
     first_step_at: float | None = None
 
@@ -203,7 +203,7 @@ class StepReport:
     def __init__(self, job: Job, outputs: Outputs, stop: SharedStop, step: int):
         self._job, self._outputs, self._stop = job, outputs, stop
         self._first, self._settled = step + 1, step
-        self._skipped = outputs.metrics.skipped()
+        self._skipped = outputs.metrics.skipped
         # Tokens trained on until now: those of the last row, and of the steps since that row at
         # today's batch size.
         seen = [row for row in outputs.metrics.rows if row["kind"] == "train"]
@@ -249,7 +249,7 @@ class StepReport:
         if step % self._job.config.logging.every == 0 or not applied:
             self._outputs.write(self._row(step, values, seconds, rate))
         steps = self._job.config.training.steps
-        self._outputs.progress.step(step, steps, values["loss"], rate)
+        self._outputs.display.step(step, steps, values["loss"], rate)
         self._skipped = 0 if applied else self._skipped + 1
         if not applied:
             self._refuse_or_skip(step, values)
@@ -283,7 +283,7 @@ class StepReport:
             what += ", but the new weights would not be finite"
         may_skip = values["finite"] or settings.on_nonfinite == "skip"
         if may_skip and self._skipped < settings.max_skipped:
-            self._outputs.progress.say(f"WARNING: {what}; this update was skipped")
+            self._outputs.display.say(f"WARNING: {what}; this update was skipped")
             return
         batch = self._outputs.run.path / f"nonfinite-step-{step}.npz"
         if self._job.hosts.is_first:
@@ -332,7 +332,7 @@ class Validation:
                 save(self._job, self._outputs, self._report, state, step)
         text = "" if self._stop.requested else self._sampler(state.params)
         if text:
-            self._outputs.progress.say(text)
+            self._outputs.display.say(text)
         self._report.restart_clock()
 
     def _until_stopped(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -367,7 +367,7 @@ class Validation:
         )
         bits = result.bits_per_byte
         in_bits = f", {bits:.4f} bits per byte" if bits is not None else ""
-        self._outputs.progress.say(
+        self._outputs.display.say(
             f"step {step}: validation loss {result.loss_nats:.4f} nats per token{in_bits} "
             f"({result.tokens:,} tokens)"
         )
