@@ -12,52 +12,29 @@ import errno
 import os
 import signal
 import time
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Fault:
-    """One planned failure: `step` None is every step."""
-
-    place: str
-    step: int | None
-    action: str
-
-
-def planned() -> list[Fault]:
-    """The faults in $LLM_FAULT."""
-    faults = []
-    for text in filter(None, os.environ.get("LLM_FAULT", "").split(",")):
-        place, *middle, action = text.split(":")
-        step = next((int(word[5:]) for word in middle if word.startswith("step=")), None)
-        faults.append(Fault(place, step, action))
-    return faults
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
 
 
 def fault_point(place: str, step: int | None = None) -> str | None:
-    """Fail here if that is planned; the action's name when the caller is to carry it out."""
-    if "LLM_FAULT" not in os.environ:
-        return None
-    for fault in planned():
-        if fault.place == place and fault.step in (None, step):
-            return _carry_out(fault)
+    """Fail here if that is planned; the action's name if the caller is to carry it out."""
+    for fault in filter(None, os.environ.get("LLM_FAULT", "").split(",")):
+        planned, *at, action = fault.split(":")
+        if planned == place and at in ([], [f"step={step}"]):
+            return _carry_out(action, place)
     return None
 
 
-def _carry_out(fault: Fault) -> str | None:
-    match fault.action:
-        case "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "term":
-            os.kill(os.getpid(), signal.SIGTERM)
-        case "int":
-            os.kill(os.getpid(), signal.SIGINT)
+def _carry_out(action: str, place: str) -> str | None:
+    match action:
+        case "kill" | "term" | "int":
+            os.kill(os.getpid(), _SIGNALS[action])
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "hang":
             time.sleep(3600)
         case "raise":
-            raise RuntimeError(f"planned fault at {fault.place}")
-        case other:
-            return other
+            raise RuntimeError(f"planned fault at {place}")
+        case _:
+            return action
     return None

@@ -77,11 +77,15 @@ def write_pieces(
         place = [str(start // size) for start, size in zip(piece.start, extent, strict=True)]
         for name in [".".join(place) or "0", *([".zarray"] * first)]:
             path = folder / group / piece.name / name
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            said = {"bytes": path.stat().st_size, "sha256": sha256}
-            files[str(path.relative_to(folder))] = said
+            files[str(path.relative_to(folder))] = describe_file(path)
     return files
+
+
+def describe_file(path: Path) -> dict[str, int | str]:
+    """What the manifest says of a file: {"bytes", "sha256"}."""
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256}
 
 
 def stored_arrays(folder: Path, names: Iterable[str]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from llm.files import (
 from llm.run.arrays import (
     Piece,
     copy_to_host,
+    describe_file,
     element_sums,
     identity,
     own_pieces,
@@ -110,17 +111,16 @@ def verify_files(
 def _problem(path: Path, expected: Mapping[str, Any]) -> str:
     """What is wrong with a file, or ""."""
     try:
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            return f"{path}: expected {expected['bytes']} bytes, found {size}"
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        found = describe_file(path)
     except FileNotFoundError:
         return f"{path} is missing; expected {expected['bytes']} bytes"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    if sha256 != expected["sha256"]:
-        return f"{path} has changed: expected sha256 {expected['sha256']}, found {sha256}"
+    if found["bytes"] != expected["bytes"]:
+        return f"{path}: expected {expected['bytes']} bytes, found {found['bytes']}"
+    if found != expected:
+        sha256, now = expected["sha256"], found["sha256"]
+        return f"{path} has changed: expected sha256 {sha256}, found {now}"
     return ""
 
 
@@ -289,10 +289,6 @@ class Checkpoints:
             if path.name.endswith((".partial", ".deleting")):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def steps(self) -> list[int]:
-        """Complete steps, ascending."""
-        return saved_steps(self.root)
-
     def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:
         """Take a copy of the arrays now, write it in the background. Collective.
 
@@ -305,11 +301,7 @@ class Checkpoints:
           CheckpointError: an earlier save failed, or there is no room for this one.
         """
         self.wait()
-        self._needed = sum(
-            array.size * array.dtype.itemsize
-            for group in groups.values()
-            for array in group.values()
-        )
+        self._needed = sum(array.nbytes for group in groups.values() for array in group.values())
         if not self._hosts.decide(f"save {step}", lambda: self._is_needed(step)):
             return
         fault_point("checkpoint.before_copy", step)
@@ -349,7 +341,7 @@ class Checkpoints:
 
     def _is_needed(self, step: int) -> bool:
         """Whether there is anything to save. Raises when there is no room. In process 0."""
-        if step in self.steps():
+        if step in saved_steps(self.root):
             return False
         free = free_bytes(self.root)
         if free < self._needed:
@@ -370,15 +362,13 @@ class Checkpoints:
             fault_point("checkpoint.after_write", step)
             sha256 = identity(one for part in parts for one in part["sums"])
             receipt = {"schema": SCHEMA, "step": step, "params_sha256": sha256, **make_receipt()}
-            content = json.dumps(receipt, allow_nan=False).encode()
-            (partial / RECEIPT).write_bytes(content)
+            (partial / RECEIPT).write_text(json.dumps(receipt, allow_nan=False))
             fault_point("checkpoint.before_manifest", step)
             files: dict[str, dict[str, Any]] = {
                 group: {name: said for part in parts for name, said in part["files"][group].items()}
                 for group in GROUPS
             }
-            sha256 = hashlib.sha256(content).hexdigest()
-            files[RECEIPT_GROUP] = {RECEIPT: {"bytes": len(content), "sha256": sha256}}
+            files[RECEIPT_GROUP] = {RECEIPT: describe_file(partial / RECEIPT)}
             manifest = {"schema": SCHEMA, "groups": files, "sha256": _sha256_of_json(files)}
             (partial / MANIFEST).write_text(json.dumps(manifest, separators=(",", ":")))
             fault_point("checkpoint.before_flush", step)
@@ -394,7 +384,7 @@ class Checkpoints:
         self._hosts.hear(f"saved/{step}")
 
     def _remove_old(self) -> None:
-        steps = self.steps()
+        steps = saved_steps(self.root)
         best = self._best[-1:] if self.best in steps else self._best
         stay = {*steps[-self.keep :], *best}
         for step in steps:
@@ -413,7 +403,7 @@ class Checkpoints:
         if isinstance(failure, LLMError):
             return failure
         reason = f"{type(failure).__name__}: {failure}".split("\n")[0][:500]
-        whole = ", ".join(map(str, self.steps())) or "none yet"
+        whole = ", ".join(map(str, saved_steps(self.root))) or "none yet"
         return CheckpointError(
             f"the checkpoint of step {self._step} could not be saved ({reason}); the steps before "
             f"it are whole ({whole}): mend the cause and run the same command again"

@@ -71,25 +71,27 @@ def find_cluster(
 
 
 def _given(settings: DistributedConfig) -> Cluster | None:
-    """The settings, all three of them."""
+    """The processes that the settings name, if they name all three of them."""
     coordinator, count, index = settings.coordinator, settings.num_processes, settings.process_id
     if count == 1:
         return None
     host, _, port = coordinator.rpartition(":")
-    found = (
-        f"found distributed.coordinator = {coordinator!r}, distributed.num_processes = {count}, "
-        f"distributed.process_id = {index}"
-    )
+    problem = ""
     if not coordinator or count == 0 or index == -1:
-        raise UsageError(
+        problem = (
             "distributed: expected coordinator, num_processes and process_id together, or none of "
-            f"them (they are then found under SLURM, MPI, GKE and on TPUs); {found}"
+            "them (they are then found under SLURM, MPI, GKE and on TPUs)"
         )
-    if not host or not port.isdecimal():
-        raise UsageError(f"distributed.coordinator: expected HOST:PORT of process 0; {found}")
-    if index >= count:
+    elif not host or not port.isdecimal():
+        problem = "distributed.coordinator: expected HOST:PORT of process 0"
+    elif index >= count:
+        problem = (
+            f"distributed.process_id: expected 0 to {count - 1}, since there are {count} processes"
+        )
+    if problem:
         raise UsageError(
-            f"distributed.process_id: expected 0 to {count - 1}, since there are {count}; {found}"
+            f"{problem}; found distributed.coordinator = {coordinator!r}, "
+            f"distributed.num_processes = {count}, distributed.process_id = {index}"
         )
     return Cluster(
         "distributed.coordinator",

@@ -78,9 +78,9 @@ def _initialize(cluster: Cluster, timeout: int) -> "Hosts":
     coordinator = cluster.arguments.get("coordinator_address", "")
     if coordinator and cluster.arguments["process_id"] == 0:
         check_port_is_free(coordinator)
-    # Its SIGTERM handler would take the place of ours, or ours of it: llm/run/stop.py is enough.
+    # JAX's handler of SIGTERM and ours would replace each other: llm/run/stop.py is enough.
     jax.config.update("jax_enable_preemption_service", False)
-    abort = _AbortMessage(
+    _say_on_abort(
         f"not all processes came together at {coordinator or cluster.launcher}: is each of "
         "them started, with the same coordinator and number, and can they reach process 0?"
     )
@@ -96,7 +96,7 @@ def _initialize(cluster: Cluster, timeout: int) -> "Hosts":
             f"{str(error).splitlines()[0]}; set distributed.coordinator, num_processes and "
             "process_id (docs/clusters.md)"
         ) from None
-    return Hosts(jax.process_index(), jax.process_count(), global_state.client, timeout, abort)
+    return Hosts(jax.process_index(), jax.process_count(), global_state.client, timeout)
 
 
 def check_port_is_free(coordinator: str) -> None:
@@ -115,19 +115,11 @@ def check_port_is_free(coordinator: str) -> None:
 class Hosts:
     """This process among `count`; alone by default."""
 
-    def __init__(
-        self,
-        index: int = 0,
-        count: int = 1,
-        store: Any = None,
-        timeout: float = 0.0,
-        abort: "_AbortMessage | None" = None,
-    ):
+    def __init__(self, index: int = 0, count: int = 1, store: Any = None, timeout: float = 0.0):
         self.index, self.count, self.timeout = index, count, timeout
         # Process 0 writes, prints and decides.
         self.is_first, self.alone = index == 0, count == 1
-        self._store, self._abort = store, abort
-        self._decisions = 0
+        self._store, self._decisions = store, 0
         self._moves, self._marks, self._place, self._suspicious = 0, 0, "the beginning", False
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
@@ -222,12 +214,9 @@ class Hosts:
             raise
 
     def start(self) -> None:
-        """Tell the others who this is, and begin to watch."""
-        name = f"process {self.index} ({os.getpid()} on {socket.gethostname()})"
-        self.tell(f"name/{self.index}", name)
-        first = self.hear("name/0")
-        if self._abort is not None:
-            self._abort.text = f"{first}, which coordinates the others, is gone or does not answer"
+        """Begin to watch the others, and to be watched."""
+        first = self.decide("who coordinates", lambda: _process_name(0))
+        _say_on_abort(f"{first}, which coordinates the others, is gone or does not answer")
         self._watcher.start()
 
     def end(self) -> None:
@@ -242,7 +231,7 @@ class Hosts:
             code = error.code
         failure = {"process": self.index, "exit_code": code, "lost": None}
         if not self.is_first:
-            # When all fail alike, process 0 says it.
+            # If all fail alike, process 0 says it.
             _until(lambda: self._failure() is not None, 2 * BEAT_SECONDS)
         first = self._post(failure)
         self._shutdown()
@@ -252,23 +241,22 @@ class Hosts:
     def _post(self, failure: dict[str, Any]) -> dict[str, Any]:
         """The first failure of all, which may be this one."""
         with contextlib.suppress(_timed_out()):
-            self._store.key_value_set("llm/failed/first", json.dumps(failure))
+            self._store.key_value_set("llm/failed", json.dumps(failure))
         return self._failure() or failure
 
     def _failure(self) -> dict[str, Any] | None:
         with contextlib.suppress(_timed_out()):
-            for _, value in self._store.key_value_dir_get("llm/failed/"):
-                return json.loads(value)
+            return json.loads(self._store.key_value_try_get("llm/failed"))
         return None
 
     def _watch(self) -> None:
         """In its own thread: signs of life, the failures of others, and who has gone silent."""
-        now = time.monotonic()
-        signs = {index: Sign(now, now) for index in range(self.count)}
+        now, name = time.monotonic(), _process_name(self.index)
+        signs = {i: Sign(now, now, Said(name=f"process {i}")) for i in range(self.count)}
         beats = 0
         while not self._over.wait(BEAT_SECONDS):
             beats += 1
-            own = Said(beats, self._moves, self._marks, self._place, self._suspicious)
+            own = Said(beats, self._moves, self._marks, self._place, self._suspicious, name)
             # The store fails when process 0 is going; JAX ends us when it is gone.
             with contextlib.suppress(_timed_out()):
                 self._store.key_value_set(
@@ -276,7 +264,10 @@ class Hosts:
                 )
                 failure = self._failure()
                 if failure is not None:
-                    self._follow(failure)
+                    if failure["lost"] is not None:
+                        self._linger(self.count)
+                    self._leave_jax()
+                    os._exit(failure["exit_code"])
                 if self.is_first:
                     self._judge(signs)
 
@@ -289,25 +280,17 @@ class Hosts:
         lost = find_lost(signs, now, self.timeout, min(PATIENCE_SECONDS, self.timeout))
         if lost is None:
             return
-        name = json.loads(self._store.key_value_try_get(f"llm/name/{lost.process}"))
         failure = {"process": 0, "exit_code": LostProcessError.exit_code, "lost": lost.process}
         if self._post(failure) == failure:
             _say(
-                f"error: {name} {lost.why}; all processes of the run end. What was saved is whole: "
-                "the same command resumes from the newest checkpoint"
+                f"error: {signs[lost.process].said.name} {lost.why}; all processes of the run end. "
+                "What was saved is whole: the same command resumes from the newest checkpoint"
             )
         self._linger(expected=self.count - lost.silent)
 
-    def _follow(self, failure: Mapping[str, Any]) -> NoReturn:
-        """Another process has failed and said why: end as it does, with nothing to save."""
-        if failure["lost"] is not None:
-            self._linger(self.count)
-        self._leave_jax()
-        os._exit(failure["exit_code"])
-
     def _linger(self, expected: int) -> NoReturn:
-        """Leave without one who cannot take part. Process 0 goes last, after `expected` have said
-        that they go: JAX aborts those that it leaves behind."""
+        """End although a process cannot take part. Process 0 goes last, after `expected` have said
+        that they go: JAX aborts the processes that it leaves behind."""
         self._store.key_value_set(f"llm/left/{self.index}", "1", allow_overwrite=True)
         if self.is_first:
             _until(
@@ -342,6 +325,7 @@ class Said(NamedTuple):
     marks: int = 0
     place: str = "the beginning"
     suspicious: bool = False
+    name: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,22 +420,27 @@ class SharedStop:
             self._agreed |= bool(self._asked.popleft())
 
 
-class _AbortMessage:
-    """What is said, instead of a signal's number, when JAX aborts this process.
+_kept_alive: list[Any] = []
 
-    Its coordination client calls abort() when process 0 goes or does not answer; a Python callback
-    it cannot call (it dies of std::bad_cast). The handler runs in the thread that aborts, which
-    holds no lock of Python's.
+
+def _say_on_abort(text: str) -> None:
+    """Set what this process says, instead of a signal's number, if JAX aborts it.
+
+    JAX's coordination client calls abort() when process 0 goes or does not answer. It cannot call a
+    Python callback instead (it dies of std::bad_cast). The handler runs in the thread that aborts,
+    which holds no lock of Python's.
     """
 
-    def __init__(self, text: str):
-        self.text = text
-        self._handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(self._say_and_end)  # kept alive
-        ctypes.CDLL(None).signal(int(signal.SIGABRT), self._handler)
-
-    def _say_and_end(self, _number: int) -> None:
-        _say(f"error: {self.text} (see above); the same command resumes from the newest checkpoint")
+    def say_and_end(_number: int) -> None:
+        _say(f"error: {text} (see above); the same command resumes from the newest checkpoint")
         os._exit(LostProcessError.exit_code)
+
+    _kept_alive.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(say_and_end))
+    ctypes.CDLL(None).signal(int(signal.SIGABRT), _kept_alive[-1])
+
+
+def _process_name(index: int) -> str:
+    return f"process {index} ({os.getpid()} on {socket.gethostname()})"
 
 
 def _until(condition: Callable[[], bool], seconds: float) -> None:
