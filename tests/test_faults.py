@@ -31,7 +31,7 @@ from runs import (
 import llm.training.loop
 from llm.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from llm.run.checkpoint import GROUPS, Checkpoints, read_receipt, saved_steps, verify_files
-from llm.run.metrics import Metrics, read_metrics
+from llm.run.metrics import MetricsFile, read_metrics
 from llm.run.open import open_model
 
 
@@ -107,7 +107,7 @@ def test_a_disk_without_a_byte_left_is_said_at_the_start(copy, small_disk, capsy
 
 def test_metrics_that_do_not_fit_are_counted_and_no_line_is_torn(small_disk, capsys):
     disk = small_disk(64)
-    metrics = Metrics(disk / "metrics.jsonl")
+    metrics = MetricsFile(disk / "metrics.jsonl")
     row = {"kind": "train", "loss": 1.0, "text": "x" * 3000}
     metrics.write({**row, "step": 1})
     ballast = fill(disk)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from llm.run import metrics as metrics_module
-from llm.run.metrics import Metrics, read_metrics
+from llm.run.metrics import MetricsFile, read_metrics
 
 
 def row(step, kind="train", **values):
@@ -13,7 +13,7 @@ def row(step, kind="train", **values):
 
 
 def write(path, steps):
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     for step in steps:
         metrics.write(row(step))
     metrics.close()
@@ -22,7 +22,7 @@ def write(path, steps):
 def test_rewinding_keeps_each_step_up_to_the_checkpoint_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2, 3, 4, 5])
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     dropped = metrics.rewind(3)
     assert [r["step"] for r in dropped] == [4, 5]
     metrics.write(row(4))
@@ -35,7 +35,7 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     write(path, [1, 2, 3])
     path.write_bytes(path.read_bytes()[:-cut])
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     metrics.rewind(10)
     metrics.write(row(3))
     metrics.close()
@@ -45,7 +45,7 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path, cut):
 
 def test_numbers_that_are_not_finite_become_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     metrics.write({"kind": "train", "step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     metrics.close()
     assert read_metrics(path) == [{"kind": "train", "step": 1, "loss": None, "grad_norm": None}]
@@ -53,7 +53,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path):
 
 def test_a_full_disk_is_warned_of_once_and_counted(tmp_path, monkeypatch, capsys):
     path = tmp_path / "metrics.jsonl"
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     metrics.write(row(1))
     monkeypatch.setenv("LLM_FAULT", "metrics.write:enospc")
     metrics.write(row(2))
@@ -67,7 +67,7 @@ def test_a_full_disk_is_warned_of_once_and_counted(tmp_path, monkeypatch, capsys
 
 
 def test_the_best_evaluation_is_the_lowest_validation_loss(tmp_path):
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
     for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5)):
         metrics.write({"kind": "eval", "step": step, "split": "validation", "loss": loss})
     assert metrics.best_evaluation() == (2, 2.0)
@@ -87,11 +87,14 @@ def test_the_best_evaluation_is_the_lowest_validation_loss(tmp_path):
 )
 def test_skipped_updates_are_counted_in_a_row_up_to_the_step(tmp_path, refused, step, expected):
     """With logging.every = 100: of the applied updates only the hundredth has a row."""
-    first = Metrics(tmp_path / "metrics.jsonl")
+    first = MetricsFile(tmp_path / "metrics.jsonl")
     for number in sorted([100, *refused]):
         first.write(row(number, **({"spike": True} if number in refused else {})))
     first.close()
-    metrics, other = Metrics(tmp_path / "metrics.jsonl"), Metrics(tmp_path / "no", writes=False)
+    metrics, other = (
+        MetricsFile(tmp_path / "metrics.jsonl"),
+        MetricsFile(tmp_path / "no", writes=False),
+    )
     metrics.rewind(step)
     other.remember(metrics.memory(), step)
     assert metrics.skipped == other.skipped == expected
@@ -104,14 +107,14 @@ def test_only_the_newest_steps_stay_in_memory_and_every_evaluation(tmp_path, mon
     def in_memory(metrics):
         return [(r["kind"], r["step"]) for r in metrics.rows]
 
-    metrics = Metrics(path)
+    metrics = MetricsFile(path)
     metrics.write(row(1, "eval", split="validation"))
     for step in range(1, 21):
         metrics.write(row(step))
     metrics.close()
     newest = [("eval", 1), *(("train", step) for step in range(16, 21))]
     assert in_memory(metrics) == newest
-    again = Metrics(path)
+    again = MetricsFile(path)
     again.rewind(20)
     assert in_memory(again) == newest
     assert len(read_metrics(path)) == 21

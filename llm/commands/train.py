@@ -188,7 +188,7 @@ def _prepare_once(
 
 def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, display: Display) -> "Outputs":
     from llm.run.checkpoint import Checkpoints
-    from llm.run.metrics import Metrics
+    from llm.run.metrics import MetricsFile
     from llm.run.trackers import make_trackers
     from llm.training.loop import Outputs
 
@@ -196,7 +196,7 @@ def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, display: Disp
     if hosts.is_first:
         checkpoints.clean()
     trackers = make_trackers(config, run) if hosts.is_first else []
-    return Outputs(run, checkpoints, Metrics(run.metrics, hosts.is_first), display, trackers)
+    return Outputs(run, checkpoints, MetricsFile(run.metrics, hosts.is_first), display, trackers)
 
 
 def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display) -> None:

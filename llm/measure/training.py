@@ -28,7 +28,7 @@ from llm.model.sharding import shard_batch
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
 from llm.run.display import Display
-from llm.run.metrics import Metrics
+from llm.run.metrics import MetricsFile
 from llm.run.receipt import make_receipt, receipt_logprobs
 from llm.run.stop import StopRequest
 from llm.training.loop import Job, Outputs, train
@@ -112,7 +112,7 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
     checkpoint = job.config.checkpoint.model_copy(update={"every": 0})
     config = job.config.model_copy(update={"training": training, "checkpoint": checkpoint})
     run = RunDirectory(folder)
-    checkpoints, rows = Checkpoints(run.checkpoints, 1, job.hosts), Metrics(run.metrics)
+    checkpoints, rows = Checkpoints(run.checkpoints, 1, job.hosts), MetricsFile(run.metrics)
     checkpoints.clean()
     rows.rewind(0)
     outputs = Outputs(run, checkpoints, rows, Display(speaks=False), [])

@@ -53,9 +53,7 @@ def copy_to_host(pieces: Sequence[Piece]) -> list[Piece]:
     return [piece._replace(values=copy(piece.values)) for piece in pieces]
 
 
-def write_pieces(
-    folder: Path, group: str, pieces: Sequence[Piece]
-) -> dict[str, dict[str, int | str]]:
+def write_pieces(folder: Path, group: str, pieces: Sequence[Piece]) -> dict[str, dict[str, Any]]:
     """Write pieces in the host's memory to FOLDER/GROUP, each flushed to disk.
 
     Returns each file's name, from `folder` on, with its size and sha256: {"bytes", "sha256"}.
@@ -81,7 +79,7 @@ def write_pieces(
     return files
 
 
-def describe_file(path: Path) -> dict[str, int | str]:
+def describe_file(path: Path) -> dict[str, Any]:
     """What the manifest says of a file: {"bytes", "sha256"}."""
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()

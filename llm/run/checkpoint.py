@@ -213,7 +213,7 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Res
         sums = element_sums(own_pieces(groups.get("params", {})))
     except Exception as error:  # tensorstore does not document what it raises for damaged files
         problem = str(error) if isinstance(error, LLMError) else f"{folder} cannot be read: {error}"
-    said = hosts.gather("what was read", [sums, problem])
+    said: list[Any] = hosts.gather("what was read", [sums, problem])
     problem = next((problem for _, problem in said if problem), "")
     found = identity(one for sums, _ in said for one in sums)
     if not problem and "params" in wanted and found != receipt["params_sha256"]:

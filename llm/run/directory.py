@@ -17,7 +17,9 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeGuard
+from typing import IO, Any
+
+from pydantic import BaseModel, ValidationError
 
 from llm.config import Config, differences, read_toml, to_toml, validate
 from llm.errors import CheckpointError, RunLockedError, UsageError
@@ -58,18 +60,20 @@ class RunDirectory:
         """run.json as it was written."""
         try:
             record = json.loads(self.provenance.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.provenance} cannot be read ({error}); restore it from a copy, or begin a "
-                "new run with another run.dir"
-            ) from None
-        if not _is_provenance(record):
-            raise CheckpointError(
-                f"{self.provenance} is not what a run writes: expected an object with data "
-                f"({', '.join(_DATA)}) and starts (each with {', '.join(_START)}); restore it from "
-                "a copy"
+            _Provenance.model_validate(record)
+            return record
+        except ValidationError:
+            problem = (
+                "is not what a run writes: expected an object with data "
+                f"({', '.join(_Data.model_fields)}) and starts (each with "
+                f"{', '.join(_Start.model_fields)})"
             )
-        return record
+        except (OSError, ValueError) as error:
+            problem = f"cannot be read ({error})"
+        raise CheckpointError(
+            f"{self.provenance} {problem}; restore it from a copy, or begin a new run with another "
+            "run.dir"
+        )
 
     def write_provenance(self, record: Mapping[str, Any]) -> None:
         """Raises: see `explained`."""
@@ -77,26 +81,25 @@ class RunDirectory:
             write_atomic(self.provenance, json.dumps(record, indent=1).encode() + b"\n")
 
 
-# The fields of run.json that are read, and those of each of its starts.
-_DATA = {"fingerprint": str, "origins": list}
-_START = {"from_step": int, "code_sha256": str} | dict.fromkeys(
-    ("versions", "devices", "mesh", "changed"), dict
-)
+class _Data(BaseModel):
+    fingerprint: str
+    origins: list[Any]
 
 
-def _is_provenance(record: object) -> bool:
-    return (
-        holds(record, {"data": dict, "starts": list})
-        and holds(record["data"], _DATA)
-        and all(holds(start, _START) for start in record["starts"])
-    )
+class _Start(BaseModel):
+    from_step: int
+    code_sha256: str
+    versions: dict[str, Any]
+    devices: dict[str, Any]
+    mesh: dict[str, Any]
+    changed: dict[str, Any]
 
 
-def holds(value: object, kinds: Mapping[str, type]) -> TypeGuard[dict[str, Any]]:
-    """Whether it is a JSON object with these names, each of that type."""
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), kind) for name, kind in kinds.items()
-    )
+class _Provenance(BaseModel):
+    """The fields of run.json that are read; provenance.py writes more."""
+
+    data: _Data
+    starts: list[_Start]
 
 
 @contextlib.contextmanager

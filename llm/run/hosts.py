@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 from llm.config import Config, DistributedConfig, differences, validate
 from llm.errors import LLMError, LostProcessError, SaidElsewhereError, UsageError
 from llm.run.cluster import Cluster, find_cluster
-from llm.run.stop import StopRequest
+from llm.run.stop import StopRequest, write_stderr
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -282,7 +282,7 @@ class Hosts:
             return
         failure = {"process": 0, "exit_code": LostProcessError.exit_code, "lost": lost.process}
         if self._post(failure) == failure:
-            _say(
+            write_stderr(
                 f"error: {signs[lost.process].said.name} {lost.why}; all processes of the run end. "
                 "What was saved is whole: the same command resumes from the newest checkpoint"
             )
@@ -432,7 +432,9 @@ def _say_on_abort(text: str) -> None:
     """
 
     def say_and_end(_number: int) -> None:
-        _say(f"error: {text} (see above); the same command resumes from the newest checkpoint")
+        write_stderr(
+            f"error: {text} (see above); the same command resumes from the newest checkpoint"
+        )
         os._exit(LostProcessError.exit_code)
 
     _kept_alive.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(say_and_end))
@@ -447,11 +449,6 @@ def _until(condition: Callable[[], bool], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode())
 
 
 def _timed_out() -> type[Exception]:

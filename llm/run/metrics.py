@@ -21,7 +21,7 @@ from typing import IO, Any
 from llm.errors import CheckpointError
 from llm.faults import fault_point
 from llm.files import write_atomic
-from llm.run.directory import explained, holds
+from llm.run.directory import explained
 
 # The newest rows of steps stay in memory, for llm/measure/training.py, which reads 200. Not all of
 # them stay, because a row is half a kilobyte, and runs have millions of steps.
@@ -44,7 +44,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if not holds(row, {"kind": str, "step": int}) or "loss" not in row:
+        kinds = {"kind": str, "step": int, "loss": object}
+        if not isinstance(row, dict) or not all(
+            name in row and isinstance(row[name], kind) for name, kind in kinds.items()
+        ):
             raise CheckpointError(
                 f"{path}, line {number}: expected an object with kind, step and loss, found "
                 f"{line[:80]}; remove the line, or restore the file"
@@ -53,7 +56,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Metrics:
+class MetricsFile:
     """Appends rows. A row that cannot be written is counted, with one warning: training goes on.
 
     Args:

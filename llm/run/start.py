@@ -21,7 +21,7 @@ from llm.run.directory import (
     locked,
 )
 from llm.run.display import Display
-from llm.run.metrics import Metrics, read_metrics
+from llm.run.metrics import MetricsFile, read_metrics
 from llm.run.provenance import check_trained, describe_run, describe_start
 from llm.text.shards import TokenizedCorpus
 
@@ -125,7 +125,7 @@ def record_start(
     *,
     mesh: Mesh,
     attention: str,
-    metrics: Metrics,
+    metrics: MetricsFile,
     checkpoints: Checkpoints,
 ) -> list[dict[str, Any]]:
     """Append this start to run.json, with the steps that a crash made the run repeat.

@@ -58,13 +58,14 @@ class StopRequest:
                 received += 1
                 if received > 1:
                     # No handlers, no flushing. What was saved is whole whatever happens now.
-                    _say("stopped at once on a second signal")
+                    write_stderr("\nstopped at once on a second signal")
                     os._exit(128 + data[0])
                 self.requested = True
                 name = signal.Signals(data[0]).name
-                _say(f"{name}: finishing this step, then saving; again to stop at once")
+                write_stderr(f"\n{name}: finishing this step, then saving; again to stop at once")
 
 
-def _say(text: str) -> None:
+def write_stderr(text: str) -> None:
+    """Write a line to stderr, past whatever Python holds in its buffers."""
     with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"{text}\n".encode())

@@ -28,7 +28,7 @@ from llm.run.checkpoint import Checkpoints, restore
 from llm.run.directory import RunDirectory
 from llm.run.display import Display
 from llm.run.hosts import Hosts, SharedStop
-from llm.run.metrics import Metrics
+from llm.run.metrics import MetricsFile
 from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
@@ -43,8 +43,7 @@ from llm.training.state import (
     from_groups,
     to_groups,
 )
-from llm.training.step import BATCH_AXES, ROUTER_METRICS, make_train_step
-from llm.training.step import Metrics as StepMetrics
+from llm.training.step import BATCH_AXES, ROUTER_METRICS, Metrics, make_train_step
 
 # Draws text from the current parameters, for a person to read.
 Sampler = Callable[[Any], str]
@@ -88,7 +87,7 @@ class Outputs:
 
     run: RunDirectory
     checkpoints: Checkpoints
-    metrics: Metrics
+    metrics: MetricsFile
     display: Display
     trackers: list[Tracker]
     first_step_at: float | None = None
@@ -135,7 +134,7 @@ def train(
     stop: StopRequest,
     sampler: Sampler,
     state: TrainState,
-    train_step: Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]] | None = None,
+    train_step: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]] | None = None,
 ) -> None:
     """Train from a state to the last step.
 
@@ -209,7 +208,7 @@ class StepReport:
         seen = [row for row in outputs.metrics.rows if row["kind"] == "train"]
         last, tokens = (seen[-1]["step"], seen[-1]["tokens"]) if seen else (0, 0)
         self._tokens = tokens + (step - last) * job.tokens_per_step
-        self.pending: tuple[int, StepMetrics] | None = None
+        self.pending: tuple[int, Metrics] | None = None
         self.restart_clock()
 
     def restart_clock(self) -> None:
