@@ -456,6 +456,8 @@ def test_a_live_page_says_of_the_run_what_is_true_of_every_text(browser, folder,
     browser.get(path.as_uri())
     facts = find(browser, "#run").text
     assert "runs/example" in facts and "2,000" in facts and "sampling" not in facts
+    blind = find(browser, ".key-s .blind").get_attribute("textContent")
+    assert blind == f"{math.log(9):.1f}", "the legend knows the vocabulary before any answer"
 
 
 def test_a_diff_page_says_which_facts_differ(open_page):
@@ -463,6 +465,9 @@ def test_a_diff_page_says_which_facts_differ(open_page):
     browser = open_page("steps", diff_page(before, after, title="t"))
     facts = find(browser, "#run").text
     assert "200 → 2,000" in facts and facts.count("→") == 1
+    ends = [end.text for end in find_all(browser, ".key-x span")]
+    factor = round(math.exp(3))
+    assert ends == [f"÷ {factor}", "same", f"× {factor}"]
 
 
 def test_tokens_that_share_a_character_are_bracketed_under_it(open_page):

@@ -225,6 +225,9 @@ class AttentionPage {
 }
 
 if (byId("attended")) {
+  for (const [name, count] of [["layer", pageData.layers], ["head", pageData.heads]]) {
+    for (let index = 0; index < count; index++) byId(name).append(new Option(index, index));
+  }
   Weights.read(pageData).then((weights) => {
     globalThis.attentionPage = new AttentionPage(pageData, weights);
   });

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.pages.document import THEME, Choice, document, escape, plain_text
+from llm.pages.document import document, plain_text
 
 # L layers  N heads  T query position  S key position
 Weights = npt.NDArray[np.float32]
@@ -70,62 +70,24 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
     _check(weights, len(tokens))
     layers, heads, length, _ = weights.shape
     check_page_size(layers, heads, length)
-    body = (
-        f'<header><h1>{escape(title)}</h1><dl class="facts" id="run">'
-        f"<div><dt>layers</dt><dd>{layers}</dd></div><div><dt>heads</dt><dd>{heads}</dd></div>"
-        f"<div><dt>tokens</dt><dd>{length}</dd></div></dl></header>\n{_toolbar(layers, heads)}\n"
-        '<main><section class="sample"><div class="text" id="attended" tabindex="0" role="group" '
-        'aria-label="Text"></div>'
-        f'<noscript><div class="plain">{plain_text("".join(tokens))}</div></noscript>'
-        '<div class="maps"><figure><h2>The chosen head</h2><div class="map"><canvas id="map" '
-        'role="img" aria-label="Weights of the chosen head"></canvas><span id="mark"></span></div>'
-        "<figcaption>Each row is a token that looks, each column a token that it looks at."
-        '</figcaption></figure><div id="heads"><h2>All heads</h2></div></div></section>\n'
-        f'<aside id="panel" aria-label="Where a token looks">{_HINT}</aside></main>\n'
-        '<p id="say" class="unseen" role="status"></p>'
-    )
-    data = {
-        "tokens": list(tokens),
-        "layers": layers,
-        "heads": heads,
-        "weights": base64.b64encode(zlib.compress(_quantised(weights), 9)).decode(),
-    }
+    packed = base64.b64encode(zlib.compress(_quantised(weights), 9)).decode()
     return document(
         title,
-        body,
+        "attention.html",
         kind="attention",
-        choices=(_WAY, THEME),
         scripts=("page.js", "attention.js"),
-        data=data,
+        data={
+            "kind": "attention",
+            "tokens": list(tokens),
+            "layers": layers,
+            "heads": heads,
+            "weights": packed,
+        },
+        layers=layers,
+        heads=heads,
+        tokens=length,
+        plain=plain_text("".join(tokens)),
     )
-
-
-_HINT = (
-    '<p class="hint">Point at a token, or press an arrow key, to see where the chosen head looks '
-    "from there. A click keeps it.</p><noscript><p>The weights are drawn by JavaScript, which is "
-    "switched off.</p></noscript>"
-)
-
-
-_WAY = Choice("way", "Show", {"to": "where it looks", "from": "who looks at it"})
-
-
-def _toolbar(layers: int, heads: int) -> str:
-    return (
-        '<div class="bar">'
-        + _select("layer", layers, "")
-        + _select("head", heads, '<option value="mean">mean of all</option>')
-        + _WAY.labels()
-        + '<div class="keys"><div class="key key-w"><div class="sequential"></div><div>'
-        "<span>0 %</span><span>25 %</span><span>100 %</span></div></div></div>"
-        + THEME.labels()
-        + "</div>"
-    )
-
-
-def _select(name: str, count: int, first: str) -> str:
-    options = "".join(f'<option value="{index}">{index}</option>' for index in range(count))
-    return f'<label class="select">{name} <select id="{name}">{first}{options}</select></label>'
 
 
 def _quantised(weights: Weights) -> bytes:

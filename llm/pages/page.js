@@ -28,6 +28,80 @@ function el(tag, className, ...children) {
   return element;
 }
 
+/* ---- what can be chosen: how tokens are coloured, how spaces look, the theme ---- */
+
+const FACTOR = Math.round(Math.exp(CHANGE_LIMIT_NATS));
+const CERTAIN = ["certain", "25 %", "0 %"], CHANGE = [`÷ ${FACTOR}`, "same", `× ${FACTOR}`];
+const NATS = ["0", "", null];  // up to ln V, which is filled in when the vocabulary is known
+const RANKS = ["1", "2–10", "11–100", "101–1000", "beyond"];
+
+/* On each kind of page the ways of colouring: the letter of their levels' classes, their name and
+   what their legend says. */
+const WAYS = {
+  tokens: { p: ["probability", CERTAIN], r: ["rank", RANKS], s: ["surprisal", NATS],
+            e: ["entropy", NATS], m: ["effect of sampling", CHANGE] },
+  diff: { x: ["change", CHANGE], q: ["before", CERTAIN], a: ["after", CERTAIN] },
+  attention: { w: ["weight", ["0 %", "25 %", "100 %"]] },
+};
+
+/** Fills the bar, and writes the rules by which the stylesheet acts on it. */
+function fillBar(kind) {
+  const ways = Object.entries(WAYS[kind]), rules = ways.flatMap(colourRules);
+  const keys = el("div", "keys", ...ways.map(legend));
+  keys.setAttribute("role", "group");
+  keys.setAttribute("aria-label", "Colour scale");
+  const names = Object.fromEntries(ways.map(([letter, [name]]) => [letter, name]));
+  const choices = kind === "attention"
+    ? [choice("way", "Show", { to: "where it looks", from: "who looks at it" }, rules), keys]
+    : [choice("by", "Colour by", names, rules), keys,
+       choice("spaces", "Spaces", { on: "marked", off: "plain" }, rules)];
+  const theme = choice("theme", "Theme", { auto: "auto", light: "light", dark: "dark" }, rules);
+  document.querySelector(".bar").append(...choices, theme);
+  const sheet = new CSSStyleSheet();
+  sheet.replaceSync(rules.join("\n"));
+  document.adoptedStyleSheets = [sheet];
+}
+
+/** A group of radio buttons, and the look of the chosen and of the focused label.
+
+    The buttons stand before everything else in the body, so that a rule can reach from a checked
+    one to the text (`#by-p:checked ~ .page`). `:root:has()` could reach as far, but would make the
+    browser look at ten thousand tokens again whenever anything on the page changes. */
+function choice(name, title, options, rules) {
+  const labels = Object.entries(options).map(([key, text], index) => {
+    const id = `${name}-${key}`, input = el("input", "unseen");
+    Object.assign(input, { type: "radio", name, id, defaultChecked: index === 0 });
+    input.setAttribute("aria-label", `${title}: ${text}`);
+    document.querySelector(".page").before(input);
+    rules.push(`#${id}:checked ~ .page [for=${id}] { background: var(--ink);
+      border-color: var(--ink); color: var(--paper); }
+      #${id}:focus-visible ~ .page [for=${id}] { outline: 2px solid var(--first);
+      outline-offset: 2px; }`);
+    return Object.assign(el("label", "", text), { htmlFor: id });
+  });
+  return el("div", `choice ${name}`, el("span", "", title), ...labels);
+}
+
+/** Which level has which colour while its way of colouring is the chosen or the only one. */
+function colourRules([letter, [, ends]]) {
+  const [scale, levels] = ends === CHANGE ? ["d", DIVERGING_LEVELS] : ["c", SEQUENTIAL_LEVELS];
+  const chosen = letter === "w" ? "" : `#by-${letter}:checked ~ .page`;
+  return [`${chosen} .${letter}- { color: var(--faint); }`,
+    `${chosen} .key-${letter} { display: flex; }`,
+    ...Array.from({ length: levels }, (_, one) => `${chosen} .${letter}${one} {
+      background: var(--${scale}${one}); color: var(--${scale}k${one}); }`)];
+}
+
+function legend([letter, [, ends]]) {
+  if (ends === RANKS) {
+    return el("div", "key key-r swatches", ...RANKS.map((name, i) => el("span", `r${6 * i}`, name)));
+  }
+  const named = ends.map((end) => (end !== null ? el("span", "", end)
+    : el("span", "", "ln V = ", el("span", "blind"), " nats")));
+  return el("div", `key key-${letter}`, el("div", ends === CHANGE ? "diverging" : "sequential"),
+    el("div", "", ...named));
+}
+
 /* ---- numbers as levels and as words ---- */
 
 const level = (fraction, levels) =>
@@ -637,10 +711,14 @@ class TokenPage {
     this.panel = byId("panel");
     this.hint = [...this.panel.childNodes];
     this.table = new Table(this);
+    this.sayBlind();
     this.listen();
   }
 
-  get vocabSize() { return this.run?.tokenizer?.vocab_size ?? 2; }
+  /** Of the records' tokenizer; before they come, a server says it. */
+  get vocabSize() {
+    return this.run?.tokenizer?.vocab_size ?? pageData.live?.vocab_size ?? 2;
+  }
 
   addRecord(record) {
     if (record.type === "run") return this.setRun(record);
@@ -654,6 +732,11 @@ class TokenPage {
   setRun(run) {
     this.run = run;
     if (!byId("run").hasChildNodes()) byId("run").append(...factNodes(run, pageData.before));
+    this.sayBlind();
+  }
+
+  /** What a blind guess costs, in the legends. */
+  sayBlind() {
     for (const span of document.querySelectorAll(".blind")) {
       span.textContent = Math.log(this.vocabSize).toFixed(1);
     }
@@ -870,6 +953,7 @@ async function fill(page) {
 }
 
 const pageData = JSON.parse(byId("data").textContent);
+fillBar(pageData.kind);
 let tokenPage = null;
 if (byId("samples")) {
   tokenPage = globalThis.tokenPage = new TokenPage(pageData.kind);

@@ -13,7 +13,6 @@ Text in a record comes from strangers: it is escaped wherever it is written.
 import base64
 import gzip
 import json
-import math
 from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.inference.records import Record
-from llm.pages.document import THEME, Choice, document, escape, plain_text
+from llm.pages.document import document, escape, plain_text
 
 
 def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:
@@ -131,108 +130,20 @@ _SCORE_THE_SAME = "score the same text with both checkpoints"
 
 
 def _render(title: str, kind: str, records: Sequence[Record], before: Record | None) -> str:
-    vocab_size = ((_run_of(records) or {}).get("tokenizer") or {}).get("vocab_size") or 2
-    body = (
-        f'<header><h1>{escape(title)}</h1>\n<dl class="facts" id="run"></dl></header>\n'
-        f"{toolbar(kind, vocab_size)}\n<main>\n"
-        f'<div id="samples"></div>{_without_scripts(records)}\n'
-        f'<aside id="panel" aria-label="Details of a token">{HINT}</aside>\n</main>\n'
-        '<details id="all"><summary>All tokens as a table</summary></details>\n'
-        f"{GLOSSARY}\n"
-        '<p id="say" class="unseen" role="status"></p>'
-    )
-    data = {"kind": kind, "before": before, "records": _compressed(records)}
-    choices = (COLOUR_BY[kind], SPACES, THEME)
-    return document(title, body, kind=kind, choices=choices, scripts=("page.js",), data=data)
-
-
-def _compressed(records: Sequence[Record]) -> str:
-    """The records as a JSON array, gzipped, in base64: about a fifth of the JSON."""
-    array = json.dumps(list(records), allow_nan=False, separators=(",", ":"))
-    return base64.b64encode(gzip.compress(array.encode(), 6, mtime=0)).decode()
-
-
-def _without_scripts(records: Sequence[Record]) -> str:
-    """What a browser shows that runs no scripts: the text of each sample."""
+    # A browser that runs no scripts shows the text of each sample.
     texts = [
         f"<h2>Sample {escape(str(name))}</h2>"
         f'<div class="plain">{plain_text("".join(token["text"] for token in tokens))}</div>'
         for name, tokens in _tokens_by_sample(records).items()
     ]
-    return (
-        '<noscript><p class="note">This is the text alone: its colours, probabilities and '
-        f"alternatives are drawn by JavaScript, which is switched off.</p>{''.join(texts)}"
-        "</noscript>"
+    # gzip and base64 make about a fifth of the JSON.
+    array = json.dumps(list(records), allow_nan=False, separators=(",", ":"))
+    packed = base64.b64encode(gzip.compress(array.encode(), 6, mtime=0)).decode()
+    return document(
+        title,
+        "tokens.html",
+        kind=kind,
+        scripts=("page.js",),
+        data={"kind": kind, "before": before, "records": packed},
+        plain="".join(texts),
     )
-
-
-HINT = (
-    '<p class="hint">Point at a token, or press an arrow key: its probability, its rank and what '
-    "else the model considered appear here. A click keeps it here, Escape lets go.</p>"
-)
-
-GLOSSARY = """<details id="glossary"><summary>What the numbers mean</summary><dl>
-<dt>probability</dt><dd>What the model gave this token, before any sampling setting: the softmax of
-its raw scores over the whole vocabulary. Training maximises the logarithm of it.</dd>
-<dt>surprisal</dt><dd>&minus;ln of the probability, in nats. 0 is certain; ln&nbsp;V is what a blind
-guess among the V tokens of the vocabulary would cost.</dd>
-<dt>rank</dt><dd>1 for the likeliest token, 2 for the next; equals go by the lower id.</dd>
-<dt>entropy</dt><dd>The surprisal that the model expected here, whatever came. e to the entropy is
-the number of equally likely tokens that would be as uncertain.</dd>
-<dt>kept mass</dt><dd>The probability of all tokens that temperature, top-k, top-p and min-p left to
-draw from.</dd>
-<dt>effect of sampling</dt><dd>How much likelier those settings made the token that was drawn: ln of
-the probability it was drawn with, less ln of the model's own.</dd>
-<dt>brackets</dt><dd>A character may be spread over several tokens. It is coloured by what they
-cost together; each bar of the bracket under it is one of them.</dd>
-<dt>perplexity</dt><dd>e to the mean surprisal of the tokens: how many equally likely choices would
-be as hard.</dd></dl></details>"""
-
-
-COLOUR_BY = {
-    "tokens": Choice(
-        "by",
-        "Colour by",
-        {
-            "p": "probability",
-            "r": "rank",
-            "s": "surprisal",
-            "e": "entropy",
-            "m": "effect of sampling",
-        },
-    ),
-    "diff": Choice("by", "Colour by", {"x": "change", "q": "before", "a": "after"}),
-}
-SPACES = Choice("spaces", "Spaces", {"on": "marked", "off": "plain"})
-
-
-def toolbar(kind: str, vocab_size: int) -> str:
-    keys = "".join(_key(letter, vocab_size) for letter in COLOUR_BY[kind].options)
-    return (
-        f'<div class="bar">{COLOUR_BY[kind].labels()}'
-        f'<div class="keys" role="group" aria-label="Colour scale">{keys}</div>'
-        f"{SPACES.labels()}{THEME.labels()}</div>"
-    )
-
-
-def _key(letter: str, vocab_size: int) -> str:
-    """The legend of one way of colouring."""
-    match letter:
-        case "r":
-            names = ("1", "2&ndash;10", "11&ndash;100", "101&ndash;1000", "beyond")
-            swatches = "".join(
-                f'<span class="r{6 * level}">{name}</span>' for level, name in enumerate(names)
-            )
-            return f'<div class="key key-r swatches">{swatches}</div>'
-        case "p" | "q" | "a":
-            ends, scale = ("certain", "25 %", "0 %"), "sequential"
-        case "m" | "x":
-            ends, scale = (f"÷ {_CHANGE_FACTOR}", "same", f"× {_CHANGE_FACTOR}"), "diverging"
-        case _:
-            blind = f'ln V = <span class="blind">{math.log(vocab_size):.1f}</span> nats'
-            ends, scale = ("0", "", blind), "sequential"
-    spans = "".join(f"<span>{end}</span>" for end in ends)
-    return f'<div class="key key-{letter}"><div class="{scale}"></div><div>{spans}</div></div>'
-
-
-_CHANGE_FACTOR = 20  # e to the CHANGE_LIMIT_NATS of page.js
