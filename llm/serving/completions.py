@@ -27,11 +27,12 @@ What it is not: HTTP (server.py), or decoding (engine.py).
 Source: https://platform.openai.com/docs/api-reference/completions
 """
 
+import itertools
 import json
 import secrets
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
@@ -47,7 +48,6 @@ from llm.inference.transcript import Token
 from llm.serving.limits import Limits
 from llm.text.tokenizer import Tokenizer
 
-_MOST_SEED = 2**63
 _FINISH = {"length": "length", "context": "length", "stop": "stop", "end_of_text": "stop"}
 # OpenAI's fields that would change the text: the value that does not, and why no other is taken.
 _NOT_DONE: dict[str, tuple[Any, str]] = {
@@ -133,7 +133,7 @@ class CompletionRequest(Section):
     logprobs: NonNegativeInt | None = None
     echo: bool = False
     stop: Any = ()
-    seed: Annotated[int, Field(ge=-_MOST_SEED, lt=_MOST_SEED)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     records: Any = None
     user: str | None = None
 
@@ -162,8 +162,8 @@ class CompletionRequest(Section):
     @classmethod
     def _check_records(cls, value: Any, info: pydantic.ValidationInfo) -> int | None:
         if isinstance(value, bool):
-            # A client that names no number is not refused for one.
             assert isinstance(info.context, Limits)
+            # A client that names no number is not refused for one.
             return min(DEFAULT_TOP, info.context.max_top) if value else None
         if isinstance(value, int) and value >= 0:
             return value
@@ -238,17 +238,18 @@ def prompt_ids(
     longest = max(map(len, tokenizer.token_table))
     prompts: list[TokenIds] = []
     for number, prompt in enumerate(request.prompt):
-        is_text = isinstance(prompt, str)
-        # A text that cannot fit is refused before it is encoded, which could take long.
-        least = -(-len(prompt) // longest) if is_text else len(prompt)
-        is_encoded = is_text and least <= context_length
-        ids = encode_prompt(tokenizer, prompt) if is_encoded else prompt
-        size = len(ids) if is_encoded else least
+        ids, size, or_more = prompt, len(prompt), ""
+        if isinstance(prompt, str):
+            # A text that cannot fit is refused before it is encoded, which could take long.
+            size, or_more = -(-len(prompt) // longest), " or more"
+            if size <= context_length:
+                ids = encode_prompt(tokenizer, prompt)
+                size, or_more = len(ids), ""
         if size > context_length:
             raise APIError(
                 400,
-                f"prompt {number} has {size} tokens{' or more' * (is_text and not is_encoded)}, "
-                f"this model's context holds {context_length}; shorten it",
+                f"prompt {number} has {size} tokens{or_more}, this model's context holds "
+                f"{context_length}; shorten it",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -288,33 +289,26 @@ class Answer:
             run = self._builder.run(served.checkpoint, drawn, served.numerics, request.records)
             self._run.append(run)
         self._shows_usage = bool(request.stream_options and request.stream_options.include_usage)
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": served.name,
-        }
+        self._head = _head(secrets.token_hex(12), int(time.time()), served.name)
 
     @property
     def finished(self) -> bool:
         return None not in self._finish
 
-    def add(self, index: int, progress: Progress) -> None:
-        """Keep what a choice got."""
-        self._tokens[index] += self._shown(progress)
+    def add(self, index: int, progress: Progress) -> list[Token]:
+        """Add what a choice got, and return the tokens that the client sees."""
+        tokens = [t for t in progress.tokens if self.request.echo or t.phase == "generated"]
+        self._tokens[index] += tokens
         self._finish[index] = progress.finish
+        return tokens
 
     def event(self, index: int, progress: Progress) -> dict[str, Any] | None:
-        """The event of a stream for what was added; None if it would say nothing."""
-        tokens = self._shown(progress)
+        """The event of a stream for what a choice got; None if it would say nothing."""
+        tokens = self.add(index, progress)
         choice, records = self._part(index, tokens, progress.finish)
         if not (choice["text"] or progress.finish or (tokens and self.request.top is not None)):
             return None
-        event = self._head | {"choices": [choice]}
-        if self.request.records is not None:
-            event["records"] = self._run + records
-            self._run = []
-        return event | ({"usage": None} if self._shows_usage else {})
+        return self._said([choice], records) | ({"usage": None} if self._shows_usage else {})
 
     def last_event(self) -> dict[str, Any] | None:
         """What a stream says after its choices: the usage, if the client asked for it."""
@@ -322,17 +316,16 @@ class Answer:
 
     def completion(self) -> dict[str, Any]:
         """The whole answer, once all choices are finished."""
-        parts = [
-            self._part(index, tokens, finish)
-            for index, (tokens, finish) in enumerate(zip(self._tokens, self._finish, strict=True))
-        ]
-        answer = self._head | {"choices": [choice for choice, _ in parts], "usage": self._usage()}
-        if self.request.records is not None:
-            answer["records"] = [*self._run, *(r for _, records in parts for r in records)]
-        return answer
+        ended = enumerate(zip(self._tokens, self._finish, strict=True))
+        choices, records = zip(*(self._part(i, *end) for i, end in ended), strict=True)
+        return self._said(choices, itertools.chain(*records)) | {"usage": self._usage()}
 
-    def _shown(self, progress: Progress) -> list[Token]:
-        return [t for t in progress.tokens if self.request.echo or t.phase == "generated"]
+    def _said(self, choices: Sequence[Any], records: Iterable[Record]) -> dict[str, Any]:
+        """An answer or an event, whose records begin with the run record unless it was sent."""
+        if self.request.records is None:
+            return self._head | {"choices": choices}
+        run, self._run = self._run, []
+        return self._head | {"choices": choices, "records": [*run, *records]}
 
     def _part(
         self, index: int, tokens: Sequence[Token], finish: str | None
@@ -367,19 +360,18 @@ def openai_completion(records: Sequence[Record], model: str, created: int) -> di
     for record in records:
         if record["type"] == "token":
             tokens[record["sample"]].append(record)
+    choices = [
+        _choice(end["sample"], end["text"], _logprobs(tokens[end["sample"]]), end["finish"])
+        for end in records
+        if end["type"] == "end"
+    ]
     phases = Counter(record["phase"] for sample in tokens.values() for record in sample)
-    return {
-        "id": f"cmpl-{created}",
-        "object": "text_completion",
-        "created": created,
-        "model": model,
-        "choices": [
-            _choice(end["sample"], end["text"], _logprobs(tokens[end["sample"]]), end["finish"])
-            for end in records
-            if end["type"] == "end"
-        ],
-        "usage": _usage(phases["prompt"], phases["generated"]),
-    }
+    usage = _usage(phases["prompt"], phases["generated"])
+    return _head(str(created), created, model) | {"choices": choices, "usage": usage}
+
+
+def _head(name: str, created: int, model: str) -> dict[str, Any]:
+    return {"id": f"cmpl-{name}", "object": "text_completion", "created": created, "model": model}
 
 
 def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
@@ -387,16 +379,11 @@ def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[st
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _usage(prompt: int, drawn: int) -> dict[str, int]:
-    total = prompt + drawn
-    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": total}
-
-
 def _logprobs(tokens: Sequence[Record], count: int | None = None) -> dict[str, list[Any]]:
     """The `logprobs` of a choice that has these tokens.
 
     Args:
-      count: how many of the likeliest to list, if the records list more.
+      count: how many of the likeliest tokens to list, if the records list more.
     """
     return {
         "tokens": [_spelling(token) for token in tokens],
@@ -404,6 +391,11 @@ def _logprobs(tokens: Sequence[Record], count: int | None = None) -> dict[str, l
         "top_logprobs": [_alternatives(token, count) for token in tokens],
         "text_offset": [token["text_offset"] for token in tokens],
     }
+
+
+def _usage(prompt: int, drawn: int) -> dict[str, int]:
+    total = prompt + drawn
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": total}
 
 
 def _alternatives(token: Record, count: int | None) -> dict[str, float] | None:

@@ -31,7 +31,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -132,13 +132,6 @@ class Ticket:
             traceback.print_exc(file=sys.stderr)
 
 
-class Group(NamedTuple):
-    """Tickets whose prompts are being computed together."""
-
-    tickets: list[Ticket]
-    prefill: Prefill
-
-
 class Flight(NamedTuple):
     """A chunk that the device computes, and the ticket of each of its rows."""
 
@@ -160,7 +153,8 @@ class Engine:
         self._waiting: deque[Ticket] = deque()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._group: Group | None = None
+        self._group: list[Ticket] = []  # _prefill computes their prompts together
+        self._prefill = self._pieces_of(self._group)
         self._rows: list[Ticket | None] = []
         self._batch: Batch | None = None  # None: to be made anew from _rows
         self._state: DecodeState | None = None
@@ -202,25 +196,21 @@ class Engine:
         Args:
           every_size: also what any number of users with short texts need.
         """
-        sizes = [1]
-        while every_size and sizes[-1] < self.limits.max_batch:
-            sizes.append(2 * sizes[-1])
+        exponents = range(self.limits.max_batch.bit_length() if every_size else 1)
+        sizes, groups = [2**n for n in exponents], (1, GROUP) if every_size else (1,)
         capacity, context = self._capacity([]), self.decoder.spec.config.context_length
         states = {rows: self._empty(rows, capacity) for rows in sizes}
-        for rows, length, top in itertools.product(
-            (1, GROUP) if every_size else (1,), (1, 17), (None, 1)
-        ):
+        for rows, length, top in itertools.product(groups, (1, 17), (None, 1)):
             request = Request([0] * min(length, context), max_new_tokens=0, top=top)
-            source, _ = exhaust(self._prefill([Ticket(request, print)] * rows))
+            source, _ = exhaust(self._pieces_of([Ticket(request, print)] * rows))
             for size in sizes:
                 states[size] = place_rows(states[size], source, np.full(rows, size, np.int32))
         for size in sizes:
             batch = self._stack([_NOTHING] * size)
             states[size] = self.decoder.chunk(batch, states[size], np.zeros(size, bool), 1)[0]
-            for other in sizes:
-                if other != size:
-                    target = self._empty(other, capacity)
-                    place_rows(target, states[size], np.full(size, other, np.int32))
+            for other in {*sizes} - {size}:
+                target = self._empty(other, capacity)
+                place_rows(target, states[size], np.full(size, other, np.int32))
         jax.block_until_ready(states)
 
     def stop(self, timeout: float | None = None) -> bool:
@@ -234,9 +224,7 @@ class Engine:
     @property
     def active(self) -> int:
         """Rows that are being computed, prompts included."""
-        group = self._group
-        tickets = {*self._rows, *(group.tickets if group else [])}
-        return sum(ticket is not None and not ticket.ended for ticket in tickets)
+        return sum(t is not None and not t.ended for t in {*self._rows, *self._group})
 
     @property
     def queued(self) -> int:
@@ -266,70 +254,64 @@ class Engine:
         for place, ticket in enumerate(self._rows):
             if ticket is not None and ticket.ended:
                 self._rows[place] = self._batch = None
-        if self._group is not None and all(ticket.ended for ticket in self._group.tickets):
-            self._group = None
-        if self._group is None:
-            self._group = self._next_group()
-        if self._group is not None:
-            self._compute_piece(self._group)
+        if all(ticket.ended for ticket in self._group):
+            self._admit()
+        if self._group:
+            self._compute_piece()
         if any(self._rows):
             self._start_chunk()
         if len(self._flights) > 1 or (self._flights and not any(self._rows)):
             self._read_chunk()
 
-    def _next_group(self) -> Group | None:
-        """Waiting tickets that fit: the first, and others of its kind."""
+    def _admit(self) -> None:
+        """The next group is the first of the waiting tickets that fit, and others of its kind."""
         places = self.limits.max_batch - sum(ticket is not None for ticket in self._rows)
-        tickets: list[Ticket] = []
         with self._changed:
             waiting = [ticket for ticket in self._waiting if not ticket.ended]
-            if waiting and places:
-                alike = [ticket for ticket in waiting if ticket.kind == waiting[0].kind]
-                tickets = alike[: GROUP if min(places, len(alike)) >= GROUP else 1]
-            self._waiting = deque(ticket for ticket in waiting if ticket not in tickets)
-        return Group(tickets, self._prefill(tickets)) if tickets else None
+            alike = [ticket for ticket in waiting if places and ticket.kind == waiting[0].kind]
+            self._group = alike[: GROUP if min(places, len(alike)) >= GROUP else 1]
+            self._waiting = deque(ticket for ticket in waiting if ticket not in self._group)
+        self._prefill = self._pieces_of(self._group)
 
-    def _prefill(self, tickets: Sequence[Ticket]) -> Prefill:
-        """A generator, so that nothing of it fails before `_compute_piece` holds the tickets."""
-        batch = self._stack([ticket.request for ticket in tickets], tickets[0].describes)
-        piece = _piece(len(tickets[0].request.prompt))
+    def _pieces_of(self, group: Sequence[Ticket]) -> Prefill:
+        """The generator of a prefill. Whatever fails in it, fails in `_compute_piece`."""
+        batch = self._stack([ticket.request for ticket in group], group[0].describes)
+        piece = _piece(len(group[0].request.prompt))
         context = round_up(self.decoder.spec.config.context_length, at_least=64)
         return (yield from self.decoder.prefill(batch, min(LEAST_PREFILL, context), piece))
 
-    def _compute_piece(self, group: Group) -> None:
+    def _compute_piece(self) -> None:
         try:
-            next(group.prefill)
+            next(self._prefill)
             return
         except StopIteration as end:
             state, described = end.value
         except Exception as error:
-            for ticket in group.tickets:
+            for ticket in self._group:
                 ticket.fail(error)
-            self._group = None
             return
-        going_on: list[tuple[int, Ticket]] = []
-        for index, ticket in enumerate(group.tickets):
+        for row, ticket in enumerate(self._group):
             if not ticket.ended:
-                ticket.give(functools.partial(_first, ticket.row, of_row(described, index)))
-            if not ticket.ended:
-                going_on.append((index, ticket))
-        if going_on:
-            self._join(state, going_on)
-        self._group = None
+                ticket.give(functools.partial(_first, ticket.row, of_row(described, row)))
+        self._join(state)
+        self._group = []
 
-    def _join(self, state: DecodeState, tickets: Sequence[tuple[int, Ticket]]) -> None:
-        """Rows of a prefilled state into free rows of the batch."""
-        self._resize(joining=[ticket for _, ticket in tickets])
+    def _join(self, state: DecodeState) -> None:
+        """Place the rows of the group's prefilled state into free rows of the batch."""
+        joining = {row: ticket for row, ticket in enumerate(self._group) if not ticket.ended}
+        if not joining:
+            return
+        self._resize(joining.values())
         assert self._state is not None
         free = [place for place, ticket in enumerate(self._rows) if ticket is None]
         places_B = np.full(len(state.left_B), len(self._rows), np.int32)
-        for (row, ticket), place in zip(tickets, free, strict=False):
+        for (row, ticket), place in zip(joining.items(), free, strict=False):
             places_B[row] = place
             self._rows[place] = ticket
         self._state = place_rows(self._state, state, places_B)
         self._batch = None
 
-    def _resize(self, joining: Sequence[Ticket] = ()) -> None:
+    def _resize(self, joining: Collection[Ticket] = ()) -> None:
         """Give the batch the size that its rows and those that join need, if it has another."""
         staying = [ticket for ticket in self._rows if ticket is not None]
         needed = round_up(len(staying) + len(joining))
@@ -391,12 +373,11 @@ class Engine:
     def _drop_everything(self, error: Exception) -> None:
         with self._changed:
             waiting, self._waiting = list(self._waiting), deque()
-        group = self._group.tickets if self._group else []
-        for ticket in [*self._rows, *group, *waiting]:
+        for ticket in [*self._rows, *self._group, *waiting]:
             if ticket is not None:
                 ticket.fail(error)
-        self._group = self._batch = self._state = None
-        self._rows, self._pace = [], Pace()
+        self._batch = self._state = None
+        self._rows, self._group, self._pace = [], [], Pace()
         self._flights.clear()
 
 

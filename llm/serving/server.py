@@ -106,17 +106,15 @@ class Api:
         return HTMLResponse(self.served.page)
 
     async def health(self, request: Request) -> Response:
-        checkpoint = self.served.checkpoint
-        return _json(
-            {
-                "status": "ok",
-                "model": self.served.name,
-                "step": checkpoint["step"],
-                "params_sha256": checkpoint["params_sha256"],
-                "active": self.engine.active,
-                "queued": self.engine.queued,
-            }
-        )
+        health = {
+            "status": "ok",
+            "model": self.served.name,
+            "step": self.served.checkpoint["step"],
+            "params_sha256": self.served.checkpoint["params_sha256"],
+            "active": self.engine.active,
+            "queued": self.engine.queued,
+        }
+        return _json(health)
 
     async def models(self, request: Request) -> Response:
         return _json({"object": "list", "data": [self._model(None)]})
@@ -192,7 +190,7 @@ class Exchange:
         watcher = asyncio.create_task(watch())
         try:
             while not self.answer.finished:
-                await self._next()
+                self.answer.add(*await self._next())
             # In a thread: thousands of tokens with their alternatives take a while to write.
             return await run_in_threadpool(lambda: _json(self.answer.completion()))
         finally:
@@ -223,7 +221,7 @@ class Exchange:
         yield b"data: [DONE]\n\n"
 
     async def _next(self) -> tuple[int, Progress]:
-        """The next delivery, added to the answer.
+        """The next tokens of a choice.
 
         Raises:
           APIError: something went wrong with the request, or the client went away.
@@ -231,7 +229,6 @@ class Exchange:
         index, delivery = await self._deliveries.get()
         if isinstance(delivery, Exception):
             raise as_api_error(delivery) from None
-        self.answer.add(index, delivery)
         return index, delivery
 
     def close(self) -> None:
