@@ -36,7 +36,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from llm.interop.hf import to_hf
-from llm.interop.lm_eval import HarnessModel, Options, Settings, evaluate, load_tasks
+from llm.interop.lm_eval import HarnessModel, evaluate, load_tasks, request_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 32
@@ -330,6 +330,7 @@ def test_what_a_tokenizer_cannot_encode_is_named_with_its_task_and_document():
         ({"do_sample": True, "top_k": -1, "top_p": 0.9}, (1.0, 0, 0.9, 0.0, 16, ())),
         ({"do_sample": True, "temperature": 0, "min_p": 0.1}, (0.0, 0, 1.0, 0.1, 16, ())),
         ({"num_beams": 1, "repetition_penalty": 1.0, "max_tokens": 31}, (0.0, 0, 1.0, 0.0, 31, ())),
+        ({"num_beams": None, "penalty_alpha": None}, (0.0, 0, 1.0, 0.0, 16, ())),
         (
             {"do_sample": True, "temperature": None, "top_k": None, "top_p": None, "min_p": None},
             (1.0, 0, 1.0, 0.0, 16, ()),
@@ -337,11 +338,11 @@ def test_what_a_tokenizer_cannot_encode_is_named_with_its_task_and_document():
     ],
 )  # fmt: skip
 def test_generation_settings_mean_what_they_mean_to_the_harness(given, expected):
-    settings = Settings.of(given, CONTEXT, seed=5)
-    drawn = settings.sampling
+    request = request_of(given, CONTEXT, seed=5)
+    drawn = request.sampling
     assert drawn.seed == 5
     found = (drawn.temperature, drawn.top_k, drawn.top_p, drawn.min_p)
-    assert (*found, settings.max_new_tokens, settings.stop) == expected
+    assert (*found, request.max_new_tokens, request.stop) == expected
 
 
 @pytest.mark.parametrize(
@@ -363,7 +364,7 @@ def test_generation_settings_mean_what_they_mean_to_the_harness(given, expected)
 )
 def test_generation_settings_that_cannot_be_honoured_are_refused(given, named):
     with pytest.raises(UsageError, match=named):
-        Settings.of(given, CONTEXT, seed=0)
+        request_of(given, CONTEXT, seed=0)
 
 
 def test_the_command_reports_the_harness_metrics_and_the_checkpoint(tasks, tmp_path, capsys, model):
@@ -581,7 +582,7 @@ def test_whole_results_equal_those_of_the_harness_own_model(model, hugging_face,
     found = []
     for one in (adapter(model), hugging_face):
         loaded = load_tasks(["choices", "rolling", "writing"], [str(tasks)])
-        found.append(evaluate(one, loaded, Options(num_fewshot=1)))
+        found.append(evaluate(one, loaded, num_fewshot=1))
     (ours, our_rows), (theirs, their_rows) = found
     for task, metrics in theirs["results"].items():
         for name, value in metrics.items():

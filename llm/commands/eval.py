@@ -22,7 +22,6 @@ from llm.files import write_output
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.interop.lm_eval import Options as HarnessOptions
     from llm.run.open import OpenedModel
 
 
@@ -92,22 +91,37 @@ def main(arguments: list[str]) -> int:
 
     opened = options.open()
     tasks = harness.load_tasks(options.tasks, options.include_path)
-    how = _options(options, opened)
-    harness.check_tasks(tasks, how, opened.spec.config.context_length)
-    seeds = {} if options.seed is None else {"seed": options.seed}
-    model = harness.HarnessModel(
-        opened.spec, opened.params, opened.tokenizer, options.batch_size, **seeds
+    unsafe_code = options.confirm_run_unsafe_code
+    harness.check_tasks(tasks, opened.spec.config.context_length, options.gen_kwargs, unsafe_code)
+    cache = None
+    if options.cache:
+        # Answers of another model, precision or seed must not be found.
+        name = f"{opened.params_sha256[:16]}-{opened.tokenizer.sha256[:16]}"
+        seed = "" if options.seed is None else f"-seed{options.seed}"
+        cache = str(Path(options.cache, f"{name}-{opened.spec.compute_dtype}{seed}"))
+    results, documents = harness.evaluate(
+        harness.HarnessModel(
+            opened.spec, opened.params, opened.tokenizer, options.batch_size, options.seed
+        ),
+        tasks,
+        options.seed,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        gen_kwargs=options.gen_kwargs,
+        use_cache=cache,
+        confirm_run_unsafe_code=unsafe_code,
     )
-    results, documents = harness.evaluate(model, tasks, how)
-    said = described(opened) | {"settings": settings_of(options)} | results
-    _report(options, said, documents)
+    # The flags that decide the results; None if the task or the harness does.
+    names = ("num_fewshot", "limit", "gen_kwargs", "seed", "batch_size")
+    settings = {name: getattr(options, name) for name in names}
+    _report(options, described(opened) | {"settings": settings} | results, documents)
     print(harness.table(results), file=sys.stderr)
     return 0
 
 
 def _harness() -> Any:
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # its bars, before they are imported
+        os.environ.setdefault("TQDM_DISABLE", "1")  # before the harness is imported
     try:
         from llm.interop import lm_eval
     except ModuleNotFoundError as error:
@@ -118,25 +132,6 @@ def _harness() -> Any:
     return lm_eval
 
 
-def _options(options: Options, opened: "OpenedModel") -> "HarnessOptions":
-    from llm.interop.lm_eval import Options as HarnessOptions
-
-    cache = None
-    if options.cache:
-        # Answers of another model, precision or seed must not be found.
-        seed = "" if options.seed is None else f"-seed{options.seed}"
-        name = f"{opened.params_sha256[:16]}-{opened.tokenizer.sha256[:16]}"
-        cache = str(Path(options.cache) / f"{name}-{opened.spec.compute_dtype}{seed}")
-    return HarnessOptions(
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        gen_kwargs=options.gen_kwargs,
-        seed=options.seed,
-        cache=cache,
-        unsafe_code=options.confirm_run_unsafe_code,
-    )
-
-
 def described(opened: "OpenedModel") -> dict[str, Any]:
     """What was evaluated and how the numbers were computed, as the run record of --probs has it."""
     from llm.inference.records import RecordBuilder, numerics_of
@@ -144,12 +139,6 @@ def described(opened: "OpenedModel") -> dict[str, Any]:
     numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
     run = RecordBuilder(opened.tokenizer).run(opened.checkpoint, None, numerics, 0)
     return {name: run[name] for name in ("checkpoint", "tokenizer", "numerics")}
-
-
-def settings_of(options: Options) -> dict[str, Any]:
-    """The flags that decide the results; None where the task or the harness does."""
-    names = ("num_fewshot", "limit", "gen_kwargs", "seed", "batch_size")
-    return {name: getattr(options, name) for name in names}
 
 
 def _report(options: Options, results: dict[str, Any], documents: dict[str, list[Any]]) -> None:
