@@ -58,7 +58,7 @@ def our_step(model):
 
     from llm.config import ModelConfig
     from llm.inference.decode import Decoder, Request
-    from llm.inference.filters import Sampling
+    from llm.inference.records import Sampling
     from llm.model.gpt import ModelSpec, initialise
     from llm.text.tokenizer import tiktoken_tokenizer
 

@@ -49,8 +49,7 @@ def prepare(options: argparse.Namespace, path: Path):
     prepare_process()
     from llm.config import load_config
     from llm.inference.decode import Decoder, Request, encode_prompt
-    from llm.inference.filters import Sampling
-    from llm.inference.records import RecordBuilder, to_line
+    from llm.inference.records import Sampling, to_line
     from llm.run.setup import setup_to_predict
     from llm.text.tokenizer import ByteTokenizer, tiktoken_tokenizer
     from llm.training.optimizer import make_optimizer
@@ -77,13 +76,12 @@ def prepare(options: argparse.Namespace, path: Path):
             )
             for index in range(options.samples)
         ]
-        builder, text = RecordBuilder(tokenizer), []
+        text = []
         with open(path, "w") as file:
-            for progress in decoder.generate(requests):
-                text += [token.text for token in progress.tokens]
+            for new in decoder.generate(requests):
+                text += [token.text for token in new.tokens]
                 if dumps:
-                    for token in progress.tokens:
-                        file.write(to_line(builder.token(progress.row, token)))
+                    file.writelines(map(to_line, new.tokens))
         seconds = time.perf_counter() - start
         assert len(text) == options.samples * (len(prompt) + options.tokens)
         return seconds

@@ -12,8 +12,9 @@ from llm.config import MeshConfig, ModelConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference import decode
 from llm.inference.decode import Decoder, Request, encode_prompt, round_up
-from llm.inference.filters import CANDIDATES, Sampling
+from llm.inference.filters import CANDIDATES
 from llm.inference.programs import decode_chunk, empty, for_decoding, prefill_piece
+from llm.inference.records import Sampling
 from llm.model.gpt import GPT, ModelSpec, bind, initialise, logical_axes
 from llm.model.layers import filled_up_product, rows_product
 from llm.model.sharding import make_mesh, tree_shardings
@@ -95,14 +96,14 @@ def test_every_number_equals_a_full_pass_in_float64(config, gpt2):
     [(tokens, finish)] = collect(decoder, [request])
     assert (finish, len(tokens)) == ("length", 35)
     assert ids_of(tokens)[:5] == PROMPT.tolist()
-    assert tokens[0].prediction is None
+    assert tokens[0].logprob is None
     logprobs = full_logprobs(spec, params, ids_of(tokens))
     for row, token in zip(logprobs, tokens[1:], strict=False):
         check_prediction(row, token)
 
 
 def check_prediction(row, token):
-    said = token.prediction
+    said = token
     order = np.lexsort((np.arange(VOCAB), -row))
     rank_of = np.empty(VOCAB, int)
     rank_of[order] = 1 + np.arange(VOCAB)
@@ -124,9 +125,9 @@ def check_prediction(row, token):
         assert abs(said.sampling_logprob - stated) < 2e-4
 
     expected = [*order[:7], *sorted((v for v in WATCH if rank_of[v] > 7), key=lambda v: rank_of[v])]
-    assert [rival.id for rival in said.rivals] == [int(v) for v in expected]
-    assert [rival.rank for rival in said.rivals] == [int(rank_of[v]) for v in expected]
-    for rival in said.rivals:
+    assert [rival.id for rival in said.top] == [int(v) for v in expected]
+    assert [rival.rank for rival in said.top] == [int(rank_of[v]) for v in expected]
+    for rival in said.top:
         assert abs(rival.logprob - row[rival.id]) < 1e-4
 
 
@@ -145,9 +146,9 @@ def test_a_batch_of_mixed_requests_equals_each_alone(decoder):
         [(alone, finish_alone)] = collect(decoder, [request])
         assert (ids_of(alone), finish_alone) == (ids_of(tokens), finish)
         for a, b in zip(alone[1:], tokens[1:], strict=True):
-            assert abs(a.prediction.logprob - b.prediction.logprob) < 1e-4
-            assert len(a.prediction.rivals) == len(b.prediction.rivals)
-            assert a.prediction.rank == b.prediction.rank
+            assert abs(a.logprob - b.logprob) < 1e-4
+            assert len(a.top) == len(b.top)
+            assert a.rank == b.rank
 
 
 def test_sample_i_is_the_same_among_any_number_of_samples(decoder):
@@ -178,7 +179,7 @@ def test_asking_for_numbers_does_not_change_what_is_drawn(decoder):
         [(with_, _)] = collect(decoder, [request])
         [(without, _)] = collect(decoder, [dataclasses.replace(request, top=None)])
         assert ids_of(with_) == ids_of(without)
-        assert all(token.prediction is None for token in without)
+        assert all(token.logprob is None for token in without)
 
 
 def test_no_sampling_flag_changes_a_log_probability_by_a_bit(decoder):
@@ -192,8 +193,8 @@ def test_no_sampling_flag_changes_a_log_probability_by_a_bit(decoder):
     def said(sampling):
         request = Request(PROMPT, sampling, max_new_tokens=1, top=16, watch=WATCH)
         [(tokens, _)] = collect(decoder, [request])
-        numbers = [(t.prediction.entropy, t.prediction.rivals) for t in tokens[1:]]
-        return numbers, [t.prediction.logprob for t in tokens[1:-1]]
+        numbers = [(t.entropy, [(a.id, a.logprob, a.rank) for a in t.top]) for t in tokens[1:]]
+        return numbers, [t.logprob for t in tokens[1:-1]]
 
     first = said(settings[0])
     assert len(first[0]) == len(PROMPT)
@@ -204,9 +205,7 @@ def test_no_sampling_flag_changes_a_log_probability_by_a_bit(decoder):
 def test_greedy_and_its_equivalents_say_the_same_to_the_bit(decoder):
     def said(sampling):
         [(tokens, _)] = collect(decoder, [dataclasses.replace(GREEDY, sampling=sampling)])
-        return [
-            (t.id, t.prediction.logprob, t.prediction.rank, t.prediction.rivals) for t in tokens[1:]
-        ]
+        return [(t.id, t.logprob, t.rank, t.top) for t in tokens[1:]]
 
     greedy = said(Sampling(0.0))
     assert all(rank == 1 for _, _, rank, _ in greedy[4:])
@@ -227,7 +226,7 @@ def test_prompts_longer_than_a_piece_are_read_whole(gpt2, monkeypatch):
         logprobs = full_logprobs(spec, params, ids_of(tokens))
         assert len(tokens) == len(prompt) + 6
         for row, token in zip(logprobs, tokens[1:], strict=False):
-            assert abs(token.prediction.logprob - row[token.id]) < 1e-4
+            assert abs(token.logprob - row[token.id]) < 1e-4
 
 
 def test_stop_strings_cut_cleanly_across_tokens(decoder):
@@ -259,7 +258,7 @@ def test_end_of_text_ends_a_sample_and_is_its_last_token(decoder):
     [(short, finish)] = collect(ended, [GREEDY])
     assert finish == "end_of_text"
     assert ids_of(short)[5:] == drawn[: drawn.index(drawn[4]) + 1]
-    assert short[-1].prediction is not None
+    assert short[-1].logprob is not None
 
 
 def test_finish_reasons_at_the_edges(decoder):
@@ -349,7 +348,7 @@ def test_parameters_spread_over_a_mesh_give_the_same_samples(gpt2):
     [(many, _)] = collect(spread_decoder, MIXED[:1])
     assert ids_of(one) == ids_of(many)
     for a, b in zip(one[1:], many[1:], strict=True):
-        assert abs(a.prediction.logprob - b.prediction.logprob) < 1e-4
+        assert abs(a.logprob - b.logprob) < 1e-4
 
 
 def test_preparation_for_decoding_keeps_the_function(gpt2):

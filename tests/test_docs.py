@@ -17,12 +17,10 @@ from llm.commands.flags import flags_of, parse
 from llm.config import Config, flatten, load_config
 from llm.errors import LLMError
 from llm.inference.records import (
-    END_FIELDS,
-    RUN_FIELDS,
-    TOKEN_FIELDS,
     EndRecord,
     RunRecord,
     TokenRecord,
+    fields,
     table,
 )
 
@@ -257,19 +255,18 @@ def field_tables(text: str) -> list[tuple[str, ...]]:
 
 def test_the_fields_of_records_are_those_of_the_code():
     described = field_tables(section(RECORDS.read_text(), "## Token-probability records"))
-    assert described == [RUN_FIELDS, TOKEN_FIELDS, END_FIELDS]
+    assert described == list(map(fields, (RunRecord, TokenRecord, EndRecord)))
     for record in (RunRecord, TokenRecord, EndRecord):
         assert table(record) in RECORDS.read_text(), f"docs/records.md lacks\n{table(record)}"
 
 
 def test_the_record_in_the_readme_has_the_fields_of_the_code():
     (record,) = map(json.loads, code_blocks(README.read_text(), "json"))
-    assert tuple(record) == TOKEN_FIELDS
-    from llm.inference.records import RecordBuilder
+    assert tuple(record) == fields(TokenRecord)
+    from llm.inference.records import Spellings
     from llm.text.tokenizer import ByteTokenizer
 
-    names, code = RecordBuilder(ByteTokenizer()), record["id"]
-    assert names._spelling(code) == (record["token"], record["bytes"])
+    assert Spellings(ByteTokenizer())[record["id"]] == (record["token"], tuple(record["bytes"]))
 
 
 def test_the_fields_of_metrics_are_those_of_the_code():
@@ -354,8 +351,8 @@ def compute_worked_example() -> dict[str, object]:
 
     from llm.config import ModelConfig
     from llm.inference.distribution import describe, log_probabilities
-    from llm.inference.filters import Candidates, RowSettings, Sampling, apply_filters
-    from llm.inference.records import bits_per_byte, perplexity
+    from llm.inference.filters import Candidates, RowSettings, apply_filters
+    from llm.inference.records import Sampling, bits_per_byte, perplexity
     from llm.model.gpt import ModelSpec, bind
     from llm.model.loss import LossOptions, head_loss
 

@@ -11,10 +11,10 @@ from llm.inference.filters import (
     CANDIDATES,
     Candidates,
     RowSettings,
-    Sampling,
     apply_filters,
     draw,
 )
+from llm.inference.records import Sampling
 
 VOCAB = 700  # more than twice CANDIDATES: some kept sets end beyond them
 

@@ -763,7 +763,7 @@ def real(browser, served):
 def assert_decoder_says(decoder, records):
     """The records are those of the decoder for the same prompt ids and settings."""
     from llm.inference.decode import Request
-    from llm.inference.filters import Sampling
+    from llm.inference.records import Sampling
 
     tokens = tokens_of(records)
     prompt = [token["id"] for token in tokens if token["phase"] == "prompt"]
@@ -772,12 +772,12 @@ def assert_decoder_says(decoder, records):
     said = [token for progress in decoder.generate([request]) for token in progress.tokens]
     assert [token.id for token in said] == [token["id"] for token in tokens]
     assert [token.text for token in said] == [token["text"] for token in tokens]
-    assert said[0].prediction is None and tokens[0]["logprob"] is None
+    assert said[0].logprob is None and tokens[0]["logprob"] is None
     for ours, theirs in zip(said[1:], tokens[1:], strict=True):
-        assert theirs["logprob"] == pytest.approx(ours.prediction.logprob, abs=1e-4)
-        drawn = ours.prediction.sampling_logprob
+        assert theirs["logprob"] == pytest.approx(ours.logprob, abs=1e-4)
+        drawn = ours.sampling_logprob
         assert theirs["sampling_logprob"] == (drawn and pytest.approx(drawn, abs=1e-4))
-        best = ours.prediction.rivals[0].logprob
+        best = ours.top[0].logprob
         assert theirs["top"][0]["logprob"] == pytest.approx(best, abs=1e-4)
 
 

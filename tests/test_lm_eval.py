@@ -23,7 +23,7 @@ from llm.commands.import_hf import write_run
 from llm.config import Config, ModelConfig
 from llm.errors import UsageError
 from llm.inference.decode import Decoder, Request
-from llm.inference.filters import Sampling
+from llm.inference.records import Sampling
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.run.open import OpenedModel
@@ -297,7 +297,7 @@ def test_a_continuation_longer_than_the_context_is_read_through_windows(model):
     ((total, _),) = adapter(model).loglikelihood(instances("loglikelihood", [("", long)]))
     ids = [model.tokenizer.end_of_text, *model.tokenizer.encode(long)]
     assert len(ids) > 2 * CONTEXT
-    (predictions,) = Scorer(model.spec, model.params).score([ids])
+    (predictions,) = Scorer(model.spec, model.params, model.tokenizer).score([ids])
     assert total == pytest.approx(sum(p.logprob for p in predictions[1:]), abs=1e-4)
 
 

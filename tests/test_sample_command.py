@@ -22,9 +22,9 @@ from llm.commands import run_command
 from llm.commands.score import worst_passages
 from llm.config import Config, ModelConfig, SamplingConfig
 from llm.errors import UsageError
-from llm.inference.decode import Progress
+from llm.inference.decode import NewTokens
 from llm.inference.records import read_records
-from llm.inference.samples import continued, in_order, overlay
+from llm.inference.samples import continued, in_order, make_requests, overlay
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.pages.attention_view import attention_page
 from llm.run.open import OpenedModel
@@ -311,8 +311,8 @@ except SystemExit:
 
 
 def test_rows_come_one_after_the_other():
-    early = [Progress(1, ["b"], None), Progress(0, ["a"], None), Progress(2, ["c"], "length")]
-    late = [Progress(1, ["B"], "length"), Progress(0, ["A"], "length")]
+    early = [NewTokens(1, ["b"], None), NewTokens(0, ["a"], None), NewTokens(2, ["c"], "length")]
+    late = [NewTokens(1, ["B"], "length"), NewTokens(0, ["A"], "length")]
     ordered = [(p.row, *p.tokens) for p in in_order(early + late, 3)]
     assert ordered == [(0, "a"), (0, "A"), (1, "b"), (1, "B"), (2, "c")]
 
@@ -320,11 +320,13 @@ def test_rows_come_one_after_the_other():
 def test_samples_of_several_batches_are_numbered_through(monkeypatch):
     class Alone:
         def generate(self, requests):
-            yield from (Progress(row, [one], "length") for row, one in enumerate(requests))
+            for row, one in enumerate(requests):
+                yield NewTokens(row, [(one.sample, one.index)], "length")
 
-    monkeypatch.setattr(llm.inference.samples, "MAX_ROWS", 2)
-    numbered = [(p.row, *p.tokens) for p in continued(Alone(), list("abcde"))]
-    assert numbered == list(enumerate("abcde"))
+    monkeypatch.setattr(llm.inference.samples, "MAX_ROWS", 4)
+    requests = make_requests(SamplingConfig(num_samples=2), ["a", "b", "c"], ByteTokenizer())
+    numbered = [number for new in continued(Alone(), requests) for number in new.tokens]
+    assert numbered == [(0, 0), (1, 1), (2, 0), (3, 1), (4, 0), (5, 1)]
 
 
 def test_score_sums_what_its_records_say(tmp_path, capsys):

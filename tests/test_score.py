@@ -12,14 +12,16 @@ from llm.errors import NonFiniteError, UsageError
 from llm.inference import score
 from llm.inference.decode import Decoder, Request
 from llm.inference.distribution import chunk_length, describe, describe_positions
-from llm.inference.filters import Candidates, Sampling
+from llm.inference.filters import Candidates
 from llm.inference.numerics import cached_minus_full
+from llm.inference.records import Sampling
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.loss import LossOptions, head_loss
 from llm.text.tokenizer import ByteTokenizer
 
 CONTEXT, VOCAB = 32, 257
+TOKENIZER = ByteTokenizer()
 SPEC = ModelSpec(ModelConfig(n_layer=2, n_head=2, d_model=32, context_length=CONTEXT), VOCAB)
 
 
@@ -49,13 +51,13 @@ def random_ids(count, seed=0):
 
 
 def logprobs_of(predictions):
-    assert predictions[0] is None
+    assert predictions[0].logprob is None
     return np.array([prediction.logprob for prediction in predictions[1:]])
 
 
 def test_every_number_equals_float64_numpy(params, oracle):
     ids, watch = random_ids(20), (0, 256, 9)
-    [predictions] = Scorer(SPEC, params, top=5, watch=watch).score([ids])
+    [predictions] = Scorer(SPEC, params, TOKENIZER, top=5, watch=watch).score([ids])
     assert len(predictions) == 20
     for row, id_, said in zip(oracle(ids), ids[1:], predictions[1:], strict=False):
         order = np.lexsort((np.arange(VOCAB), -row))
@@ -65,7 +67,7 @@ def test_every_number_equals_float64_numpy(params, oracle):
         assert abs(said.entropy + (np.exp(row) * row).sum()) < 1e-5
         assert (said.sampling_logprob, said.kept_mass, said.kept_tokens) == (None, 1.0, VOCAB)
         expected = [*order[:5], *sorted((v for v in watch if rank_of[v] > 5), key=rank_of.get)]
-        assert [(r.id, r.rank) for r in said.rivals] == [(int(v), rank_of[v]) for v in expected]
+        assert [(r.id, r.rank) for r in said.top] == [(int(v), rank_of[v]) for v in expected]
 
 
 def test_minus_the_sum_is_the_training_loss(params):
@@ -81,7 +83,7 @@ def test_minus_the_sum_is_the_training_loss(params):
             hidden_BTD, model.head_weight(), tokens_BT[:, 1:], weights_BT, LossOptions(VOCAB), 4
         ).nll
 
-    total = -sum(logprobs_of(p).sum() for p in Scorer(SPEC, params).score(windows_BT))
+    total = -sum(logprobs_of(p).sum() for p in Scorer(SPEC, params, TOKENIZER).score(windows_BT))
     np.testing.assert_allclose(total, training_loss(params, windows_BT), rtol=1e-6)
 
 
@@ -90,8 +92,8 @@ def test_generated_tokens_score_as_they_were_drawn(params):
     decoder = Decoder.create(SPEC, params, ByteTokenizer())
     request = Request([104, 105], Sampling(1.3, top_k=90), max_new_tokens=25, top=0)
     tokens = [token for progress in decoder.generate([request]) for token in progress.tokens]
-    drawn = [token.prediction for token in tokens[1:]]
-    [scored] = Scorer(SPEC, params).score([[token.id for token in tokens]])
+    drawn = tokens[1:]
+    [scored] = Scorer(SPEC, params, TOKENIZER).score([[token.id for token in tokens]])
     np.testing.assert_allclose([said.logprob for said in drawn], logprobs_of(scored), atol=1e-4)
     assert [said.rank for said in drawn] == [said.rank for said in scored[1:]]
 
@@ -108,7 +110,7 @@ def test_cached_minus_full_is_measured(params):
 @pytest.mark.parametrize("stride", [1, 5, 16, CONTEXT])
 def test_long_texts_are_predicted_with_the_context_of_their_windows(params, oracle, stride):
     ids = random_ids(70, seed=1)
-    [predictions] = Scorer(SPEC, params, stride=stride).score([ids])
+    [predictions] = Scorer(SPEC, params, TOKENIZER, stride=stride).score([ids])
     found = logprobs_of(predictions)
     assert len(found) == 69
     end = min(CONTEXT, 69)
@@ -125,7 +127,7 @@ def test_long_texts_are_predicted_with_the_context_of_their_windows(params, orac
 def test_windows_predict_each_token_once_with_enough_context(length, context, stride):
     stride = min(stride, context)
     config = ModelConfig(n_layer=1, n_head=1, d_model=1, context_length=context)
-    scorer = Scorer(ModelSpec(config, VOCAB), {}, stride=stride)
+    scorer = Scorer(ModelSpec(config, VOCAB), {}, TOKENIZER, stride=stride)
     ids, predicted = np.arange(length), []
     step = stride or max(1, context // 2)
     for window in scorer.windows(ids):
@@ -149,12 +151,12 @@ def test_windows_predict_each_token_once_with_enough_context(length, context, st
 def test_texts_of_all_lengths_together_score_as_each_alone(params, monkeypatch):
     monkeypatch.setattr(score, "GROUP_WINDOWS", 6)
     texts = [random_ids(n, seed=n) for n in (0, 3, 1, 90, 33, 2, 34, 16, 17, 5, 70)]
-    scorer = Scorer(SPEC, params, top=2)
+    scorer = Scorer(SPEC, params, TOKENIZER, top=2)
     together = list(scorer.score(iter(texts)))
     assert [len(predictions) for predictions in together] == [len(text) for text in texts]
     for text, predictions in zip(texts, together, strict=True):
         [alone] = scorer.score([text])
-        assert [p is None for p in predictions] == [n == 0 for n in range(len(text))]
+        assert [p.logprob is None for p in predictions] == [n == 0 for n in range(len(text))]
         for a, b in zip(alone[1:], predictions[1:], strict=True):
             assert abs(a.logprob - b.logprob) < 1e-5
             assert a.rank == b.rank
@@ -163,7 +165,7 @@ def test_texts_of_all_lengths_together_score_as_each_alone(params, monkeypatch):
 @pytest.mark.thorough
 def test_distributions_sum_to_one_and_hold_the_scores(params):
     ids = random_ids(50, seed=2)
-    scorer = Scorer(SPEC, params)
+    scorer = Scorer(SPEC, params, TOKENIZER)
     logprobs = scorer.distributions(ids)
     assert logprobs.shape == (49, VOCAB) and logprobs.dtype == np.float32
     np.testing.assert_allclose(np.exp(logprobs.astype(np.float64)).sum(-1), 1.0, atol=1e-6)
@@ -222,9 +224,9 @@ def all_jaxprs(jaxpr):
 
 def test_what_cannot_be_scored_says_why(params):
     with pytest.raises(UsageError, match=rf"stride = 33.*1 to {CONTEXT}"):
-        Scorer(SPEC, params, stride=33)
+        Scorer(SPEC, params, TOKENIZER, stride=33)
     with pytest.raises(UsageError, match=r"257.*0 to 256"):
-        Scorer(SPEC, params, watch=[257])
+        Scorer(SPEC, params, TOKENIZER, watch=[257])
     broken = params | {"final_norm.scale": params["final_norm.scale"] * jnp.nan}
     with pytest.raises(NonFiniteError):
-        list(Scorer(SPEC, broken).score([random_ids(20)]))
+        list(Scorer(SPEC, broken, TOKENIZER).score([random_ids(20)]))

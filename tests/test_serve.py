@@ -25,8 +25,8 @@ pytest.importorskip("uvicorn")
 from llm.commands import run_command, serve, shared  # noqa: E402
 from llm.config import ModelConfig  # noqa: E402
 from llm.inference.decode import Decoder, Request  # noqa: E402
-from llm.inference.filters import Sampling  # noqa: E402
-from llm.inference.records import RecordBuilder, numerics_of, read_records, to_line  # noqa: E402
+from llm.inference.numerics import numerics_of  # noqa: E402
+from llm.inference.records import Sampling, read_records  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
 from llm.serving.completions import Served, parse  # noqa: E402
@@ -56,7 +56,7 @@ class Running:
         self.engine = Engine(self.decoder, LIMITS)
         self.served = Served(
             name="mine",
-            builder=RecordBuilder(ByteTokenizer()),
+            tokenizer=ByteTokenizer(),
             checkpoint=CHECKPOINT,
             numerics=numerics_of(spec, params, "cached"),
             created=0,
@@ -145,7 +145,7 @@ def test_a_completion_is_the_decoders(running):
     assert answer.usage.model_dump(exclude_none=True) == {
         "prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 25
     }  # fmt: skip
-    expected = [token.prediction.logprob for token in generated]
+    expected = [token.logprob for token in generated]
     assert choice.logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
     assert choice.logprobs.text_offset == [token.text_offset for token in generated]
     for name, top in zip(choice.logprobs.tokens, choice.logprobs.top_logprobs, strict=True):
@@ -157,7 +157,7 @@ def test_a_completion_is_the_decoders(running):
 def test_echo_scores_the_prompt_as_lm_eval_asks_for_it(running, max_tokens):
     texts = ["To be, or not", "\u4f60\u597d!"]
     prompts = [list(text.encode()) for text in texts]
-    expected = list(Scorer(running.spec, running.params).score(prompts))
+    expected = list(Scorer(running.spec, running.params, ByteTokenizer()).score(prompts))
     for given in (texts, prompts):
         answer = running.create(
             prompt=given, max_tokens=max_tokens, echo=True, logprobs=1, temperature=0, seed=1234
@@ -241,7 +241,7 @@ def test_a_stream_says_what_the_whole_says(running, echo):
 def test_records_are_those_of_a_file(running, tmp_path):
     answer = running.post(prompt="To be", max_tokens=7, seed=2, echo=True, records=4).json()
     path = tmp_path / "records.jsonl"
-    path.write_text("".join(map(to_line, answer["records"])))
+    path.write_text("".join(json.dumps(record) + "\n" for record in answer["records"]))
     head, *tokens, end = read_records(path)
     assert head["checkpoint"] == CHECKPOINT and head["top"] == 4
     assert head["sampling"] == {
@@ -254,7 +254,7 @@ def test_records_are_those_of_a_file(running, tmp_path):
     expected = running.tokens(list(b"To be"), Sampling(1.0, seed=2), 7)
     for token, other in zip(tokens[1:], expected[1:], strict=True):
         assert token["id"] == other.id and len(token["top"]) == 4
-        assert token["logprob"] == pytest.approx(other.prediction.logprob, abs=1e-4)
+        assert token["logprob"] == pytest.approx(other.logprob, abs=1e-4)
     # Nothing drawn: nothing cut, and the sums are the prompt's.
     scored = running.post(prompt="To be", max_tokens=0, echo=True, records=True, top_k=3).json()
     assert scored["records"][0]["sampling"] is None and scored["records"][0]["top"] == 10

@@ -243,8 +243,8 @@ def test_in_bfloat16_the_servers_run_record_carries_the_measured_distance(surfac
         ).numerics
         for spec in (opened.spec, half)
     }
-    assert numerics["bfloat16"]["cached_minus_full_nats"] == 0.25
-    assert "cached_minus_full_nats" not in numerics["float32"]
+    assert numerics["bfloat16"].cached_minus_full_nats == 0.25
+    assert numerics["float32"].cached_minus_full_nats is None
 
 
 @pytest.mark.thorough
@@ -422,7 +422,7 @@ def test_a_prompt_that_fills_the_context_is_scored_and_nothing_is_drawn(surfaces
 def scorer_of(surfaces):
     from llm.inference.score import Scorer
 
-    return Scorer(surfaces.lm.spec, surfaces.lm.opened.params)
+    return Scorer(surfaces.lm.spec, surfaces.lm.opened.params, surfaces.lm.tokenizer)
 
 
 @pytest.mark.thorough

@@ -13,8 +13,7 @@ from runs import STEPS, train, write_config
 import llm.run.open
 from llm.commands import diff, replay, run_command, verify
 from llm.errors import CheckpointError, DataError, UsageError
-from llm.inference.distribution import Prediction
-from llm.inference.records import RecordBuilder, to_line
+from llm.inference.records import NO_NUMBERS, EndRecord, Numerics, RunRecord, Spellings, to_line
 from llm.inference.transcript import Transcript
 from llm.run import checkpoint
 from llm.run.checkpoint import saved_steps
@@ -230,13 +229,12 @@ def test_diff_of_a_run_with_itself_finds_nothing(runs, capsys):
 def dump(path, step, logprobs):
     """A file of records in which ids 0, 1, ... have these log-probabilities."""
     tokenizer = ByteTokenizer()
-    builder, transcript = RecordBuilder(tokenizer), Transcript(tokenizer)
-    said = [None, *(Prediction(x, 1, 0.5, None, 1.0, 257, ()) for x in logprobs)]
+    transcript = Transcript(Spellings(tokenizer))
+    said = [NO_NUMBERS, *((x, 1, 0.5, None, 1.0, 257, ()) for x in logprobs)]
     tokens = [transcript.add(id_, "prompt", one) for id_, one in enumerate(said, start=97)]
     checkpoint = {"run": "mine", "step": step, "params_sha256": "ab" * 32}
-    records = [builder.run(checkpoint, None, {"path": "teacher_forced"}, 0)]
-    records += [builder.token(0, token) for token in tokens]
-    records.append(builder.end(0, tokens, "length", "prompt"))
+    run = RunRecord.of(checkpoint, tokenizer, None, Numerics("teacher_forced"), 0)
+    records = [run, *tokens, EndRecord.of(0, tokens, "length", "prompt")]
     path.write_text("".join(map(to_line, records)))
 
 

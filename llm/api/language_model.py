@@ -25,17 +25,10 @@ from llm.api.results import Call, Floats, Generation, Results, Score
 from llm.config import Config, SamplingConfig, nearest
 from llm.errors import UsageError
 from llm.inference.decode import Decoder, Request
-from llm.inference.filters import Sampling
-from llm.inference.records import Record, RecordBuilder, TokenRecord, numerics_of
-from llm.inference.samples import (
-    DEFAULT_TOP,
-    continued,
-    decoding_numerics,
-    make_requests,
-    overlay,
-)
+from llm.inference.numerics import decoding_numerics, numerics_of
+from llm.inference.records import DEFAULT_TOP, Numerics, RunRecord, Sampling, TokenRecord
+from llm.inference.samples import continued, make_requests, overlay
 from llm.inference.score import Scorer
-from llm.inference.transcript import Token
 from llm.model.flops import parameter_count
 from llm.model.gpt import ModelSpec
 from llm.pages.attention import attention_of
@@ -185,12 +178,10 @@ class LanguageModel:
         ids = [self.tokenizer.encode(one) for one in _texts("text", text)]
         listed = self._listed(arguments)
         stride = _integer("stride", arguments.get("stride", 0), at_least=0)
-        scorer = Scorer(self.spec, self.opened.params, **listed, stride=stride)
+        scorer = Scorer(self.spec, self.opened.params, self.tokenizer, **listed, stride=stride)
         numerics = functools.partial(numerics_of, self.spec, self.opened.params, "teacher_forced")
         call = self._call("Scored by", None, numerics, listed["top"])
-        results = Results(
-            Score("length", call, tuple(tokens)) for tokens in scorer.tokens(ids, self.tokenizer)
-        )
+        results = Results(Score("length", call, tuple(tokens)) for tokens in scorer.score(ids))
         return results[0] if isinstance(text, str) else results
 
     @overload
@@ -234,12 +225,12 @@ class LanguageModel:
         """
         count = 1 if num_samples is None else num_samples
         requests, call = self._requests("generate", prompt, arguments, count)
-        tokens: list[Token] = []
+        tokens: list[TokenRecord] = []
         results: Results[Generation] = Results()
-        for progress in continued(self._decoder, requests):
-            tokens += progress.tokens
-            if progress.finish is not None:
-                results.append(Generation(progress.finish, call, tuple(tokens)))
+        for new in continued(self._decoder, requests):
+            tokens += new.tokens
+            if new.finish is not None:
+                results.append(Generation(new.finish, call, tuple(tokens)))
                 tokens = []
         one = num_samples is None and (prompt is None or isinstance(prompt, str))
         return results[0] if one else results
@@ -260,14 +251,14 @@ class LanguageModel:
         requests, call = self._requests("stream", prompt, arguments, 1)
 
         def drawn() -> Generator[TokenRecord, None, Generation]:
-            tokens: list[Token] = []
+            tokens: list[TokenRecord] = []
             finish = ""
-            for progress in continued(self._decoder, requests):
-                tokens += progress.tokens
-                finish = progress.finish or finish
-                for token in progress.tokens:
+            for new in continued(self._decoder, requests):
+                tokens += new.tokens
+                finish = new.finish or finish
+                for token in new.tokens:
                     if token.phase == "generated":
-                        yield call.builder.typed(0, token)
+                        yield token
             return Generation(finish, call, tuple(tokens))
 
         return drawn()
@@ -279,7 +270,7 @@ class LanguageModel:
           float32 [T - 1, V] log-probabilities: row t predicts the token at t + 1 from those up to
           t. A text longer than the context is read through windows, as by `score`.
         """
-        scorer = Scorer(self.spec, self.opened.params)
+        scorer = Scorer(self.spec, self.opened.params, self.tokenizer)
         return scorer.distributions(self.encode(text))
 
     def attention(self, text: str) -> Floats:
@@ -297,17 +288,13 @@ class LanguageModel:
     def _decoder(self) -> Decoder:
         return Decoder.create(self.spec, self.opened.params, self.tokenizer)
 
-    @functools.cached_property
-    def _builder(self) -> RecordBuilder:
-        return RecordBuilder(self.tokenizer)
-
     def _call(
-        self, doing: str, sampling: Sampling | None, numerics: Callable[[], Record], top: int
+        self, doing: str, sampling: Sampling | None, numerics: Callable[[], Numerics], top: int
     ) -> Call:
-        def describe() -> Record:
-            return self._builder.run(self.opened.checkpoint, sampling, numerics(), top)
+        def describe() -> RunRecord:
+            return RunRecord.of(self.opened.checkpoint, self.tokenizer, sampling, numerics(), top)
 
-        return Call(self._builder, f"{doing} {self.run}, step {self.step}", describe)
+        return Call(f"{doing} {self.run}, step {self.step}", describe)
 
     def _requests(
         self,
@@ -342,7 +329,7 @@ class LanguageModel:
         for request in requests:
             self._decoder.check(request)
 
-        def numerics() -> Record:
+        def numerics() -> Numerics:
             return decoding_numerics(self.spec, self.opened.params, self._decoder, requests[0])
 
         call = self._call("Samples from", Sampling.of(settings), numerics, listed["top"])

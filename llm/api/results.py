@@ -20,11 +20,20 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec.structs import replace
 
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference.records import TOKEN_FIELDS, Record, RecordBuilder, TokenRecord, to_line
-from llm.inference.transcript import Token
+from llm.inference.records import (
+    AnyRecord,
+    EndRecord,
+    Record,
+    RunRecord,
+    TokenRecord,
+    as_json,
+    fields,
+    to_line,
+)
 from llm.pages.view import page, write_page
 from llm.text.tokenizer import Ids
 
@@ -48,12 +57,11 @@ class Call:
         pass of the model.
     """
 
-    builder: RecordBuilder
     title: str
-    describe: Callable[[], Record]
+    describe: Callable[[], RunRecord]
 
     @cached_property
-    def record(self) -> Record:
+    def record(self) -> RunRecord:
         """The run record."""
         return self.describe()
 
@@ -71,21 +79,24 @@ class Shown:
         return results[0].call.title if results else "No texts"
 
     def records(self) -> list[Record]:
+        """The records as json.loads reads their lines, see `typed_records`."""
+        return list(map(as_json, self.typed_records()))
+
+    def typed_records(self) -> list[AnyRecord]:
         """One run record, then the token and end records of each text (docs/records.md).
 
         Raises:
           UsageError: the results are not of one checkpoint, read or drawn in one way.
         """
-        records = [result.call.record for result in self._results()[:1]]
+        records: list[AnyRecord] = [result.call.record for result in self._results()[:1]]
         for sample, result in enumerate(self._results()):
             if result.call.record != records[0]:
                 raise UsageError(
                     "these results are of different checkpoints or settings, and one file of "
                     "records has one run record; write each of them by itself"
                 )
-            builder = result.call.builder
-            records += (builder.token(sample, token) for token in result.read)
-            records.append(builder.end(sample, result.read, result.finish, result._counted))
+            records += (replace(token, sample=sample) for token in result.tokens)
+            records.append(EndRecord.of(sample, result.tokens, result.finish, result._counted))
         return records
 
     def write(self, path: str | Path) -> None:
@@ -94,7 +105,7 @@ class Shown:
         Raises:
           UsageError: the file cannot be written.
         """
-        content = "".join(map(to_line, self.records())).encode("ascii")
+        content = "".join(map(to_line, self.typed_records())).encode("ascii")
         write_output(path, content, UsageError)
 
     def html(self) -> str:
@@ -111,7 +122,7 @@ class Shown:
 
     def _repr_html_(self) -> str | None:
         """What a notebook shows: the page in a frame, or its repr (None) for a long text."""
-        tokens = sum(len(result.read) for result in self._results())
+        tokens = sum(len(result.tokens) for result in self._results())
         return framed(self.html()) if tokens <= MOST_SHOWN_TOKENS else None
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -127,7 +138,7 @@ class Shown:
                 "to_pandas needs pandas, which is not installed: pip install pandas"
             ) from None
         rows = [record for record in self.records() if record["type"] == "token"]
-        frame = pandas.DataFrame(rows, columns=TOKEN_FIELDS[1:])
+        frame = pandas.DataFrame(rows, columns=fields(TokenRecord)[1:])
         frame["bytes"] = [bytes(row["bytes"]) for row in rows]
         floats = dict.fromkeys(("logprob", "entropy", "sampling_logprob", "kept_mass"), "float64")
         return frame.astype(floats | {"rank": "Int64", "kept_tokens": "Int64"})
@@ -140,30 +151,25 @@ class Result(Shown):
     Attributes:
       finish: how it ended, as in an end record.
       call: what it shares with the other results of its call.
-      read: its tokens as the model read or drew them; `tokens` are the same, for people.
+      tokens: all tokens in order, the first with None for its numbers.
     """
 
     finish: str
     call: Call
-    read: tuple[Token, ...]
+    tokens: tuple[TokenRecord, ...]
 
     # The phase of the tokens that the sums count.
     _counted = "prompt"
 
     @cached_property
-    def tokens(self) -> tuple[TokenRecord, ...]:
-        """All tokens in order, the first with None for its numbers."""
-        return tuple(self.call.builder.typed(0, token) for token in self.read)
-
-    @cached_property
     def text(self) -> str:
         """All of the text."""
-        return "".join(token.text for token in self.read)
+        return "".join(token.text for token in self.tokens)
 
     @cached_property
     def ids(self) -> Ids:
         """int32 [T]"""
-        return np.array([token.id for token in self.read], np.int32)
+        return np.array([token.id for token in self.tokens], np.int32)
 
     @cached_property
     def logprobs(self) -> Floats:
@@ -172,27 +178,26 @@ class Result(Shown):
         logprobs[0] is NaN, since nothing predicts the first token. `-np.nansum(logprobs)` are the
         nats of all tokens that are predicted.
         """
-        predictions = [token.prediction for token in self.read]
-        return np.array([said.logprob if said else np.nan for said in predictions], np.float32)
+        return np.array([token.logprob for token in self.tokens], np.float32)
 
     @property
     def total_nats(self) -> float:
         """-sum of the logprobs that are counted (never the first); see the class."""
-        return 0.0 - self._end["sum_logprob"]
+        return 0.0 - self._end.sum_logprob
 
     @property
     def perplexity(self) -> float | None:
         """exp(total_nats / tokens counted); None for no tokens, or beyond a float."""
-        return self._end["perplexity"]
+        return self._end.perplexity
 
     @property
     def bits_per_byte(self) -> float | None:
         """total_nats / (ln 2 * bytes of the tokens counted); None for no bytes."""
-        return self._end["bits_per_byte"]
+        return self._end.bits_per_byte
 
     @cached_property
-    def _end(self) -> Record:
-        return self.call.builder.end(0, self.read, self.finish, self._counted)
+    def _end(self) -> EndRecord:
+        return EndRecord.of(0, self.tokens, self.finish, self._counted)
 
     def _results(self) -> "Sequence[Result]":
         return [self]
@@ -205,7 +210,7 @@ class Score(Result):
         per_byte = self.bits_per_byte
         rate = f", {per_byte:.4f} bits per byte" if per_byte is not None else ""
         nats = f"{self.total_nats:.2f} nats"
-        return f"Score({_shortened(self.text)}, {len(self.read):,} tokens, {nats}{rate})"
+        return f"Score({_shortened(self.text)}, {len(self.tokens):,} tokens, {nats}{rate})"
 
 
 class Generation(Result):
@@ -226,10 +231,10 @@ class Generation(Result):
     @cached_property
     def new_text(self) -> str:
         """What the drawn tokens add to the prompt's text."""
-        return "".join(token.text for token in self.read if token.phase == "generated")
+        return "".join(token.text for token in self.tokens if token.phase == "generated")
 
     def __repr__(self) -> str:
-        drawn = sum(token.phase == "generated" for token in self.read)
+        drawn = sum(token.phase == "generated" for token in self.tokens)
         return f"Generation({_shortened(self.text)}, {drawn:,} new tokens, finish={self.finish!r})"
 
 

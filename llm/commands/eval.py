@@ -134,10 +134,11 @@ def _harness() -> Any:
 
 def described(opened: "OpenedModel") -> dict[str, Any]:
     """What was evaluated and how the numbers were computed, as the run record of --probs has it."""
-    from llm.inference.records import RecordBuilder, numerics_of
+    from llm.inference.numerics import numerics_of
+    from llm.inference.records import RunRecord, as_json
 
     numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
-    run = RecordBuilder(opened.tokenizer).run(opened.checkpoint, None, numerics, 0)
+    run = as_json(RunRecord.of(opened.checkpoint, opened.tokenizer, None, numerics, 0))
     return {name: run[name] for name in ("checkpoint", "tokenizer", "numerics")}
 
 

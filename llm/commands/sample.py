@@ -19,11 +19,11 @@ from llm.commands.flags import argument, parse
 from llm.commands.shared import RecordOptions, as_text, counted, read_file
 from llm.config import SamplingConfig, setting
 from llm.errors import UsageError
-from llm.inference.samples import continued, decoding_numerics, make_requests, overlay
+from llm.inference.records import AnyRecord, EndRecord, RunRecord, Sampling, TokenRecord
+from llm.inference.samples import continued, make_requests, overlay
 
 if TYPE_CHECKING:
     from llm.inference.decode import Decoder, Request
-    from llm.inference.records import Record, RecordBuilder
     from llm.text.tokenizer import Tokenizer
 
 
@@ -58,8 +58,7 @@ def main(arguments: list[str]) -> int:
     opened = options.open()
 
     from llm.inference.decode import Decoder
-    from llm.inference.filters import Sampling
-    from llm.inference.records import RecordBuilder
+    from llm.inference.numerics import decoding_numerics
 
     settings = overlay(opened.config.sample, flags, where="the flags")
     prompts = [*options.prompt, *(as_text(data, opened.tokenizer, name) for name, data in files)]
@@ -75,32 +74,30 @@ def main(arguments: list[str]) -> int:
     )
     for request in requests:
         decoder.check(request)
-    builder = RecordBuilder(opened.tokenizer)
     numerics = decoding_numerics(opened.spec, opened.params, decoder, requests[0])
-    first = builder.run(opened.checkpoint, Sampling.of(settings), numerics, options.top)
+    sampling = Sampling.of(settings)
+    first = RunRecord.of(opened.checkpoint, opened.tokenizer, sampling, numerics, options.top)
     options.emit(
-        chain([first], records_of(builder, decoder, requests)),
+        chain([first], records_of(decoder, requests)),
         title=f"Samples from {opened.run}, step {opened.step}",
         show=lambda records: plain_text(records, len(requests)),
     )
     return 0
 
 
-def records_of(
-    builder: "RecordBuilder", decoder: "Decoder", requests: "Sequence[Request]"
-) -> "Iterator[Record]":
+def records_of(decoder: "Decoder", requests: "Sequence[Request]") -> Iterator[AnyRecord]:
     """The records of all samples in order, each as soon as it is final.
 
     A line on stderr follows the last record if the context was full before a sample had as many
     tokens as were asked for.
     """
     tokens, cut_short = [], []
-    for progress in continued(decoder, requests):
-        yield from (builder.token(progress.row, token) for token in progress.tokens)
-        tokens += progress.tokens
-        if progress.finish is not None:
-            yield builder.end(progress.row, tokens, progress.finish, counted="generated")
-            if progress.finish == "context":
+    for new in continued(decoder, requests):
+        yield from new.tokens
+        tokens += new.tokens
+        if new.finish is not None:
+            yield EndRecord.of(tokens[0].sample, tokens, new.finish, counted="generated")
+            if new.finish == "context":
                 cut_short.append(sum(token.phase == "generated" for token in tokens))
             tokens = []
     if cut_short:
@@ -114,16 +111,16 @@ def records_of(
         )
 
 
-def plain_text(records: "Iterable[Record]", samples: int) -> Iterator[str]:
+def plain_text(records: Iterable[AnyRecord], samples: int) -> Iterator[str]:
     """The text of the records. With several samples, a line on stderr names each."""
     begun: int | None = None
     for record in records:
-        if record["type"] == "token":
-            if record["sample"] != begun and samples > 1:
-                print(f"--- sample {record['sample']}", file=sys.stderr, flush=True)
-            begun = record["sample"]
-            yield record["text"]
-        elif record["type"] == "end":
+        if isinstance(record, TokenRecord):
+            if record.sample != begun and samples > 1:
+                print(f"--- sample {record.sample}", file=sys.stderr, flush=True)
+            begun = record.sample
+            yield record.text
+        elif isinstance(record, EndRecord):
             yield "\n"
 
 

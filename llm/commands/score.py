@@ -27,9 +27,9 @@ from llm.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from llm.inference.transcript import Token
+    from llm.inference.records import TokenRecord
     from llm.run.open import OpenedModel
-    from llm.text.tokenizer import Ids, Tokenizer
+    from llm.text.tokenizer import Ids
 
 # Tokens of a passage: a line or two of text, long enough to be read alone.
 PASSAGE_TOKENS = 16
@@ -89,7 +89,8 @@ def main(arguments: list[str]) -> int:
         raise UsageError("no text to score: give --file FILE, --text TEXT, or - for standard input")
     opened = options.open()
 
-    from llm.inference.records import Record, RecordBuilder, numerics_of
+    from llm.inference.numerics import numerics_of
+    from llm.inference.records import AnyRecord, EndRecord, RunRecord
     from llm.inference.score import Scorer
     from llm.serving.completions import openai_completion
 
@@ -101,22 +102,23 @@ def main(arguments: list[str]) -> int:
             "before it to predict it from"
         )
     top = options.top if options.shows_numbers else 0
-    scorer = Scorer(opened.spec, opened.params, top, tuple(options.watch), options.stride)
+    scorer = Scorer(
+        opened.spec, opened.params, tokenizer, top, tuple(options.watch), options.stride
+    )
     if options.attention or options.attention_html:
         write_attention(options, opened, texts, [name for name, _ in sources])
-    summary = Summary(tokenizer)
+    summary = Summary()
 
-    def records() -> Iterable[Record]:
-        builder = RecordBuilder(tokenizer)
+    def records() -> Iterable[AnyRecord]:
         numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
-        yield builder.run(opened.checkpoint, None, numerics, options.top)
-        for sample, tokens in enumerate(scorer.tokens(texts, tokenizer)):
+        yield RunRecord.of(opened.checkpoint, tokenizer, None, numerics, options.top)
+        for sample, tokens in enumerate(scorer.score(texts)):
             summary.add(tokens)
             if options.shows_numbers:
-                yield from (builder.token(sample, token) for token in tokens)
-                yield builder.end(sample, tokens, "length", counted="prompt")
+                yield from tokens
+                yield EndRecord.of(sample, tokens, "length", counted="prompt")
 
-    def as_openai(records: list[Record]) -> str:
+    def as_openai(records: list[AnyRecord]) -> str:
         answer = openai_completion(records, opened.run, int(time.time()))
         return json.dumps(answer, allow_nan=False) + "\n"
 
@@ -144,15 +146,14 @@ class Summary:
       worst: the passages with the most nats per token, worst first, none overlapping another.
     """
 
-    tokenizer: "Tokenizer"
     tokens: int = 0
     nats: list[float] = field(default_factory=list)
     bytes: int = 0
     worst: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, tokens: "Sequence[Token]") -> None:
-        """Add one more text, whose first token has no prediction."""
-        said = [(token, -token.prediction.logprob) for token in tokens if token.prediction]
+    def add(self, tokens: "Sequence[TokenRecord]") -> None:
+        """Add one more text, whose first token has no numbers."""
+        said = [(token, -token.logprob) for token in tokens if token.logprob is not None]
         surprisals = [nats for _, nats in said]
         for start, end in worst_passages(surprisals):
             nats, first = math.fsum(surprisals[start:end]), said[start][0]
@@ -164,7 +165,7 @@ class Summary:
         del self.worst[WORST_PASSAGES:]
         self.tokens += len(said)
         self.nats.append(math.fsum(surprisals))
-        self.bytes += sum(len(self.tokenizer.token_bytes(token.id)) for token, _ in said)
+        self.bytes += sum(len(token.byte_values) for token, _ in said)
 
     def as_json(self) -> dict[str, Any]:
         """The object that --json prints, without the checkpoint."""

@@ -18,7 +18,6 @@ from pydantic import Field
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
 from llm.config import setting
-from llm.inference.samples import decoding_numerics
 from llm.runtime import prepare_process
 from llm.serving.limits import Limits
 
@@ -103,21 +102,24 @@ def is_loopback(host: str) -> bool:
 def describe(opened: "OpenedModel", decoder: "Decoder", options: Options) -> "Served":
     """What the server says of the model that it serves, and the live page."""
     from llm.inference.decode import Request
-    from llm.inference.records import RecordBuilder
+    from llm.inference.numerics import decoding_numerics
+    from llm.inference.records import RunRecord, as_json
     from llm.pages.live_view import live_page
     from llm.serving.completions import Served
 
-    name, spec, builder = options.name or opened.run, opened.spec, RecordBuilder(opened.tokenizer)
+    name, spec = options.name or opened.run, opened.spec
     tokens = min(PROBE, spec.config.context_length)
     probe = Request([i * spec.vocab_size // tokens for i in range(tokens)], top=0)
     numerics = decoding_numerics(spec, opened.params, decoder, probe)
+    run = RunRecord.of(opened.checkpoint, opened.tokenizer, None, numerics, options.max_top)
+    run = RunRecord.of(opened.checkpoint, opened.tokenizer, None, numerics, options.max_top)
     page = live_page(
         name,
         context_length=spec.config.context_length,
         vocab_size=spec.vocab_size,
-        run=builder.run(opened.checkpoint, None, numerics, options.max_top),
+        run=as_json(run),
         defaults=opened.config.sample,
         most_top=options.max_top,
         most_tokens=options.max_tokens,
     )
-    return Served(name, builder, opened.checkpoint, numerics, int(time.time()), page)
+    return Served(name, opened.tokenizer, opened.checkpoint, numerics, int(time.time()), page)

@@ -14,11 +14,10 @@ from pydantic import NonNegativeInt
 from llm.commands.flags import CommandLine, OutputFile, argument
 from llm.config import setting
 from llm.errors import UsageError
-from llm.inference.samples import DEFAULT_TOP
+from llm.inference.records import DEFAULT_TOP, AnyRecord, as_json, to_line
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.inference.records import Record
     from llm.run.open import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
@@ -68,11 +67,11 @@ class RecordOptions(RunOptions):
 
     def emit(
         self,
-        records: "Iterable[Record]",
+        records: Iterable[AnyRecord],
         title: str,
         *,
-        show: "Callable[[Iterable[Record]], Iterable[str]] | None" = None,
-        encode: "Callable[[list[Record]], str] | None" = None,
+        show: Callable[[Iterable[AnyRecord]], Iterable[str]] | None = None,
+        encode: Callable[[list[AnyRecord]], str] | None = None,
     ) -> None:
         """Send records, each as soon as it comes, to the file, the terminal and the page.
 
@@ -81,14 +80,13 @@ class RecordOptions(RunOptions):
           show: makes the text for the terminal, unless it is painted or has the records themselves.
           encode: makes the content of the file from all records, in place of a line for each.
         """
-        from llm.inference.records import to_line
         from llm.pages.paint import paint_stream
         from llm.pages.view import write_page
 
-        kept: list[Record] = []
+        kept: list[AnyRecord] = []
         with output(self.probs) as write:
 
-            def passing() -> "Iterator[Record]":
+            def passing() -> Iterator[AnyRecord]:
                 for record in records:
                     if self.probs and encode is None:
                         write(to_line(record))
@@ -96,19 +94,23 @@ class RecordOptions(RunOptions):
                         kept.append(record)
                     yield record
 
-            shown = paint_stream if self.paints else show
+            shown: Iterable[str] | None = None
+            if self.paints:
+                shown = paint_stream(map(as_json, passing()))
+            elif show is not None:
+                shown = show(passing())
             if shown is None or self.probs == "-":
                 deque(passing(), maxlen=0)
             else:
                 if isinstance(sys.stdout, TextIOWrapper):
                     sys.stdout.reconfigure(errors="backslashreplace")  # for an ASCII terminal
-                for text in shown(passing()):
+                for text in shown:
                     sys.stdout.write(text)
                     sys.stdout.flush()
             if encode is not None:
                 write(encode(kept))
         if self.html:
-            write_page(kept, Path(self.html), title=title)
+            write_page(list(map(as_json, kept)), Path(self.html), title=title)
 
 
 def read_file(path: str) -> tuple[str, bytes]:

@@ -221,7 +221,7 @@ def _make_sampler(job: "Job") -> "Sampler":
       UsageError: sample.prompt cannot be the beginning of a text of this model.
     """
     from llm.inference.decode import Decoder, Request, encode_prompt
-    from llm.inference.filters import Sampling
+    from llm.inference.records import Sampling
 
     settings, tokenizer = job.config.sample, job.corpus.tokenizer
     # Of several processes none holds all parameters.

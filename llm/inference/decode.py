@@ -1,14 +1,14 @@
 """Continue texts: requests in, tokens with their probabilities out, as they are drawn.
 
     decoder = Decoder.create(spec, params, tokenizer)
-    for progress in decoder.generate([Request(ids, sampling, max_new_tokens=100)]):
-        print("".join(token.text for token in progress.tokens), end="")
+    for new in decoder.generate([Request(ids, sampling, max_new_tokens=100)]):
+        print("".join(token.text for token in new.tokens), end="")
 
 Requests of one call share the batch and nothing else: each has its own prompt length, settings,
-seed, stop rules and listed rivals, and gets the tokens that it would get alone, up to the rounding
-of matrix products, which may depend on the batch's size. The host reads one chunk of tokens while
-the device computes the next. Every size is rounded up to a power of two, so that few programs are
-compiled.
+seed, stop rules and listed alternatives, and gets the tokens that it would get alone, up to the
+rounding of matrix products, which may depend on the batch's size. The host reads one chunk of
+tokens while the device computes the next. Every size is rounded up to a power of two, so that few
+programs are compiled.
 
 A sample ends, in this order, by
     stop          a stop string is complete (found on the host, see transcript.py)
@@ -23,6 +23,7 @@ leave, with the same programs and the same Row.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,8 +34,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm.errors import NonFiniteError, UsageError
-from llm.inference.distribution import NOT_FINITE, Described, Prediction, to_host
-from llm.inference.filters import RowSettings, Sampling
+from llm.inference.distribution import NOT_FINITE, Described, to_host
+from llm.inference.filters import RowSettings
 from llm.inference.programs import (
     CHUNK,
     DecodeState,
@@ -45,7 +46,8 @@ from llm.inference.programs import (
     for_decoding,
     prefill_piece,
 )
-from llm.inference.transcript import StopStrings, Token, Transcript
+from llm.inference.records import NO_NUMBERS, Numbers, Sampling, Spellings, TokenRecord
+from llm.inference.transcript import StopStrings, Transcript
 from llm.model.gpt import ModelSpec, Params
 from llm.text.tokenizer import Ids, Tokenizer
 
@@ -68,8 +70,9 @@ class Request:
       prompt: token ids, at least one and at most context_length.
       index: the i of "sample i is a function of seed and i".
       stop: strings that end the sample; they are cut from its text.
-      top: how many rivals each Prediction lists; None: no predictions, which is faster.
-      watch: ids that each Prediction lists whatever their rank.
+      top: how many alternatives each record lists; None: no probabilities, which is faster.
+      watch: ids that each record lists whatever their rank.
+      sample: the number that its records carry.
     """
 
     prompt: TokenIds
@@ -79,15 +82,16 @@ class Request:
     stop: Sequence[str] = ()
     top: int | None = None
     watch: Sequence[int] = ()
+    sample: int = 0
 
 
 @dataclass(frozen=True)
-class Progress:
+class NewTokens:
     """New final tokens of one row. The first of a row holds its whole prompt; the one with a
     finish ("stop", "end_of_text", "length" or "context") is its last."""
 
     row: int
-    tokens: list[Token]
+    tokens: list[TokenRecord]
     finish: str | None
 
 
@@ -121,6 +125,11 @@ class Decoder:
         """Prepare the parameters once, for any number of `generate` calls."""
         return cls(*for_decoding(spec, params), tokenizer)
 
+    @functools.cached_property
+    def spellings(self) -> Spellings:
+        """Of the tokens met so far."""
+        return Spellings(self.tokenizer)
+
     def check(self, request: Request) -> None:
         """Raise a UsageError for a request that cannot be served."""
         length, limit = len(request.prompt), self.spec.config.context_length
@@ -141,7 +150,7 @@ class Decoder:
                     f"{self.spec.vocab_size - 1}"
                 )
 
-    def generate(self, requests: Sequence[Request]) -> Iterator[Progress]:
+    def generate(self, requests: Sequence[Request]) -> Iterator[NewTokens]:
         """Continue all requests together; each row's tokens come in order as they are final.
 
         Raises:
@@ -150,18 +159,18 @@ class Decoder:
         """
         for request in requests:
             self.check(request)
-        rows = [Row(request, self.tokenizer, self.spec) for request in requests]
+        rows = [Row(request, self) for request in requests]
         batch = self.batch(requests)
         longest = min(self.spec.config.context_length, int((batch.lengths_B + batch.left_B).max()))
         state, described = exhaust(self.prefill(batch, round_up(longest, at_least=64)))
         for index, row in enumerate(rows):
             tokens = row.begin(of_row(described, index))
-            yield Progress(index, tokens, row.finish)
+            yield NewTokens(index, tokens, row.finish)
         for drawn in self._chunks(batch, state, rows):
             for index, row in enumerate(rows):
-                progress = row.read(index, drawn)
-                if progress is not None:
-                    yield progress
+                new = row.read(index, drawn)
+                if new is not None:
+                    yield new
 
     def batch(self, requests: Sequence[Request], at_least: int = 16) -> Batch:
         """The requests as arrays.
@@ -270,29 +279,30 @@ class Decoder:
 class Row:
     """The host's side of one request: its text, its stop rules and its end."""
 
-    def __init__(self, request: Request, tokenizer: Tokenizer, spec: ModelSpec):
+    def __init__(self, request: Request, decoder: Decoder):
         self.request = request
         self.finish: str | None = None
-        self._transcript = Transcript(tokenizer)
+        self._spellings = decoder.spellings
+        self._transcript = Transcript(decoder.spellings, request.sample)
         self._stops = StopStrings(request.stop)
-        self._end_of_text = _end_of_text(tokenizer)
-        self._room = spec.config.context_length - len(request.prompt)
+        self._end_of_text = _end_of_text(decoder.tokenizer)
+        self._room = decoder.spec.config.context_length - len(request.prompt)
         self._drawn = 0
 
-    def begin(self, described: Described | None) -> list[Token]:
+    def begin(self, described: Described | None) -> list[TokenRecord]:
         """The prompt's tokens; `described` [T, ...] at t is of the token at t + 1."""
         prompt = self.request.prompt
-        predictions = self._predictions(described, len(prompt) - 1, None)
+        numbers = [NO_NUMBERS, *self._numbers(described, len(prompt) - 1, None)]
         tokens = [
-            self._transcript.add(int(id_), "prompt", prediction)
-            for id_, prediction in zip(prompt, [None, *predictions], strict=True)
+            self._transcript.add(int(id_), "prompt", said)
+            for id_, said in zip(prompt, numbers, strict=True)
         ]
         self.finish = self._end(None)
         if self.finish:
             tokens[-1] = self._transcript.close(tokens[-1])
         return tokens
 
-    def read(self, row: int, drawn: Drawn) -> Progress | None:
+    def read(self, row: int, drawn: Drawn) -> NewTokens | None:
         """What a chunk brought to this row; None when that is nothing new."""
         if self.finish is not None:
             return None
@@ -300,15 +310,15 @@ class Row:
         ids = np.asarray(drawn.ids)[:steps, row]
         logprobs = np.asarray(drawn.sampling_logprobs)[:steps, row]
         described = jax.tree.map(lambda x: x[:, row], drawn.described)
-        predictions = self._predictions(described, steps, logprobs)
+        numbers = self._numbers(described, steps, logprobs)
         if not np.isfinite(logprobs).all():
             raise NonFiniteError(NOT_FINITE)
-        tokens: list[Token] = []
-        for id_, prediction in zip(ids.tolist(), predictions, strict=True):
-            tokens += self._add(id_, prediction)
+        tokens: list[TokenRecord] = []
+        for id_, said in zip(ids.tolist(), numbers, strict=True):
+            tokens += self._add(id_, said)
             if self.finish is not None:
                 break
-        return Progress(row, tokens, self.finish) if tokens or self.finish else None
+        return NewTokens(row, tokens, self.finish) if tokens or self.finish else None
 
     def _steps_of(self, ids: np.ndarray) -> int:
         """How many of a chunk's ids the device drew before this row ended; the rest is noise."""
@@ -316,9 +326,9 @@ class Row:
         ends = np.flatnonzero(ids[:steps] == self._end_of_text)
         return int(ends[0]) + 1 if ends.size else steps
 
-    def _add(self, id_: int, prediction: Prediction | None) -> list[Token]:
+    def _add(self, id_: int, numbers: Numbers) -> list[TokenRecord]:
         self._drawn += 1
-        token = self._transcript.add(id_, "generated", prediction)
+        token = self._transcript.add(id_, "generated", numbers)
         released, stopped = self._stops.add(token)
         self.finish = "stop" if stopped else self._end(id_)
         if self.finish is not None and not stopped:
@@ -333,18 +343,18 @@ class Row:
             return "length"
         return "context" if self._drawn == self._room else None
 
-    def _predictions(
+    def _numbers(
         self, described: Described | None, count: int, drawn: np.ndarray | None
-    ) -> Sequence[Prediction | None]:
-        """Of the first `count` tokens; None each where nobody asked.
+    ) -> Sequence[Numbers]:
+        """Of the first `count` tokens; none if nobody asked.
 
         Args:
           drawn: their sampling log-probabilities; None for tokens that were given.
         """
         if described is None or self.request.top is None:
-            return [None] * count
+            return [NO_NUMBERS] * count
         described = jax.tree.map(lambda x: x[:count], described)
-        return to_host(described, drawn, self.request.top, self.request.watch)
+        return to_host(described, drawn, self.request.top, self.request.watch, self._spellings)
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:

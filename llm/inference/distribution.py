@@ -1,4 +1,4 @@
-"""What the model says about one token among all of them: log-probability, rank, entropy, rivals.
+"""What the model says about one token among all: log-probability, rank, entropy, alternatives.
 
     logprob_v = z_v - log sum_u exp(z_u)          entropy = - sum_v p_v log p_v
     rank_v    = 1 + #{u : logprob_u > logprob_v} + #{u < v : logprob_u = logprob_v}
@@ -9,14 +9,12 @@ reads it and cannot change it: a barrier keeps the compiler from computing it in
 Decoding (one position of each row) and scoring (many) describe their tokens by the same function,
 so a number has one meaning whatever surface shows it.
 
-    R rows (positions of all texts, flattened)  V vocabulary  N listed rivals  W watched ids
+    R rows (positions of all texts, flattened)  V vocabulary  N listed alternatives  W watched ids
     B batch  T position  D model width
 """
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +22,7 @@ import numpy as np
 
 from llm.errors import NonFiniteError
 from llm.inference.filters import CANDIDATES, Candidates, Filtered, RowSettings, apply_filters
+from llm.inference.records import Alternative, Numbers, Spellings
 from llm.model.gpt import GPT
 from llm.model.loss import join_positions, split_positions
 
@@ -41,8 +40,8 @@ CHUNK_LOGITS = 2**22
 class Described:
     """Arrays over tokens, of any leading shape [...]; float32 in nats, or int32.
 
-    kept_mass, kept_tokens: what sampling keeps at this place (1 and V where nothing is drawn).
-      A token is kept where its rank is at most kept_tokens.
+    kept_mass, kept_tokens: what sampling keeps at this place (1 and V if nothing is drawn).
+      A token is kept if its rank is at most kept_tokens.
     top_ids, top_logprobs: [..., N], the likeliest in rank order.
     watch_logprobs, watch_ranks: [..., W], of the ids that the caller asked for.
     """
@@ -56,34 +55,6 @@ class Described:
     top_logprobs: jax.Array
     watch_logprobs: jax.Array
     watch_ranks: jax.Array
-
-
-class Rival(NamedTuple):
-    """One of the tokens that could have stood at this place.
-
-    A tuple: many are made for each token, and a frozen dataclass takes three times as long.
-    """
-
-    id: int
-    logprob: float
-    rank: int
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """What the model said about one token, on the host. Fields as in Described.
-
-    sampling_logprob: log of the probability drawn from; None for a token that was given.
-    rivals: the likeliest tokens, then the watched ones that are not among them, in rank order.
-    """
-
-    logprob: float
-    rank: int
-    entropy: float
-    sampling_logprob: float | None
-    kept_mass: float
-    kept_tokens: int
-    rivals: tuple[Rival, ...]
 
 
 def log_probabilities(model: GPT, hidden: jax.Array) -> jax.Array:
@@ -105,7 +76,7 @@ def describe(
       logprobs_RV: from `log_probabilities`.
       ids_R: the tokens that stand there, in [0, V).
       top: N, at most the number of candidates.
-      filtered: what the row draws from; None where nothing is drawn.
+      filtered: what the row draws from; None if nothing is drawn.
     """
     V = logprobs_RV.shape[-1]
     if filtered is None:
@@ -190,42 +161,53 @@ def to_host(
     sampling_logprobs: np.ndarray | None,
     top: int,
     watch: Sequence[int],
-) -> list[Prediction]:
-    """Described numpy arrays over one text's tokens, [T, ...], as one Prediction for each.
+    spellings: Spellings,
+) -> list[Numbers]:
+    """Described numpy arrays over one text's tokens, [T, ...], as the numbers of each.
 
     Args:
       sampling_logprobs: [T], or None for tokens that were given.
-      top: how many rivals to list; at most as many as were computed.
+      top: how many alternatives to list; at most as many as were computed.
       watch: the ids asked for, the first len(watch) of the watched columns.
     Raises:
-      NonFiniteError: where the model gives no probabilities.
+      NonFiniteError: the model gives no probabilities.
     """
     if not (np.isfinite(described.logprob).all() and np.isfinite(described.entropy).all()):
         raise NonFiniteError(NOT_FINITE)
     nothing = [None] * len(described.logprob)
-    columns = (
-        described.logprob.tolist(),
-        described.rank.tolist(),
-        described.entropy.tolist(),
-        nothing if sampling_logprobs is None else sampling_logprobs.tolist(),
-        described.kept_mass.tolist(),
-        described.kept_tokens.tolist(),
-        _rivals(described, top, watch),
+    return list(
+        zip(
+            described.logprob.tolist(),
+            described.rank.tolist(),
+            described.entropy.tolist(),
+            # Adding zero turns the -0.0 of a certain draw into 0.0.
+            nothing if sampling_logprobs is None else (sampling_logprobs + 0.0).tolist(),
+            described.kept_mass.tolist(),
+            described.kept_tokens.tolist(),
+            _alternatives(described, top, watch, spellings),
+            strict=True,
+        )
     )
-    return list(map(Prediction, *columns))
 
 
-def _rivals(described: Described, top: int, watch: Sequence[int]) -> list[tuple[Rival, ...]]:
-    ids, logprobs = described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist()
-    listed = [
-        list(map(Rival, *pair, range(1, top + 1))) for pair in zip(ids, logprobs, strict=True)
-    ]
-    if watch:
-        watched_ranks = described.watch_ranks.tolist()
-        watched_logprobs = described.watch_logprobs.tolist()
-        rows = zip(listed, watched_ranks, watched_logprobs, strict=True)
-        for rivals, ranks_W, logprobs_W in rows:
+def _alternatives(
+    described: Described, top: int, watch: Sequence[int], spellings: Spellings
+) -> Iterator[tuple[Alternative, ...]]:
+    """For each token the likeliest, then the watched ones that are not among them, by rank."""
+    kept_tokens_T = described.kept_tokens.tolist()
+    likeliest_T = zip(
+        described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist(), strict=True
+    )
+    watched_T = zip(described.watch_ranks.tolist(), described.watch_logprobs.tolist(), strict=True)
+    for kept, likeliest, watched in zip(kept_tokens_T, likeliest_T, watched_T, strict=True):
+        entries = list(zip(range(1, top + 1), *likeliest, strict=True))
+        if watch:
             # Padded columns lie beyond len(watch): zip ends before them.
-            watched = sorted(set(zip(ranks_W, logprobs_W, watch, strict=False)))
-            rivals += [Rival(id_, logprob, rank) for rank, logprob, id_ in watched if rank > top]
-    return [tuple(rivals) for rivals in listed]
+            ranked = sorted({(rank, id_, x) for rank, x, id_ in zip(*watched, watch, strict=False)})
+            entries += [entry for entry in ranked if entry[0] > top]
+        yield tuple(
+            [
+                Alternative(id_, *spellings[id_], logprob, rank <= kept, rank)
+                for rank, id_, logprob in entries
+            ]
+        )

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm.config import SamplingConfig
+from llm.inference.records import Sampling
 
 # Likeliest tokens that are sorted for every row. A full sort of 50,257 takes 9.2 ms on XLA's CPU
 # backend, the top 256 of them 0.11 ms, the top 1024 0.38 ms (2-core EPYC, jax 0.12). What the
@@ -39,21 +39,6 @@ CANDIDATES = 256
 # of V, which on the same machine cost 1 ms a token.
 BLOCK = 256
 _TINY = float(np.finfo(np.float32).tiny)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How one sample's tokens are drawn; ranges are checked by llm.config.SamplingConfig."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-
-    @classmethod
-    def of(cls, config: SamplingConfig) -> "Sampling":
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
 
 
 @jax.tree_util.register_dataclass

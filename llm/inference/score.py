@@ -31,13 +31,13 @@ from llm.errors import UsageError
 from llm.inference.decode import round_up
 from llm.inference.distribution import (
     Described,
-    Prediction,
     chunk_length,
     describe_positions,
     log_probabilities,
     to_host,
 )
-from llm.inference.transcript import Token, Transcript
+from llm.inference.records import NO_NUMBERS, Numbers, Spellings, TokenRecord
+from llm.inference.transcript import Transcript
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import join_positions, split_positions
 from llm.text.tokenizer import Ids, Tokenizer
@@ -48,7 +48,7 @@ BATCH_TOKENS = 8192
 GROUP_WINDOWS = 256
 
 TokenIds = Sequence[int] | Ids
-Scored = tuple[Ids, list[Prediction | None]]
+Scored = tuple[Ids, list[Numbers]]
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,14 @@ class Scorer:
     """A model ready to score texts.
 
     Attributes:
-      top: how many rivals each Prediction lists.
-      watch: ids that each Prediction lists whatever their rank.
+      top: how many alternatives each record lists.
+      watch: ids that each record lists whatever their rank.
       stride: tokens between windows of a long text; 0: half of the context.
     """
 
     spec: ModelSpec
     params: Params
+    tokenizer: Tokenizer
     top: int = 0
     watch: Sequence[int] = ()
     stride: int = 0
@@ -97,24 +98,19 @@ class Scorer:
                 f"watch has the token id {outside[0]}; ids go from 0 to {self.spec.vocab_size - 1}"
             )
 
-    def score(self, texts: Iterable[TokenIds]) -> Iterator[list[Prediction | None]]:
-        """For each text, in order, a Prediction for each of its tokens; None for the first.
+    def score(self, texts: Iterable[TokenIds]) -> Iterator[list[TokenRecord]]:
+        """For each text, in order, a record of each of its tokens; the first has no numbers.
 
         Args:
           texts: token ids in [0, vocab_size). A group of them is held at a time.
         Raises:
           NonFiniteError: the model gives no probabilities.
         """
-        for _, predictions in self._score(texts):
-            yield predictions
-
-    def tokens(self, texts: Iterable[TokenIds], tokenizer: Tokenizer) -> Iterator[list[Token]]:
-        """As `score`, with each token's place and text."""
-        for ids, predictions in self._score(texts):
-            transcript = Transcript(tokenizer)
+        for sample, (ids, numbers) in enumerate(self._score(texts)):
+            transcript = Transcript(self.spellings, sample)
             tokens = [
-                transcript.add(id_, "prompt", prediction)
-                for id_, prediction in zip(ids.tolist(), predictions, strict=True)
+                transcript.add(id_, "prompt", said)
+                for id_, said in zip(ids.tolist(), numbers, strict=True)
             ]
             if tokens:
                 tokens[-1] = transcript.close(tokens[-1])
@@ -132,6 +128,11 @@ class Scorer:
             logprobs_KV = np.asarray(_whole(self.spec, self.params, inputs_BT, window.K))
             parts.append(logprobs_KV[predicted_slice(window)])
         return np.concatenate(parts)
+
+    @functools.cached_property
+    def spellings(self) -> Spellings:
+        """Of the tokens met so far."""
+        return Spellings(self.tokenizer)
 
     def windows(self, ids: Ids) -> Iterator[Window]:
         """How a text is read: every token but the first is predicted by exactly one window."""
@@ -156,7 +157,7 @@ class Scorer:
         yield from self._score_group(group)
 
     def _score_group(self, group: Sequence[tuple[Ids, list[Window]]]) -> Iterator[Scored]:
-        scored: list[Scored] = [(ids, [None] * len(ids)) for ids, _ in group]
+        scored: list[Scored] = [(ids, [NO_NUMBERS] * len(ids)) for ids, _ in group]
         of_size: dict[tuple[int, int], list[tuple[int, Window]]] = defaultdict(list)
         for text, (_, windows) in enumerate(group):
             for window in windows:
@@ -170,7 +171,8 @@ class Scorer:
                     row = (b, predicted_slice(window))
                     of_window = jax.tree.map(lambda x, row=row: x[row], described)
                     place = slice(window.first, window.first + window.predicted)
-                    scored[text][1][place] = to_host(of_window, None, self._top(), self.watch)
+                    numbers = to_host(of_window, None, self._top(), self.watch, self.spellings)
+                    scored[text][1][place] = numbers
         yield from scored
 
     def _describe(self, windows: Sequence[Window]) -> Described:

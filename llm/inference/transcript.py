@@ -15,69 +15,55 @@ What it is not: a tokenizer. Bytes come from the tokenizer; they are never re-en
 """
 
 import codecs
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from llm.text.tokenizer import Tokenizer
+from msgspec.structs import replace
 
-if TYPE_CHECKING:  # text alone must not cost the import of JAX
-    from llm.inference.distribution import Prediction
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One token of a sample, where it stands and what the model said about it.
-
-    Attributes:
-      phase: "prompt" for given tokens, "generated" for drawn ones.
-      position: index in the sample, from 0.
-      text: what it adds to the sample's text; "" inside a character.
-      text_offset, byte_offset: characters and bytes of the sample before this token.
-      prediction: None for the first token of a sample, and where nobody asked.
-    """
-
-    phase: str
-    position: int
-    id: int
-    text: str
-    text_offset: int
-    byte_offset: int
-    utf8: str
-    prediction: "Prediction | None"
+from llm.inference.records import NO_NUMBERS, Numbers, Phase, Spellings, TokenRecord, Utf8
 
 
 class Transcript:
-    """Token ids in, Tokens out; remembers what a decoder must remember between them."""
+    """Token ids in, records out; remembers what a decoder must remember between them."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, spellings: Spellings, sample: int = 0):
+        self._spellings = spellings
+        self._sample = sample
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._position = self._characters = self._bytes = 0
 
-    def add(self, id_: int, phase: str, prediction: "Prediction | None" = None) -> Token:
+    def add(self, id_: int, phase: Phase, numbers: Numbers = NO_NUMBERS) -> TokenRecord:
         """The next token."""
-        data = self._tokenizer.token_bytes(id_)
+        name, values = self._spellings[id_]
+        data = bytes(values)
         waiting = self._decoder.getstate()[0]
         text = self._decoder.decode(data)
         if "\ufffd" in text and not _is_utf8_so_far(waiting + data):
-            utf8 = "bad"
+            utf8: Utf8 = "bad"
         else:
             utf8 = _UTF8[bool(waiting), bool(self._decoder.getstate()[0])]
-        token = Token(
-            phase, self._position, id_, text, self._characters, self._bytes, utf8, prediction
+        token = TokenRecord(
+            self._sample,
+            phase,
+            self._position,
+            id_,
+            name,
+            values,
+            text,
+            self._characters,
+            self._bytes,
+            utf8,
+            *numbers,
         )
         self._position += 1
         self._characters += len(text)
         self._bytes += len(data)
         return token
 
-    def close(self, last: Token) -> Token:
+    def close(self, last: TokenRecord) -> TokenRecord:
         """The last token again, carrying U+FFFD for a character that nobody completed."""
         rest = self._decoder.decode(b"", final=True)
         self._characters += len(rest)
-        return dataclasses.replace(last, text=last.text + rest, utf8="bad") if rest else last
+        return replace(last, text=last.text + rest, utf8="bad") if rest else last
 
 
 class StopStrings:
@@ -91,9 +77,9 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]):
         self._matches = [Match(stop) for stop in stops]
-        self._withheld: list[Token] = []
+        self._withheld: list[TokenRecord] = []
 
-    def add(self, token: Token) -> tuple[list[Token], bool]:
+    def add(self, token: TokenRecord) -> tuple[list[TokenRecord], bool]:
         """The tokens that are final now, and whether a stop string was completed."""
         if not self._matches:
             return [token], False
@@ -113,7 +99,7 @@ class StopStrings:
         released, self._withheld = self._withheld[:final], self._withheld[final:]
         return released, False
 
-    def release(self) -> list[Token]:
+    def release(self) -> list[TokenRecord]:
         """What is withheld, when no more will come."""
         released, self._withheld = self._withheld, []
         return released
@@ -154,9 +140,9 @@ class Match:
         return length + 1 if self._stop[length] == character else 0
 
 
-def _cut(token: Token, end: int) -> Token:
+def _cut(token: TokenRecord, end: int) -> TokenRecord:
     """The token without the text at and beyond character `end` of its sample."""
-    return dataclasses.replace(
+    return replace(
         token,
         text=token.text[: max(0, end - token.text_offset)],
         text_offset=min(token.text_offset, end),
@@ -172,7 +158,7 @@ def _is_utf8_so_far(data: bytes) -> bool:
     return True
 
 
-_UTF8 = {
+_UTF8: dict[tuple[bool, bool], Utf8] = {
     (False, False): "ok",
     (False, True): "open",
     (True, True): "continue",

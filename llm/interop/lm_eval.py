@@ -49,8 +49,7 @@ from tqdm import tqdm
 from llm.config import validate
 from llm.errors import DataError, UsageError
 from llm.inference.decode import Decoder, Request, encode_prompt
-from llm.inference.distribution import Prediction
-from llm.inference.filters import Sampling
+from llm.inference.records import Sampling, TokenRecord
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, Params
 from llm.text.tokenizer import Tokenizer
@@ -184,7 +183,7 @@ class HarnessModel(TemplateLM):
         self.seed = DEFAULT_OTHER_SEED if seed is None else seed
         self._spec, self._params, self._tokenizer = spec, params, tokenizer
         self._batch_size = batch_size
-        self._scorer = Scorer(spec, params)
+        self._scorer = Scorer(spec, params, tokenizer)
 
     @cached_property
     def eot_token_id(self) -> int:  # type: ignore[override]
@@ -233,9 +232,9 @@ class HarnessModel(TemplateLM):
         order = sorted(range(len(jobs)), key=lambda index: -len(jobs[index].prompt))
         bar = tqdm(order, desc="Generating", disable=disable_tqdm or None)
         for rows in chunks(bar, self._batch_size or GENERATION_BATCH):
-            for progress in self._decoder.generate([jobs[index] for index in rows]):
-                written = [token.text for token in progress.tokens if token.phase == "generated"]
-                texts[rows[progress.row]] += "".join(written)
+            for new in self._decoder.generate([jobs[index] for index in rows]):
+                written = [token.text for token in new.tokens if token.phase == "generated"]
+                texts[rows[new.row]] += "".join(written)
             for index in rows:
                 self.cache_hook.add_partial("generate_until", requests[index].args, texts[index])
         return texts
@@ -264,15 +263,15 @@ class HarnessModel(TemplateLM):
     ) -> list[tuple[float, bool]]:
         answers = []
         bar = tqdm(requests, desc="Scoring", disable=disable_tqdm or None)
-        for (request, *_), predictions in zip(bar, self._score(requests), strict=True):
-            total = math.fsum(prediction.logprob for prediction in predictions)
-            answers.append((total, all(prediction.rank == 1 for prediction in predictions)))
+        for (request, *_), tokens in zip(bar, self._score(requests), strict=True):
+            total = math.fsum(token.logprob for token in tokens if token.logprob is not None)
+            answers.append((total, all(token.rank == 1 for token in tokens)))
             if request is not None:  # windows of a text are not requests
                 self.cache_hook.add_partial("loglikelihood", request, answers[-1])
         return answers
 
-    def _score(self, requests: Sequence[Encoded]) -> Iterator[list[Prediction]]:
-        """The predictions of each continuation.
+    def _score(self, requests: Sequence[Encoded]) -> Iterator[list[TokenRecord]]:
+        """The records of each continuation.
 
         A text that is too long for the context is cut from the left. A continuation that is too
         long by itself is kept whole, with one token before it: the Scorer reads it through windows.
@@ -283,8 +282,8 @@ class HarnessModel(TemplateLM):
         )
         sizes = iter([len(after) for _, _, after in requests])
         for part in chunks(texts, self._batch_size):  # 0: all of them
-            for predictions in self._scorer.score(part):
-                scored = [prediction for prediction in predictions if prediction is not None]
+            for tokens in self._scorer.score(part):
+                scored = [token for token in tokens if token.logprob is not None]
                 size = next(sizes)
                 assert size <= len(scored), "the context has at least one token"
                 yield scored[len(scored) - size :]

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from llm.inference.decode import Decoder, Request, round_up
-from llm.inference.filters import Sampling
+from llm.inference.records import Sampling
 from llm.measure.machine import time_turns
 from llm.model.gpt import KVCache
 from llm.training.loop import Job

@@ -16,8 +16,7 @@ What it is not: the server (llm/serving/server.py), or a client of other servers
 """
 
 from llm.config import SamplingConfig
-from llm.inference.records import Record
-from llm.inference.samples import DEFAULT_TOP
+from llm.inference.records import DEFAULT_TOP, Record
 from llm.pages.document import document
 
 MOST_TOP = 100

@@ -2,7 +2,7 @@ r"""OpenAI's completions: what a request may say, and how an answer looks.
 
     request = parse(body, limits)                 a CompletionRequest, or an APIError
     prompts = prompt_ids(request, tokenizer, T)   token ids
-    answer = Answer(request, prompts, served)     Progress in, events or one completion out
+    answer = Answer(request, prompts, served)     NewTokens in, events or one completion out
 
     openai_completion(records, model, created)    the records of a file as one completion
 
@@ -37,14 +37,23 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NoReturn
 
 import pydantic
+from msgspec.structs import replace
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from llm.config import Section, expected, nearest
-from llm.inference.decode import Progress, Request, TokenIds, encode_prompt
-from llm.inference.filters import Sampling
-from llm.inference.records import Record, RecordBuilder
-from llm.inference.samples import DEFAULT_TOP
-from llm.inference.transcript import Token
+from llm.inference.decode import NewTokens, Request, TokenIds, encode_prompt
+from llm.inference.records import (
+    DEFAULT_TOP,
+    Alternative,
+    AnyRecord,
+    EndRecord,
+    Numerics,
+    Record,
+    RunRecord,
+    Sampling,
+    TokenRecord,
+    as_json,
+)
 from llm.serving.limits import Limits
 from llm.text.tokenizer import Tokenizer
 
@@ -98,9 +107,9 @@ class Served:
     """
 
     name: str
-    builder: RecordBuilder
+    tokenizer: Tokenizer
     checkpoint: dict[str, Any]
-    numerics: dict[str, Any]
+    numerics: Numerics
     created: int
     page: str
 
@@ -275,19 +284,21 @@ class Answer:
                 max_new_tokens=request.max_tokens,
                 stop=request.stop,
                 top=request.top,
+                sample=number * request.n + index,
             )
-            for ids in prompts
+            for number, ids in enumerate(prompts)
             for index in range(request.n)
         ]
-        self._builder = served.builder
-        self._tokens: list[list[Token]] = [[] for _ in self.requests]
+        self._tokens: list[list[TokenRecord]] = [[] for _ in self.requests]
         self._finish: list[str | None] = [None] * len(self.requests)
         self._prompt_tokens = sum(map(len, prompts))
         self._run: list[Record] = []  # until it is sent
         if request.records is not None:
             drawn = sampling if request.max_tokens else None
-            run = self._builder.run(served.checkpoint, drawn, served.numerics, request.records)
-            self._run.append(run)
+            run = RunRecord.of(
+                served.checkpoint, served.tokenizer, drawn, served.numerics, request.records
+            )
+            self._run.append(as_json(run))
         self._shows_usage = bool(request.stream_options and request.stream_options.include_usage)
         self._head = _head(secrets.token_hex(12), int(time.time()), served.name)
 
@@ -295,18 +306,18 @@ class Answer:
     def finished(self) -> bool:
         return None not in self._finish
 
-    def add(self, index: int, progress: Progress) -> list[Token]:
+    def add(self, index: int, new: NewTokens) -> list[TokenRecord]:
         """Add what a choice got, and return the tokens that the client sees."""
-        tokens = [t for t in progress.tokens if self.request.echo or t.phase == "generated"]
+        tokens = [t for t in new.tokens if self.request.echo or t.phase == "generated"]
         self._tokens[index] += tokens
-        self._finish[index] = progress.finish
+        self._finish[index] = new.finish
         return tokens
 
-    def event(self, index: int, progress: Progress) -> dict[str, Any] | None:
+    def event(self, index: int, new: NewTokens) -> dict[str, Any] | None:
         """The event of a stream for what a choice got; None if it would say nothing."""
-        tokens = self.add(index, progress)
-        choice, records = self._part(index, tokens, progress.finish)
-        if not (choice["text"] or progress.finish or (tokens and self.request.top is not None)):
+        tokens = self.add(index, new)
+        choice, records = self._part(index, tokens, new.finish)
+        if not (choice["text"] or new.finish or (tokens and self.request.top is not None)):
             return None
         return self._said([choice], records) | ({"usage": None} if self._shows_usage else {})
 
@@ -328,20 +339,19 @@ class Answer:
         return self._head | {"choices": choices, "records": [*run, *records]}
 
     def _part(
-        self, index: int, tokens: Sequence[Token], finish: str | None
+        self, index: int, tokens: Sequence[TokenRecord], finish: str | None
     ) -> tuple[dict[str, Any], list[Record]]:
         """These tokens of a choice in OpenAI's shape, and their records."""
         request = self.request
-        shown = [] if request.top is None else [self._builder.token(index, t) for t in tokens]
         text = "".join(token.text for token in tokens)
-        logprobs = None if request.logprobs is None else _logprobs(shown, request.logprobs)
+        logprobs = None if request.logprobs is None else _logprobs(tokens, request.logprobs)
         choice = _choice(index, text, logprobs, finish)
         if request.records is None:
             return choice, []
-        records = [record | {"top": record["top"][: request.records]} for record in shown]
+        records = [as_json(replace(t, top=t.top[: request.records])) for t in tokens]
         if finish is not None:
             counted = "generated" if request.max_tokens else "prompt"
-            records.append(self._builder.end(index, self._tokens[index], finish, counted))
+            records.append(as_json(EndRecord.of(index, self._tokens[index], finish, counted)))
         return choice, records
 
     def _usage(self) -> dict[str, int]:
@@ -349,23 +359,23 @@ class Answer:
         return _usage(self._prompt_tokens, drawn)
 
 
-def openai_completion(records: Sequence[Record], model: str, created: int) -> dict[str, Any]:
+def openai_completion(records: Sequence[AnyRecord], model: str, created: int) -> dict[str, Any]:
     """The records of one run as one completion: a choice for each sample, its prompt echoed.
 
     Args:
       model: its name.
       created: seconds since 1970.
     """
-    tokens: dict[int, list[Record]] = defaultdict(list)
+    tokens: dict[int, list[TokenRecord]] = defaultdict(list)
     for record in records:
-        if record["type"] == "token":
-            tokens[record["sample"]].append(record)
+        if isinstance(record, TokenRecord):
+            tokens[record.sample].append(record)
     choices = [
-        _choice(end["sample"], end["text"], _logprobs(tokens[end["sample"]]), end["finish"])
+        _choice(end.sample, end.text, _logprobs(tokens[end.sample]), end.finish)
         for end in records
-        if end["type"] == "end"
+        if isinstance(end, EndRecord)
     ]
-    phases = Counter(record["phase"] for sample in tokens.values() for record in sample)
+    phases = Counter(token.phase for sample in tokens.values() for token in sample)
     usage = _usage(phases["prompt"], phases["generated"])
     return _head(str(created), created, model) | {"choices": choices, "usage": usage}
 
@@ -379,7 +389,7 @@ def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[st
     return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _logprobs(tokens: Sequence[Record], count: int | None = None) -> dict[str, list[Any]]:
+def _logprobs(tokens: Sequence[TokenRecord], count: int | None = None) -> dict[str, list[Any]]:
     """The `logprobs` of a choice that has these tokens.
 
     Args:
@@ -387,9 +397,9 @@ def _logprobs(tokens: Sequence[Record], count: int | None = None) -> dict[str, l
     """
     return {
         "tokens": [_spelling(token) for token in tokens],
-        "token_logprobs": [token["logprob"] for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [_alternatives(token, count) for token in tokens],
-        "text_offset": [token["text_offset"] for token in tokens],
+        "text_offset": [token.text_offset for token in tokens],
     }
 
 
@@ -398,21 +408,21 @@ def _usage(prompt: int, drawn: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": total}
 
 
-def _alternatives(token: Record, count: int | None) -> dict[str, float] | None:
+def _alternatives(token: TokenRecord, count: int | None) -> dict[str, float] | None:
     """The likeliest tokens and, as OpenAI has it, the token itself if it is not among them."""
-    if token["logprob"] is None:
+    if token.logprob is None:
         return None
-    listed = {_spelling(entry): entry["logprob"] for entry in token["top"][:count]}
-    return listed | {_spelling(token): token["logprob"]}
+    listed = {_spelling(entry): entry.logprob for entry in token.top[:count]}
+    return listed | {_spelling(token): token.logprob}
 
 
-def _spelling(entry: Record) -> str:
-    """The key of a token record, or of an entry of its `top`."""
+def _spelling(entry: TokenRecord | Alternative) -> str:
+    """The key of a token."""
     try:
-        bytes(entry["bytes"]).decode()
+        entry.bytes.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry["bytes"])
-    return entry["token"]
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in entry.byte_values)
+    return entry.token
 
 
 def _read_json(body: bytes) -> dict[str, Any]:

@@ -18,7 +18,7 @@ The other rows of the batch change what a row gets by rounding error at most. A 
 (NaN logits, a bug in its bookkeeping, a `deliver` that raises) ends that row. A failure of the
 device ends the rows that it held, and the engine goes on.
 
-What it is not: HTTP. It takes token ids and gives Tokens. Other threads learn only what `deliver`
+What it is not: HTTP. It takes token ids and gives records. Other threads learn only what `deliver`
 is called with.
 
     B rows of the batch  S cache capacity  T prompt position
@@ -44,8 +44,8 @@ from llm.inference.decode import (
     PIECE,
     Batch,
     Decoder,
+    NewTokens,
     Prefill,
-    Progress,
     Request,
     Row,
     exhaust,
@@ -57,8 +57,8 @@ from llm.inference.distribution import Described
 from llm.inference.programs import CHUNK, DecodeState, Drawn, empty, place_rows
 from llm.serving.limits import Limits
 
-# Every batch describes its tokens with at least this many rivals, even if nobody asks for them, so
-# that one program serves all: to compile a second one would interrupt a stream for seconds.
+# Every batch describes its tokens with at least this many alternatives, asked for or not, so that
+# one program serves all: to compile a second one would interrupt a stream for seconds.
 LEAST_TOP = 16
 # Prompts computed together, if that many similar ones wait; else one alone. No other numbers, so
 # that nothing is padded and few programs are compiled: a CPU gains nothing from a larger group.
@@ -67,7 +67,7 @@ GROUP = 4
 LEAST_CAPACITY = 256
 LEAST_PREFILL = 256
 
-Delivery = Progress | Exception
+Delivery = NewTokens | Exception
 
 
 class QueueFullError(LLMError):
@@ -83,9 +83,9 @@ class Ticket:
     """One request, and where its tokens go.
 
     Attributes:
-      deliver: called in the engine's thread with each Progress (its `row` means nothing), or once
+      deliver: called in the engine's thread with each NewTokens (its `row` means nothing), or once
         with an exception, after which nothing follows; it must be quick.
-      describe_prompt: whether the prompt's tokens have predictions too, if request.top asks.
+      describe_prompt: whether the prompt's tokens have numbers too, if request.top asks.
       row: from `submit` on.
     """
 
@@ -101,7 +101,7 @@ class Ticket:
 
     @property
     def describes(self) -> bool:
-        """Whether its prompt's tokens have predictions."""
+        """Whether its prompt's tokens have numbers."""
         return self.describe_prompt and self.request.top is not None
 
     @property
@@ -110,13 +110,13 @@ class Ticket:
         length = len(self.request.prompt)
         return _piece(length), -(-length // _piece(length)), self.describes
 
-    def give(self, make: Callable[[], Progress | None]) -> None:
+    def give(self, make: Callable[[], NewTokens | None]) -> None:
         """Deliver what `make` returns, unless it is None. A failure ends this ticket alone."""
         try:
-            progress = make()
-            if progress is not None:
-                self.ended = self.ended or progress.finish is not None
-                self.deliver(progress)
+            new = make()
+            if new is not None:
+                self.ended = self.ended or new.finish is not None
+                self.deliver(new)
         except Exception as error:
             self.fail(error)
 
@@ -175,7 +175,7 @@ class Engine:
         """
         for ticket in tickets:
             self.decoder.check(ticket.request)
-            ticket.row = Row(ticket.request, self.decoder.tokenizer, self.decoder.spec)
+            ticket.row = Row(ticket.request, self.decoder)
         with self._changed:
             if self._stopping:
                 raise ClosedError("the server is shutting down")
@@ -409,9 +409,9 @@ class Pace:
 _NOTHING = Request([0], max_new_tokens=0)
 
 
-def _first(row: Row, described: Described | None) -> Progress:
+def _first(row: Row, described: Described | None) -> NewTokens:
     """The prompt's tokens."""
-    return Progress(0, row.begin(described), row.finish)
+    return NewTokens(0, row.begin(described), row.finish)
 
 
 def _piece(length: int) -> int:

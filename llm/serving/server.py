@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llm.errors import LLMError, UsageError
-from llm.inference.decode import Progress
+from llm.inference.decode import NewTokens
 from llm.serving.completions import Answer, APIError, Served, parse, prompt_ids
 from llm.serving.engine import ClosedError, Delivery, Engine, QueueFullError, Ticket
 
@@ -220,7 +220,7 @@ class Exchange:
             yield _event(as_api_error(error).body())
         yield b"data: [DONE]\n\n"
 
-    async def _next(self) -> tuple[int, Progress]:
+    async def _next(self) -> tuple[int, NewTokens]:
         """The next tokens of a choice.
 
         Raises:
