@@ -83,6 +83,7 @@ def our_step(recipe):
 
     from llm.config import load_config
     from llm.run.setup import make_setup
+    from llm.text.batches import Batch
     from llm.training.optimizer import make_optimizer
     from llm.training.state import create_state
     from llm.training.step import make_train_step
@@ -107,7 +108,7 @@ def our_step(recipe):
 
     def step():
         nonlocal state
-        state, metrics = train_step(state, tokens)
+        state, metrics = train_step(state, Batch(tokens))
         float(metrics["loss"])
 
     return f"jax-{jax.__version__}", step

@@ -72,7 +72,7 @@ def test_each_token_is_a_target_at_most_once_an_epoch(sizes, seed, epoch):
     )
     assert batches.windows_per_epoch == windows and batches.steps_per_epoch == 1
     counts = [0] * tokens
-    for row in batches[epoch].tolist():
+    for row in batches[epoch].tokens.tolist():
         for target in row[1:]:
             counts[target] += 1
     assert max(counts) == 1
@@ -83,7 +83,7 @@ def test_each_token_is_a_target_at_most_once_an_epoch(sizes, seed, epoch):
 
 def test_what_one_epoch_leaves_out_another_predicts():
     batches = TrainingBatches(Counting(100), context_length=70, batch_size=1, seed=0)
-    seen = Counter(t for epoch in range(200) for t in batches[epoch][0, 1:].tolist())
+    seen = Counter(t for epoch in range(200) for t in batches[epoch].tokens[0, 1:].tolist())
     assert len(seen) == 100
     # Binomial(200, 0.7): 140 +- 6.5 for each token, the first and the last like any other.
     assert all(abs(count - 140) < 5 * 6.5 for count in seen.values())
@@ -93,15 +93,17 @@ def test_batches_run_on_across_epochs():
     """Batch size 4 over epochs of 7 windows: the windows come as those of batch size 1."""
     one = TrainingBatches(Counting(75), context_length=10, batch_size=1, seed=3)
     four = TrainingBatches(Counting(75), context_length=10, batch_size=4, seed=3)
-    singles = np.concatenate([one[step] for step in range(40)])
-    assert np.array_equal(np.concatenate([four[step] for step in range(10)]), singles)
+    singles = np.concatenate([one[step].tokens for step in range(40)])
+    assert np.array_equal(np.concatenate([four[step].tokens for step in range(10)]), singles)
     assert four.steps_per_epoch == 7 / 4
 
 
 def test_a_batch_may_be_larger_than_an_epoch():
     batches = TrainingBatches(Counting(35), context_length=10, batch_size=8, seed=3)
     one = TrainingBatches(Counting(35), context_length=10, batch_size=1, seed=3)
-    assert np.array_equal(batches[1], np.concatenate([one[step] for step in range(8, 16)]))
+    assert np.array_equal(
+        batches[1].tokens, np.concatenate([one[step].tokens for step in range(8, 16)])
+    )
 
 
 def test_windows_are_the_text_of_the_split_taken_as_a_ring(split):
@@ -112,14 +114,15 @@ def test_windows_are_the_text_of_the_split_taken_as_a_ring(split):
         assert starts.dtype == np.int64 and starts.shape == (5,)
         assert starts.min() >= 0 and starts.max() < len(split)
         expected = [ring[start : start + 91] for start in starts.tolist()]
-        assert np.array_equal(batches[step], expected)
+        assert np.array_equal(batches[step].tokens, expected)
 
 
 def test_batches_are_contiguous_int32(split):
     batches = TrainingBatches(split, context_length=7, batch_size=5, seed=1)
     for batch in (batches[0], next(batches.iterate(0))):
-        assert batch.dtype == np.int32 and batch.shape == (5, 8)
-        assert batch.flags.c_contiguous
+        assert batch.tokens.dtype == np.int32 and batch.tokens.shape == (5, 8)
+        assert batch.tokens.flags.c_contiguous
+        assert batch.weights is None and batch.segments is None
 
 
 # A pure function of (seed, step)
@@ -130,7 +133,7 @@ def test_batch_n_is_the_same_in_any_order_and_by_any_object(split):
     forward = [first[step] for step in range(30)]
     second = TrainingBatches(split, context_length=30, batch_size=4, seed=9)
     for step in reversed(range(30)):
-        assert np.array_equal(second[step], forward[step])
+        assert np.array_equal(second[step].tokens, forward[step].tokens)
 
 
 def test_the_order_is_the_one_that_it_always_was():
@@ -200,12 +203,12 @@ def test_the_slices_of_n_hosts_are_the_global_batch(split, hosts):
     sizes = {"context_length": 20, "batch_size": 15, "seed": 5}
     local = [TrainingBatches(split, **sizes, rows=own) for own in slices]
     for step in (0, 1, 17):
-        assert np.array_equal(np.concatenate([b[step] for b in local]), whole[step])
+        assert np.array_equal(np.concatenate([b[step].tokens for b in local]), whole[step].tokens)
         for batches in local:
             assert np.array_equal(batches.window_starts(step), whole.window_starts(step))
     together = zip(*(batches.iterate(3) for batches in local), strict=True)
     for step, parts in zip(range(3, 8), together, strict=False):
-        assert np.array_equal(np.concatenate(parts), whole[step])
+        assert np.array_equal(np.concatenate([part.tokens for part in parts]), whole[step].tokens)
 
 
 # Reading ahead
@@ -221,7 +224,7 @@ def test_the_iterator_gives_the_same_batches_from_any_step(
     for step, batch in zip(
         range(from_step, from_step + 150), batches.iterate(from_step), strict=False
     ):
-        assert np.array_equal(batch, batches[step])
+        assert np.array_equal(batch.tokens, batches[step].tokens)
 
 
 def test_reading_ahead_is_bounded(split):
@@ -298,7 +301,7 @@ def test_an_error_of_the_reader_follows_the_batches_that_were_read_before_it(spl
     iterator = batches.iterate(0)
     taken = [next(iterator) for _ in range(1 + 64)]  # the first batch, then one block
     whole = TrainingBatches(split, context_length=16, batch_size=3, seed=2)
-    assert all(np.array_equal(batch, whole[step]) for step, batch in enumerate(taken))
+    assert all(np.array_equal(b.tokens, whole[step].tokens) for step, b in enumerate(taken))
     with pytest.raises(OSError, match="the disk is gone"):
         next(iterator)
 
@@ -376,7 +379,7 @@ def test_evaluation_predicts_every_token_but_the_first_once_in_order(tokens, con
     batches = list(
         evaluation_batches(Counting(tokens), context_length=context, batch_size=batch_size)
     )
-    for tokens_BT, mask_BT in batches:
+    for tokens_BT, mask_BT, _ in batches:
         assert tokens_BT.shape == (batch_size, context + 1) and tokens_BT.dtype == np.int32
         assert mask_BT.shape == (batch_size, context) and mask_BT.dtype == np.float32
         assert set(np.unique(mask_BT)) <= {0.0, 1.0}
@@ -397,13 +400,13 @@ def test_hosts_evaluate_the_same_global_batches(split):
         list(evaluation_batches(split, **sizes, rows=rows)) for rows in (slice(0, 2), slice(2, 4))
     ]
     assert len(whole) == len(halves[0]) == len(halves[1])
-    for (tokens_BT, mask_BT), *parts in zip(whole, *halves, strict=True):
-        assert np.array_equal(tokens_BT, np.concatenate([tokens for tokens, _ in parts]))
-        assert np.array_equal(mask_BT, np.concatenate([mask for _, mask in parts]))
+    for (tokens_BT, mask_BT, _), *parts in zip(whole, *halves, strict=True):
+        assert np.array_equal(tokens_BT, np.concatenate([part.tokens for part in parts]))
+        assert np.array_equal(mask_BT, np.concatenate([part.weights for part in parts]))
 
 
 def test_evaluation_reads_the_split(split):
     text = split.read(0, len(split))
     batches = evaluation_batches(split, context_length=33, batch_size=4)
-    found = np.concatenate([t[:, 1:][m.astype(bool)] for t, m in batches])
+    found = np.concatenate([t[:, 1:][m.astype(bool)] for t, m, _ in batches])
     assert np.array_equal(found, text[1:])

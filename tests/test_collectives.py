@@ -15,6 +15,7 @@ from llm.config import MeshConfig, ModelConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, abstract_params, bind, logical_axes
 from llm.model.sharding import make_mesh, sharding_of, tree_shardings
 from llm.planning.collectives import Collective, read_collectives
+from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
@@ -38,7 +39,7 @@ def collectives_on(spec=SPEC, batch=BATCH, devices=None, training=(), **axes):
     mesh = make_mesh(MeshConfig(**axes), devices)
     config = TrainingConfig(batch_size=batch, steps=10, **{**SCANNED, **dict(training)})
     state = abstract_state(spec, make_optimizer(OPTIMIZER), mesh, stacked=True)
-    windows = jax.ShapeDtypeStruct((batch, spec.config.context_length + 1), jnp.int32)
+    windows = Batch(jax.ShapeDtypeStruct((batch, spec.config.context_length + 1), jnp.int32))
     lowered = make_train_step(spec, OPTIMIZER, config, mesh).lower(state, windows)
     return read_collectives(lowered.compile().as_text())
 

@@ -22,6 +22,7 @@ from llm.model.flops import active_parameter_count, flops_per_token, parameter_c
 from llm.model.gpt import KVCache, ModelSpec, abstract_params, bind, initialise, logical_axes
 from llm.model.grouped import block_rows, lay_out
 from llm.model.sharding import check_divisible, make_mesh, sharding_of, tree_shardings
+from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer, partition_labels
 from llm.training.step import BATCH_AXES, accumulate_gradients
 
@@ -314,7 +315,7 @@ def compiled_on(axes, training):
     shardings = tree_shardings(mesh, logical_axes(LEARNT, stacked=config.scan_layers))
 
     def program(weights, tokens_BT):
-        return accumulate_gradients(LEARNT, config, weights, tokens_BT, None)
+        return accumulate_gradients(LEARNT, config, weights, Batch(tokens_BT), None)
 
     jitted = jax.jit(
         program,

@@ -428,7 +428,7 @@ def test_rows_by_number_are_those_of_the_whole_batch(one):
         return TrainingBatches(Tokens(), context_length=8, batch_size=6, seed=1, rows=rows)
 
     rows = np.array([1, 4, 5])
-    np.testing.assert_array_equal(batches(rows)[3], batches(None)[3][rows])
+    np.testing.assert_array_equal(batches(rows)[3].tokens, batches(None)[3].tokens[rows])
 
 
 @pytest.mark.thorough

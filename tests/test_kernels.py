@@ -27,6 +27,7 @@ from llm.model.kernels import (
     splash_attention,
 )
 from llm.model.sharding import make_mesh
+from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
@@ -143,7 +144,8 @@ def test_the_forward_kernel_runs_again_only_where_a_block_keeps_its_input_alone(
     state = abstract_state(spec, make_optimizer(optimizer), mesh, stacked=True)
     step = make_train_step(spec, optimizer, training, mesh)
     with jax.set_mesh(mesh):
-        traced = step.jitted.trace(state, jax.ShapeDtypeStruct((4, LANES + 1), jnp.int32))
+        windows = Batch(jax.ShapeDtypeStruct((4, LANES + 1), jnp.int32))
+        traced = step.jitted.trace(state, windows)
         text = traced.lower(lowering_platforms=("tpu",)).as_text()
     called = re.findall(r'kernel_name = "splash_mha_(fwd|dq|dkv)', text)
     assert sorted(called) == ["dkv", "dq"] + ["fwd"] * forward

@@ -14,6 +14,7 @@ import pytest
 from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec
 from llm.model.sharding import make_mesh, shard_batch
+from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import create_state
 from llm.training.step import BATCH_AXES, make_train_step
@@ -47,7 +48,7 @@ def losses_on(axes, training, spec=SPEC, steps=STEPS):
     losses = []
     for _ in range(steps):
         rows = pool[random.permutation(len(pool))[:BATCH]]
-        state, metrics = step(state, shard_batch(mesh, rows, BATCH_AXES))
+        state, metrics = step(state, shard_batch(mesh, Batch(rows), BATCH_AXES))
         losses.append(float(metrics["loss"]))
     return np.array(losses)
 

@@ -30,6 +30,7 @@ from llm.planning.hlo import computations, cycles, runs
 from llm.planning.plan import available_memory, plan_step, program_text, refused_memory
 from llm.planning.roofline import link_seconds
 from llm.planning.search import find_candidates, meshes, search
+from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
@@ -103,7 +104,7 @@ def test_executed_flops_are_those_of_the_compiled_program(remat):
     spec, mesh = ModelSpec(config.model, 257), make_mesh(config.mesh, jax.devices()[:1])
     state = abstract_state(spec, make_optimizer(config.optimizer), mesh, stacked=True)
     step = make_train_step(spec, config.optimizer, config.training, mesh)
-    lowered = step.lower(state, jax.ShapeDtypeStruct((B, T + 1), "int32"))
+    lowered = step.lower(state, Batch(jax.ShapeDtypeStruct((B, T + 1), "int32")))
     one = Arithmetic(spec, config.optimizer, config.training, dict.fromkeys(MESH_AXES, 1))
     counted = matrix_products(lowered.compile().as_text())
     assert one.tokens * one.flops_per_token() == counted

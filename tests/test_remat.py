@@ -11,6 +11,7 @@ from llm.config import ModelConfig, TrainingConfig
 from llm.errors import UsageError
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.remat import check_remat
+from llm.text.batches import Batch
 from llm.training.step import accumulate_gradients
 
 LAYERS, BATCH, LENGTH = 6, 8, 32
@@ -25,7 +26,7 @@ def program_of(remat, scan):
     tokens = np.random.default_rng(0).integers(0, 70, (BATCH, LENGTH + 1), dtype=np.int32)
 
     def program(params, tokens):
-        return accumulate_gradients(spec, training, params, tokens, None)
+        return accumulate_gradients(spec, training, params, Batch(tokens), None)
 
     return program, (params, tokens)
 

@@ -16,6 +16,7 @@ from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.sharding import make_mesh, shard_batch
 from llm.model.stack import is_stacked, stack_layers, unstack_layers
+from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state, create_state, from_groups, to_groups
 from llm.training.step import BATCH_AXES, make_train_step
@@ -98,7 +99,7 @@ def train_steps(*, scan):
     step = make_train_step(spec, OPTIMIZER, config, mesh_of())
     rows = []
     for number in range(3):
-        state, metrics = step(state, shard_batch(mesh_of(), tokens(number), BATCH_AXES))
+        state, metrics = step(state, shard_batch(mesh_of(), Batch(tokens(number)), BATCH_AXES))
         rows.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return state, np.array(rows)
 
@@ -115,7 +116,7 @@ def lowered(n_layer, kind="adamw", *, scan):
     spec, optimizer = spec_of(n_layer, dropout=0.1), OptimizerConfig(kind=kind)
     config = TrainingConfig(batch_size=BATCH, scan_layers=scan)
     state = abstract_state(spec, make_optimizer(optimizer), mesh_of(), stacked=scan)
-    windows = jax.ShapeDtypeStruct((BATCH, 17), jnp.int32)
+    windows = Batch(jax.ShapeDtypeStruct((BATCH, 17), jnp.int32))
     return make_train_step(spec, optimizer, config, mesh_of()).lower(state, windows)
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, bind
 from llm.model.sharding import make_mesh, shard_batch
+from llm.text.batches import Batch
 from llm.training.evaluate import evaluate, make_evaluation_step
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state, create_state, from_groups, to_groups
@@ -56,7 +57,7 @@ def train(mesh=None, spec=SPEC, optimizer=OPTIMIZER, batches=None, **training):
     state = fresh_state(spec, optimizer, mesh)
     rows = []
     for batch in batches if batches is not None else [tokens(n) for n in range(3)]:
-        state, metrics = step(state, shard_batch(mesh, batch, BATCH_AXES))
+        state, metrics = step(state, shard_batch(mesh, Batch(batch), BATCH_AXES))
         rows.append(jax.device_get(metrics))
     return state, rows
 
@@ -141,7 +142,7 @@ def test_dropout_depends_on_the_step_and_on_nothing_drawn_before():
     def loss_at(number):
         state = fresh_state(DROPOUT_SPEC)
         state = dataclasses.replace(state, step=state.step + number)
-        batch = shard_batch(one_device(), tokens(0), BATCH_AXES)
+        batch = shard_batch(one_device(), Batch(tokens(0)), BATCH_AXES)
         return float(step(state, batch)[1]["loss"])
 
     assert len({loss_at(number) for number in (0, 1, 2, 1)}) == 3
@@ -153,7 +154,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step():
     params["final_norm.scale"] = params["final_norm.scale"].at[0].set(jnp.nan)
     before = jax.device_get(to_groups(dataclasses.replace(state, weights=params)))
     step = compiled_step(SPEC, OPTIMIZER, TrainingConfig(steps=10, batch_size=BATCH), one_device())
-    batch = shard_batch(one_device(), tokens(0), BATCH_AXES)
+    batch = shard_batch(one_device(), Batch(tokens(0)), BATCH_AXES)
     after, metrics = step(dataclasses.replace(state, weights=params), batch)
     assert not metrics["finite"]
     after = jax.device_get(to_groups(after))
@@ -172,7 +173,7 @@ def test_a_finite_gradient_that_carries_a_weight_out_of_range_is_masked():
     }
     before = jax.device_get(params)
     step = compiled_step(SPEC, optimizer, TrainingConfig(steps=10, batch_size=BATCH), one_device())
-    batch = shard_batch(one_device(), tokens(0), BATCH_AXES)
+    batch = shard_batch(one_device(), Batch(tokens(0)), BATCH_AXES)
     after, metrics = step(dataclasses.replace(state, weights=params), batch)
     assert np.isfinite(metrics["loss"])
     assert np.isfinite(metrics["grad_norm"])
@@ -204,6 +205,31 @@ def test_abstract_groups_describe_the_groups():
     )
 
 
+def weighted():
+    """A batch of the same tokens twice in a window, apart, with weights."""
+    text = tokens(0)[:, :8]
+    rows = np.concatenate([text, text, text[:, :1]], axis=1)
+    weights = np.random.default_rng(1).uniform(0, 2, (BATCH, 16)).astype(np.float32)
+    weights[:, 7] = 0.0  # the target of a document's last token is another one's first
+    weights[0] = 0.0
+    return Batch(rows, weights, np.repeat(np.arange(2), 8)[None].repeat(BATCH, 0).astype(np.int32))
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, BATCH // 4])
+def test_targets_count_by_their_weights_and_documents_see_themselves(micro_batch_size):
+    """Against float64 numpy, from each document's own pass."""
+    batch = weighted()
+    config = TrainingConfig(steps=10, batch_size=BATCH, micro_batch_size=micro_batch_size)
+    _, metrics = compiled_step(SPEC, OPTIMIZER, config, one_device())(fresh_state(), batch)
+    logits = forward(fresh_state().params, np.pad(batch.tokens[:, :8], ((0, 0), (0, 8))))[:, :8]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = -np.take_along_axis(log_p, batch.tokens[:, 1:9, None], -1)[..., 0]
+    expected = (np.tile(nll, 2) * batch.weights).sum() / batch.weights.sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-6)
+    evaluated = make_evaluation_step(SPEC, one_device())(fresh_state().params, batch)
+    assert float(evaluated) == pytest.approx(expected * batch.weights.sum(), rel=1e-6)
+
+
 @pytest.mark.thorough
 def test_training_on_one_batch_learns_it():
     _, rows = train(batches=[tokens(0)] * 30, steps=30)
@@ -218,10 +244,10 @@ def test_evaluation_weighs_tokens_not_batches():
     byte_lengths = np.arange(70) % 3
     masks = [np.ones((BATCH, 16), np.float32), np.zeros((BATCH, 16), np.float32)]
     masks[1][0, :3] = 1.0
-    batches = [(tokens(0), masks[0]), (tokens(1), masks[1])]
+    batches = [Batch(tokens(0), masks[0]), Batch(tokens(1), masks[1])]
     result = evaluate(make_evaluation_step(SPEC, mesh), params, batches, byte_lengths)
     nats, lengths = [], []
-    for rows, mask in batches:
+    for rows, mask, _ in batches:
         logits = forward(params, rows[:, :-1])
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         targets = rows[:, 1:]
@@ -248,11 +274,11 @@ def test_an_evaluation_is_one_batch_ahead_of_the_device():
         def __array__(self, *_, **__):
             return np.float32(1.0)
 
-    def step(_params, tokens_BT, _mask_BT):
-        events.append(f"sent {tokens_BT[0, 0]}")
-        return Loss(tokens_BT[0, 0])
+    def step(_params, batch):
+        events.append(f"sent {batch.tokens[0, 0]}")
+        return Loss(batch.tokens[0, 0])
 
-    batches = [(np.full((1, 3), n), np.ones((1, 2))) for n in range(4)]
+    batches = [Batch(np.full((1, 3), n), np.ones((1, 2))) for n in range(4)]
     assert evaluate(step, {}, batches, np.ones(4, np.int32)).tokens == 8
     assert events[:6] == ["sent 0", "sent 1", "waited for 0", "sent 2", "waited for 1", "sent 3"]
 
@@ -266,7 +292,7 @@ def test_a_loss_spike_is_skipped_and_does_not_enter_the_history():
     state = dataclasses.replace(state, loss_history=jnp.float32(usual))
     before = jax.device_get(to_groups(state))
     config = TrainingConfig(batch_size=BATCH, spike_zscore=6.0)
-    after, metrics = make_train_step(SPEC, OPTIMIZER, config, mesh)(state, tokens(0))
+    after, metrics = make_train_step(SPEC, OPTIMIZER, config, mesh)(state, Batch(tokens(0)))
     assert metrics["spike"]
     after = jax.device_get(to_groups(after))
     assert before["training"].pop("step") + 1 == after["training"].pop("step")

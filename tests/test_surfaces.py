@@ -33,6 +33,7 @@ from llm.inference.records import read_records
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.sharding import make_mesh
 from llm.pages.paint import paint_stream
+from llm.text.batches import Batch
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer, tiktoken_tokenizer
 from llm.training.evaluate import make_evaluation_step
 
@@ -224,7 +225,7 @@ def test_minus_their_sum_is_the_loss_of_training(surfaces, scored):
     spec, params = surfaces.lm.spec, surfaces.lm.opened.params
     step = make_evaluation_step(spec, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     tokens_BT = surfaces.ids[None]
-    nats = float(step(params, tokens_BT, np.ones((1, tokens_BT.shape[1] - 1), np.float32)))
+    nats = float(step(params, Batch(tokens_BT, np.ones((1, tokens_BT.shape[1] - 1), np.float32))))
     [end] = [record for record in scored if record["type"] == "end"]
     assert -end["sum_logprob"] == pytest.approx(nats, rel=1e-6)
 

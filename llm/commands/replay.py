@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
             "documents": list(documents(corpus.train, int(start), len(ids))),
         }
         for row, (start, ids) in enumerate(
-            zip(batches.window_starts(index), batches[index], strict=True)
+            zip(batches.window_starts(index), batches[index].tokens, strict=True)
         )
     ]
     if chosen.as_json:

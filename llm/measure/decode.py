@@ -38,7 +38,7 @@ def measure_decoding(
     tokenizer = copy.copy(job.corpus.tokenizer)
     tokenizer.end_of_text = None  # random weights may draw it, and the row would end there
     decoder = Decoder.create(spec, state.params, tokenizer)
-    prompt = job.batches()[0][0, :1]
+    prompt = job.batches()[0].tokens[0, :1]
     tokens = min(tokens, spec.config.context_length - len(prompt))
 
     def seconds_for(length: int) -> float:

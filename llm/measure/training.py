@@ -123,7 +123,7 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
     nothing = jax.jit(lambda state, metrics: (state, metrics), donate_argnums=0)
     taken = 0
 
-    def instant_step(state, tokens_BT):
+    def instant_step(state, batch):
         nonlocal taken
         taken += 1
         stop.requested = taken >= steps
@@ -155,7 +155,7 @@ def measure_saves(job: Job, folder: Path, pairs: int, block: int = 12) -> dict[s
     checkpoints = Checkpoints(folder, keep=1)
     checkpoints.clean()
     train_step, state = make_step(job)
-    some = job.batches()[0][:2, :65]
+    some = job.batches()[0].tokens[:2, :65]
     batch = shard_batch(job.mesh, job.batches()[0], BATCH_AXES)
     held: list[float] = []
 

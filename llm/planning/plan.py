@@ -25,6 +25,7 @@ from llm.planning.hlo import cycles
 from llm.planning.roofline import link_seconds
 from llm.planning.targets import Target
 from llm.run.setup import make_setup
+from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
@@ -55,7 +56,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     windows = (training.batch_size, config.model.context_length + 1)
     started = time.monotonic()
     step = make_train_step(compiled_spec, config.optimizer, training, mesh)
-    lowered = step.lower(state, jax.ShapeDtypeStruct(windows, jnp.int32))
+    lowered = step.lower(state, Batch(jax.ShapeDtypeStruct(windows, jnp.int32)))
     text, limit = None, available_memory(target, memory_fraction)
     try:
         compiled = lowered.compile()

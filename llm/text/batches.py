@@ -18,6 +18,7 @@ import math
 import queue
 import threading
 from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,6 @@ import numpy.typing as npt
 from llm.config import Config
 from llm.text.shards import TokenizedCorpus
 from llm.text.splits import TokenSplit
-from llm.text.tokenizer import Ids
 
 _Words = npt.NDArray[np.uint64]
 
@@ -42,6 +42,21 @@ _ROUNDS = 8
 _BLOCK_BATCHES = 64
 _BLOCK_TOKENS = 2**16
 _BLOCKS_AHEAD = 3
+
+
+class Batch(NamedTuple):
+    """Windows of text, as the loader makes them and the loss and the evaluation read them.
+
+    Attributes:
+      tokens: int32 [B, T + 1]; each token but the first of a window is a target.
+      weights: float32 [B, T], how much each target counts; None: all the same.
+      segments: int32 [B, T], the document of each input if several are packed in a window, each in
+        one piece; None: each window is one text.
+    """
+
+    tokens: Any
+    weights: Any = None
+    segments: Any = None
 
 
 class TrainingBatches:
@@ -79,15 +94,15 @@ class TrainingBatches:
         """How many steps see each window once; rarely a whole number."""
         return self.windows_per_epoch / self._batch_size
 
-    def __getitem__(self, step: int) -> Ids:
-        """int32 [rows, T + 1]: this host's rows of batch `step`, counted from 0."""
-        return self._block(step, 1)[0]
+    def __getitem__(self, step: int) -> Batch:
+        """This host's rows of batch `step`, counted from 0."""
+        return Batch(self._block(step, 1)[0])
 
     def window_starts(self, step: int) -> npt.NDArray[np.int64]:
         """int64 [batch_size]: where each row of the global batch begins in the split."""
         return self._starts(step * self._batch_size + np.arange(self._batch_size))
 
-    def iterate(self, from_step: int = 0) -> Generator[Ids, None, None]:
+    def iterate(self, from_step: int = 0) -> Generator[Batch, None, None]:
         """Batch `from_step` and all that follow, read ahead by a thread.
 
         An error of the thread is raised here, after the batches that were read before it. Closing
@@ -113,7 +128,7 @@ class TrainingBatches:
         try:
             while not isinstance(block := blocks.get(), Exception):
                 room.release()
-                yield from block
+                yield from map(Batch, block)
             raise block
         finally:
             ended.set()
@@ -153,27 +168,26 @@ def training_batches(
 
 def evaluation_batches(
     split: TokenSplit, *, context_length: int, batch_size: int, rows: Rows | None = None
-) -> Iterator[tuple[Ids, npt.NDArray[np.float32]]]:
+) -> Iterator[Batch]:
     """Every token of a split but its first, predicted exactly once, in order.
 
     Args:
       rows: of each global batch, those that this host reads; None: all.
     Yields:
-      tokens int32 [rows, context_length + 1] and mask float32 [rows, context_length], which is 1
-      where the target counts. Every batch has this shape, padded with id 0. Over all batches and
-      hosts the masks sum to len(split) - 1.
+      Batches of one shape, padded with id 0. The weight of a target that counts is 1, of padding 0:
+      over all batches and hosts the weights sum to len(split) - 1.
     """
     targets = max(0, len(split) - 1)
     all_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
     for first in range(0, targets, batch_size * context_length):
         tokens_BT = np.zeros((len(all_rows), context_length + 1), np.int32)
-        mask_BT = np.zeros((len(all_rows), context_length), np.float32)
+        weights_BT = np.zeros((len(all_rows), context_length), np.float32)
         for row, start in enumerate((first + all_rows * context_length).tolist()):
             count = min(context_length, targets - start)
             if count > 0:
                 tokens_BT[row, : count + 1] = split.read(start, count + 1)
-                mask_BT[row, :count] = 1.0
-        yield tokens_BT, mask_BT
+                weights_BT[row, :count] = 1.0
+        yield Batch(tokens_BT, weights_BT)
 
 
 def _permuted(places: _Words, size: int, keys: _Words) -> _Words:

@@ -5,18 +5,18 @@ import math
 from collections.abc import Callable, Iterable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import next_token_loss
-from llm.model.sharding import constrain, shard_batch
+from llm.model.sharding import shard_batch
+from llm.text.batches import Batch
 from llm.text.splits import TokenSplit
-from llm.training.step import BATCH_AXES
+from llm.training.step import BATCH_AXES, split_batch
 
-# (tokens int32 [B, T + 1], mask float32 [B, T]) -> total nats of the unmasked targets
-EvaluationStep = Callable[[Params, np.ndarray, np.ndarray], jax.Array]
+# The total negative log-likelihood of a batch's targets, nats, each times its weight.
+EvaluationStep = Callable[[Params, Batch], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,23 +29,19 @@ class Evaluation:
 
 
 def make_evaluation_step(spec: ModelSpec, mesh: Mesh) -> EvaluationStep:
-    """Compiled: total negative log-likelihood (nats) of the targets where the mask is 1."""
+    """The compiled evaluation of a batch that has weights."""
 
-    def evaluation_step(params: Params, tokens_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
+    def evaluation_step(params: Params, batch: Batch) -> jax.Array:
         model = bind(spec, params)
-        hidden_BTD = model.hidden(constrain(tokens_BT[:, :-1], "batch", "sequence"))
-        weights_BT = mask_BT.astype(jnp.float32)
-        return next_token_loss(model, hidden_BTD, tokens_BT[:, 1:], weights_BT).nll
+        inputs_BT, targets_BT, segments_BT = split_batch(batch)
+        hidden_BTD = model.hidden(inputs_BT, segments_BT)
+        return next_token_loss(model, hidden_BTD, targets_BT, batch.weights).nll
 
     compiled = jax.jit(evaluation_step)
 
-    def run(params: Params, tokens_BT: np.ndarray, mask_BT: np.ndarray) -> jax.Array:
+    def run(params: Params, batch: Batch) -> jax.Array:
         with jax.set_mesh(mesh):
-            return compiled(
-                params,
-                shard_batch(mesh, tokens_BT, BATCH_AXES),
-                shard_batch(mesh, mask_BT, BATCH_AXES),
-            )
+            return compiled(params, shard_batch(mesh, batch, BATCH_AXES))
 
     return run
 
@@ -53,25 +49,25 @@ def make_evaluation_step(spec: ModelSpec, mesh: Mesh) -> EvaluationStep:
 def evaluate(
     step: EvaluationStep,
     params: Params,
-    batches: Iterable[tuple[np.ndarray, np.ndarray]],
+    batches: Iterable[Batch],
     byte_lengths: np.ndarray,
     split: TokenSplit | None = None,
 ) -> Evaluation:
     """Mean nats per token, and bits per byte = total nats / (total bytes ln 2).
 
     Args:
-      batches: (tokens int32 [B, T + 1], mask [B, T]) that cover the split once.
+      batches: cover the split once; a target counts if its weight is 1 and not if it is 0.
       byte_lengths: int32 [V], bytes of text in each token; 0 for end of text.
       split: counted instead of the batches, where these are only this process's rows.
     """
     nats, tokens, text_bytes = [], 0, 0
-    for tokens_BT, mask_BT in batches:
-        nats.append(step(params, tokens_BT, mask_BT))
+    for batch in batches:
+        nats.append(step(params, batch))
         # One batch ahead of the device, no more: what was sent to it cannot be called back when
         # the run is told to stop, and all batches of a large split would lie in its memory.
         jax.block_until_ready(nats[-2:-1])
         if split is None:
-            predicted = tokens_BT[:, 1:][np.asarray(mask_BT, dtype=bool)]
+            predicted = batch.tokens[:, 1:][np.asarray(batch.weights, dtype=bool)]
             tokens += predicted.size
             text_bytes += int(byte_lengths[predicted].sum())
     if split is not None:

@@ -32,7 +32,7 @@ from llm.run.metrics import MetricsFile
 from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
-from llm.text.batches import TrainingBatches, evaluation_batches, training_batches
+from llm.text.batches import Batch, TrainingBatches, evaluation_batches, training_batches
 from llm.text.shards import TokenizedCorpus
 from llm.training.evaluate import Evaluation, evaluate, make_evaluation_step
 from llm.training.optimizer import make_optimizer
@@ -134,7 +134,7 @@ def train(
     stop: StopRequest,
     sampler: Sampler,
     state: TrainState,
-    train_step: Callable[[TrainState, jax.Array], tuple[TrainState, Metrics]] | None = None,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]] | None = None,
 ) -> None:
     """Train from a state to the last step.
 
@@ -156,11 +156,11 @@ def train(
         check_repeats(job, step_fn, state, step)
 
     with contextlib.closing(job.batches().iterate(step)) as batches:
-        for tokens_BT in batches:
+        for batch in batches:
             if step >= steps or shared_stop.requested:
                 break
             report.mark(f"step {step}")
-            on_mesh = shard_batch(job.mesh, tokens_BT, BATCH_AXES)
+            on_mesh = shard_batch(job.mesh, batch, BATCH_AXES)
             state, metrics = step_fn(state, on_mesh)
             step += 1
             fault_point("step", step)
@@ -284,15 +284,15 @@ class StepReport:
         if may_skip and self._skipped < settings.max_skipped:
             self._outputs.display.say(f"WARNING: {what}; this update was skipped")
             return
-        batch = self._outputs.run.path / f"nonfinite-step-{step}.npz"
+        path = self._outputs.run.path / f"nonfinite-step-{step}.npz"
         if self._job.hosts.is_first:
             batches = self._job.batches(whole=True)
             starts = batches.window_starts(step - 1)
-            np.savez(batch, tokens=batches[step - 1], window_starts=starts)
+            np.savez(path, tokens=batches[step - 1].tokens, window_starts=starts)
         in_a_row = f"the last {self._skipped} updates were skipped"
         raise NonFiniteError(
             f"{what}; {in_a_row if may_skip else 'the update was not applied'}. The batch is in "
-            f"{batch}; checkpoints, if any, are good. Lower optimizer.learning_rate (with "
+            f"{path}; checkpoints, if any, are good. Lower optimizer.learning_rate (with "
             "--run.allow-change), or set training.on_nonfinite = 'skip' to pass over such batches"
         )
 
@@ -334,7 +334,7 @@ class Validation:
             self._outputs.display.say(text)
         self._report.restart_clock()
 
-    def _until_stopped(self, step: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _until_stopped(self, step: int) -> Iterator[Batch]:
         settings = self._job.config.training
         size = settings.eval_batch_size or settings.micro_batch_size or settings.batch_size
         for batch in evaluation_batches(
@@ -392,11 +392,9 @@ def check_repeats(job: Job, train_step: Any, state: TrainState, step: int) -> No
     Raises:
       UsageError: they differ: this backend does not repeat itself.
     """
-    tokens_BT = job.batches()[step]
+    batch = job.batches()[step]
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state))  # the step takes its buffers
-    results = [
-        train_step(copy(state), shard_batch(job.mesh, tokens_BT, BATCH_AXES)) for _ in range(2)
-    ]
+    results = [train_step(copy(state), shard_batch(job.mesh, batch, BATCH_AXES)) for _ in range(2)]
     groups = [jax.tree.leaves((to_groups(state), metrics)) for state, metrics in results]
     if not all(_same_bits(a, b) for a, b in zip(*groups, strict=True)):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""One optimizer step, pure: (state, tokens) -> (state, metrics). No files, no clock, no globals.
+"""One optimizer step, pure: (state, batch) -> (state, metrics). No files, no clock, no globals.
 
 B sequences per step  T positions  A micro-batches
 """
@@ -17,6 +17,7 @@ from llm.model.loss import next_token_loss
 from llm.model.remat import check_remat
 from llm.model.router import Routing
 from llm.model.sharding import constrain, sharding_of
+from llm.text.batches import Batch
 from llm.training.compiler import compiler_options
 from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_momentum
 from llm.training.state import HISTORY, TrainState, state_shardings
@@ -24,13 +25,13 @@ from llm.training.state import HISTORY, TrainState, state_shardings
 Metrics = dict[str, jax.Array]
 ROUTER_METRICS = ("load_balancing_loss", "router_z_loss", "router_load_max")
 
-# How a batch of windows, int32 [B, T + 1], lies on the mesh. The odd position keeps the windows
-# whole; the context axis divides the T inputs inside the step.
+# How the arrays of a batch lie on the mesh. The odd position of its tokens, [B, T + 1], keeps the
+# windows whole; the context axis divides the T inputs inside the step.
 BATCH_AXES = ("batch", None)
 
 
 class StepTerms(NamedTuple):
-    """Sums over micro-batches, each with its share of the step's tokens.
+    """Sums over micro-batches, each with its share of the step's targets.
 
     objective: what is minimised. nll: nats per token. routing: of all blocks, None without experts.
     """
@@ -42,25 +43,25 @@ class StepTerms(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class TrainStep:
-    """A step for one mesh, compiled when it is first taken: (state, tokens) -> (state, metrics)."""
+    """A step for one mesh, compiled when it is first taken: (state, batch) -> (state, metrics)."""
 
     mesh: Mesh
     jitted: Any
 
-    def __call__(self, state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(self.mesh):
-            return self.jitted(state, tokens_BT)
+            return self.jitted(state, batch)
 
-    def lower(self, state: TrainState, tokens_BT: Any) -> jax.stages.Lowered:
+    def lower(self, state: TrainState, batch: Batch) -> jax.stages.Lowered:
         """The program before it is compiled, of shapes or arrays; for those who look at it."""
         with jax.set_mesh(self.mesh):
-            return self.jitted.lower(state, tokens_BT)
+            return self.jitted.lower(state, batch)
 
 
 def make_train_step(
     spec: ModelSpec, optimizer_config: OptimizerConfig, training: TrainingConfig, mesh: Mesh
 ) -> TrainStep:
-    """The compiled step. It takes int32 [B, T + 1] and gives the state's buffers to the new state.
+    """The compiled step. It gives the state's buffers to the new state.
 
     Metrics (float32 scalars unless said): loss (nats per token, without smoothing and z-loss),
     grad_norm (before clipping), learning_rate (used by this update), finite (bool), spike (bool).
@@ -74,11 +75,9 @@ def make_train_step(
     optimizer = make_optimizer(optimizer_config)
     shardings = state_shardings(spec, optimizer, mesh, stacked=training.scan_layers)
 
-    def train_step(state: TrainState, tokens_BT: jax.Array) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         dropout_key = jax.random.fold_in(state.key, state.step) if spec.config.dropout else None
-        gradients, loss = accumulate_gradients(
-            spec, training, state.weights, tokens_BT, dropout_key
-        )
+        gradients, loss = accumulate_gradients(spec, training, state.weights, batch, dropout_key)
         grad_norm = optax.tree.norm(gradients)
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
         momentum = muon_momentum(optimizer_config, state.step)
@@ -120,28 +119,30 @@ def accumulate_gradients(
     spec: ModelSpec,
     training: TrainingConfig,
     params: Params,
-    tokens_BT: jax.Array,
+    batch: Batch,
     dropout_key: jax.Array | None,
 ) -> tuple[Params, StepTerms]:
-    """Gradient and loss of the mean over all B T tokens, in A micro-batches one after the other.
+    """Gradient and loss of the mean over all targets, in A micro-batches one after the other.
 
-    Each micro-batch's loss is a sum divided by the tokens of the whole batch, so adding the
+        loss = sum_t weight_t nll_t / sum_t weight_t          over the B T targets of the batch
+
+    Each micro-batch's loss is a sum divided by the weights of the whole batch, so adding the
     micro-batches gives the gradient of the whole batch, not an average of averages. The router's
     losses are means of those of each micro-batch; load balancing is no sum over tokens, so that its
     part of the gradient is not quite that of the whole batch.
     """
-    micro_batches = training.accumulation
+    A, (B, window) = training.accumulation, batch.tokens.shape
+    total = B * (window - 1) if batch.weights is None else batch.weights.sum()
     gradient = jax.grad(_objective, has_aux=True)
 
-    def micro(index: int | jax.Array, rows_BT: jax.Array) -> tuple[Params, StepTerms]:
+    def micro(index: int | jax.Array, part: Batch) -> tuple[Params, StepTerms]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return gradient(params, spec, training, rows_BT, tokens_BT.shape, key)
+        return gradient(params, spec, training, part, total, key)
 
-    if micro_batches == 1:
-        return micro(0, tokens_BT)
+    if A == 1:
+        return micro(0, batch)
     # Strided, so that each micro-batch has rows on every device that holds a share of the batch.
-    B, window = tokens_BT.shape
-    parts_ABT = tokens_BT.reshape(B // micro_batches, micro_batches, window).swapaxes(0, 1)
+    parts = jax.tree.map(lambda x: x.reshape(B // A, A, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, micro(*part)), None
@@ -149,26 +150,26 @@ def accumulate_gradients(
     none = jnp.zeros(())
     routing = Routing(none, none, none) if spec.config.has_experts else None
     zero = (jax.tree.map(jnp.zeros_like, params), StepTerms(none, none, routing))
-    return jax.lax.scan(add, zero, (jnp.arange(micro_batches), parts_ABT))[0]
+    return jax.lax.scan(add, zero, (jnp.arange(A), parts))[0]
 
 
 def _objective(
     params: Params,
     spec: ModelSpec,
     training: TrainingConfig,
-    rows_BT: jax.Array,
-    batch_shape: tuple[int, int],
+    part: Batch,
+    total: float | jax.Array,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, StepTerms]:
     model = bind(spec, params)
-    inputs_BT = constrain(rows_BT[:, :-1], "batch", "sequence")
-    targets_BT = constrain(rows_BT[:, 1:], "batch", "sequence")
+    inputs_BT, targets_BT, segments_BT = split_batch(part)
     hidden_BTD, routing_L = model.hidden_and_routing(
-        inputs_BT, dropout_key=dropout_key, remat=training.remat
+        inputs_BT, segments_BT, dropout_key=dropout_key, remat=training.remat
     )
-    B, T = targets_BT.shape
-    tokens_in_step = batch_shape[0] * (batch_shape[1] - 1)
-    weights_BT = jnp.full((B, T), 1.0 / tokens_in_step, jnp.float32)
+    if part.weights is None:
+        weights_BT = jnp.full(targets_BT.shape, 1.0 / total, jnp.float32)
+    else:
+        weights_BT = part.weights / total
     terms = next_token_loss(
         model,
         hidden_BTD,
@@ -180,10 +181,16 @@ def _objective(
     )
     if routing_L is None:
         return terms.objective, StepTerms(terms.objective, terms.nll, None)
-    share = B * T / tokens_in_step
+    share = 1 / training.accumulation
     routing = jax.tree.map(lambda value: share * value, routing_L.over_blocks())
     objective = terms.objective + router_loss(routing, training)
     return objective, StepTerms(objective, terms.nll, routing)
+
+
+def split_batch(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Inputs, targets and segments of a batch, [B, T], divided along the context axis."""
+    halves = (batch.tokens[:, :-1], batch.tokens[:, 1:], batch.segments)
+    return jax.tree.map(lambda x_BT: constrain(x_BT, "batch", "sequence"), halves)
 
 
 def router_loss(routing: Routing, training: TrainingConfig) -> jax.Array:
