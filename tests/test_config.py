@@ -367,5 +367,15 @@ def test_reading_settings_imports_neither_jax_nor_the_network():
     finished = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    heavy = {"jax", "flax", "optax", "tensorstore", "datasets", "tiktoken", "numpy", "torch"}
+    heavy = {
+        "jax",
+        "flax",
+        "optax",
+        "orbax",
+        "tensorstore",
+        "datasets",
+        "tiktoken",
+        "numpy",
+        "torch",
+    }
     assert not heavy & set(json.loads(finished.stdout))

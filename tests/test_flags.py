@@ -148,6 +148,7 @@ def test_help_imports_no_jax(command):
     assert not loaded & {
         "jax",
         "numpy",
+        "orbax",
         "tensorstore",
         "datasets",
         "tiktoken",

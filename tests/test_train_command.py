@@ -372,7 +372,8 @@ def test_help_needs_no_jax(tmp_path):
     program = (
         "import sys, contextlib, io\nfrom llm.commands.train import main\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        "    main(['--help'])\nassert not {'jax', 'numpy', 'tensorstore'} & set(sys.modules)"
+        "    main(['--help'])\n"
+        "assert not {'jax', 'numpy', 'orbax', 'tensorstore'} & set(sys.modules)"
     )
     import subprocess
 

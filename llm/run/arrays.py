@@ -9,12 +9,17 @@ is one piece. No process waits for another one, or reads what another one wrote.
 `identity` gives arrays one sha256 that is the same however they are cut into pieces, so that the
 parameters of two runs can be compared across meshes and numbers of processes.
 
-Source: the zarr storage specification, version 2; tensorstore reads and writes it.
+This is the layout of Orbax without OCDBT. Orbax reads it; its own writer would have every process
+wait for the others, so each writes its pieces with tensorstore, which Orbax stands on.
+
+Source: the zarr storage specification, version 2.
 """
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,19 +92,51 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def stored_arrays(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """The arrays of a group, as tensorstore.TensorStore, which have a shape and a dtype.
+    """The shape and dtype of arrays of a group, as Orbax's ArrayMetadata.
 
     Raises:
       ValueError: one of them is not there, or is damaged.
     """
-    return {name: _open(folder / name, open=True) for name in names}
+    names = list(names)
+    return dict(zip(names, _orbax("metadata", folder, names), strict=True))
 
 
-def read_array(stored: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """An array of `stored_arrays` on its devices, each of which gets its part alone."""
-    return jax.make_array_from_callback(
-        stored.shape, sharding, lambda index: stored[index].read().result()
-    )
+def read_arrays(
+    folder: Path, shardings: Mapping[str, jax.sharding.Sharding]
+) -> dict[str, jax.Array]:
+    """Arrays of a group on their devices; a process reads what its own devices hold."""
+    import orbax.checkpoint as ocp
+
+    wanted = [ocp.ArrayRestoreArgs(sharding=sharding) for sharding in shardings.values()]
+    return dict(zip(shardings, _orbax("deserialize", folder, shardings, wanted), strict=True))
+
+
+def _orbax(method: str, folder: Path, names: Iterable[str], *arguments: Any) -> list[Any]:
+    """What a method of Orbax's ArrayHandler says of these arrays."""
+    import logging
+
+    import orbax.checkpoint as ocp  # takes most of a second
+    import tensorstore
+
+    # Orbax warns of what is done here on purpose, and logs the errors that it then raises.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    types, folder, context = ocp.type_handlers, folder.resolve(), tensorstore.Context()
+    infos = [
+        types.ParamInfo(
+            name=name,
+            parent_dir=folder,
+            path=folder / name,
+            is_ocdbt_checkpoint=False,
+            ts_context=context,
+        )
+        for name in names
+    ]
+    handler = types.ArrayHandler(array_metadata_store=None)
+    # In a thread of its own: a notebook has an event loop already.
+    with ThreadPoolExecutor(1) as thread:
+        return list(
+            thread.submit(asyncio.run, getattr(handler, method)(infos, *arguments)).result()
+        )
 
 
 def _open(folder: Path, **options: Any) -> Any:
@@ -108,8 +145,6 @@ def _open(folder: Path, **options: Any) -> Any:
     spec = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"},
-        # A piece that several devices read parts of is read once.
-        "context": {"cache_pool": {"total_bytes_limit": 2**32}},
     }
     return tensorstore.open(spec | options).result()
 

@@ -47,7 +47,7 @@ from llm.run.arrays import (
     element_sums,
     identity,
     own_pieces,
-    read_array,
+    read_arrays,
     stored_arrays,
     write_pieces,
 )
@@ -206,12 +206,12 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Res
             names = {str(Path(file).parent.relative_to(group)) for file in manifest[group]}
             stored = stored_arrays(folder / group, names)
             _check_shapes(folder, stored, abstract)
-            groups[group] = {
-                name: read_array(stored.pop(name), leaf.sharding) for name, leaf in abstract.items()
-            }
+            groups[group] = read_arrays(
+                folder / group, {name: leaf.sharding for name, leaf in abstract.items()}
+            )
         # Parameters are verified by their own sha256, taken of what lies on the devices.
         sums = element_sums(own_pieces(groups.get("params", {})))
-    except Exception as error:  # tensorstore does not document what it raises for damaged files
+    except Exception as error:  # Orbax does not document what it raises for damaged files
         problem = str(error) if isinstance(error, LLMError) else f"{folder} cannot be read: {error}"
     said: list[Any] = hosts.gather("what was read", [sums, problem])
     problem = next((problem for _, problem in said if problem), "")
