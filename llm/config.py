@@ -8,6 +8,7 @@ A configuration is data: reading it executes no code of its author. Defaults exi
 else. This file imports no JAX, so `--help` is quick.
 """
 
+import contextlib
 import difflib
 import os
 import tomllib
@@ -16,15 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-)
+import tomli_w
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from llm.errors import UsageError
 
@@ -42,6 +36,8 @@ def _sources(value: Any) -> Any:
     return value[0] if len(value) == 1 else tuple(value)
 
 
+# The shell expands no ~ in a file, or after the = of a flag.
+Folder = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
 Sources = Annotated[str | tuple[str, ...], pydantic.BeforeValidator(_sources)]
 
 
@@ -55,25 +51,21 @@ def setting(default: Any, meaning: str, value: str | None = None, flag: str | No
     return Field(default=default, description=meaning, title=value, alias=flag)
 
 
-class Section(BaseModel):
+class Section(pydantic.BaseModel):
     """A frozen group of settings; unknown names and values of another type are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
+    )
 
 
 class RunConfig(Section):
     """Where the run lives and what makes it repeatable."""
 
-    dir: str = setting("", "run directory; empty: runs/<name of the configuration file>")
+    dir: Folder = setting("", "run directory; empty: runs/<name of the configuration file>")
     seed: Seed = setting(1337, "seed of initialisation, data order and dropout; below 2^32")
     allow_change: bool = setting(False, "resume with another learning rate, schedule or batch size")
     deterministic: bool = setting(False, "ask the backend to repeat bit for bit; step 1 checks it")
-
-    @pydantic.field_validator("dir")
-    @classmethod
-    def _expand_home(cls, value: str) -> str:
-        # The shell expands no ~ in a file, or after the = of a flag.
-        return os.path.expanduser(value)
 
 
 class DataConfig(Section):
@@ -94,7 +86,7 @@ class DataConfig(Section):
     )
     text_field: str = setting("text", "name of the text field in json, jsonl, parquet and hub data")
     cache_dir: str = setting(
-        "", "folder of token shards and downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
+        "", "token shards, downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
     workers: NonNegativeInt = setting(0, "threads that tokenise; 0: one for each core")
 
@@ -102,15 +94,10 @@ class DataConfig(Section):
     @classmethod
     def _check_validation(cls, value: str) -> str:
         kind, _, fraction = value.partition(":")
-        if value == "none":
-            return value
-        try:
-            valid = kind in ("documents", "tail") and 0.0 < float(fraction) < 1.0
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ValueError("expected 'documents:F' or 'tail:F' with 0 < F < 1, or 'none'")
-        return value
+        with contextlib.suppress(ValueError):  # not a number
+            if value == "none" or (kind in ("documents", "tail") and 0.0 < float(fraction) < 1.0):
+                return value
+        raise ValueError("expected 'documents:F' or 'tail:F' with 0 < F < 1, or 'none'")
 
 
 class TokenizerConfig(Section):
@@ -135,29 +122,27 @@ class ModelConfig(Section):
     d_model: PositiveInt = setting(384, "width of the residual stream")
     d_ff: NonNegativeInt = setting(
         0,
-        "width of the MLP (each expert); 0: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu",
+        "width of the MLP or of each expert; 0: 4 d_model, for swiglu 8/3 d_model rounded up to 64",
     )
-    context_length: PositiveInt = setting(256, "tokens the model can see at once")
-    positions: Literal["learned", "rotary", "none"] = setting("learned", "how position enters")
+    context_length: PositiveInt = setting(256, "tokens that the model sees at once")
+    positions: Literal["learned", "rotary", "none"] = setting("learned", "how positions enter")
     rope_theta: PositiveFloat = setting(10000.0, "base of the rotary frequencies")
     norm: Literal["layernorm", "rmsnorm"] = setting(
         "layernorm", "normalisation before each sub-layer"
     )
-    norm_epsilon: PositiveFloat = setting(1e-5, "added to the variance inside a norm")
+    norm_epsilon: PositiveFloat = setting(1e-5, "added to the variance in a norm")
     bias: bool = setting(True, "biases in linear layers and norms")
     activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"] = setting(
         "gelu_tanh", "non-linearity of the MLP; gelu_tanh is GPT-2's approximation of gelu"
     )
-    n_expert: PositiveInt = setting(
-        1, "MLPs in each block, of which a router chooses for each token; 1: a dense model"
-    )
+    n_expert: PositiveInt = setting(1, "MLPs that a block's router chooses from; 1: a dense model")
     n_expert_active: NonNegativeInt = setting(
         0, "experts that a token goes through (top-k); 0: two, or the one of a dense model"
     )
     normalize_gates: bool = setting(
         True,
-        "weights of a token's experts sum to one, as Mixtral's; false: they are the experts' "
-        "probabilities among all, as Switch's and OLMoE's",
+        "make the weights of a token's experts sum to one, as Mixtral does; false: take the "
+        "router's probabilities, as Switch and OLMoE do",
     )
     qk_norm: bool = setting(False, "RMS-normalise queries and keys, head by head")
     dropout: DropoutRate = setting(0.0, "on embeddings, attention weights and residual branches")
@@ -174,9 +159,10 @@ class ModelConfig(Section):
     @pydantic.model_validator(mode="after")
     def _check_sizes(self) -> Self:
         if self.d_model % self.n_head:
+            nearest_multiple = max(1, round(self.d_model / self.n_head)) * self.n_head
             raise ValueError(
                 f"model.d_model = {self.d_model} is not divisible by model.n_head = {self.n_head}"
-                f"; the nearest that is: {_nearest_multiple(self.d_model, self.n_head)}"
+                f"; the nearest that is: {nearest_multiple}"
             )
         if self.n_kv_head and self.n_head % self.n_kv_head:
             divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
@@ -195,7 +181,7 @@ class ModelConfig(Section):
     def _check_experts(self) -> Self:
         active = self.n_expert_active
         if active > self.n_expert:
-            dense = "; n_expert = 1 is a dense model" if self.n_expert == 1 else ""
+            dense = "; n_expert = 1 is a dense model" * (self.n_expert == 1)
             raise ValueError(
                 f"model.n_expert_active = {active} is more than model.n_expert = {self.n_expert}: "
                 f"a token cannot go through more experts than there are{dense}"
@@ -218,15 +204,15 @@ class ModelConfig(Section):
 
     def resolved(self) -> Self:
         """The same model with every size that follows from another written out."""
-        swiglu_width = -(-8 * self.d_model // (3 * 64)) * 64
-        default_width = swiglu_width if self.activation == "swiglu" else 4 * self.d_model
-        return self.model_copy(
-            update={
-                "n_kv_head": self.n_kv_head or self.n_head,
-                "d_ff": self.d_ff or default_width,
-                "n_expert_active": self.n_expert_active or (2 if self.has_experts else 0),
-            }
-        )
+        d_ff = 4 * self.d_model
+        if self.activation == "swiglu":
+            d_ff = -(-8 * self.d_model // (3 * 64)) * 64
+        sizes = {
+            "n_kv_head": self.n_kv_head or self.n_head,
+            "d_ff": self.d_ff or d_ff,
+            "n_expert_active": self.n_expert_active or (2 if self.has_experts else 0),
+        }
+        return self.model_copy(update=sizes)
 
 
 class OptimizerConfig(Section):
@@ -279,18 +265,16 @@ class TrainingConfig(Section):
     label_smoothing: DropoutRate = setting(0.0, "probability spread evenly over the vocabulary")
     z_loss: NonNegativeFloat = setting(0.0, "weight of log(Z)^2, which keeps logits near zero")
     load_balancing_loss: NonNegativeFloat = setting(
-        0.01, "experts: weight of the loss that is least when all are chosen equally often"
+        0.01, "experts: weight of the loss that is smallest if all are chosen equally often"
     )
-    router_z_loss: NonNegativeFloat = setting(
-        0.001, "experts: weight of log(Z)^2 of the router's logits"
-    )
+    router_z_loss: NonNegativeFloat = setting(0.001, "experts: weight of the router's log(Z)^2")
     loss_chunk: NonNegativeInt = setting(
-        0, "positions whose logits exist at once in the loss; 0: chosen by vocabulary and batch"
+        0, "positions whose logits the loss holds at once; 0: chosen by vocabulary and batch"
     )
     scan_layers: bool = setting(
         False,
-        "compile one block and loop over the layers, so that compiling takes as long for "
-        "any number of them; the checkpoint is the same",
+        "compile one block and loop over the layers: the time to compile does not grow with their "
+        "number, and checkpoints are the same",
     )
     remat: Literal["none", "dots", "block", "offload"] = setting(
         "none",
@@ -298,7 +282,7 @@ class TrainingConfig(Section):
         "its input in the host's memory; less memory for more computation",
     )
     on_nonfinite: Literal["stop", "skip"] = setting(
-        "stop", "when loss or gradients are not finite: stop (exit 5), or skip that update"
+        "stop", "if the loss or a gradient is not finite: stop (exit 5), or skip that update"
     )
     spike_zscore: NonNegativeFloat = setting(
         0.0, "skip an update whose loss is this many standard deviations above recent ones; 0: off"
@@ -370,9 +354,7 @@ class SamplingConfig(Section):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = setting(
         1.0, "keep the likeliest tokens whose probabilities sum to this"
     )
-    min_p: Probability = setting(
-        0.0, "keep tokens that are this fraction as likely as the likeliest"
-    )
+    min_p: Probability = setting(0.0, "keep tokens this fraction as likely as the likeliest")
     # The noise takes 64 bits of seed, and so does a request to the server (completions.py).
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = setting(
         1337, "sample i depends on the seed and i alone; below 2^63"
@@ -387,7 +369,7 @@ class DistributedConfig(Section):
     process_id: AxisSize = setting(-1, "number of this process, from 0")
     timeout: PositiveInt = setting(
         300,
-        "seconds without a sign of life after which a process counts as lost and all end; "
+        "seconds without a sign of life after which a process counts as lost and the others end; "
         "longer than any compilation",
     )
 
@@ -409,12 +391,10 @@ class Config(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_across_sections(self) -> Self:
-        optimizer = self.optimizer
-        decays = optimizer.schedule != "constant"
-        if decays and optimizer.min_learning_rate > optimizer.learning_rate:
+        peak, least = self.optimizer.learning_rate, self.optimizer.min_learning_rate
+        if self.optimizer.schedule != "constant" and least > peak:
             raise ValueError(
-                f"optimizer.min_learning_rate = {optimizer.min_learning_rate} is above "
-                f"optimizer.learning_rate = {optimizer.learning_rate}"
+                f"optimizer.min_learning_rate = {least} is above optimizer.learning_rate = {peak}"
             )
         return self
 
@@ -434,12 +414,10 @@ def load_config(path: str | Path, flags: Mapping[str, Any] | None = None) -> Con
     """
     values = read_toml(path)
     config = validate(values, where=str(path))
-    if not flags:
-        return config
-    for name, value in flags.items():
+    for name, value in (flags or {}).items():
         section, key = name.split(".")
         values[section] = {**values.get(section, {}), key: value}
-    return validate(values, where="the flags")
+    return validate(values, where="the flags") if flags else config
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -463,8 +441,6 @@ def known_files() -> str:
 
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML; `validate(tomllib.loads(...))` gives an equal one."""
-    import tomli_w
-
     return tomli_w.dumps(config.model_dump(mode="json"))
 
 
@@ -557,7 +533,3 @@ def nearest(name: str, names: Collection[str]) -> str | None:
         *difflib.get_close_matches(name, names, 1),
     ]
     return next((known for known in candidates if known in names), None)
-
-
-def _nearest_multiple(value: int, of: int) -> int:
-    return max(of, round(value / of) * of)

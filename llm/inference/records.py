@@ -37,14 +37,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from llm.config import SamplingConfig
 from llm.errors import DataError, UsageError
-from llm.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # numpy, which `--help` does without
+    from llm.text.tokenizer import Tokenizer
 
 # A record as json.loads gives it.
 Record = dict[str, Any]
@@ -126,7 +128,7 @@ class RunRecord(Struct, frozen=True, tag_field="type", tag="run"):
     def of(
         cls,
         checkpoint: Mapping[str, Any],
-        tokenizer: Tokenizer,
+        tokenizer: "Tokenizer",
         sampling: Sampling | None,
         numerics: Numerics,
         top: int,
@@ -297,7 +299,7 @@ def table(record: type[Struct]) -> str:
 class Spellings(dict[int, tuple[str, tuple[int, ...]]]):
     """The name and the bytes of each token that was met, as records have them."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: "Tokenizer"):
         super().__init__()
         self._tokenizer = tokenizer
 
