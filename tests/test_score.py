@@ -140,7 +140,7 @@ def test_windows_predict_each_token_once_with_enough_context(length, context, st
         for place in places:
             assert place - start >= min(place, context - step + 1)
         predicted += places
-        inputs_BT, targets_BK = score.stack([window])
+        inputs_BT, targets_BK = score.pad([window])
         part = score.predicted_slice(window)
         assert targets_BK[0, part].tolist() == [ids[place] for place in places]
         assert inputs_BT.shape[1] == window.T and targets_BK.shape[1] == window.K

@@ -16,7 +16,7 @@ A sample ends, in this order, by
     length        max_new_tokens are drawn
     context       prompt and drawn tokens fill context_length
 
-What it is not: a server; it serves one batch from beginning to end. engine.py lets rows join and
+What it is not: a server. It runs one batch from beginning to end; engine.py lets rows join and
 leave, with the same programs and the same Row.
 
     B rows, rounded up  T prompt position  W watched ids
@@ -40,7 +40,7 @@ from llm.inference.programs import (
     CHUNK,
     DecodeState,
     Drawn,
-    beside,
+    commit,
     decode_chunk,
     empty,
     for_decoding,
@@ -53,8 +53,8 @@ from llm.text.tokenizer import Ids, Tokenizer
 
 # Positions of the longest piece of a prompt: its attention scores are B N 256 S numbers.
 PIECE = 256
-# A chunk grows while it takes less than this, so that text streams at a steady pace from a model of
-# any speed, and a stop string found on the host wastes little.
+# A chunk grows while it takes less than this, so that text streams at a steady pace whatever the
+# speed of the model, and little is wasted when the host finds a stop string.
 CHUNK_SECONDS = 0.1
 
 TokenIds = Sequence[int] | Ids
@@ -87,8 +87,8 @@ class Request:
 
 @dataclass(frozen=True)
 class NewTokens:
-    """New final tokens of one row. The first of a row holds its whole prompt; the one with a
-    finish ("stop", "end_of_text", "length" or "context") is its last."""
+    """Tokens of one row that are final now. The first ones of a row hold its whole prompt; the last
+    ones have a `finish`: "stop", "end_of_text", "length" or "context"."""
 
     row: int
     tokens: list[TokenRecord]
@@ -201,13 +201,13 @@ class Decoder:
         )
 
     def prefill(self, batch: Batch, capacity: int, piece: int = 0) -> Prefill:
-        """All prompts into a new cache, piece by piece; it pauses while the device computes each.
+        """Run all prompts into a new cache, piece by piece; yields while the device computes each.
 
         Args:
-          capacity: positions of the cache; at least the width of the prompts is taken.
-          piece: positions of a piece; 0: PIECE, or all where the prompts are shorter.
+          capacity: positions of the cache; at least the width of the prompts.
+          piece: positions of a piece; 0: PIECE, or the whole prompts if they are shorter.
         Returns:
-          the state after the prompts, and what the model said of their tokens: [B, T, ...].
+          the state after the prompts, and what the model says of their tokens: [B, T, ...].
         """
         B, T = batch.tokens_BT.shape
         piece = piece or min(T, PIECE)
@@ -235,7 +235,7 @@ class Decoder:
         active_B = (batch.left_B > 0) & (batch.lengths_B < self.spec.config.context_length)
         cache = dataclasses.replace(cache, length_B=jnp.asarray(batch.lengths_B))
         state = DecodeState(cache, hidden_BD, jnp.asarray(active_B), jnp.asarray(batch.left_B))
-        state = beside(self.params, state)
+        state = commit(state, self.params)
         if batch.top is None:
             return state, None
         return state, jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *described)
@@ -243,7 +243,7 @@ class Decoder:
     def chunk(
         self, batch: Batch, state: DecodeState, alive_B: np.ndarray, steps: int
     ) -> tuple[DecodeState, Drawn, jax.Array]:
-        """Start `decode_chunk` of these rows; the device may still be computing when it returns."""
+        """Start `decode_chunk` for these rows, and return while the device computes."""
         return decode_chunk(
             self.spec,
             self.params,
@@ -259,7 +259,7 @@ class Decoder:
     def _chunks(self, batch: Batch, state: DecodeState, rows: Sequence["Row"]) -> Iterator[Drawn]:
         """Drawn numpy arrays [steps, B, ...] until every row has ended.
 
-        One chunk ahead: while the caller reads a chunk, the device computes the next.
+        The device is one chunk ahead: it computes the next one while the caller reads.
         """
         alive_B = np.zeros(len(batch.lengths_B), bool)
         steps = 1
@@ -303,7 +303,7 @@ class Row:
         return tokens
 
     def read(self, row: int, drawn: Drawn) -> NewTokens | None:
-        """What a chunk brought to this row; None when that is nothing new."""
+        """The tokens of a chunk that are final for this row; None if there are none."""
         if self.finish is not None:
             return None
         steps = self._steps_of(np.asarray(drawn.ids)[:, row])
@@ -321,7 +321,7 @@ class Row:
         return NewTokens(row, tokens, self.finish) if tokens or self.finish else None
 
     def _steps_of(self, ids: np.ndarray) -> int:
-        """How many of a chunk's ids the device drew before this row ended; the rest is noise."""
+        """How many of a chunk's ids were drawn before this row ended; the rest is noise."""
         steps = min(len(ids), self.request.max_new_tokens - self._drawn, self._room - self._drawn)
         ends = np.flatnonzero(ids[:steps] == self._end_of_text)
         return int(ends[0]) + 1 if ends.size else steps
@@ -358,10 +358,10 @@ class Row:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:
-    """The ids to continue from: at least one, because a model scores only what follows something.
+    """The ids to continue from, at least one: a model predicts a token only from those before it.
 
-    The empty text is an end of text, as between two documents in training: token 0 of the prompt,
-    with its name, no bytes and no text. Without one it is a newline.
+    An empty text becomes an end of text, as between two documents in training: token 0 of the
+    prompt, with its name, no bytes and no text. Without an end of text it becomes a newline.
 
     Raises:
       UsageError: the text is empty and the tokenizer has neither.
@@ -380,12 +380,12 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:
 
 
 def round_up(size: int, at_least: int = 1) -> int:
-    """The next power of two, at least so much; 0 stays 0."""
+    """The next power of two, and at least `at_least`; 0 stays 0."""
     return max(at_least, 1 << (size - 1).bit_length()) if size else 0
 
 
 def _end_of_text(tokenizer: Tokenizer) -> int:
-    """Its id, or one that no token has."""
+    """The id of the end of text, or one that no token has."""
     return -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
 
 
@@ -395,7 +395,7 @@ def of_row(described: Described | None, row: int) -> Described | None:
 
 
 def exhaust(prefill: Prefill) -> tuple[DecodeState, Described | None]:
-    """What a prefill returns, without doing anything in its pauses."""
+    """Run a prefill to its end, and return its result."""
     while True:
         try:
             next(prefill)
@@ -404,6 +404,6 @@ def exhaust(prefill: Prefill) -> tuple[DecodeState, Described | None]:
 
 
 def read_drawn(drawn: Drawn, done: jax.Array) -> Drawn:
-    """What a chunk drew, on the host, as soon as the device has it: [steps, B, ...]."""
+    """Wait for a chunk, and return what it drew as numpy arrays: [steps, B, ...]."""
     drawn, done = jax.device_get((drawn, done))
     return jax.tree.map(lambda x: x[:done], drawn)

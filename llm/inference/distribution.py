@@ -6,8 +6,8 @@
 All from the float32 log-softmax of the raw logits over the real vocabulary. Sampling (filters.py)
 reads it and cannot change it: a barrier keeps the compiler from computing it in two ways.
 
-Decoding (one position of each row) and scoring (many) describe their tokens by the same function,
-so a number has one meaning whatever surface shows it.
+Decoding (one position of each row) and scoring (many positions) use the same function, so a number
+means the same on every surface.
 
     R rows (positions of all texts, flattened)  V vocabulary  N listed alternatives  W watched ids
     B batch  T position  D model width
@@ -30,8 +30,8 @@ NOT_FINITE = (
     "the model's logits are not finite, so it gives no probabilities: its parameters are NaN or "
     "infinite, or it overflows in this compute dtype; try an earlier checkpoint with --step"
 )
-# Logits that exist at once where many positions are described: 16 MiB of float32, so that the
-# several passes over them run in cache or nearly so.
+# How many logits exist at once when many positions are described: 16 MiB of float32, so that the
+# passes over them run in cache or nearly so.
 CHUNK_LOGITS = 2**22
 
 
@@ -127,7 +127,7 @@ def describe_positions(
 
     Args:
       hidden_BTD: hidden at t scores the token of targets_BT at t.
-      settings: of each row b, where kept_mass and kept_tokens should say what it would keep.
+      settings: of each row b, if kept_mass and kept_tokens should say what they would keep.
     """
     B, T, _ = hidden_BTD.shape
     length = chunk_length(B, T, model.spec.vocab_size)

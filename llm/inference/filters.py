@@ -31,12 +31,12 @@ import numpy as np
 
 from llm.inference.records import Sampling
 
-# Likeliest tokens that are sorted for every row. A full sort of 50,257 takes 9.2 ms on XLA's CPU
-# backend, the top 256 of them 0.11 ms, the top 1024 0.38 ms (2-core EPYC, jax 0.12). What the
-# candidates do not settle is found by bisection, about 1 ms.
+# How many of the likeliest tokens are sorted for every row. XLA's CPU backend sorts a whole
+# vocabulary far slower than it finds the top 256, and slower than the bisection that finds what the
+# candidates do not settle (benchmarks/README.md has the times).
 CANDIDATES = 256
-# A draw picks a block of this many tokens, then a token in it: V / 256 + 256 noise values instead
-# of V, which on the same machine cost 1 ms a token.
+# A draw picks a block of this many tokens, then a token in it, which takes V / 256 + 256 noise
+# values instead of V.
 BLOCK = 256
 _TINY = float(np.finfo(np.float32).tiny)
 
@@ -97,10 +97,10 @@ class Candidates(NamedTuple):
 class Filtered(NamedTuple):
     """The distribution drawn from, before it is divided by its sum.
 
-    weights_RV: (p_v / p_likeliest)^(1/temperature), 0 where cut; the likeliest has 1.
+    weights_RV: (p_v / p_likeliest)^(1/temperature), 0 if v is cut; the likeliest has 1.
     total_R: their sum.
     log_weights_RV: their logarithms, of the cut ones too.
-    kept_tokens_R: int32, how many are kept: the first so many in rank order.
+    kept_tokens_R: int32, how many are kept, from the first in rank order.
     kept_mass_R: what the model itself, untempered, gives to the kept tokens together.
     """
 
@@ -125,9 +125,9 @@ def apply_filters(
       logprobs_RV: float32 log-softmax of the raw logits, all finite.
       candidates: Candidates.of(logprobs_RV), of any count but 0.
     """
-    # How far below the likeliest: >= 0, and 0 for the likeliest and its ties at any temperature.
-    # It may be rounded: two neighbouring log-probabilities can have one gap, so that ranks are
-    # told apart by the log-probabilities themselves.
+    # How far v is below the likeliest: >= 0, and 0 for the likeliest and its ties at any
+    # temperature. Rounding can give two neighbouring log-probabilities the same gap, so ranks are
+    # taken from the log-probabilities themselves.
     gap_RV = candidates.logprobs_RC[:, :1] - logprobs_RV
     log_weights_RV = 0.0 - gap_RV / settings.temperature_R[:, None]
     weights_RV = jnp.exp(log_weights_RV)
@@ -142,7 +142,7 @@ def apply_filters(
         total_R=jnp.sum(kept_weights_RV, axis=-1),
         log_weights_RV=log_weights_RV,
         kept_tokens_R=kept_tokens_R,
-        # The sum of all is 1 but for rounding, and part of it may be rounded to 1 + 1e-7.
+        # The sum of all is 1 up to rounding, and part of it may be rounded to 1 + 1e-7.
         kept_mass_R=jnp.where(everything_R, 1.0, jnp.minimum(kept_mass_R, 1.0)),
     )
 
@@ -150,9 +150,9 @@ def apply_filters(
 def draw(filtered: Filtered, settings: RowSettings, positions_R: jax.Array) -> jax.Array:
     """One token id from each row's distribution: int32 [R].
 
-    P(v) = P(block of v) P(v | block), each by the Gumbel-max trick. The noise is a function of the
-    row's key and the token's position in its text alone: neither of the row's place in the batch
-    nor of what shares it.
+    P(v) = P(block of v) P(v | block), each by the Gumbel-max trick. The noise depends only on the
+    row's key and the token's position in its text, not on the row's place in the batch or on the
+    other rows.
     """
     R, V = filtered.weights_RV.shape
     blocks = -(-V // BLOCK)
@@ -200,8 +200,8 @@ def _prefix_among_candidates(
 ) -> tuple[jax.Array, jax.Array]:
     """How many tokens top_k and top_p keep (0: all of them), and whether that is certain.
 
-    It is not where the last kept token is not among the candidates, or where top_p takes its share
-    of a mass that top_k cuts beyond them.
+    It is not certain if the last kept token is not among the candidates, or if top_p takes its
+    share of a mass that top_k cuts beyond them.
     """
     C, V = candidates.logprobs_RC.shape[-1], weights_RV.shape[-1]
     ids_RC = candidates.ids_RC
@@ -271,7 +271,7 @@ def _shortest_prefix(
 def _least(holds, low_R: jax.Array, high_R: jax.Array) -> jax.Array:
     """The least integer in [low, high] for which a rising predicate holds; high when none does.
 
-    `low` itself is tried first: where nothing is tied, there is nothing to search.
+    `low` itself is tried first: if nothing is tied, there is nothing to search.
     """
     high_R = jnp.where(holds(low_R), low_R, high_R)
 

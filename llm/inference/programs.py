@@ -48,8 +48,11 @@ class DecodeState:
 
 
 class Drawn(NamedTuple):
-    """What a step drew: int32 ids, log-probabilities in the distribution drawn from, and what
-    the model said (None where no row asked)."""
+    """What a step drew.
+
+    ids: int32. sampling_logprobs: in the distribution that was drawn from. described: what the
+    model says of the ids; None if no row asked.
+    """
 
     ids: jax.Array
     sampling_logprobs: jax.Array
@@ -59,11 +62,10 @@ class Drawn(NamedTuple):
 def for_decoding(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
     """The same model with parameters laid out for reading them once a token.
 
-    A tied head becomes a matrix of its own: XLA's CPU backend multiplies [1, D] x [V, D]^T at a
-    tenth of the speed of [1, D] x [D, V] (GPT-2 124M: 39 against 23 ms a token, 2-core EPYC,
-    jax 0.12). Matrices are cast to the compute dtype here instead of at every step. Embeddings
-    are summed in float32 before the cast, and a step reads few of their rows: they stay. So do
-    routers, which compute in float32.
+    A tied head becomes a matrix of its own, because XLA's CPU backend multiplies [1, D] x [V, D]^T
+    far slower than [1, D] x [D, V]. Matrices are cast to the compute dtype here instead of at every
+    step. Embeddings stay in float32: they are summed before the cast, and a step reads few of their
+    rows. Routers stay too, because they compute in float32.
     """
     config = spec.config.model_copy(update={"tie_embeddings": False})
     params = _off_the_mesh(params)
@@ -76,8 +78,8 @@ def for_decoding(spec: ModelSpec, params: Params) -> tuple[ModelSpec, Params]:
 def _off_the_mesh(params: Params) -> Params:
     """Weights that lie on one device as arrays of that device alone.
 
-    On a mesh of one, XLA names the shardings of what it returns as it likes, so a state that goes
-    round would be compiled for twice.
+    On a mesh of one device, XLA may name the shardings of its results differently from those of its
+    arguments, and a state that goes round would be compiled for twice.
     """
     devices = _devices(params)
     return jax.device_put(params, devices.pop()) if len(devices) == 1 else params
@@ -98,17 +100,17 @@ def _to_compute_dtype(spec: ModelSpec, name: str, weight: jax.Array) -> jax.Arra
 
 
 def empty(spec: ModelSpec, params: Params, batch_size: int, capacity: int) -> DecodeState:
-    """Rows without text that draw nothing, on the device of the parameters."""
+    """Rows that hold no text and draw nothing, on the device of the parameters."""
     state = _empty(spec, batch_size, capacity)
-    # A mesh divides the cache when a program first writes to it.
-    return beside(params, state) if len(_devices(params)) == 1 else state
+    # On a mesh the first program that writes to the cache divides it.
+    return commit(state, params) if len(_devices(params)) == 1 else state
 
 
-def beside(params: Params, state: DecodeState) -> DecodeState:
-    """What of the state is bound to no device, bound to those of the parameters, whole on each.
+def commit(state: DecodeState, params: Params) -> DecodeState:
+    """The state with every array committed to the devices of the parameters, whole on each.
 
-    Arrays that are bound and arrays that are not are compiled for apart, and what a program returns
-    is bound: the first chunk of a text would have a program of its own.
+    JAX compiles for committed and uncommitted arrays apart, and a program returns committed ones:
+    without this the first chunk of a text would need a program of its own.
     """
     sharding = next(iter(params.values())).sharding
     if isinstance(sharding, NamedSharding):
@@ -128,11 +130,11 @@ def _empty(spec: ModelSpec, batch_size: int, capacity: int) -> DecodeState:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def place_rows(target: DecodeState, source: DecodeState, places_B: jax.Array) -> DecodeState:
-    """`target` with row b of `source` in its row places_B[b], for each b whose place it has.
+    """`target` with row b of `source` in its row places_B[b], unless that is out of range.
 
-    A row of the cache is replaced whole, zeros beyond the source's capacity: what a row before it
-    left there is masked, but a NaN times a weight of zero is a NaN. Beyond the target's capacity it
-    is cut: the caller knows that nothing of the row's text lies there.
+    A whole row of the cache is replaced, with zeros beyond the source's capacity: an earlier row's
+    values are masked there, but a NaN times a weight of zero is a NaN. The row is cut at the
+    target's capacity; the caller knows that no text of the row lies beyond.
     """
 
     def place(to, from_):
@@ -162,8 +164,8 @@ def prefill_piece(
     """One piece of all prompts into the cache.
 
     Returns:
-      the cache; hidden_BD with the rows whose prompt ends in this piece filled in; what the model
-      said of targets_BP, the tokens one place further on (what lies beyond a prompt is noise).
+      the cache; hidden_BD, filled in for rows whose prompt ends in this piece; what the model says
+      of targets_BP, the tokens one place further on. Beyond the end of a prompt all is noise.
     """
     model = bind(spec, params)
     P = tokens_BP.shape[1]
@@ -192,10 +194,10 @@ def decode_chunk(
     *,
     top: int | None,
 ) -> tuple[DecodeState, Drawn, jax.Array]:
-    """Up to `steps` <= CHUNK tokens of every row; fewer when no row is left.
+    """Draw up to `steps` <= CHUNK tokens of every row; fewer if no row is left.
 
     Returns:
-      the state; what was drawn, [CHUNK, B, ...], rows that have ended being noise; the steps done.
+      the state; what was drawn, [CHUNK, B, ...], noise in rows that have ended; the steps done.
     """
     model = bind(spec, params)
 

@@ -2,8 +2,8 @@
 
     settings, prompts  ->  requests  ->  decoder  ->  NewTokens, all of sample 0, then all of 1, ...
 
-What the `sample` command and `llm.load(...).generate` share, so that the same settings give the
-same records from both. What it is not: the decoding (decode.py), or where text goes.
+The `sample` command and `llm.load(...).generate` share this, so that the same settings give both
+the same records. What it is not: the decoding (decode.py), or the output of text.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ MAX_ROWS = 32
 
 
 def overlay(section: SamplingConfig, given: Mapping[str, Any], where: str) -> SamplingConfig:
-    """A run's `sample` section with what was given in place of what it says.
+    """A run's `sample` section, with the given settings in place of its own.
 
     Raises:
       UsageError: a value is out of its range or of another type; `where` says whose it is.
@@ -73,7 +73,7 @@ def continued(decoder: "Decoder", requests: "Sequence[Request]") -> "Iterator[Ne
 
 
 def in_order(tokens: "Iterable[NewTokens]", rows: int) -> "Iterator[NewTokens]":
-    """The same, one row after the other: what comes early waits for its turn."""
+    """The same tokens, one row after the other: tokens that come early wait for their turn."""
     waiting: list[list[NewTokens]] = [[] for _ in range(rows)]
     current = 0
     for new in tokens:

@@ -4,8 +4,8 @@
 
 A text longer than the context is read through windows. The first window predicts all its tokens;
 each later one moves on by `stride` tokens and predicts those only, so every token is predicted
-once, with at least context_length - stride + 1 tokens before it, or all there are. A small stride
-gives more context and costs context_length / stride times the work. With context 4 and stride 2:
+once, from at least context_length - stride + 1 tokens before it, or all there are. A small stride
+gives more context and takes context_length / stride times the work. With context 4 and stride 2:
 
     window 1   reads a b c d      and predicts   b c d e
     window 2   reads     c d e f  and predicts         f g
@@ -124,7 +124,7 @@ class Scorer:
         """
         parts = [np.zeros((0, self.spec.vocab_size), np.float32)]
         for window in self.windows(np.asarray(ids, np.int32)):
-            inputs_BT, _ = stack([window])
+            inputs_BT, _ = pad([window])
             logprobs_KV = np.asarray(_whole(self.spec, self.params, inputs_BT, window.K))
             parts.append(logprobs_KV[predicted_slice(window)])
         return np.concatenate(parts)
@@ -177,7 +177,7 @@ class Scorer:
 
     def _describe(self, windows: Sequence[Window]) -> Described:
         """Numpy arrays [B, K, ...] over the predicted positions of windows of one size."""
-        inputs_BT, targets_BK = stack(windows)
+        inputs_BT, targets_BK = pad(windows)
         watch_BW = np.tile(np.array(self.watch, np.int32), (len(inputs_BT), 1))
         described = _describe_batch(
             self.spec, self.params, inputs_BT, targets_BK, watch_BW, self._top()
@@ -188,8 +188,8 @@ class Scorer:
         return min(self.top, self.spec.vocab_size)
 
 
-def stack(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs [B, T] and targets [B, K] of windows of one size, zeros where there is no token."""
+def pad(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs [B, T] and targets [B, K] of windows of one size, padded with zeros."""
     T, K = windows[0].T, windows[0].K
     tokens_BT = np.zeros((round_up(len(windows)), T + 1), np.int32)
     for b, window in enumerate(windows):

@@ -1,24 +1,22 @@
-"""What the step's compiler is told, by the device; the environment's own flags count more.
+"""The options of the step's compiler, by device. Flags set in the environment take precedence.
 
 TPUs ($LIBTPU_INIT_ARGS). Memory of a core (VMEM): libtpu lets one operation use 16 MiB of it by
 default. With more, a matrix product reads its operands less often. The values are what MaxText's
 recipes set for v6e and Levanter's notes for v5e and v5p.
 
-Windows: a product whose operand is still to be gathered may be cut into as many as there are
-shares, each beside the transfer of the next. Weights that fsdp gathers can travel beside the
+Windows: XLA may cut a product whose operand is still to be gathered into one part for each share,
+and compute a part while the next share travels. Weights that fsdp gathers can travel during the
 layer before instead, and their products stay whole.
 
-GPUs ($XLA_FLAGS). Products that multiply the same array stay apart: where two are joined, their
-results are copied out of the joint one, and the gradients into it; the three of attention stand
+GPUs ($XLA_FLAGS). Products that multiply the same array stay apart: if XLA joins them, it copies
+their results out of the joint one and the gradients into it. The three products of attention are
 apart on purpose (gpt.py:Attention).
 
-GPUs of a mesh. The scheduler that hides latency starts a transfer early and computes
-until it is there; it is the one flag that NVIDIA's JAX images set. Flags for pipelined collectives,
-which JAX 0.10 had, are gone in 0.12, where the compiler decides.
+Several GPUs. The scheduler that hides latency starts a transfer early and computes until it is
+there; it is the one flag that NVIDIA's JAX images set.
 
-All only change how fast a program is. By libtpu 0.0.52's own cost model a step of llama3_8b takes
-a sixth less with more memory, and on 8 v5p chips a fifth less without windows. No device has shown
-any of it here.
+The options only change how fast a program is. benchmarks/README.md has what the compilers' cost
+models say of them; no device has been measured here.
 """
 
 import os
@@ -44,7 +42,7 @@ HIDE_LATENCY = "xla_gpu_enable_latency_hiding_scheduler"
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
-    """For jax.jit; none of what the environment sets, and none for devices not listed here."""
+    """For jax.jit: nothing that the environment sets, and nothing for devices not listed here."""
     kind, options = device_kind(mesh), dict[str, str | bool]()
     if kind in _VMEM_KIB:
         options[SCOPED_VMEM] = str(_VMEM_KIB[kind])

@@ -58,7 +58,7 @@ def evaluate(
     Args:
       batches: cover the split once; a target counts if its weight is 1 and not if it is 0.
       byte_lengths: int32 [V], bytes of text in each token; 0 for end of text.
-      split: counted instead of the batches, where these are only this process's rows.
+      split: counted instead of the batches, if these are only this process's rows.
     """
     nats, tokens, text_bytes = [], 0, 0
     for batch in batches:

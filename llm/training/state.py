@@ -25,10 +25,15 @@ from llm.model.stack import stack_layers, unstack_layers
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 []. weights: Params, blocks stacked or not. opt_state: optax state. key: typed
-    PRNG key, never advanced; randomness of step n is fold_in(key, n). loss_history: float32
-    [HISTORY], losses of the newest updates that were applied, step n in slot n mod HISTORY; NaN
-    where there is none yet."""
+    """Everything that a step changes.
+
+    Attributes:
+      step: int32 [].
+      weights: Params, blocks stacked or not.
+      key: typed PRNG key, never advanced; the randomness of step n is fold_in(key, n).
+      loss_history: float32 [HISTORY], losses of the newest updates that were applied; step n is in
+        slot n mod HISTORY, NaN if there is none yet.
+    """
 
     step: jax.Array
     weights: Params
@@ -38,7 +43,7 @@ class TrainState:
 
     @property
     def params(self) -> Params:
-        """The weights under the names of single layers; copies of them where they are stacked."""
+        """The weights under the names of single layers; copies if they are stacked."""
         return unstack_layers(self.weights)
 
 

@@ -65,8 +65,8 @@ def make_train_step(
 
     Metrics (float32 scalars unless said): loss (nats per token, without smoothing and z-loss),
     grad_norm (before clipping), learning_rate (used by this update), finite (bool), spike (bool).
-    Where not finite, or a spike, the update is masked out. With experts also what `router_metrics`
-    gives.
+    An update that is not finite, or a spike, is masked out. With experts the metrics of
+    `router_metrics` come too.
 
     Raises:
       UsageError: the devices cannot do what training.remat asks for.
