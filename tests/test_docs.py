@@ -159,7 +159,9 @@ def test_every_command_line_is_understood(document):
 @every_document
 def test_every_flag_that_is_named_exists(document):
     """Of the commands; names of settings have a dot."""
-    modules = [importlib.import_module(f"llm.commands.{name}") for name, _ in COMMANDS.values()]
+    modules = [
+        importlib.import_module(f"llm.commands.{name.replace('-', '_')}") for name in COMMANDS
+    ]
     flags = {flag.spelling for module in modules for flag in flags_of(module.Options).values()}
     for span in backticked(document.read_text()):
         if re.fullmatch(r"--[a-z-]+", span):

@@ -19,7 +19,7 @@ from llm.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
-    name: importlib.import_module(f"llm.commands.{file}") for name, (file, _) in COMMANDS.items()
+    name: importlib.import_module(f"llm.commands.{name.replace('-', '_')}") for name in COMMANDS
 }
 every_command = pytest.mark.parametrize("command", COMMANDS)
 

@@ -24,19 +24,19 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of a pipe (head, less) has seen enough.
+        # The reader of a pipe, such as head or less, has seen enough.
         sys.stderr.close()
         return 0
     except OSError as error:
         if not is_disk_full(error):
             raise
         print(f"error: no room to write ({error.strerror}); free some space", file=sys.stderr)
-        # Python writes what standard output still holds when it ends, and there is no room for it.
+        # At its end Python writes what standard output still holds, which would fail again.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UsageError.exit_code
     except Exception as error:
-        # JAX's error is known by its name: a command may fail before JAX is imported.
+        # JAX's error is recognised by name, because a command may fail before JAX is imported.
         of_device = type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error)
         if not of_device and not isinstance(error, MemoryError):
             raise

@@ -1,8 +1,8 @@
 """python -m llm diff A B: where do two runs part, or how do two dumps of one text differ?
 
 For two run directories, the report says where their losses part and what differs between the runs.
-For two files that `score --probs` wrote of the same text, --html FILE writes a page that shows, at
-each token, what the second checkpoint gives it and what the first did.
+For two files that `score --probs` wrote of the same text, --html FILE writes a page that compares
+the probabilities that the two checkpoints give to each token.
 """
 
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm.commands.flags import CommandLine, OutputFile, argument, parse
+from llm.commands.shared import counted
 from llm.config import differences, setting
 from llm.errors import UsageError
 from llm.inference.records import read_records
@@ -18,7 +19,7 @@ from llm.pages.view import write_diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import read_metrics
 
-# Where a run lies changes nothing that it computes.
+# The place of a run does not change what it computes.
 IGNORED = ("run.dir", "data.cache_dir")
 
 
@@ -32,7 +33,7 @@ class Options(CommandLine):
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a report for a person, or with --json one JSON object. Differences do not fail."""
+    """Print a report, or one JSON object with --json. The exit code is 0 if the runs differ too."""
     chosen = parse(Options, arguments)
     if chosen.html is not None:
         one, other = read_records(chosen.a), read_records(chosen.b)
@@ -69,7 +70,7 @@ def compare(*runs: RunDirectory) -> dict[str, Any]:
     pairs = ({"step": n, "loss_a": losses[0][n], "loss_b": losses[1][n]} for n in common)
 
     def unequal(part: Callable[[dict[str, Any]], Any]) -> list[Any]:
-        """Both values if they differ, else nothing."""
+        """Both values if they differ, else an empty list."""
         values = [part(record) for record in records]
         return values if values[0] != values[1] else []
 
@@ -92,12 +93,11 @@ def for_people(report: dict[str, Any]) -> str:
     """The report as lines of text: how many steps are compared, where they part, and the causes."""
     common, parting = report["common_steps"], report["first_difference"]
     one, other = report["recorded_steps"]
-    counts = f"the first run has {one} recorded, the second {other}"
-    if common:
-        steps = f"{common} {'step' if common == 1 else 'steps'} in both"
-        lines = [steps if one == other == common else f"{steps}: {counts}"]
-    else:
-        lines = [f"no step is recorded in both, so no losses are compared: {counts}"]
+    lines = [f"{counted(common, 'step')} in both"]
+    if not common:
+        lines = ["no step is recorded in both, so no losses are compared"]
+    if not one == other == common > 0:
+        lines[0] += f": the first run has {one} recorded, the second {other}"
     if parting:
         lines.append("they part at step {step}: loss {loss_a} and {loss_b}".format(**parting))
     elif common:
@@ -107,8 +107,10 @@ def for_people(report: dict[str, Any]) -> str:
         for kind in ("config", "randomness")
         for name, (a, b) in report[kind].items()
     ]
-    for kind in ("data", "code", "versions", "devices"):
-        if report[kind]:
-            causes.append("{} differ: {} and {}".format(kind, *report[kind]))
+    causes += [
+        "{} differ: {} and {}".format(kind, *report[kind])
+        for kind in ("data", "code", "versions", "devices")
+        if report[kind]
+    ]
     nothing = "nothing else differs: config, data, code, versions, devices, seed"
     return "\n".join([*lines, *(causes or [nothing])])

@@ -54,20 +54,19 @@ class CommandLine(Section):
     @pydantic.model_validator(mode="after")
     def _check_outputs(self) -> Self:
         """Refuse a file that cannot be written now, not after a model has run."""
-        flags: dict[Path, str] = {}
-        for name, info in type(self).model_fields.items():
+        taken: dict[Path, str] = {}
+        files = [name for name, info in type(self).model_fields.items() if _OUTPUT in info.metadata]
+        for name in files:
             path = getattr(self, name)
-            if _OUTPUT not in info.metadata or path in (None, "-"):
+            if path in (None, "-"):
                 continue
             if not Path(path).parent.is_dir():
                 raise UsageError(f"cannot write {path}: there is no folder {Path(path).parent}")
             if Path(path).is_dir():
                 raise UsageError(f"cannot write {path}: it is a folder; expected a file's name")
-            other = flags.setdefault(Path(path).resolve(), spelled(name))
-            if other != spelled(name):
-                raise UsageError(
-                    f"{other} and {spelled(name)} both name {path}; give each a file of its own"
-                )
+            one, other = spelled(name), taken.setdefault(Path(path).resolve(), spelled(name))
+            if one != other:
+                raise UsageError(f"{other} and {one} both name {path}; give each a file of its own")
         return self
 
 

@@ -27,12 +27,10 @@ class Options(CommandLine):
     config: str = argument("CONFIG", "configuration file")
     topology: str = setting("", "a slice of TPUs: v5p:4x4x4, v5e:16x16 (needs '.[plan]')", "NAME")
     devices: PositiveInt | None = setting(None, "number of devices of the kind --device")
-    device: str = setting(
-        "", "h100, a100, ... or cpu; without any: the device that is here", "NAME"
-    )
+    device: str = setting("", "h100, a100, ... or cpu; by default the device that is here", "NAME")
     search: bool = setting(False, "rank meshes, remat and micro-batches")
     tries: PositiveInt = setting(8, "most compilations of a search")
-    vocab_size: PositiveInt | None = setting(None, "size of a vocabulary that the corpus decides")
+    vocab_size: PositiveInt | None = setting(None, "vocabulary size, if the corpus decides it")
     memory_fraction: float | None = setting(
         None, "share of a GPU's memory to use; else $XLA_PYTHON_CLIENT_MEM_FRACTION, else 0.75"
     )
@@ -61,7 +59,7 @@ def main(arguments: list[str]) -> int:
     prepare_process()
     from llm.planning import targets
 
-    # JAX reads this environment when it starts: nothing before may import it.
+    # JAX reads this environment when it is imported, so nothing before this line may import it.
     count = (chosen.devices or 1) if chosen.device else None
     targets.prepare_environment(chosen.topology, count)
     target = targets.find_target(chosen.topology, chosen.device, count)
@@ -75,22 +73,20 @@ def main(arguments: list[str]) -> int:
         setting = f"{axes(dict(config.mesh))}, remat {training.remat}, micro-batch {micro}"
         print(f"compiling {number} of {total}: {setting}", file=sys.stderr, flush=True)
 
-    console = make_console()
     if chosen.search:
         plans, considered = search(config, vocab_size, target, fraction, chosen.tries, report)
-        if chosen.as_json:
-            facts: Any = {"estimate": True, "considered": considered, "ranked": plans}
-        else:
-            show_ranking(plans, considered, console)
+        facts: Any = {"estimate": True, "considered": considered, "ranked": plans}
     else:
-        if not chosen.as_json:
-            print(f"compiling a step for {target.name}", file=sys.stderr, flush=True)
+        print(f"compiling a step for {target.name}", file=sys.stderr, flush=True)
         facts = plan_step(config, vocab_size, target, fraction)
         plans = [facts]
     if chosen.as_json:
         print(json.dumps(facts, allow_nan=False))
-    else:
-        show_plan(plans[0], console)
+        return 0
+    console = make_console()
+    if chosen.search:
+        show_ranking(plans, considered, console)
+    show_plan(plans[0], console)
     return 0
 
 
@@ -102,24 +98,23 @@ def find_vocab_size(config: Config, given: int | None) -> int:
     """
     from llm.text.tokenizer import known_vocab_size
 
-    known = known_vocab_size(config.tokenizer.kind)
-    if known is not None and given not in (None, known):
+    kind = config.tokenizer.kind
+    known = known_vocab_size(kind)
+    if known and given not in (None, known):
         raise UsageError(
-            f"--vocab-size {given}: tokenizer.kind = {config.tokenizer.kind!r} has {known} tokens; "
-            "leave it out"
+            f"--vocab-size {given}: tokenizer.kind = {kind!r} has {known} tokens; leave it out"
         )
-    if config.tokenizer.kind == "bpe":
-        return given or config.tokenizer.vocab_size
-    if not (known or given):
+    size = known or given or (config.tokenizer.vocab_size if kind == "bpe" else None)
+    if size is None:
         raise UsageError(
-            f"tokenizer.kind = {config.tokenizer.kind!r}: the corpus determines how many tokens it "
-            "has, and a plan does not read it; give the number, as --vocab-size 65"
+            f"tokenizer.kind = {kind!r}: the corpus determines how many tokens it has, and a plan "
+            "does not read it; give the number, as --vocab-size 65"
         )
-    return known or given  # type: ignore[return-value]
+    return size
 
 
 def memory_fraction(given: float | None) -> float:
-    """The share of a GPU's memory that a program can have, as JAX decides it."""
+    """The share of a GPU's memory that a program may use, decided as JAX decides it."""
     name, text = "--memory-fraction", str(given)
     if given is None:
         name = "XLA_PYTHON_CLIENT_MEM_FRACTION"

@@ -1,7 +1,7 @@
 """python -m llm replay RUN --step N [--json]: what was step N trained on?
 
-Prints the token ids and the text of each sequence of the batch, and the documents they come from.
-The command needs the corpus, which must still be the one that the run began with.
+Prints the token ids and the text of each sequence of the batch, and the documents that they come
+from. The corpus must be there, unchanged since the run began.
 """
 
 import bisect
@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pydantic
-
 from llm.commands.flags import CommandLine, argument, parse
+from llm.commands.shared import counted
 from llm.config import setting
 from llm.errors import UsageError
 
@@ -28,16 +27,9 @@ class Options(CommandLine):
     step: int = setting(..., "step, from 1")
     as_json: bool = setting(False, "print one JSON object", flag="json")
 
-    @pydantic.field_validator("step")
-    @classmethod
-    def _check_step(cls, step: int) -> int:
-        if step < 1:
-            raise UsageError(f"--step {step}: expected 1 or more; step 1 is the first update")
-        return step
-
 
 def main(arguments: list[str]) -> int:
-    """Prints a page for a person, or with --json one JSON object."""
+    """Print each sequence as text, or one JSON object with --json."""
     chosen = parse(Options, arguments)
 
     from llm.run.directory import RunDirectory
@@ -69,31 +61,24 @@ def main(arguments: list[str]) -> int:
             zip(batches.window_starts(index), batches[index].tokens, strict=True)
         )
     ]
-    if chosen.as_json:
-        print(json.dumps({"step": chosen.step, "sequences": sequences}))
-    else:
-        for sequence in sequences:
-            print(for_people(chosen.step, sequence))
+    text = "\n".join(for_people(chosen.step, sequence) for sequence in sequences)
+    print(json.dumps({"step": chosen.step, "sequences": sequences}) if chosen.as_json else text)
     return 0
 
 
 def check_step(run: "RunDirectory", step: int) -> None:
-    """Raise a UsageError for a step that the run has not reached, as far as its files say."""
+    """Raise a UsageError if the files of the run do not show that it has reached the step."""
     from llm.run.checkpoint import saved_steps
     from llm.run.metrics import read_metrics
 
-    # Not every step has a line (logging.every), and lines may be lost on a full disk.
+    # With logging.every not every step has a line, and a full disk may lose lines.
     recorded = [row["step"] for row in read_metrics(run.metrics)]
     last = max([0, *saved_steps(run.checkpoints), *recorded])
-    if not last:
+    if not 1 <= step <= last:
+        reason = "step 1 is the first update" if step < 1 else "not trained yet"
         raise UsageError(
-            f"--step {step}: not trained yet; {run.path} has no step in metrics.jsonl and no "
-            "checkpoint"
-        )
-    if step > last:
-        raise UsageError(
-            f"--step {step}: not trained yet; {run.path} has come to step {last} by its metrics "
-            f"and checkpoints; expected 1 to {last}"
+            f"--step {step}: {reason}; {run.path} has come to step {last} by its metrics and "
+            f"checkpoints{f'; expected 1 to {last}' * (last > 0)}"
         )
 
 
@@ -104,7 +89,7 @@ def documents(split: "TokenSplit", start: int, length: int) -> Iterator[dict[str
         position = (start + done) % len(split)
         name, offset = split.document_at(position)
         places = range(position, min(position + length - done, len(split)))
-        # The end of the document, by bisection: its places come before all others.
+        # Find the end of the document by bisection: its places come before all others.
         tokens = bisect.bisect_left(
             places, True, key=lambda place: split.document_at(place)[1] - offset != place - position
         )
@@ -115,8 +100,7 @@ def documents(split: "TokenSplit", start: int, length: int) -> Iterator[dict[str
 def for_people(step: int, sequence: dict[str, Any]) -> str:
     """A sequence as lines of text: its documents, its ids and its own text."""
     sources = [
-        f"  {part['document']} from token {part['offset']}: {part['tokens']} "
-        f"{'token' if part['tokens'] == 1 else 'tokens'}"
+        f"  {part['document']} from token {part['offset']}: {counted(part['tokens'], 'token')}"
         for part in sequence["documents"]
     ]
     head, ids = f"step {step}, sequence {sequence['row']}", f"  ids {sequence['ids']}"

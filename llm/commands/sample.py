@@ -9,8 +9,7 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, Self
 
 import pydantic
@@ -23,7 +22,6 @@ from llm.inference.records import AnyRecord, EndRecord, RunRecord, Sampling, Tok
 from llm.inference.samples import continued, make_requests, overlay
 
 if TYPE_CHECKING:
-    from llm.inference.decode import Decoder, Request
     from llm.text.tokenizer import Tokenizer
 
 
@@ -37,10 +35,10 @@ class Options(SamplingConfig, RecordOptions):
         (), "texts to continue; empty: start from an end of text"
     )
     prompt_file: tuple[str, ...] = setting(
-        (), "files to continue, each with its last newline", "FILE"
+        (), "files to continue; a newline at the end is part of the prompt", "FILE"
     )
-    greedy: bool = setting(False, "always the likeliest token")
-    stop: tuple[str, ...] = setting((), "end a sample where one of these texts begins")
+    greedy: bool = setting(False, "always draw the likeliest token")
+    stop: tuple[str, ...] = setting((), "end a sample before one of these texts")
 
     @pydantic.model_validator(mode="after")
     def _check_temperature(self) -> Self:
@@ -76,39 +74,35 @@ def main(arguments: list[str]) -> int:
         decoder.check(request)
     numerics = decoding_numerics(opened.spec, opened.params, decoder, requests[0])
     sampling = Sampling.of(settings)
-    first = RunRecord.of(opened.checkpoint, opened.tokenizer, sampling, numerics, options.top)
+    context, cut_short = opened.spec.config.context_length, []
+
+    def records() -> Iterator[AnyRecord]:
+        yield RunRecord.of(opened.checkpoint, opened.tokenizer, sampling, numerics, options.top)
+        tokens: list[TokenRecord] = []
+        for new in continued(decoder, requests):
+            yield from new.tokens
+            tokens += new.tokens
+            if new.finish is not None:
+                number = tokens[0].sample
+                yield EndRecord.of(number, tokens, new.finish, counted="generated")
+                if new.finish == "context":
+                    cut_short.append(context - len(requests[number].prompt))
+                tokens = []
+
     options.emit(
-        chain([first], records_of(decoder, requests)),
+        records(),
         title=f"Samples from {opened.run}, step {opened.step}",
         show=lambda records: plain_text(records, len(requests)),
     )
-    return 0
-
-
-def records_of(decoder: "Decoder", requests: "Sequence[Request]") -> Iterator[AnyRecord]:
-    """The records of all samples in order, each as soon as it is final.
-
-    A line on stderr follows the last record if the context was full before a sample had as many
-    tokens as were asked for.
-    """
-    tokens, cut_short = [], []
-    for new in continued(decoder, requests):
-        yield from new.tokens
-        tokens += new.tokens
-        if new.finish is not None:
-            yield EndRecord.of(tokens[0].sample, tokens, new.finish, counted="generated")
-            if new.finish == "context":
-                cut_short.append(sum(token.phase == "generated" for token in tokens))
-            tokens = []
     if cut_short:
-        low, high = min(cut_short), max(cut_short)
-        asked, context = requests[0].max_new_tokens, decoder.spec.config.context_length
+        low, high, asked = min(cut_short), max(cut_short), settings.max_new_tokens
         print(
             f"the context of {counted(context, 'token')} is full after "
             f"{f'{low} to ' * (low < high)}{counted(high, 'new token')}; {asked} "
             f"{'was' if asked == 1 else 'were'} asked for",
             file=sys.stderr,
         )
+    return 0
 
 
 def plain_text(records: Iterable[AnyRecord], samples: int) -> Iterator[str]:
@@ -125,10 +119,11 @@ def plain_text(records: Iterable[AnyRecord], samples: int) -> Iterator[str]:
 
 
 def stdin_prompts(asked: str | None, may_default: bool, tokenizer: "Tokenizer") -> list[str]:
-    """The prompt on standard input, if `-` asks for it or, without another prompt, one is piped in.
+    """The prompt on standard input: if `-` asks for it, or if no other prompt is given and one is
+    piped in.
 
-    A pipe that nobody asked for is read only if it holds something by now, when the model is
-    loaded: a shell or a scheduler may leave one open for ever.
+    Without `-` a pipe is read only if it holds something by now, when the model is loaded: a shell
+    or a scheduler may leave a pipe open forever.
     """
     if asked is None and not (may_default and _stdin_has_text()):
         return []

@@ -3,6 +3,12 @@
 Reports on stderr how well the model predicts the texts, and the passages that it predicts worst;
 with --json, as one JSON object on stdout. A text longer than the context is read through windows
 (--stride). The first token of a text has nothing before it and is not counted.
+
+The files of arrays hold, for text I with T tokens:
+
+    --full       ids_I int32 [T]; logprobs_I float32 [T - 1, vocabulary]
+    --attention  ids_I; attention_I float32 [layers, heads, T, T]: row t
+                 belongs to the token that looks, and rows sum to one
 """
 
 import json
@@ -11,10 +17,9 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import pydantic
 from pydantic import NonNegativeInt
@@ -23,11 +28,18 @@ from llm.commands.flags import OutputFile, argument, parse
 from llm.commands.shared import RecordOptions, as_text, counted, read_file, writing
 from llm.config import setting
 from llm.errors import UsageError
+from llm.inference.records import (
+    AnyRecord,
+    EndRecord,
+    RunRecord,
+    TokenRecord,
+    bits_per_byte,
+    perplexity,
+)
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from llm.inference.records import TokenRecord
     from llm.run.open import OpenedModel
     from llm.text.tokenizer import Ids
 
@@ -50,21 +62,9 @@ class Options(RecordOptions):
     format: Literal["records", "openai"] = setting(
         "records", "what --probs writes: records, or one JSON object like OpenAI's completions"
     )
-    full: OutputFile = setting(
-        None,
-        "write the whole distribution at every token (.npz: ids_I int32 [T] and logprobs_I "
-        "float32 [T - 1, vocabulary] of text I)",
-        "FILE",
-    )
-    attention: OutputFile = setting(
-        None,
-        "write where each head looks (.npz: ids_I int32 [T] and attention_I float32 [layers, "
-        "heads, T, T] of text I; row t belongs to the token that looks, and rows sum to one)",
-        "FILE",
-    )
-    attention_html: OutputFile = setting(
-        None, "write where each head looks in one text, as a page", "FILE"
-    )
+    full: OutputFile = setting(None, "write the whole distribution at every token (.npz)", "FILE")
+    attention: OutputFile = setting(None, "write where each head looks (.npz)", "FILE")
+    attention_html: OutputFile = setting(None, "write where each head looks, as a page", "FILE")
     as_json: bool = setting(False, "print the summary as one JSON object", flag="json")
 
     @pydantic.model_validator(mode="after")
@@ -90,7 +90,6 @@ def main(arguments: list[str]) -> int:
     opened = options.open()
 
     from llm.inference.numerics import numerics_of
-    from llm.inference.records import AnyRecord, EndRecord, RunRecord
     from llm.inference.score import Scorer
     from llm.serving.completions import openai_completion
 
@@ -107,13 +106,13 @@ def main(arguments: list[str]) -> int:
     )
     if options.attention or options.attention_html:
         write_attention(options, opened, texts, [name for name, _ in sources])
-    summary = Summary()
+    sums: list[Sums] = []
 
     def records() -> Iterable[AnyRecord]:
         numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
         yield RunRecord.of(opened.checkpoint, tokenizer, None, numerics, options.top)
         for sample, tokens in enumerate(scorer.score(texts)):
-            summary.add(tokens)
+            sums.append(sums_of(sample, tokens))
             if options.shows_numbers:
                 yield from tokens
                 yield EndRecord.of(sample, tokens, "length", counted="prompt")
@@ -129,7 +128,7 @@ def main(arguments: list[str]) -> int:
     )
     if options.full:
         write_arrays(options.full, "logprobs", texts, map(scorer.distributions, texts))
-    report = opened.checkpoint | summary.as_json()
+    report = opened.checkpoint | summary(sums)
     if options.as_json:
         print(json.dumps(report, allow_nan=False))
     else:
@@ -137,50 +136,46 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-@dataclass
-class Summary:
-    """Sums over all scored tokens.
+class Sums(NamedTuple):
+    """What one text adds to the summary, over all its tokens but the first.
 
-    Attributes:
-      nats: the sum of each text.
-      worst: the passages with the most nats per token, worst first, none overlapping another.
+    worst: its worst passages, as the summary shows them.
     """
 
-    tokens: int = 0
-    nats: list[float] = field(default_factory=list)
-    bytes: int = 0
-    worst: list[dict[str, Any]] = field(default_factory=list)
+    tokens: int
+    nats: float
+    bytes: int
+    worst: list[dict[str, Any]]
 
-    def add(self, tokens: "Sequence[TokenRecord]") -> None:
-        """Add one more text, whose first token has no numbers."""
-        said = [(token, -token.logprob) for token in tokens if token.logprob is not None]
-        surprisals = [nats for _, nats in said]
-        for start, end in worst_passages(surprisals):
-            nats, first = math.fsum(surprisals[start:end]), said[start][0]
-            text = "".join(token.text for token, _ in said[start:end])
-            place = {"position": first.position, "text_offset": first.text_offset}
-            sums = {"tokens": end - start, "nats": nats, "nats_per_token": nats / (end - start)}
-            self.worst.append({"sample": len(self.nats), **place, **sums, "text": text})
-        self.worst.sort(key=lambda passage: -passage["nats_per_token"])
-        del self.worst[WORST_PASSAGES:]
-        self.tokens += len(said)
-        self.nats.append(math.fsum(surprisals))
-        self.bytes += sum(len(token.byte_values) for token, _ in said)
 
-    def as_json(self) -> dict[str, Any]:
-        """The object that --json prints, without the checkpoint."""
-        from llm.inference.records import bits_per_byte, perplexity
+def sums_of(sample: int, tokens: "Sequence[TokenRecord]") -> Sums:
+    """The sums of the text with the number `sample`."""
+    said = [(token, -token.logprob) for token in tokens if token.logprob is not None]
+    surprisals = [nats for _, nats in said]
+    worst = []
+    for start, end in worst_passages(surprisals):
+        nats, first = math.fsum(surprisals[start:end]), said[start][0]
+        text = "".join(token.text for token, _ in said[start:end])
+        place = {"position": first.position, "text_offset": first.text_offset}
+        sums = {"tokens": end - start, "nats": nats, "nats_per_token": nats / (end - start)}
+        worst.append({"sample": sample, **place, **sums, "text": text})
+    size = sum(len(token.byte_values) for token, _ in said)
+    return Sums(len(said), math.fsum(surprisals), size, worst)
 
-        total = math.fsum(self.nats)
-        return {
-            "texts": len(self.nats),
-            "tokens": self.tokens,
-            "total_nats": total,
-            "nats_per_token": total / self.tokens,
-            "perplexity": perplexity(total, self.tokens),
-            "bits_per_byte": bits_per_byte(total, self.bytes),
-            "worst": self.worst,
-        }
+
+def summary(texts: Sequence[Sums]) -> dict[str, Any]:
+    """The object that --json prints, without the checkpoint."""
+    tokens, nats = sum(text.tokens for text in texts), math.fsum(text.nats for text in texts)
+    worst = [passage for text in texts for passage in text.worst]
+    return {
+        "texts": len(texts),
+        "tokens": tokens,
+        "total_nats": nats,
+        "nats_per_token": nats / tokens,
+        "perplexity": perplexity(nats, tokens),
+        "bits_per_byte": bits_per_byte(nats, sum(text.bytes for text in texts)),
+        "worst": sorted(worst, key=lambda one: -one["nats_per_token"])[:WORST_PASSAGES],
+    }
 
 
 def worst_passages(surprisals: Sequence[float]) -> list[tuple[int, int]]:

@@ -86,21 +86,19 @@ class RecordOptions(RunOptions):
         kept: list[AnyRecord] = []
         with output(self.probs) as write:
 
-            def passing() -> Iterator[AnyRecord]:
-                for record in records:
-                    if self.probs and encode is None:
-                        write(to_line(record))
-                    if self.html or encode is not None:
-                        kept.append(record)
-                    yield record
+            def sent(record: AnyRecord) -> AnyRecord:
+                if self.probs and encode is None:
+                    write(to_line(record))
+                if self.html or encode is not None:
+                    kept.append(record)
+                return record
 
-            shown: Iterable[str] | None = None
+            records = map(sent, records)
+            shown = show(records) if show else None
             if self.paints:
-                shown = paint_stream(map(as_json, passing()))
-            elif show is not None:
-                shown = show(passing())
+                shown = paint_stream(map(as_json, records))
             if shown is None or self.probs == "-":
-                deque(passing(), maxlen=0)
+                deque(records, maxlen=0)
             else:
                 if isinstance(sys.stdout, TextIOWrapper):
                     sys.stdout.reconfigure(errors="backslashreplace")  # for an ASCII terminal
@@ -141,7 +139,7 @@ def counted(number: int, noun: str) -> str:
 
 @contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Turn an error of writing, such as a full disk, into a UsageError that names the file."""
+    """Turn an error of writing, such as a full disk's, into a UsageError that names the file."""
     try:
         yield
     except BrokenPipeError:

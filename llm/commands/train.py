@@ -1,11 +1,12 @@
 """python train.py CONFIG [--section.key VALUE ...]: pretrain a GPT-style language model.
 
-The same command again resumes the run; if the run is finished, it says so.
+Give the same command again to resume a run that has stopped. A finished run is left as it is.
 """
 
 import contextlib
 import socket
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     from llm.text.shards import TokenizedCorpus
-    from llm.training.loop import Job, Outputs, Sampler
+    from llm.training.loop import Job, Sampler
 
 
 class Options(CommandLine):
@@ -40,17 +41,14 @@ def main(arguments: list[str]) -> int:
     prepare_process(deterministic=config.run.deterministic)
     from llm.run.start import claim, is_finished
 
-    with joined(config.distributed) as hosts:
+    with joined(config.distributed) as hosts, contextlib.ExitStack() as held:
         hosts.check_same(config)
         run = RunDirectory(Path(config.run.dir))
-        with contextlib.ExitStack() as held:
-            changed = hosts.decide("the run directory", lambda: claim(run, config, held))
-            with (
-                StopRequest() as stop,
-                make_display(config.logging.progress, speaks=hosts.is_first) as display,
-            ):
-                if not hosts.decide("finished", lambda: is_finished(run, config, display)):
-                    _train(config, run, changed, hosts, stop, display, started)
+        changed = hosts.decide("the run directory", lambda: claim(run, config, held))
+        stop = held.enter_context(StopRequest())
+        display = held.enter_context(make_display(config.logging.progress, hosts.is_first))
+        if not hosts.decide("finished", lambda: is_finished(run, config, display)):
+            _train(config, run, changed, hosts, stop, display, started)
     return 0
 
 
@@ -77,38 +75,33 @@ def _train(
     display: Display,
     started: float,
 ) -> None:
+    from llm.run.checkpoint import Checkpoints
+    from llm.run.metrics import MetricsFile
     from llm.run.start import begin, record_end, record_start
-    from llm.run.trackers import check_trackers
-    from llm.training.loop import restore_or_create, train
+    from llm.run.trackers import check_trackers, make_trackers
+    from llm.training.loop import Outputs, restore_or_create, train
 
     if hosts.is_first:
         check_trackers(config.logging)
     job = _make_job(config, run, hosts, stop, display)
+    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, hosts)
     if hosts.is_first:
         # Write config.toml before anything else: a directory without it is treated as somebody
         # else's.
         begin(run, config, job.spec, job.corpus)
-    outputs = _make_outputs(config, run, hosts, display)
+        checkpoints.clean()
+    metrics = MetricsFile(run.metrics, hosts.is_first)
+    trackers = make_trackers(config, run) if hosts.is_first else []
+    outputs = Outputs(run, checkpoints, metrics, display, trackers)
     try:
         with hosts.collective():
-            state = restore_or_create(job, outputs.checkpoints, display.say)
+            state = restore_or_create(job, checkpoints, display.say)
         step = int(state.step)
         sampler = _make_sampler(job)
-        rows = hosts.decide(
-            "the start",
-            lambda: record_start(
-                run,
-                config,
-                step,
-                changed,
-                mesh=job.mesh,
-                attention=job.spec.attention,
-                metrics=outputs.metrics,
-                checkpoints=outputs.checkpoints,
-            ),
-        )
+        record = partial(record_start, run, config, step, changed, job.mesh, job.spec.attention)
+        rows = hosts.decide("the start", lambda: record(metrics, checkpoints))
         if not hosts.is_first:
-            outputs.metrics.remember(rows, step)
+            metrics.remember(rows, step)
         _say_what_starts(job, run, step, display)
         stop.check("nothing was trained yet")
         with hosts.collective():
@@ -128,7 +121,7 @@ def _train(
 def _make_job(
     config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, display: Display
 ) -> "Job":
-    """Text, model and mesh, each checked before anything is compiled."""
+    """The text, the model and the mesh. All are checked before anything is compiled."""
     from llm.model.sharding import make_mesh
     from llm.run.provenance import check_compute_dtype
     from llm.run.setup import choose_kernels, make_setup
@@ -137,7 +130,7 @@ def _make_job(
 
     mesh = make_mesh(config.mesh)
     dtype, _ = choose_kernels(config, mesh)
-    # Here and not with the other settings: "auto" needs the devices, and all processes find them.
+    # "auto" is decided by the devices, so this check cannot be made with those of other settings.
     hosts.decide("the compute dtype", lambda: check_compute_dtype(run, dtype))
     corpus = _prepare_once(config, run, hosts, stop, display)
     for note in corpus.notes:
@@ -151,7 +144,8 @@ def _make_job(
 def _prepare_once(
     config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, display: Display
 ) -> "TokenizedCorpus":
-    """Process 0 prepares the text; the others then find it, or prepare their own, equal one.
+    """The prepared text. Process 0 prepares it first; the other processes then find its files, or
+    prepare the same text themselves if they do not share a disk.
 
     Raises:
       DataError: the text is not what the run began with, or not the same everywhere.
@@ -168,13 +162,9 @@ def _prepare_once(
     def prepared() -> "TokenizedCorpus":
         return prepare(config.data, config.tokenizer, on_progress=on_progress)
 
-    def prepared_and_checked() -> "TokenizedCorpus":
-        corpus = prepared()
-        if run.exists():
-            check_corpus(run, corpus)
-        return corpus
-
-    corpus = prepared_and_checked() if hosts.is_first else None
+    corpus = prepared() if hosts.is_first else None
+    if corpus is not None and run.exists():
+        check_corpus(run, corpus)
     fingerprint = hosts.decide("the corpus", lambda: corpus.fingerprint if corpus else "")
     corpus = corpus or prepared()
     if corpus.fingerprint != fingerprint:
@@ -184,19 +174,6 @@ def _prepare_once(
             "same names"
         )
     return corpus
-
-
-def _make_outputs(config: Config, run: RunDirectory, hosts: Hosts, display: Display) -> "Outputs":
-    from llm.run.checkpoint import Checkpoints
-    from llm.run.metrics import MetricsFile
-    from llm.run.trackers import make_trackers
-    from llm.training.loop import Outputs
-
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, hosts)
-    if hosts.is_first:
-        checkpoints.clean()
-    trackers = make_trackers(config, run) if hosts.is_first else []
-    return Outputs(run, checkpoints, MetricsFile(run.metrics, hosts.is_first), display, trackers)
 
 
 def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display) -> None:
@@ -215,36 +192,31 @@ def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display)
 
 
 def _make_sampler(job: "Job") -> "Sampler":
-    """Text from the current parameters, drawn as the `sample` section says; "" where it cannot be.
+    """Text from the current parameters, drawn as the `sample` section says.
+
+    The text is "" if no tokens are asked for, if the tokenizer cannot begin an empty text, or if
+    there are several processes: none of them holds all parameters.
 
     Raises:
       UsageError: sample.prompt cannot be the beginning of a text of this model.
     """
-    from llm.inference.decode import Decoder, Request, encode_prompt
-    from llm.inference.records import Sampling
+    from llm.inference.decode import Decoder
+    from llm.inference.samples import make_requests
 
     settings, tokenizer = job.config.sample, job.corpus.tokenizer
-    # Of several processes none holds all parameters.
-    can_sample = settings.max_new_tokens > 0 and job.hosts.alone
     try:
-        prompt = encode_prompt(tokenizer, settings.prompt)
+        [request, *_] = make_requests(settings, [settings.prompt], tokenizer)
     except UsageError:
         if settings.prompt:
             raise
-        can_sample = False
-    if not can_sample:
         return lambda params: ""
-    request = Request(
-        prompt=prompt,
-        sampling=Sampling.of(settings),
-        max_new_tokens=settings.max_new_tokens,
-    )
+    if not settings.max_new_tokens or not job.hosts.alone:
+        return lambda params: ""
     Decoder(job.spec, {}, tokenizer).check(request)
 
     def sample(params: Any) -> str:
         decoder = Decoder.create(job.spec, params, tokenizer)
         parts = [token.text for part in decoder.generate([request]) for token in part.tokens]
-        text = "".join(parts)
-        return "\n".join("  | " + line for line in text.splitlines() or [""])
+        return "\n".join("  | " + line for line in "".join(parts).splitlines() or [""])
 
     return sample

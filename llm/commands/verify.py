@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import pydantic
-from pydantic import NonNegativeInt
 
-from llm.commands.flags import CommandLine, argument, parse
+from llm.commands.flags import parse
+from llm.commands.shared import RunOptions
 from llm.config import setting
 from llm.errors import CheckpointError, UsageError
 from llm.runtime import prepare_process
@@ -22,16 +22,14 @@ from llm.runtime import prepare_process
 if TYPE_CHECKING:
     from llm.run.directory import RunDirectory
 
-# A run that trains may remove a step while it is read, but only when a newer step is whole: even
-# the second try hardly ever fails.
+# A run that trains may remove a step while this command reads it, but only after it has saved a
+# newer one. Even the second attempt hardly ever fails.
 ATTEMPTS = 5
 
 
-class Options(CommandLine):
+class Options(RunOptions):
     """The command line."""
 
-    run: str = argument("RUN", "run directory")
-    step: NonNegativeInt | None = setting(None, "verify this step; by default the newest")
     all: bool = setting(False, "verify every step")
     as_json: bool = setting(False, "print nothing but the JSON objects", flag="json")
 
@@ -50,19 +48,22 @@ def main(arguments: list[str]) -> int:
     """
     chosen = parse(Options, arguments)
     prepare_process()
-    results = verify(chosen)
-    problems = [result.pop("problem") for result in results]
-    for result, problem in zip(results, problems, strict=True):
+    problems = []
+    for result in verify(chosen):
+        problem = result.pop("problem")
         print(json.dumps(result))
-        if problem is None and not chosen.as_json:
+        if problem:
+            problems.append(problem)
+        elif not chosen.as_json:
             print(f"step {result['step']}: manifest, parameters and receipt hold", file=sys.stderr)
-    if any(problems):
-        raise CheckpointError("\n  ".join(filter(None, problems)))
+    if problems:
+        raise CheckpointError("\n  ".join(problems))
     return 0
 
 
 def verify(chosen: Options) -> list[dict[str, Any]]:
-    """`verify_step` of each chosen step, except those that the run removes meanwhile."""
+    """The results of `verify_step` for the chosen steps, without steps that the run removes
+    meanwhile."""
     from llm.run.checkpoint import saved_steps
     from llm.run.directory import RunDirectory
 
@@ -79,13 +80,12 @@ def verify(chosen: Options) -> list[dict[str, Any]]:
                 f"{run.path} has no checkpoint of step {chosen.step}; there are: "
                 f"{', '.join(map(str, there))}"
             )
-        found = {step: verify_step(run, step) for step in steps}
-        results = [result for result in found.values() if result is not None]
-        removed = ", ".join(str(step) for step, result in found.items() if result is None)
-        said = f"removed by the run meanwhile, which is no damage: step {removed}"
+        results = [result for step in steps if (result := verify_step(run, step))]
+        removed = [str(step) for step in steps if step not in [of["step"] for of in results]]
+        said = f"removed by the run meanwhile, which is no damage: step {', '.join(removed)}"
+        if results and removed:
+            print(said, file=sys.stderr)
         if results:
-            if removed:
-                print(said, file=sys.stderr)
             return results
     if newest:
         raise UsageError(
@@ -97,7 +97,8 @@ def verify(chosen: Options) -> list[dict[str, Any]]:
 
 
 def verify_step(run: "RunDirectory", step: int) -> dict[str, Any] | None:
-    """The JSON object of one step, and its `problem`, text or None. None: the run removed it."""
+    """The JSON object of one step with its `problem`, a text or None. None if the run removed the
+    step."""
     from llm.run.checkpoint import DamageError, read_receipt, verify_files
     from llm.run.open import open_model
 

@@ -59,29 +59,26 @@ def show_plan(facts: Facts, console: Console) -> None:
     executed = facts["flops"]["executed_per_device_and_step"]
     rows: list[Row] = [("devices", ", ".join(devices))]
     rows += _filled(_STEP, facts, axes=axes(facts["mesh"]), executed=executed)
+    refused = facts["collectives"] is None
     if time["step_seconds"] is None:
-        refused = facts["collectives"] is None
         why = "it does not fit" if refused else "no data sheet of this device"
         rows.append(("time", f"not known: {why}"))
     else:
-        seconds = time["compiler_seconds"]
-        by_compiler = (
-            f"{seconds:.3g} s, without collectives; kernels at the peak" if seconds else ""
-        )
-        rows += _filled(_TIME, facts, compiler=by_compiler or "gives no time")
+        compiler = "gives no time"
+        if seconds := time["compiler_seconds"]:
+            compiler = f"{seconds:.3g} s, without collectives; kernels at the peak"
+        rows += _filled(_TIME, facts, compiler=compiler)
     console.print(_table("Estimated, not measured", rows))
     console.print(_table("Bytes on one device", _memory(memory)))
     if facts["collectives"]:
         rows = [_sent(one) for one in facts["collectives"]]
         title = "Sent in a step, as whole arrays of one device"
         console.print(_table(title, rows, ("collective", ">devices", ">times", ">GiB", ">s")))
-    notes = [_NOTE]
-    if facts["collectives"] is None:
-        notes.append(_REFUSED)
+    console.print(_NOTE, highlight=False)
+    if refused:
+        console.print(_REFUSED, highlight=False)
     if memory["temporaries_from"] == "arithmetic":
-        notes.append(_STANDS_IN.format(**facts))
-    for note in notes:
-        console.print(note, highlight=False)
+        console.print(_STANDS_IN.format(**facts), highlight=False)
 
 
 def show_ranking(ranked: list[Facts], considered: int, console: Console) -> None:
@@ -121,9 +118,8 @@ def _memory(memory: Facts) -> list[Row]:
     spare = memory["spare_bytes"]
     verdict = "not known: no data sheet of this device"
     if spare is not None:
-        verdict = f"yes, {_bytes(spare)} spare"
-    if memory["fits"] is False:
-        verdict = f"no: does not fit, by {_bytes(-spare)}"
+        size = _bytes(abs(spare))
+        verdict = f"yes, {size} spare" if spare >= 0 else f"no: does not fit, by {size}"
     source = "arithmetic" if memory["temporaries_from"] == "arithmetic" else "the compiler"
     sizes = {name: _bytes(value) for name, value in memory.items() if name.endswith("_bytes")}
     return _filled(_MEMORY, sizes, source=source, verdict=verdict)

@@ -122,7 +122,6 @@ def record_start(
     config: Config,
     step: int,
     changed: dict[str, Any],
-    *,
     mesh: Mesh,
     attention: str,
     metrics: MetricsFile,
