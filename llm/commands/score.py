@@ -16,10 +16,10 @@ import math
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pydantic
 from pydantic import NonNegativeInt
@@ -106,16 +106,17 @@ def main(arguments: list[str]) -> int:
     )
     if options.attention or options.attention_html:
         write_attention(options, opened, texts, [name for name, _ in sources])
-    sums: list[Sums] = []
+    ends: list[EndRecord] = []
+    worst: list[dict[str, Any]] = []
 
     def records() -> Iterable[AnyRecord]:
         numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
         yield RunRecord.of(opened.checkpoint, tokenizer, None, numerics, options.top)
         for sample, tokens in enumerate(scorer.score(texts)):
-            sums.append(sums_of(sample, tokens))
-            if options.shows_numbers:
-                yield from tokens
-                yield EndRecord.of(sample, tokens, "length", counted="prompt")
+            yield from tokens
+            ends.append(EndRecord.of(sample, tokens, "length", counted="prompt"))
+            worst.extend(worst_of(tokens))
+            yield ends[-1]
 
     def as_openai(records: list[AnyRecord]) -> str:
         answer = openai_completion(records, opened.run, int(time.time()))
@@ -128,7 +129,9 @@ def main(arguments: list[str]) -> int:
     )
     if options.full:
         write_arrays(options.full, "logprobs", texts, map(scorer.distributions, texts))
-    report = opened.checkpoint | summary(sums)
+    lengths = tokenizer.byte_lengths()
+    size = sum(int(lengths[ids[1:]].sum()) for ids in texts)
+    report = opened.checkpoint | summary(ends, size, worst)
     if options.as_json:
         print(json.dumps(report, allow_nan=False))
     else:
@@ -136,46 +139,36 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-class Sums(NamedTuple):
-    """What one text adds to the summary, over all its tokens but the first.
+def summary(
+    ends: Sequence[EndRecord], size: int, worst: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """The object that --json prints, without the checkpoint.
 
-    worst: its worst passages, as the summary shows them.
+    Args:
+      ends: the end record of each text.
+      size: bytes of all tokens that are counted.
+      worst: the worst passages of each text, from `worst_of`.
     """
-
-    tokens: int
-    nats: float
-    bytes: int
-    worst: list[dict[str, Any]]
-
-
-def sums_of(sample: int, tokens: "Sequence[TokenRecord]") -> Sums:
-    """The sums of the text with the number `sample`."""
-    said = [(token, -token.logprob) for token in tokens if token.logprob is not None]
-    surprisals = [nats for _, nats in said]
-    worst = []
-    for start, end in worst_passages(surprisals):
-        nats, first = math.fsum(surprisals[start:end]), said[start][0]
-        text = "".join(token.text for token, _ in said[start:end])
-        place = {"position": first.position, "text_offset": first.text_offset}
-        sums = {"tokens": end - start, "nats": nats, "nats_per_token": nats / (end - start)}
-        worst.append({"sample": sample, **place, **sums, "text": text})
-    size = sum(len(token.byte_values) for token, _ in said)
-    return Sums(len(said), math.fsum(surprisals), size, worst)
-
-
-def summary(texts: Sequence[Sums]) -> dict[str, Any]:
-    """The object that --json prints, without the checkpoint."""
-    tokens, nats = sum(text.tokens for text in texts), math.fsum(text.nats for text in texts)
-    worst = [passage for text in texts for passage in text.worst]
+    tokens, nats = sum(end.tokens for end in ends), -math.fsum(end.sum_logprob for end in ends)
     return {
-        "texts": len(texts),
+        "texts": len(ends),
         "tokens": tokens,
         "total_nats": nats,
         "nats_per_token": nats / tokens,
         "perplexity": perplexity(nats, tokens),
-        "bits_per_byte": bits_per_byte(nats, sum(text.bytes for text in texts)),
+        "bits_per_byte": bits_per_byte(nats, size),
         "worst": sorted(worst, key=lambda one: -one["nats_per_token"])[:WORST_PASSAGES],
     }
+
+
+def worst_of(tokens: Sequence[TokenRecord]) -> Iterator[dict[str, Any]]:
+    """The passages of a text with the most nats per token, none overlapping another."""
+    surprisals = [-token.logprob for token in tokens if token.logprob is not None]
+    for start, end in worst_passages(surprisals):
+        passage, nats = tokens[start + 1 : end + 1], math.fsum(surprisals[start:end])
+        place = {name: getattr(passage[0], name) for name in ("sample", "position", "text_offset")}
+        sums = {"tokens": len(passage), "nats": nats, "nats_per_token": nats / len(passage)}
+        yield place | sums | {"text": "".join(token.text for token in passage)}
 
 
 def worst_passages(surprisals: Sequence[float]) -> list[tuple[int, int]]:
