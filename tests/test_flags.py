@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -13,7 +14,7 @@ import pytest
 
 from llm.__main__ import COMMANDS
 from llm.commands import run_command
-from llm.commands.flags import CommandLine, Flag, flags_of, parse
+from llm.commands.flags import CommandLine, Flag, OutputFile, flags_of, parse
 from llm.config import Config, nearest, setting
 from llm.errors import UsageError
 
@@ -211,6 +212,34 @@ def test_every_form_of_a_mistake(words, said):
     with pytest.raises(UsageError) as caught:
         parse(Sample, words.split())
     assert str(caught.value) == said
+
+
+class Writer(CommandLine):
+    """A command line that names files to write."""
+
+    one: OutputFile = setting(None, "a file")
+    other_one: OutputFile = setting(None, "another")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--one no/x", "cannot write no/x: there is no folder no"),
+        ("--other-one .", "cannot write .: it is a folder; expected a file's name"),
+        ("--one x --other-one ./x", "--one and --other-one both name ./x; give each a file"),
+        ("--one x --other-one y", ""),
+        ("--one - --other-one -", ""),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_a_command_runs(
+    words, said, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    if said:
+        with pytest.raises(UsageError, match=re.escape(said)):
+            parse(Writer, words.split())
+    else:
+        parse(Writer, words.split())
 
 
 @pytest.mark.parametrize(
