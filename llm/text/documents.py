@@ -99,7 +99,7 @@ class Reader:
             kind = KINDS[origin.kind]
             if kind.rows:
                 yield from self._row_documents(origin, kind.rows(self, origin))
-            else:
+            elif kind.documents:
                 yield from kind.documents(self, origin)
 
     def text(self, origin: Origin) -> Iterator[Document]:

@@ -283,8 +283,8 @@ def _marked_pieces(documents: Iterable[Document], validation: str) -> Iterator[_
             held_out = is_held_out(document.sha256, float(fraction))
             stream = "validation" if held_out else "train"
         begins = True
-        for text, following in itertools.pairwise(itertools.chain(document.pieces, [None])):
-            yield _Piece(stream, document.name, text, begins, ends=following is None)
+        for text, following in itertools.pairwise(itertools.chain(document.pieces, [""])):
+            yield _Piece(stream, document.name, text, begins, ends=not following)
             begins = False
 
 

@@ -49,7 +49,7 @@ class Found(NamedTuple):
     def text_bytes(self) -> int | None:
         """Size of the text; None if an origin does not tell. A pass over all origins: ask once."""
         sizes = [origin.text_bytes for origin in self.origins]
-        return None if None in sizes else sum(sizes)
+        return None if None in sizes else sum(filter(None, sizes))
 
 
 def find_origins(
@@ -273,7 +273,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> str:
             if response.length:
                 raise http.client.HTTPException(f"it ended after {done} of {total} bytes")
     except (OSError, http.client.HTTPException) as error:
-        if is_disk_full(error):
+        if isinstance(error, OSError) and is_disk_full(error):
             path.unlink()
             needed = f"it has {total or 'an unknown number of'} bytes"
             raise no_room(url, path.parent.parent, needed, error) from None
