@@ -18,6 +18,7 @@ What the manifest lists must be as it was saved. A file that it does not list is
 
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import threading
@@ -76,9 +77,7 @@ class DamageError(CheckpointError):
 
 def saved_steps(root: Path) -> list[int]:
     """Complete steps, ascending. Complete is not verified: see `verify_files`."""
-    if not root.is_dir():
-        return []
-    return sorted(int(path.name) for path in root.iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in root.glob("*") if path.name.isdecimal())
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
@@ -244,13 +243,11 @@ def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, An
 
 def _set_aside(root: Path, step: int) -> str:
     """Rename a step that cannot be trusted, so that it is never offered but can be studied."""
-    for number in range(1000):
-        aside = root / (f"{step}.damaged" + (f".{number}" if number else ""))
-        if not aside.exists():
-            (root / str(step)).rename(aside)
-            flush_folder(root)
-            return str(aside)
-    raise CheckpointError(f"{root} holds a thousand damaged copies of step {step}; clear them away")
+    names = itertools.chain([".damaged"], (f".damaged.{n}" for n in itertools.count(1)))
+    aside = next(path for name in names if not (path := root / f"{step}{name}").exists())
+    (root / str(step)).rename(aside)
+    flush_folder(root)
+    return str(aside)
 
 
 class Checkpoints:
@@ -285,9 +282,8 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what a dead process left half-written or half-deleted. In process 0."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for path in self.root.iterdir():
-            if path.name.endswith((".partial", ".deleting")):
-                shutil.rmtree(path, ignore_errors=True)
+        for path in [*self.root.glob("*.partial"), *self.root.glob("*.deleting")]:
+            shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:
         """Take a copy of the arrays now, write it in the background. Collective.
@@ -447,7 +443,5 @@ def _sha256_of_json(value: Any) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
-    except OSError as error:
-        raise DamageError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise DamageError(f"{path} is not JSON: it is damaged") from None
+    except (OSError, ValueError) as error:
+        raise DamageError(f"{path} is damaged or cannot be read: {error}") from None

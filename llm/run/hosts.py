@@ -1,20 +1,20 @@
 """The processes that train one run: they begin together, agree, and end together.
 
-    decide, gather  process 0 looks at the disk (or decides anything else), the others are told
-    failure         the first process to fail says why; the others end with its exit code, silently
+    decide, gather  process 0 decides, for example by what is on the disk, and tells the others
+    fail            the first process to fail says why; the others end silently with its exit code
     watch           a process that dies, stops or hangs is named, and the others leave
-    SharedStop      whichever process is asked to stop, all of them stop at one step
+    SharedStop      if any process is asked to stop, all of them stop at the same step
 
-All but the last goes through the key-value store of JAX's coordination service, which process 0
-serves, so that it works while devices are busy or wait for a process that is gone. A run of one
-process passes through here without a thread or a wait.
+All of this, except SharedStop, uses the key-value store of JAX's coordination service. Process 0
+serves the store, so it works while devices are busy, or wait for a process that is gone. A run of
+one process starts no thread here and waits for nothing.
 
-What it is not: no array passes here; collectives are XLA's. Finding the others: cluster.py.
+What it is not: arrays do not pass through here, but through XLA's collectives. cluster.py finds the
+other processes.
 """
 
 import contextlib
 import ctypes
-import dataclasses
 import json
 import os
 import signal
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# Between two signs of life. One costs process 0 less than a millisecond.
+# Between two signs of life. Reading them costs process 0 less than a millisecond.
 BEAT_SECONDS = 1.0
-# How long every living process has, once a collective failed, to show that it lives.
+# How long a process may be silent, once a collective has failed, before it is taken for dead.
 PATIENCE_SECONDS = 6.0
 # How long processes that all leave wait for each other, and process 0 for all.
 FAREWELL_SECONDS = 10
-# JAX ends a process whose heartbeat stops with a trace; later than we do it with a message.
+# If a heartbeat stops, JAX ends processes with a trace; this much later than we do, with a message.
 HEARTBEAT_MARGIN_SECONDS = 15
 # Settings that may differ between the processes of one run.
 OWN_SETTINGS = ("distributed.process_id", "data.cache_dir", "data.workers", "logging.progress")
@@ -52,7 +52,7 @@ def joined(settings: DistributedConfig) -> Iterator["Hosts"]:
     """The processes of this run, from before JAX looks for devices until all have ended.
 
     Raises:
-      UsageError: settings by half, or processes that cannot be found.
+      UsageError: some of the settings are missing, or the processes cannot be found.
       SaidElsewhereError: another process failed and has said why.
     """
     import jax  # noqa: F401  tells find_cluster whether there are TPU chips
@@ -120,15 +120,16 @@ class Hosts:
         # Process 0 writes, prints and decides.
         self.is_first, self.alone = index == 0, count == 1
         self._store, self._decisions = store, 0
-        self._moves, self._marks, self._place, self._suspicious = 0, 0, "the beginning", False
+        self._moved_at, self._marks, self._place = time.monotonic(), 0, "the beginning"
+        self._suspicious = False
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="hosts", daemon=True)
 
     def decide(self, what: str, make: Callable[[], T]) -> T:
-        """What `make` gives on process 0, on all of them; it must be JSON.
+        """Return what `make` returns in process 0, in every process; it must be JSON.
 
-        Every process calls this with the same `what`, in the same order. What process 0 raises ends
-        them all.
+        Every process makes the same calls of `decide` and `gather`, in the same order. An error
+        that `make` raises in process 0 ends all processes.
         """
         if self.alone:
             return make()
@@ -141,21 +142,20 @@ class Hosts:
         return value
 
     def gather(self, what: str, value: T) -> list[T]:
-        """What each process says, in the order of the processes, on all of them; it must be JSON.
+        """Return the values of all processes, in their order, in every process; they must be JSON.
 
-        Called as `decide` is. A process gets its own value back as it is.
+        Called as `decide` is.
         """
         if self.alone:
             return [value]
         name = f"gathered/{self._decisions + 1}"
         self.tell(f"{name}/{self.index}", value)
-        said = self.decide(
+        return self.decide(
             what, lambda: [self.hear(f"{name}/{i}", forget=True) for i in range(self.count)]
         )
-        return [value if index == self.index else other for index, other in enumerate(said)]
 
     def tell(self, name: str, value: Any) -> None:
-        """Leave a JSON value for the others, once for each name. From any thread."""
+        """Leave a JSON value for the others, once for each name. Any thread may call this."""
         if not self.alone:
             self._store.key_value_set(f"llm/{name}", json.dumps(value))
 
@@ -163,7 +163,7 @@ class Hosts:
         """Wait for what another process tells, for as long as none of them fails.
 
         Args:
-          forget: nobody else will ask, so that the store need not keep it.
+          forget: remove it from the store, because no other process will ask for it.
         """
         while True:
             if threading.current_thread() is threading.main_thread():
@@ -190,25 +190,25 @@ class Hosts:
             )
 
     def moved(self) -> None:
-        """The main thread lives. Called wherever it may be for long."""
-        self._moves += 1
+        """Tell that the main thread lives. Called wherever it may be for long."""
+        self._moved_at = time.monotonic()
 
     def mark(self, place: str) -> None:
-        """A place that every process passes, in the same order: one that stays behind hangs."""
+        """Tell that this process is at a place that all processes pass, in the same order."""
         self._place = place
         self._marks += 1
-        self._moves += 1
+        self.moved()
 
     @contextlib.contextmanager
     def collective(self) -> Iterator[None]:
-        """Around what fails here when another process dies: name that one, instead of a trace."""
+        """Wrap code that fails here when another process dies, so that the other one is named."""
         try:
             yield
         except LLMError:
             raise
         except Exception:
             if not self.alone:
-                # Process 0 now ends us as soon as one stays silent; if none does, it is a bug here.
+                # Process 0 ends us if another process stays silent. Otherwise this is a bug here.
                 self._suspicious = True
                 time.sleep(2 * PATIENCE_SECONDS)
             raise
@@ -220,7 +220,7 @@ class Hosts:
         self._watcher.start()
 
     def end(self) -> None:
-        """All have done their work; wait for each other, so that none is taken for dead."""
+        """Wait until all processes have done their work, so that none is taken for dead."""
         self.gather("the end", True)
         self._shutdown()
 
@@ -252,11 +252,12 @@ class Hosts:
     def _watch(self) -> None:
         """In its own thread: signs of life, the failures of others, and who has gone silent."""
         now, name = time.monotonic(), _process_name(self.index)
-        signs = {i: Sign(now, now, Said(name=f"process {i}")) for i in range(self.count)}
+        signs = {i: (now, Sign(name=f"process {i}")) for i in range(self.count)}
         beats = 0
         while not self._over.wait(BEAT_SECONDS):
             beats += 1
-            own = Said(beats, self._moves, self._marks, self._place, self._suspicious, name)
+            idle = time.monotonic() - self._moved_at
+            own = Sign(beats, idle, self._marks, self._place, self._suspicious, name)
             # The store fails when process 0 is going; JAX ends us when it is gone.
             with contextlib.suppress(_timed_out()):
                 self._store.key_value_set(
@@ -271,22 +272,29 @@ class Hosts:
                 if self.is_first:
                     self._judge(signs)
 
-    def _judge(self, signs: dict[int, "Sign"]) -> None:
-        """Name the process that is lost, if one is. In process 0, for all."""
+    def _judge(self, signs: dict[int, tuple[float, "Sign"]]) -> None:
+        """Name the process that is lost, if one is. In process 0, for all.
+
+        Args:
+          signs: the newest sign of each process, and when it came; brought up to date here.
+        """
         now = time.monotonic()
         for key, value in self._store.key_value_dir_get("llm/sign/"):
-            index = int(key.rpartition("/")[2])
-            signs[index] = signs[index].after(Said(*json.loads(value)), now)
-        lost = find_lost(signs, now, self.timeout, min(PATIENCE_SECONDS, self.timeout))
+            index, sign = int(key.rpartition("/")[2]), Sign(*json.loads(value))
+            if sign != signs[index][1]:
+                signs[index] = now, sign
+        ages = {index: (now - came, sign) for index, (came, sign) in signs.items()}
+        lost = find_lost(ages, self.timeout, min(PATIENCE_SECONDS, self.timeout))
         if lost is None:
             return
-        failure = {"process": 0, "exit_code": LostProcessError.exit_code, "lost": lost.process}
+        process, silent, why = lost
+        failure = {"process": 0, "exit_code": LostProcessError.exit_code, "lost": process}
         if self._post(failure) == failure:
             write_stderr(
-                f"error: {signs[lost.process].said.name} {lost.why}; all processes of the run end. "
+                f"error: {signs[process][1].name} {why}; all processes of the run end. "
                 "What was saved is whole: the same command resumes from the newest checkpoint"
             )
-        self._linger(expected=self.count - lost.silent)
+        self._linger(expected=self.count - silent)
 
     def _linger(self, expected: int) -> NoReturn:
         """End although a process cannot take part. Process 0 goes last, after `expected` have said
@@ -312,76 +320,56 @@ class Hosts:
             jax.distributed.shutdown()
 
 
-class Said(NamedTuple):
+class Sign(NamedTuple):
     """What a process says of itself, about once a second.
 
-    beats: rises while the process runs at all. moves: rises while its main thread does anything.
-    marks: rises at places that all processes pass in the same order; place: the newest of them.
-    suspicious: a collective failed here, so that another process may be gone.
+    Attributes:
+      beats: how many signs it has given.
+      idle: seconds since its main thread did anything.
+      marks: how many places it has passed that all processes pass in the same order.
+      place: the newest of these places.
+      suspicious: a collective failed in it, so that another process may be gone.
+      name: for people.
     """
 
-    beats: int = -1
-    moves: int = -1
+    beats: int = 0
+    idle: float = 0.0
     marks: int = 0
     place: str = "the beginning"
     suspicious: bool = False
     name: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Sign:
-    """The newest that a process said, and since when (monotonic seconds) it says the same."""
-
-    beaten_at: float
-    moved_at: float
-    said: Said = dataclasses.field(default_factory=Said)
-
-    def after(self, said: Said, now: float) -> "Sign":
-        """This sign, once the process has said something at `now`."""
-        beaten = self.beaten_at if said.beats == self.said.beats else now
-        moved = self.moved_at if said.moves == self.said.moves else now
-        return Sign(beaten, moved, said)
-
-
-class Lost(NamedTuple):
-    """A process, whether it is silent altogether (and not only its main thread), and the words."""
-
-    process: int
-    silent: bool
-    why: str
-
-
 def find_lost(
-    signs: Mapping[int, Sign], now: float, timeout: float, patience: float
-) -> Lost | None:
-    """The first process that is lost, or None.
+    signs: Mapping[int, tuple[float, Sign]], timeout: float, patience: float
+) -> tuple[int, bool, str] | None:
+    """The first process that is lost: its index, whether it is silent altogether, and why.
 
     Args:
-      timeout: seconds without a beat after which a process is dead or stopped, and without a move
-        after which one that is behind the others hangs. One that is not behind may compile, or wait
-        for the one that is.
-      patience: in place of it, without a beat, once a collective has failed.
+      signs: the newest sign of each process, with its age in seconds.
+      timeout: a process is dead or stopped if its newest sign is this old. It hangs if it is behind
+        the others and its main thread was idle for this long: a process that is not behind may
+        compile, or wait for the one that is.
+      patience: replaces timeout for the age of signs, once a collective has failed.
     """
-    suspicious = any(sign.said.suspicious for sign in signs.values())
-    silence = patience if suspicious else timeout
-    furthest = max(sign.said.marks for sign in signs.values())
-    for index, sign in sorted(signs.items()):
-        beaten, moved, place = now - sign.beaten_at, now - sign.moved_at, sign.said.place
-        if beaten >= silence:
-            return Lost(index, True, f"gave no sign of life for {beaten:.0f} s, after {place}")
-        if sign.said.marks < furthest and moved >= timeout:
-            return Lost(index, False, f"hangs: it did nothing for {moved:.0f} s, after {place}")
+    suspicious = any(sign.suspicious for _, sign in signs.values())
+    furthest = max(sign.marks for _, sign in signs.values())
+    for index, (age, sign) in sorted(signs.items()):
+        if age >= (patience if suspicious else timeout):
+            return index, True, f"gave no sign of life for {age:.0f} s, after {sign.place}"
+        if sign.marks < furthest and sign.idle >= timeout:
+            return index, False, f"hangs: it did nothing for {sign.idle:.0f} s, after {sign.place}"
     return None
 
 
 class SharedStop:
-    """A request to stop, agreed on: whichever process was asked, all of them stop at one step.
+    """A request to stop on which all processes agree, so that all of them stop at one step.
 
-    Of one process it is its own `StopRequest`. With several, each step carries a flag for every
-    device, and their maximum is read together with what that step measured: one step late, as all
-    metrics are, so that no device waits for a host.
+    A run of one process uses its own `StopRequest`. With several processes, each step carries a
+    flag for every device. The maximum of the flags is read together with the metrics of that step,
+    which is one step late, so that no device waits for a host.
 
-    Every process calls `ask` and `read` in the same order as it dispatches computations.
+    Every process calls `ask` and `read` at the same places between the computations it dispatches.
     """
 
     def __init__(self, request: StopRequest, hosts: Hosts, mesh: "Mesh"):
@@ -394,28 +382,28 @@ class SharedStop:
         import numpy as np
         from jax.sharding import NamedSharding, PartitionSpec
 
-        def flag(raised: bool) -> Any:
-            """int32 [devices]: this process's word, one copy on each device."""
-            every_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            return jax.make_array_from_callback(
-                (mesh.devices.size,), every_device, lambda _: np.full(1, raised, np.int32)
+        every_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        # "No" and "yes", int32 [devices]: what this process says, once on each of its devices.
+        self._flags = [
+            jax.make_array_from_callback(
+                (mesh.devices.size,), every_device, lambda _, flag=flag: np.full(1, flag, np.int32)
             )
-
-        self._flags = [flag(False), flag(True)]
+            for flag in (0, 1)
+        ]
         self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @property
     def requested(self) -> bool:
-        """The same answer in every process."""
+        """Whether to stop: the same answer in every process."""
         return self._request.requested if self._alone else self._agreed
 
     def ask(self) -> None:
-        """Dispatch the question whether a stop was requested by now, anywhere."""
+        """Dispatch the question whether a stop was requested in any process by now."""
         if not self._alone:
             self._asked.append(self._any(self._flags[self._request.requested]))
 
     def read(self, leave: int = 0) -> None:
-        """Wait for the answers, but for the newest `leave`."""
+        """Wait for all answers except the newest `leave`."""
         while len(self._asked) > leave:
             self._agreed |= bool(self._asked.popleft())
 
