@@ -2,10 +2,10 @@
 
     LLM_FAULT="checkpoint.before_commit:step=20:kill" python train.py ...
 
-A fault is PLACE[:step=N]:ACTION; several are separated by commas. Without the variable nothing
+A fault is PLACE[:step=N]:ACTION; commas separate several faults. Without the variable nothing
 happens. Actions: kill (SIGKILL, nothing is cleaned up), term and int (the signals), enospc (no
-space left on device), raise (an unexpected error), hang (nothing more happens); any other word is
-handed to the place, such as torn at metrics.write.
+space left on device), raise (an unexpected error), hang (nothing more happens). Any other word is
+returned to the place, which carries it out, such as torn at metrics.write.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Files written so that a crash leaves the old content or the new, never half; space; the time."""
+"""Files that a crash leaves with their old or their new content, never half; room on disk; time."""
 
 import contextlib
 import datetime
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Replace a file by one that is whole and on disk, or leave it as it was."""
+    """Replace a file's content, flushed to disk, or leave the file as it was."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -24,11 +24,12 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def write_output(path: str | Path, content: bytes, error: type[Exception]) -> None:
-    """`write_atomic` for a file that a person named. A link stays one, and what is no ordinary file
-    (a pipe, /dev/null) is written to, not replaced.
+    """`write_atomic` for a file that a person named.
+
+    A link stays a link. A pipe or a device such as /dev/null is written to, not replaced.
 
     Args:
-      error: what is raised, with a message for that person, where it cannot be written.
+      error: the class of the error, with a message for that person, if the file cannot be written.
     """
     target = Path(os.path.realpath(path))
     try:
@@ -44,7 +45,7 @@ def write_output(path: str | Path, content: bytes, error: type[Exception]) -> No
 
 
 def partial_folder(final: Path) -> Path:
-    """Where a folder is built until it is whole. Nobody trusts one that a dead process left."""
+    """Where a folder is built until it is whole; one that a dead process left is not used."""
     return final.with_name(f"{final.name}.partial")
 
 
@@ -73,7 +74,7 @@ def whole_folder(final: Path, before_rename: Callable[[], object] = lambda: None
 
 
 def flush_tree(root: Path) -> None:
-    """Every file and folder below `root`, and `root` itself, to disk."""
+    """Flush every file and folder below `root`, and `root` itself, to disk."""
     for folder, _, files in os.walk(root):
         for name in files:
             with open(Path(folder, name), "rb") as file:
@@ -82,7 +83,7 @@ def flush_tree(root: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """A folder's list of names to disk: without it a rename may be lost with the power."""
+    """Flush a folder's list of names to disk; otherwise a power cut may undo a rename."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems cannot
@@ -92,12 +93,12 @@ def flush_folder(folder: Path) -> None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """No space, no quota left, or a file larger than is allowed, in whatever library's words."""
+    """Whether an error of any library means no space, no quota, or a file above the limit."""
     return bool(disk_full_reason(error))
 
 
 def disk_full_reason(error: BaseException) -> str:
-    """Which of them, in the system's words; "" when it is something else."""
+    """Which of these an error means, in the system's words; "" if it means something else."""
     code = error.errno if isinstance(error, OSError) else None
     reasons = {full: os.strerror(full) for full in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)}
     if code in reasons:
@@ -106,7 +107,7 @@ def disk_full_reason(error: BaseException) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """What the file system of a folder has left for us."""
+    """The free space of a folder's file system."""
     return shutil.disk_usage(folder).free
 
 
@@ -120,5 +121,5 @@ def readable_bytes(count: float) -> str:
 
 
 def now() -> str:
-    """The time for people, in UTC; nothing is ever ordered by it."""
+    """The time in UTC, for people; nothing is ordered by it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

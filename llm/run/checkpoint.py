@@ -1,19 +1,19 @@
-"""Checkpoints: save in the background, count only what is whole on disk, verify, restore.
+"""Checkpoints: save in the background, count only steps that are whole on disk, verify, restore.
 
-    checkpoints/STEP/params/ training/    the arrays, a folder for each process (llm/run/arrays.py)
+    checkpoints/STEP/params/ training/    the arrays (llm/run/arrays.py)
     checkpoints/STEP/receipt.json         what the parameters are and predict (llm/run/receipt.py)
     checkpoints/STEP/manifest.json        size and sha256 of every other file, by group, and its own
 
-A step is written in `STEP.partial`, flushed to disk with its folders, and renamed: a folder named
-by a bare number is complete. An old step is renamed to `STEP.deleting` before it is removed, a step
-that does not verify to `STEP.damaged`. So a kill at any instant leaves the steps there were. Order
-is by step, never by time, and nothing here waits by the clock.
+A step is written in `STEP.partial`, flushed to disk with its folders, and renamed: a folder that is
+named by a bare number is complete. An old step is renamed to `STEP.deleting` before it is removed,
+and a step that does not verify to `STEP.damaged`. So a kill at any instant loses no earlier step.
+Steps are ordered by number, never by time, and nothing here depends on a clock.
 
-Several processes write one step together, into a file system that all of them see: each writes and
-hashes its own pieces, process 0 joins what they say of these into the manifest, and a step counts
-for all once process 0 has renamed it.
+Several processes write one step together, into a file system that all of them see. Each process
+writes and hashes its own pieces. Process 0 joins their hashes into the manifest. The step counts
+for all processes once process 0 has renamed it.
 
-What the manifest lists must be as it was saved. A file that it does not list is nobody's damage.
+Every file that the manifest lists must be as it was saved. Files that it does not list are ignored.
 """
 
 import functools
@@ -58,16 +58,16 @@ MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
 # Version 1 had one list of files; version 2 had a folder for each process.
 SCHEMA = 3
-# Groups of arrays. "params" apart, so that whoever opens a model reads nothing else.
+# Groups of arrays. "params" are apart, so that opening a model reads nothing else.
 GROUPS = ("params", "training")
-# As a group of files: the receipt, which is read with every other.
+# A group of files: the receipt, which is read with every group of arrays.
 RECEIPT_GROUP = "receipt"
 
 # What a checkpoint holds: group -> name -> array.
 Groups = Mapping[str, Mapping[str, Any]]
-# What is asked of one: group -> name -> jax.ShapeDtypeStruct with a sharding, on any mesh.
+# What a reader wants of it: group -> name -> jax.ShapeDtypeStruct with a sharding, on any mesh.
 Abstract = Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
-# What else the receipt says, beside the step and the parameters' sha256.
+# Makes the rest of the receipt, besides the step and the parameters' sha256.
 MakeReceipt = Callable[[], Mapping[str, Any]]
 
 
@@ -76,7 +76,7 @@ class DamageError(CheckpointError):
 
 
 def saved_steps(root: Path) -> list[int]:
-    """Complete steps, ascending. Complete is not verified: see `verify_files`."""
+    """Complete steps, ascending. They are not verified: see `verify_files`."""
     return sorted(int(path.name) for path in root.glob("*") if path.name.isdecimal())
 
 
@@ -125,7 +125,7 @@ def _problem(path: Path, expected: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Restored:
-    """What was read of a step: the groups that were asked for, and its receipt."""
+    """The groups of a step that were asked for, and its receipt."""
 
     step: int
     folder: Path
@@ -142,14 +142,15 @@ def restore(
     hosts: Hosts | None = None,
     say: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3),
 ) -> Restored | None:
-    """The newest step that verifies, or `step`; None when nothing was saved. Collective.
+    """The newest step that verifies, or `step`; None if nothing was saved. Collective.
 
     Args:
-      wanted: the groups to read and verify, with what each array has to be; no other is touched.
-      on_bad: whether a step that does not verify is renamed, by whom the run belongs to, or left as
-        it is. A step that somebody removes while it is read is passed over in silence.
+      wanted: the groups to read and verify, and what each array has to be; others are not read.
+      on_bad: the process that trains sets a step that does not verify aside, by renaming it; every
+        other reader passes over it. A step that is removed while it is read is passed over without
+        a word.
     Raises:
-      CheckpointError: there are steps and none is good, or one is of other settings than the run.
+      CheckpointError: there are steps but no good one, or the arrays do not fit the run's settings.
     """
     hosts = hosts or Hosts()
     tried: dict[int, str] = {}
@@ -242,7 +243,7 @@ def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, An
 
 
 def _set_aside(root: Path, step: int) -> str:
-    """Rename a step that cannot be trusted, so that it is never offered but can be studied."""
+    """Rename a step that cannot be trusted, so that it is not used but can be studied."""
     names = itertools.chain([".damaged"], (f".damaged.{n}" for n in itertools.count(1)))
     aside = next(path for name in names if not (path := root / f"{step}{name}").exists())
     (root / str(step)).rename(aside)
@@ -270,8 +271,8 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """A step that stays, however old. One that is still to be saved may be named: until it is
-        on disk, the one before it stays too."""
+        """A step that stays, however old it is. It may be named before it is saved: until it is on
+        disk, the best step before it stays too."""
         return self._best[-1] if self._best else None
 
     @best.setter
@@ -286,10 +287,10 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:
-        """Take a copy of the arrays now, write it in the background. Collective.
+        """Copy the arrays now, and write the copy in the background. Collective.
 
-        Waits for an earlier save first. Safe against the next step's donation of the arrays. Each
-        process copies, writes and hashes the pieces that it holds, and no others.
+        Waits for an earlier save first. The next step may donate the arrays. Each process copies,
+        writes and hashes the pieces that it holds, and no others.
 
         Args:
           make_receipt: called in the background, in process 0.
@@ -317,13 +318,13 @@ class Checkpoints:
         self._writer.start()
 
     def check_for_errors(self) -> None:
-        """Raise what a background save failed with; call it each step."""
+        """Raise the error of a background save that failed; call this after each step."""
         if self._failure is not None:
             failure, self._failure, self._writer = self._failure, None, None
             raise self._explain(failure) from failure
 
     def wait(self) -> None:
-        """Until the save under way is on disk."""
+        """Wait until the save under way is on disk."""
         while self._writer is not None and self._writer.is_alive():
             self._writer.join(1.0)
             self._hosts.moved()  # however long a disk takes
@@ -336,7 +337,7 @@ class Checkpoints:
             self._writer.join()
 
     def _is_needed(self, step: int) -> bool:
-        """Whether there is anything to save. Raises when there is no room. In process 0."""
+        """Whether the step is still to be saved; raises if there is no room. In process 0."""
         if step in saved_steps(self.root):
             return False
         free = free_bytes(self.root)
@@ -347,7 +348,7 @@ class Checkpoints:
     def _write_and_commit(
         self, step: int, pieces: Mapping[str, list[Piece]], make_receipt: MakeReceipt
     ) -> None:
-        """From arrays to a step that counts; then, and only then, remove old ones. In process 0."""
+        """Write the step until it counts, and only then remove old steps. In process 0."""
         with whole_folder(
             self.root / str(step), lambda: fault_point("checkpoint.before_commit", step)
         ) as partial:
@@ -373,7 +374,7 @@ class Checkpoints:
         self._remove_old()
 
     def _write_for_first(self, step: int, pieces: Mapping[str, list[Piece]]) -> None:
-        """In the other processes: write beside process 0, tell it what, wait until it counts."""
+        """Write a part of the step, tell process 0, and wait until it counts. In the others."""
         self._hosts.hear(f"saving/{step}")
         part = _write_own(partial_folder(self.root / str(step)), pieces)
         self._hosts.tell(f"written/{step}/{self._hosts.index}", part)

@@ -1,8 +1,8 @@
-"""Whether this process is one of several, and where the others are: settings, or the launcher.
+"""Whether this process is one of several, and how to find the others: by settings or a launcher.
 
-Without evidence of a second process nothing is waited for and nothing is asked, so that a laptop
+Without evidence of a second process, this file waits for nothing and asks nobody, so that a laptop
 starts at once. JAX itself reads what the launcher has set (`jax._src.clusters`); this file only
-tells whether there is something to read. No JAX and no network here.
+decides whether there is something to read. It uses neither JAX nor the network.
 """
 
 import importlib.util
@@ -17,10 +17,10 @@ _KUBERNETES = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"}
 
 
 class Cluster(NamedTuple):
-    """Who knows the processes, and what `jax.distributed.initialize` is given to find them.
+    """The launcher that knows the processes, and the arguments of `jax.distributed.initialize`.
 
-    With no coordinator, JAX asks the launcher that cluster_detection_method names, or the first
-    that it knows.
+    Without a coordinator, JAX asks the launcher that cluster_detection_method names, or the first
+    launcher that it recognises.
     """
 
     launcher: str
@@ -32,12 +32,12 @@ def find_cluster(
     environment: Mapping[str, str],
     installed: Callable[[str], bool] = lambda name: importlib.util.find_spec(name) is not None,
 ) -> Cluster | None:
-    """The processes that this one belongs to; None: it is alone.
+    """The processes that this one belongs to; None if it is alone.
 
-    `distributed.num_processes = 1` is alone whatever a launcher has set.
+    A process with `distributed.num_processes = 1` is alone, whatever a launcher has set.
 
     Raises:
-      UsageError: settings given by half, or a launcher that JAX needs a package for.
+      UsageError: some of the settings are missing, or JAX needs a package to ask the launcher.
     """
     if settings != DistributedConfig(timeout=settings.timeout):
         return _given(settings)
@@ -105,6 +105,6 @@ def _given(settings: DistributedConfig) -> Cluster | None:
 
 
 def _number(environment: Mapping[str, str], *names: str) -> int:
-    """The first of these variables that is set; 0 when none is."""
+    """The value of the first of these variables that is set; 0 if none is."""
     value = next((environment[name] for name in names if name in environment), "0")
     return int(value) if value.isdecimal() else 0

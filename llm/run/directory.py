@@ -1,13 +1,14 @@
 """A run directory: where things lie, who holds it, and what happened in it.
 
-    config.toml           all settings, resolved; written last: it marks a whole beginning
+    config.toml           all settings, resolved; written last, so that it marks a whole beginning
     run.json              provenance: what was trained on, and every start
     tokenizer/            everything to encode and decode offline
     metrics.jsonl         llm/run/metrics.py
     checkpoints/STEP/     llm/run/checkpoint.py
     run.lock              held while a process trains
 
-Nothing here depends on where the directory lies: it may be moved, copied, a link or relative.
+Nothing depends on where the directory lies: it may be moved or copied, and its path may be relative
+or a link.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ class RunDirectory:
         self.lock = path / "run.lock"
 
     def exists(self) -> bool:
-        """Whether a run began here; its config.toml is the last thing that a beginning writes."""
+        """Whether a run began here: config.toml is the last file that the beginning writes."""
         return self.config.is_file()
 
     def read_config(self) -> Config:
@@ -104,11 +105,11 @@ class _Provenance(BaseModel):
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """What the system says about writing a file of a run, as an error for people.
+    """Turn the system's errors while a file of a run is written into errors for people.
 
     Raises:
       CheckpointError: there is no room.
-      UsageError: it cannot be written for another reason.
+      UsageError: the file cannot be written for another reason.
     """
     try:
         yield
@@ -194,7 +195,7 @@ FREE_SETTINGS = (
     "training.spike_zscore",
     "training.max_skipped",
 )
-# Settings that change the result and may be meant to: taken with run.allow_change, and recorded.
+# Settings that change the result, perhaps on purpose: taken with run.allow_change, and recorded.
 ALLOWED_SECTIONS = ("optimizer", "training")
 NEVER = ("optimizer.kind", "training.compute_dtype")
 

@@ -4,7 +4,7 @@
      "step_seconds","mfu"}
     {"kind":"eval","step","split","loss","bits_per_byte","tokens"}
 
-Losses are nats per token. A number that is not finite is null, with "finite": false beside it.
+Losses are nats per token. A number that is not finite is null, and its row has "finite": false.
 """
 
 import collections
@@ -79,7 +79,7 @@ class MetricsFile:
         return [*self._evaluated, *self._trained]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Keep the rows up to a step, the one that training resumes from; returns the others."""
+        """Keep the rows up to the step that training resumes from; returns the other rows."""
         rows = read_metrics(self._path)
         kept: dict[tuple[str, int], dict[str, Any]] = {}
         for row in rows:
@@ -93,7 +93,7 @@ class MetricsFile:
         return [row for row in rows if row["step"] > step]
 
     def remember(self, rows: Iterable[dict[str, Any]], step: int) -> None:
-        """Go on from these rows at a step: those of `rewind`, or another process's `memory`."""
+        """Go on at a step from these rows: those of `rewind`, or another process's `memory`."""
         rows = list(rows)
         trained = [row for row in rows if row["kind"] == "train"]
         self._evaluated = [row for row in rows if row["kind"] == "eval"]
@@ -125,7 +125,7 @@ class MetricsFile:
             self.lost += 1
 
     def _append(self, line: bytes, action: str | None) -> None:
-        """The whole line or, on a full disk, none of it."""
+        """Append the whole line or, if the disk is full, nothing."""
         if self._file is None:
             self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (held until close)
         size = self._file.seek(0, os.SEEK_END)
@@ -138,7 +138,7 @@ class MetricsFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def memory(self) -> list[dict[str, Any]]:
-        """The rows that decide how training goes on: what a process that reads no file is told."""
+        """The rows that decide how training goes on, for processes that do not read the file."""
         return self._evaluated + list(self._trained)[-1 - self.skipped :]
 
     def best_evaluation(self) -> tuple[int, float] | None:

@@ -1,7 +1,7 @@
-"""Open what a run learnt: the newest checkpoint that verifies, ready to predict.
+"""Open the model of a run: the newest checkpoint that verifies, ready to predict.
 
-A model is spread over the devices as it is read, so that it may be larger than one of them:
-`predicting_mesh`. Whoever predicts with it needs to know nothing of that.
+A model is spread over the devices as it is read, so that it may be larger than one device
+(`predicting_mesh`). The code that predicts does not need to know.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ class OpenedModel:
 
     Attributes:
       params: float32 weights, placed on this machine's devices.
-      receipt_max_abs_diff: how far its receipt's log-probabilities were from the saved ones, nats.
+      receipt_max_abs_diff: the largest difference between the receipt's log-probabilities as they
+        were saved and as they were recomputed, nats.
     """
 
     spec: ModelSpec
@@ -43,7 +44,7 @@ class OpenedModel:
 
     @property
     def checkpoint(self) -> dict[str, Any]:
-        """What a run record says of it."""
+        """What the record of a run says of the checkpoint."""
         return {"run": self.run, "step": self.step, "params_sha256": self.params_sha256}
 
 
@@ -53,14 +54,14 @@ def open_model(
     """The model of a run at `step`, or at its newest step that verifies.
 
     Args:
-      devices: what to spread it over; None: all accelerators of this machine, or its CPU.
+      devices: the devices to spread it over; None: all accelerators of this machine, or its CPU.
 
-    Reads complete steps only, so that a process that trains here at the same time cannot be met
-    half way; a step that it deletes meanwhile is passed over for a newer one.
+    Only complete steps are read, so that another process may train here at the same time. If it
+    deletes the step that is being read, a newer one is opened.
 
     Raises:
       UsageError: not a run, or no such step.
-      CheckpointError: no step verifies, or one is not what it says it is.
+      CheckpointError: no step verifies, or the model does not agree with its receipt.
     """
     run = RunDirectory(Path(run_dir))
     config = run.read_config()

@@ -1,10 +1,10 @@
-"""What a run was made of and when it was started: the content of run.json.
+"""What a run was made of, and its starts: the content of run.json.
 
 schema, name, created
-model                 parameters, FLOPs per token, vocabulary, compute dtype
-data                  fingerprint, hashes of tokenizer and sources, counts
-starts                one entry for each start: from which step, versions, devices, what changed,
-                      steps done again after a crash and the seconds that they had taken
+model     parameters, FLOPs per token, vocabulary, compute dtype
+data      fingerprint, hashes of the tokenizer and the sources, counts
+starts    an entry for each start: its first step, versions, devices, settings that changed, and
+          the steps that a crash made it repeat, with the seconds that they had taken before
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def describe_run(run: RunDirectory, spec: ModelSpec, corpus: TokenizedCorpus) ->
 def describe_import(
     run: RunDirectory, spec: ModelSpec, tokenizer: Tokenizer, source: Path
 ) -> dict[str, Any]:
-    """run.json of a run that nobody trained here; `source` is the folder its model came from."""
+    """run.json of a run that was not trained here; `source` is the folder its model came from."""
     counts = ("train_tokens", "validation_tokens", "documents", "text_bytes", "replaced")
     # No corpus has this fingerprint, so that training on any corpus is refused.
     data = dict.fromkeys(counts, 0) | {
@@ -79,7 +79,7 @@ def _description(run: RunDirectory, spec: ModelSpec, data: dict[str, Any]) -> di
 
 
 def check_trained(run: RunDirectory) -> None:
-    """Raise a UsageError for a run that was imported: it has no steps to look at."""
+    """Raise a UsageError if the run was imported, since it then has no steps to look at."""
     imported = run.read_provenance().get("imported")
     if imported is not None:
         raise UsageError(
@@ -89,10 +89,10 @@ def check_trained(run: RunDirectory) -> None:
 
 
 def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:
-    """The text must be what the run began with.
+    """Raise if the text is not what the run began with.
 
     Raises:
-      DataError: naming what changed.
+      DataError: the message names what changed.
     """
     recorded = run.read_provenance()["data"]
     if recorded["fingerprint"] == corpus.fingerprint:
@@ -105,12 +105,12 @@ def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:
 
 
 def check_compute_dtype(run: RunDirectory, dtype: str) -> None:
-    """The type of matrix products must be the one the run began with.
+    """Raise if the type of matrix products is not the one that the run began with.
 
     Args:
-      dtype: training.compute_dtype, decided: "auto" is another type on other devices.
+      dtype: training.compute_dtype, with "auto" decided for these devices.
     Raises:
-      UsageError: naming both.
+      UsageError: the message names both types.
     """
     recorded = run.read_provenance()["model"]["compute_dtype"] if run.exists() else dtype
     if recorded != dtype:
@@ -123,10 +123,7 @@ def check_compute_dtype(run: RunDirectory, dtype: str) -> None:
 
 
 def batch_size_at(run: RunDirectory, config: Config, step: int) -> int:
-    """training.batch_size as it was at a step, counted from 1.
-
-    The last start before that step decides: the changes recorded since are undone.
-    """
+    """The training.batch_size of a step, counted from 1: later recorded changes are undone."""
     size, name = config.training.batch_size, "training.batch_size"
     for start in reversed(run.read_provenance()["starts"]):
         if start["from_step"] < step:

@@ -1,7 +1,7 @@
-"""What a configuration computes and where: mesh, dtype, attention kernel, model.
+"""What a configuration computes, and where: mesh, dtype, attention kernel, model.
 
-The one place that decides them, with every check that needs no text. `train`, `bench` and `plan`
-take `make_setup`; whoever opens a trained model takes `setup_to_predict`.
+This is the one place that decides them, with every check that needs no text. `train`, `bench` and
+`plan` use `make_setup`; opening a trained model uses `setup_to_predict`.
 """
 
 import math
@@ -24,7 +24,7 @@ class Setup:
 
     Attributes:
       config: all settings, resolved.
-      mesh: what `make_setup` was given, or this machine's devices.
+      mesh: the mesh that `make_setup` was given, or one of this machine's devices.
       spec: the model with its vocabulary, compute dtype and attention kernel.
     """
 
@@ -38,7 +38,7 @@ def make_setup(config: Config, vocab_size: int, mesh: Any = None) -> Setup:
 
     Args:
       config: resolved.
-      mesh: a Mesh, or what has a mesh's shape and such devices (llm/planning/targets.py:Outline);
+      mesh: a Mesh, or an object with a mesh's shape and devices (llm/planning/targets.py:Outline);
         None: all devices, as the `mesh` section arranges them.
     Raises:
       UsageError: the devices cannot do what the settings ask for, or a size cannot be divided over
@@ -57,7 +57,7 @@ def make_setup(config: Config, vocab_size: int, mesh: Any = None) -> Setup:
 def choose_kernels(config: Config, mesh: Any) -> tuple[str, Kernel]:
     """The compute dtype and the attention kernel: the part of a setup that needs no vocabulary.
 
-    `train` asks for it before it prepares the text, which may take hours.
+    `train` checks it before it prepares the text, which may take hours.
 
     Raises:
       UsageError: as `make_setup`.
@@ -95,9 +95,9 @@ def setup_to_predict(
 def predicting_mesh(spec: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh of as many of the devices as the model's sizes can be divided over.
 
-    First over heads, MLP columns and vocabulary (the tensor axis), because that divides the
-    key/value cache and attention as well; then over the width of the weights (fsdp). No device
-    gathers a weight: XLA sums the devices' partial products, and only activations travel.
+    The devices divide heads, MLP columns and vocabulary first (the tensor axis), because this
+    divides the key/value cache and attention as well; then the width of the weights (fsdp). No
+    device gathers a weight: XLA sums the devices' partial products, and only activations travel.
     """
     config, count = spec.config, len(devices)
     columns = math.gcd(config.n_kv_head, config.d_ff, spec.padded_vocab_size, count)

@@ -1,6 +1,6 @@
-"""What a run directory may become when a start meets it: begun, resumed, finished or refused.
+"""What a start makes of a run directory: it begins, resumes or is finished, or it is refused.
 
-`claim` decides before anything is compiled. `begin` writes what a run needs to be opened later;
+`claim` decides before anything is compiled. `begin` writes what a run needs to be opened later.
 `record_start` and `record_end` keep the history of starts in run.json.
 """
 
@@ -150,10 +150,10 @@ def record_start(
 
 
 def record_end(run: RunDirectory, first_step_at: float | None, started: float) -> None:
-    """Record how long this start took to its first step: a part of what a restart costs."""
+    """Record how long this start took until its first step, which is a part of a restart's cost."""
     if first_step_at is None:
         return
-    # A statistic must not replace an error that is on its way out.
+    # A failure to record a statistic must not replace the error that may be under way.
     with contextlib.suppress(CheckpointError, UsageError):
         record = run.read_provenance()
         record["starts"][-1]["seconds_to_first_step"] = round(first_step_at - started, 3)

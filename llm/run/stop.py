@@ -12,11 +12,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Installed for as long as a run lasts; `requested` turns true at the first signal.
+    """Handles signals as long as a run lasts; `requested` becomes true at the first signal.
 
-    Python runs a signal's handler between two of its own instructions, so not while one call
-    compiles for minutes or waits for a device that hangs. The interpreter also writes each signal
-    to a pipe at once; a thread reads it, so that a second signal ends the process even then.
+    Python runs a signal's handler between two of its own instructions, and so not while one call
+    compiles for minutes or waits for a device that hangs. But it writes each signal to a pipe at
+    once. A thread reads the pipe, so that a second signal ends the process even then.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StopRequest:
         self._writer.close()
 
     def check(self, what_is_lost: str) -> None:
-        """Raise when a stop was asked for, where there is nothing to save."""
+        """Raise if a stop was requested; to be called where there is nothing to save."""
         if self.requested:
             raise StoppedError(f"stopped on request; {what_is_lost}: the same command goes on")
 
@@ -49,7 +49,7 @@ class StopRequest:
         self.requested = True  # seen at once by whatever the main thread does next
 
     def _watch(self) -> None:
-        """In its own thread: one byte comes for each signal, none when the run is over."""
+        """In its own thread: read one byte for each signal, and none when the run is over."""
         received = 0
         with self._reader:
             while data := self._reader.recv(1):
