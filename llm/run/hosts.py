@@ -382,14 +382,14 @@ class SharedStop:
         import numpy as np
         from jax.sharding import NamedSharding, PartitionSpec
 
-        every_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        # "No" and "yes", int32 [devices]: what this process says, once on each of its devices.
-        self._flags = [
-            jax.make_array_from_callback(
-                (mesh.devices.size,), every_device, lambda _, flag=flag: np.full(1, flag, np.int32)
+        def flag(raised: bool) -> Any:
+            """int32 [devices]: what this process says, once on each of its devices."""
+            every_device = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            return jax.make_array_from_callback(
+                (mesh.devices.size,), every_device, lambda _: np.full(1, raised, np.int32)
             )
-            for flag in (0, 1)
-        ]
+
+        self._flags = [flag(False), flag(True)]
         self._any = jax.jit(jax.numpy.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @property
