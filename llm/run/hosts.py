@@ -222,7 +222,8 @@ class Hosts:
     def end(self) -> None:
         """Wait until all processes have done their work, so that none is taken for dead."""
         self.gather("the end", True)
-        self._shutdown()
+        self._stop_watching()
+        self._leave_jax()
 
     def fail(self, error: BaseException) -> None:
         """End the others as this process ends; raises SaidElsewhereError if one failed first."""
@@ -233,8 +234,10 @@ class Hosts:
         if not self.is_first:
             # If all fail alike, process 0 says it.
             _until(lambda: self._failure() is not None, 2 * BEAT_SECONDS)
+        # This process's own watcher would follow the failure, and end it before it has said why.
+        self._stop_watching()
         first = self._post(failure)
-        self._shutdown()
+        self._leave_jax()
         if first != failure and isinstance(error, LLMError):
             raise SaidElsewhereError(first["exit_code"]) from None
 
@@ -308,10 +311,9 @@ class Hosts:
             time.sleep(BEAT_SECONDS / 4)  # they have said so, and are about to go
         os._exit(LostProcessError.exit_code)
 
-    def _shutdown(self) -> None:
+    def _stop_watching(self) -> None:
         self._over.set()
         self._watcher.join()
-        self._leave_jax()
 
     def _leave_jax(self) -> None:
         import jax
