@@ -36,7 +36,6 @@ from llm.files import (
     disk_full_reason,
     flush_folder,
     free_bytes,
-    is_disk_full,
     partial_folder,
     readable_bytes,
     whole_folder,
@@ -52,7 +51,7 @@ from llm.run.arrays import (
     stored_arrays,
     write_pieces,
 )
-from llm.run.hosts import Hosts
+from llm.run.hosts import ALONE, Hosts
 
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
@@ -88,7 +87,7 @@ def read_receipt(folder: Path) -> dict[str, Any]:
 def verify_files(
     folder: Path,
     groups: Iterable[str] = (*GROUPS, RECEIPT_GROUP),
-    hosts: Hosts | None = None,
+    hosts: Hosts = ALONE,
 ) -> None:
     """Compare the files of these groups with the manifest. Collective: each process reads a share.
 
@@ -96,7 +95,6 @@ def verify_files(
       DamageError: naming the first file that is missing or has changed.
       UsageError: the step was saved by an earlier version.
     """
-    hosts = hosts or Hosts()
     manifest = _read_manifest(folder)
     files = sorted(item for group in groups for item in manifest[group].items())
     share = files[hosts.index :: hosts.count]
@@ -139,7 +137,7 @@ def restore(
     on_bad: Literal["set aside", "pass over"],
     *,
     step: int | None = None,
-    hosts: Hosts | None = None,
+    hosts: Hosts = ALONE,
     say: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3),
 ) -> Restored | None:
     """The newest step that verifies, or `step`; None if nothing was saved. Collective.
@@ -152,7 +150,6 @@ def restore(
     Raises:
       CheckpointError: there are steps but no good one, or the arrays do not fit the run's settings.
     """
-    hosts = hosts or Hosts()
     tried: dict[int, str] = {}
 
     def choose() -> int | None:
@@ -188,14 +185,13 @@ def restore(
     return None
 
 
-def read_step(folder: Path, wanted: Abstract, hosts: Hosts | None = None) -> Restored:
+def read_step(folder: Path, wanted: Abstract, hosts: Hosts = ALONE) -> Restored:
     """Read groups of one step, and verify what is read. Collective.
 
     Raises:
       DamageError: a file of these groups is not what was saved.
       CheckpointError: the step holds other arrays than are wanted.
     """
-    hosts = hosts or Hosts()
     verify_files(folder, [RECEIPT_GROUP, *(set(wanted) - {"params"})], hosts)
     receipt, manifest = read_receipt(folder), _read_manifest(folder)
     groups: dict[str, dict[str, jax.Array]] = {}
@@ -260,9 +256,9 @@ class Checkpoints:
       hosts: the processes; each of them calls `save` with the same steps.
     """
 
-    def __init__(self, root: Path, keep: int, hosts: Hosts | None = None):
+    def __init__(self, root: Path, keep: int, hosts: Hosts = ALONE):
         self.root, self.keep = root, keep
-        self._hosts = hosts or Hosts()
+        self._hosts = hosts
         self._best: list[int] = []
         self._step = -1
         self._writer: threading.Thread | None = None
@@ -340,9 +336,8 @@ class Checkpoints:
         """Whether the step is still to be saved; raises if there is no room. In process 0."""
         if step in saved_steps(self.root):
             return False
-        free = free_bytes(self.root)
-        if free < self._needed:
-            raise CheckpointError(self._no_room(free))
+        if free_bytes(self.root) < self._needed:
+            raise self._no_room()
         return True
 
     def _write_and_commit(
@@ -393,10 +388,8 @@ class Checkpoints:
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def _explain(self, failure: BaseException) -> LLMError:
-        if is_disk_full(failure):
-            return CheckpointError(
-                self._no_room(free_bytes(self.root), f" ({disk_full_reason(failure)})")
-            )
+        if full := disk_full_reason(failure):
+            return self._no_room(f" ({full})")
         if isinstance(failure, LLMError):
             return failure
         reason = f"{type(failure).__name__}: {failure}".split("\n")[0][:500]
@@ -406,8 +399,9 @@ class Checkpoints:
             f"it are whole ({whole}): mend the cause and run the same command again"
         )
 
-    def _no_room(self, free: int, why: str = "") -> str:
-        return (
+    def _no_room(self, why: str = "") -> CheckpointError:
+        free = free_bytes(self.root)
+        return CheckpointError(
             f"no room for a checkpoint in {self.root}{why}: it needs "
             f"{readable_bytes(self._needed)} ({self._needed} bytes), "
             f"{readable_bytes(free)} ({free} bytes) are free; the steps before it are whole: free "

@@ -322,6 +322,10 @@ class Hosts:
             jax.distributed.shutdown()
 
 
+# The default of functions that several processes may call together.
+ALONE = Hosts()
+
+
 class Sign(NamedTuple):
     """What a process says of itself, about once a second.
 

@@ -23,12 +23,10 @@ class Setup:
     """A model on a mesh.
 
     Attributes:
-      config: all settings, resolved.
       mesh: the mesh that `make_setup` was given, or one of this machine's devices.
       spec: the model with its vocabulary, compute dtype and attention kernel.
     """
 
-    config: Config
     mesh: Mesh
     spec: ModelSpec
 
@@ -51,7 +49,7 @@ def make_setup(config: Config, vocab_size: int, mesh: Any = None) -> Setup:
     for rows in (training.micro_batch_size or training.batch_size, training.eval_batch_size):
         if rows:
             check_divisible(mesh, config.model, spec.padded_vocab_size, rows)
-    return Setup(config, mesh, spec)
+    return Setup(mesh, spec)
 
 
 def choose_kernels(config: Config, mesh: Any) -> tuple[str, Kernel]:
@@ -89,7 +87,7 @@ def setup_to_predict(
         devices = own[:1] if own[0].platform == "cpu" else own
     dtype = compute_dtype(config.training.compute_dtype, devices[0])
     spec = ModelSpec(config.model, vocab_size, dtype)
-    return Setup(config, predicting_mesh(spec, devices), spec)
+    return Setup(predicting_mesh(spec, devices), spec)
 
 
 def predicting_mesh(spec: ModelSpec, devices: Sequence[jax.Device]) -> Mesh:
