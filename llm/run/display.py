@@ -2,6 +2,7 @@
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any, Literal, Self
 
 PLAIN_LINE_SECONDS = 10.0
@@ -14,13 +15,6 @@ def make_display(choice: Literal["auto", "bar", "plain", "none"], speaks: bool =
     if choice == "bar" or (choice == "auto" and sys.stderr.isatty()):
         return Bar()
     return Display(counts=choice != "none")
-
-
-def readable_seconds(seconds: float) -> str:
-    """ "1:02:03" """
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class Display:
@@ -60,7 +54,7 @@ class Display:
             left = ""
             if step not in (first, steps):
                 per_step = (time.monotonic() - started) / (step - first)
-                left = f"  {readable_seconds(per_step * (steps - step))} left"
+                left = f"  {timedelta(seconds=round(per_step * (steps - step)))} left"
             self.say(f"step {_numbers(step, steps, loss, tokens_per_second)}{left}")
 
     def _due(self) -> bool:
