@@ -36,11 +36,6 @@ from llm.training.optimizer import make_optimizer
 from llm.training.state import TrainState, create_state, to_groups
 from llm.training.step import BATCH_AXES, TrainStep, make_train_step
 
-_QUIET = (
-    *("--logging.progress", "none", "--training.eval-every", "0", "--checkpoint.every", "0"),
-    *("--sample.max-new-tokens", "0"),
-)
-
 
 def make_step(job: Job) -> tuple[TrainStep, TrainState]:
     """The step of a run of this configuration, and its first state."""
@@ -107,10 +102,6 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
     Args:
       folder: an empty folder, for the run's files.
     """
-    # One step more than is taken, without an evaluation or a save among them.
-    training = job.config.training.model_copy(update={"steps": steps + 1, "eval_every": 0})
-    checkpoint = job.config.checkpoint.model_copy(update={"every": 0})
-    config = job.config.model_copy(update={"training": training, "checkpoint": checkpoint})
     run = RunDirectory(folder)
     checkpoints, rows = Checkpoints(run.checkpoints, 1, job.hosts), MetricsFile(run.metrics)
     checkpoints.clean()
@@ -130,10 +121,17 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
         return nothing(state, metrics)
 
     with contextlib.closing(outputs), contextlib.suppress(StoppedError):
-        job = dataclasses.replace(job, config=config)
+        job = dataclasses.replace(job, config=_only_steps(job.config, steps + 1))
         train(job, outputs, stop, lambda params: "", state, instant_step)
     seconds = [row["step_seconds"] for row in rows.rows if row["kind"] == "train"]
     return {"seconds_per_step": statistics.median(seconds[2:]), "steps": len(seconds)}
+
+
+def _only_steps(config: Config, steps: int) -> Config:
+    """The configuration with no evaluation, sample or save before its last step."""
+    training = config.training.model_copy(update={"steps": steps, "eval_every": 0})
+    checkpoint = config.checkpoint.model_copy(update={"every": 0})
+    return config.model_copy(update={"training": training, "checkpoint": checkpoint})
 
 
 def measure_saves(job: Job, folder: Path, pairs: int, block: int = 12) -> dict[str, Any]:
@@ -198,7 +196,7 @@ def measure_start(config: Config, folder: Path, time_limit: float = 900.0) -> di
       warm_seconds: the same command again, with the programs that the first has left.
     """
     path = folder / "config.toml"
-    path.write_text(to_toml(config))
+    path.write_text(to_toml(_only_steps(config, 10_000)))
     return {
         f"{name}_seconds": _seconds_to_first_step(path, folder / name, folder / "xla", time_limit)
         for name in ("cold", "warm")
@@ -207,7 +205,8 @@ def measure_start(config: Config, folder: Path, time_limit: float = 900.0) -> di
 
 def _seconds_to_first_step(config: Path, run: Path, programs: Path, time_limit: float) -> float:
     """Start a run, and stop it when it has taken a few steps."""
-    command = [sys.executable, "-m", "llm", "train", str(config), "--run.dir", str(run), *_QUIET]
+    command = [sys.executable, "-m", "llm", "train", str(config), "--run.dir", str(run)]
+    command += ["--logging.progress", "none"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(programs)}
     process = subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
