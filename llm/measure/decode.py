@@ -48,7 +48,9 @@ def measure_decoding(
     more = seconds_for(tokens) - seconds_for(1)
     seconds = more / (tokens - 1) if tokens > 1 and more > 0 else None
     capacity = round_up(len(prompt) + tokens, at_least=64)
-    size = weight_bytes(decoder, batch_size) + cache_bytes(decoder, batch_size, capacity)
+    cache = jax.eval_shape(lambda: KVCache.create(decoder.spec, batch_size, capacity))
+    arrays = (*cache.keys, *cache.values)
+    size = weight_bytes(decoder, batch_size) + sum(x.size * x.dtype.itemsize for x in arrays)
     return {
         "batch_size": batch_size,
         "tokens": tokens,
@@ -75,9 +77,3 @@ def weight_bytes(decoder: Decoder, rows: int) -> int:
         elif not name.startswith("embed."):
             total += weight.nbytes
     return total
-
-
-def cache_bytes(decoder: Decoder, batch_size: int, capacity: int) -> int:
-    """Bytes of the keys and values of all layers, whether filled yet or not."""
-    cache = jax.eval_shape(lambda: KVCache.create(decoder.spec, batch_size, capacity))
-    return sum(part.size * part.dtype.itemsize for part in (*cache.keys, *cache.values))
