@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from runs import train, write_config
+from runs import ROOT, train, write_config
 from safetensors.numpy import load_file
 from test_hf import GOLDENS, VOCAB, logits_of, torch_and_transformers, write_golden
 
@@ -20,7 +20,7 @@ from llm.model.gpt import ModelSpec, abstract_params
 from llm.run.open import open_model
 from llm.text.tokenizer import CharacterTokenizer, tiktoken_tokenizer
 
-SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+SHARED = ROOT.parent / "shared"
 CHARACTERS = CharacterTokenizer("".join(map(chr, range(ord("a"), ord("a") + VOCAB))))
 
 
@@ -107,6 +107,30 @@ def test_transformers_opens_an_exported_run_with_equal_logits(trained, tmp_path)
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens).long()).logits.numpy()
     np.testing.assert_allclose(logits(opened, tokens), expected, atol=1e-4)
+
+
+@pytest.mark.thorough
+def test_the_example_of_the_documentation_gives_equal_numbers(tmp_path, monkeypatch):
+    """docs/evaluation.md: a recipe trained, exported and opened, here for two steps on other text.
+
+    The example's own words run: its commands, and its program with the folders that they made.
+    """
+    torch_and_transformers()
+    section = (ROOT / "docs" / "evaluation.md").read_text().split("## To and from Hugging Face")[1]
+    lines = [line.split() for line in section.splitlines()]
+    _, _, config, *flags = next(line for line in lines if line[:2] == ["python", "train.py"])
+    _, _, _, name, *folders = next(line for line in lines if line[1:3] == ["-m", "llm"])
+    program = section.split("```python\n")[1].split("```")[0]
+    (tmp_path / "text.txt").write_text("ROMEO: But, soft! what light is it?\n" * 200)
+    monkeypatch.chdir(tmp_path)
+    here = ["--data.source=text.txt", "--data.cache_dir=cache"]
+    here += ["--training.steps=2", "--training.batch_size=16"]  # on the eight devices of the tests
+    assert train(ROOT / config, *flags, *here) == 0
+    assert (name, run(export_hf, *folders)) == ("export-hf", 0)
+    found = {}
+    exec(program, found)
+    assert found["ours"].shape == found["theirs"].shape
+    np.testing.assert_allclose(found["theirs"], found["ours"], atol=1e-4)
 
 
 @pytest.fixture(scope="module")

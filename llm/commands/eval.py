@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
     prepare_process()  # before JAX is imported, as it is below
     harness = _harness()
     if options.tasks == ("list",):
-        print("\n".join(harness.task_names(options.include_path)))
+        print("\n".join(harness.task_manager(include=options.include_path).all_tasks))
         return 0
 
     opened = options.open()
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> int:
         options.seed,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
-        gen_kwargs=options.gen_kwargs,
+        gen_kwargs=options.gen_kwargs or None,
         use_cache=cache,
         confirm_run_unsafe_code=unsafe_code,
     )

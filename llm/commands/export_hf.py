@@ -1,9 +1,9 @@
 """python -m llm export-hf RUN FOLDER: a Hugging Face GPT-2, Llama or Mixtral of a checkpoint.
 
 Writes config.json and model.safetensors, which transformers' from_pretrained opens with the same
-logits, and tokenizer/, which import-hf reads. The model must be one of these architectures to
-the letter; what keeps it from being one is named. The tokenizer is not converted: transformers
-has GPT-2's under the name "gpt2".
+logits, and tokenizer/, which import-hf reads. The model must be exactly one of these families: a
+run of the defaults is a GPT-2, and a message names each setting that keeps a run from being one.
+The tokenizer is not converted; transformers has GPT-2's under the name "gpt2".
 """
 
 import json
@@ -32,15 +32,9 @@ def main(arguments: list[str]) -> int:
 
     tokenizer = opened.tokenizer
     with new_folder(Path(options.folder)) as partial:
-        to_hf(
-            opened.spec.config,
-            opened.spec.vocab_size,
-            opened.params,
-            partial,
-            end_of_text=tokenizer.end_of_text,
-        )
+        spec, end_of_text = opened.spec, tokenizer.end_of_text
+        model_type = to_hf(spec.config, spec.vocab_size, opened.params, partial, end_of_text)
         tokenizer.save(partial / "tokenizer")
-        model_type = json.loads((partial / "config.json").read_bytes())["model_type"]
     if options.as_json:
         print(json.dumps({**opened.checkpoint, "folder": options.folder, "model_type": model_type}))
     print(

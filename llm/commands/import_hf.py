@@ -2,10 +2,10 @@
 
 FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. The new
 run has one checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was
-not trained here: train does not go on from it.
+not trained here, and train does not continue it.
 
-The tokenizer is the folder's when that is GPT-2's, or was written by export-hf; else say which one
-the model was trained with (--tokenizer).
+The tokenizer is the folder's if it is GPT-2's or was written by export-hf. Name any other
+tokenizer with --tokenizer.
 """
 
 import json
@@ -18,14 +18,7 @@ from typing import TYPE_CHECKING
 from llm.commands.flags import CommandLine, argument, parse
 from llm.config import setting
 from llm.errors import LLMError, UsageError
-from llm.files import (
-    disk_full_reason,
-    free_bytes,
-    is_disk_full,
-    partial_folder,
-    readable_bytes,
-    whole_folder,
-)
+from llm.files import disk_full_reason, free_bytes, readable_bytes, whole_folder
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -71,17 +64,13 @@ def main(arguments: list[str]) -> int:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `path` when all is written, or goes away.
+    """A folder to write into. It becomes `path` when all is written, or is removed.
 
     Raises:
-      UsageError: `path` is there already, its parent cannot be written, or there is no room.
+      UsageError: `path` exists already, it cannot be written, or there is no room.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} exists already; give the name of a new folder")
-    try:
-        partial_folder(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}") from None
     try:
         with whole_folder(path) as partial:
             yield partial
@@ -89,32 +78,33 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
     except Exception as error:
         # safetensors raises a class of its own when the disk is full.
-        if not is_disk_full(error):
-            raise
-        raise UsageError(
-            f"no room for {path} ({disk_full_reason(error)}); "
-            f"{readable_bytes(free_bytes(path.parent))} are free, and nothing was left there: free "
-            "some space, or name a folder on another disk"
-        ) from None
+        if reason := disk_full_reason(error):
+            raise UsageError(
+                f"no room for {path} ({reason}); {readable_bytes(free_bytes(path.parent))} are "
+                "free, and nothing was left there: free some space, or name a folder on another "
+                "disk"
+            ) from None
+        if isinstance(error, OSError):
+            raise UsageError(f"{path} cannot be written: {error.strerror}") from None
+        raise
 
 
 def tokenizer_of(folder: Path, named: str | None, vocab_size: int) -> "Tokenizer":
     """The tokenizer that a model was trained with.
 
     Args:
-      named: what the caller says it is; None: look into the folder.
+      named: its name, if the caller knows it; None: look into the folder.
     Raises:
-      UsageError: it cannot be told, or has another number of tokens than the model.
+      UsageError: the folder does not tell, or the tokenizer has another number of tokens than the
+        model.
       DataError: a tiktoken encoding that is not on this machine.
     """
-    from llm.text.tokenizer import FILE_NAME, ByteTokenizer, load_tokenizer, tiktoken_tokenizer
+    from llm.text.tokenizer import FILE_NAME, MADE_FROM_CORPUS, load_tokenizer, named_tokenizer
 
-    if named == "bytes":
-        tokenizer: Tokenizer = ByteTokenizer()
-    elif named in ("characters", "bpe"):
+    if named in MADE_FROM_CORPUS:
         raise UsageError(f"--tokenizer {named}: its tokens are those of a corpus, not of its name")
-    elif named:
-        tokenizer = tiktoken_tokenizer(named)
+    if named:
+        tokenizer = named_tokenizer(named)
     elif (folder / "tokenizer" / FILE_NAME).is_file():
         tokenizer = load_tokenizer(folder / "tokenizer")
     else:
@@ -128,23 +118,28 @@ def tokenizer_of(folder: Path, named: str | None, vocab_size: int) -> "Tokenizer
 
 
 def _gpt2_tokenizer(folder: Path) -> "Tokenizer":
-    """GPT-2's, when the folder's vocabulary is that."""
+    """GPT-2's tokenizer, if the folder's vocabulary is GPT-2's."""
     from llm.text.bpe import byte_of_symbol
     from llm.text.tokenizer import tiktoken_tokenizer
 
-    vocabulary = _read_vocabulary(folder)
-    if vocabulary is None:
+    path = next(filter(Path.is_file, (folder / "vocab.json", folder / "tokenizer.json")), None)
+    if path is None:
         raise UsageError(
             f"{folder} holds no vocabulary (vocab.json or tokenizer.json); say which tokenizer the "
             "model was trained with: --tokenizer NAME"
         )
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = dict(read if path.name == "vocab.json" else read["model"]["vocab"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is not a vocabulary: {error!r}") from None
     tokenizer = tiktoken_tokenizer("gpt2")
     symbol_of = {byte: symbol for symbol, byte in byte_of_symbol().items()}
     expected = {
-        "".join(symbol_of[byte] for byte in data): id_
-        for id_, data in enumerate(tokenizer.token_table)
+        "".join(symbol_of[byte] for byte in token): id_
+        for id_, token in enumerate(tokenizer.token_table)
+        if token  # the end of text has no bytes
     }
-    expected.pop("")  # the end of text
     # tokenizer.json lists special tokens apart, vocab.json does not.
     if vocabulary not in (expected, expected | tokenizer.special_tokens):
         raise UsageError(
@@ -155,18 +150,6 @@ def _gpt2_tokenizer(folder: Path) -> "Tokenizer":
     return tokenizer
 
 
-def _read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """token -> id, its bytes spelled in GPT-2's printable symbols; None where there is none."""
-    for name in ("vocab.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            try:
-                read = json.loads((folder / name).read_text(encoding="utf-8"))
-                return dict(read if name == "vocab.json" else read["model"]["vocab"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UsageError(f"{folder / name} is not a vocabulary: {error!r}") from None
-    return None
-
-
 def write_run(
     partial: Path,
     path: Path,
@@ -175,16 +158,34 @@ def write_run(
     params: "Mapping[str, np.ndarray]",
     tokenizer: "Tokenizer",
 ) -> str:
-    """Everything that a run directory holds; returns the parameters' sha256."""
+    """Write a run directory with one checkpoint, step 0; returns the parameters' sha256.
+
+    Args:
+      partial: the folder to write into, which becomes `path`.
+      folder: where the model came from.
+    """
+    import jax
+    import numpy as np
+
     from llm.config import Config, RunConfig, TokenizerConfig
-    from llm.run.checkpoint import read_receipt
+    from llm.run.checkpoint import Checkpoints, read_receipt
     from llm.run.directory import RunDirectory
     from llm.run.provenance import describe_import
+    from llm.run.receipt import LENGTH, ROWS, make_receipt, receipt_logprobs
 
     run = RunDirectory(partial)
     tokenizer.save(run.tokenizer)
     run.write_provenance(describe_import(RunDirectory(path), spec, tokenizer, folder))
-    _save_checkpoint(run.checkpoints, spec, params, tokenizer)
+    length = min(LENGTH, spec.config.context_length) + 1
+    # The tokens of the receipt are random: no text can be encoded by every tokenizer.
+    tokens_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (ROWS, length), np.int32)
+    # There was no training, so the optimizer has no state.
+    groups = jax.device_put({"params": dict(params), "training": {"step": np.int32(0)}})
+    logprobs_BT = receipt_logprobs(spec, groups["params"], tokens_BT)
+    checkpoints = Checkpoints(run.checkpoints, keep=1)
+    checkpoints.clean()
+    checkpoints.save(0, groups, lambda: make_receipt(tokens_BT, logprobs_BT, tokenizer.sha256))
+    checkpoints.wait()
     config = Config(
         run=RunConfig(dir=str(path)),
         model=spec.config,
@@ -192,28 +193,3 @@ def write_run(
     )
     run.write_config(config.resolved())
     return read_receipt(run.checkpoints / "0")["params_sha256"]
-
-
-def _save_checkpoint(
-    root: Path, spec: "ModelSpec", params: "Mapping[str, np.ndarray]", tokenizer: "Tokenizer"
-) -> None:
-    """Step 0. Its optimizer has no state: there was no training."""
-    import jax
-    import numpy as np
-
-    from llm.run.checkpoint import Checkpoints
-    from llm.run.receipt import LENGTH, ROWS, make_receipt, receipt_logprobs
-
-    length = min(LENGTH, spec.config.context_length) + 1
-    # Any tokens would do; no text can be encoded by every tokenizer.
-    tokens_BT = np.random.default_rng(0).integers(0, spec.vocab_size, (ROWS, length), np.int32)
-    placed = jax.device_put(dict(params))
-    logprobs_BT = receipt_logprobs(spec, placed, tokens_BT)
-    groups = {"params": placed, "training": {"step": jax.numpy.int32(0)}}
-    checkpoints = Checkpoints(root, keep=1)
-    checkpoints.clean()
-    try:
-        checkpoints.save(0, groups, lambda: make_receipt(tokens_BT, logprobs_BT, tokenizer.sha256))
-        checkpoints.wait()
-    finally:
-        checkpoints.close()

@@ -329,7 +329,7 @@ def load_tasks(names: Sequence[str], include: Sequence[str] = ()) -> Tasks:
       UsageError: no such task, or one that cannot be used here.
       DataError: its data are neither on this machine nor within reach.
     """
-    manager = _manager(names, include)
+    manager = task_manager(names, include)
     matches = [match for name in names for match in _matches(manager, name)]
     parts: dict[str, Any] = {}
     leaves: dict[str, Any] = {}
@@ -342,14 +342,9 @@ def load_tasks(names: Sequence[str], include: Sequence[str] = ()) -> Tasks:
     return Tasks(manager, list(parts.values()), leaves)
 
 
-def task_names(include: Sequence[str] = ()) -> list[str]:
-    """Every task, group and tag."""
-    return list(_manager((), include).all_tasks)
-
-
-def _manager(names: Sequence[str], include: Sequence[str]) -> TaskManager:
-    """All tasks, or only those of `include` if they are enough: the harness's own are thousands of
-    files, and take long to read."""
+def task_manager(names: Sequence[str] = (), include: Sequence[str] = ()) -> TaskManager:
+    """All tasks, groups and tags, or only those of the folders in `include` if they are enough: the
+    harness's own are thousands of files, and take long to read."""
     missing = [folder for folder in include if not Path(folder).is_dir()]
     if missing:
         raise UsageError(f"--include-path {missing[0]}: there is no such folder")
