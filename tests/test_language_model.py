@@ -22,7 +22,6 @@ import llm.commands.score
 import llm.commands.shared
 import llm.run.open
 from llm.api import results
-from llm.api.language_model import LanguageModel
 from llm.config import Config, ModelConfig, SamplingConfig
 from llm.errors import UsageError
 from llm.inference import samples
@@ -69,7 +68,7 @@ def folder(tmp_path_factory):
         logprobs = receipt_logprobs(spec, params, tokens)
         checkpoints.save(
             step,
-            {"params": params, "training": {"step": np.int32(step)}},
+            {"params": params, "training": {"step": jax.numpy.int32(step)}},
             lambda logprobs=logprobs: make_receipt(tokens, logprobs, tokenizer.sha256),
         )
     checkpoints.close()
@@ -99,7 +98,7 @@ def command(folder, monkeypatch, capsys):
 def forward(lm, text):
     """log P of every token at every place, float64 [T, V], by one pass over the whole text."""
     ids = lm.tokenizer.encode(text)
-    logits = jax.jit(lambda p, t: bind(lm.spec, p)(t))(lm.opened.params, ids[None])[0]
+    logits = jax.jit(lambda p, t: bind(lm.spec, p)(t))(lm.params, ids[None])[0]
     logits = np.asarray(logits, np.float64)
     return ids, logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
@@ -122,7 +121,7 @@ def test_load_takes_the_newest_step_and_says_what_it_is(lm, folder):
 
 def test_parameters_are_counted_without_the_padding_of_the_vocabulary(lm):
     """257 tokens are padded to a multiple; nobody trains what no token has."""
-    weights = lm.opened.params
+    weights = lm.params
     tables = [name for name in ("embed.weight", "head.weight") if name in weights]
     assert len(weights["embed.weight"]) > 257
     padding = sum(weights[name].size - 257 * MODEL.d_model for name in tables)
@@ -202,12 +201,12 @@ def test_what_is_not_given_is_as_the_runs_section_has_it(lm, command, tmp_path):
 @pytest.mark.thorough
 def test_in_bfloat16_the_record_carries_the_measured_distance(lm, command, monkeypatch, tmp_path):
     spec = dataclasses.replace(lm.spec, compute_dtype="bfloat16")
-    opened = dataclasses.replace(lm.opened, spec=spec)
-    monkeypatch.setattr(llm.run.open, "open_model", lambda run, step=None: opened)
+    half = dataclasses.replace(lm, spec=spec)
+    monkeypatch.setattr(llm.run.open, "open_model", lambda run, step=None: half)
     command(llm.commands.sample, "--num-samples", 1, "--probs", tmp_path / "command.jsonl")
     written = read_records(tmp_path / "command.jsonl")
     assert written[0]["numerics"]["cached_minus_full_nats"] >= 0.0
-    assert LanguageModel(opened).generate().records() == written
+    assert half.generate().records() == written
 
 
 def test_a_generation_is_its_prompt_and_what_was_drawn(lm):
@@ -319,7 +318,7 @@ def test_distribution_and_attention_are_the_models_own(lm):
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
     assert not np.triu(weights, 1).any()
     # Without the padding that `attention` adds.
-    alone = bind(lm.spec, lm.opened.params).attention_weights(ids[None])[:, 0]
+    alone = bind(lm.spec, lm.params).attention_weights(ids[None])[:, 0]
     np.testing.assert_allclose(weights, alone, atol=1e-5)
     assert lm.attention("").shape == (1, 4, 0, 0)
     assert lm.attention("x" * CONTEXT).shape == (1, 4, CONTEXT, CONTEXT)
@@ -365,11 +364,11 @@ def test_text_to_ids_and_back(lm):
         (lambda lm: lm.decode([300]), ["300", "256"]),
         (lambda lm: lm.score("ab").write("no/such/folder/x.jsonl"), ["no/such/folder"]),
         (lambda lm: llm.load(3), ["3", "path"]),
-        (lambda lm: llm.load(lm.opened.path, 6), ["6", "5, 7"]),
-        (lambda lm: llm.load(lm.opened.path, "7"), ["step", "str"]),
-        (lambda lm: llm.load(lm.opened.path, devices=9), ["9", "8"]),
-        (lambda lm: llm.load(lm.opened.path, devices=["cpu"]), ["'cpu'", "devices"]),
-        (lambda lm: llm.load(lm.opened.path / "nothing"), ["nothing"]),
+        (lambda lm: llm.load(lm.path, 6), ["6", "5, 7"]),
+        (lambda lm: llm.load(lm.path, "7"), ["step", "str"]),
+        (lambda lm: llm.load(lm.path, devices=9), ["9", "8"]),
+        (lambda lm: llm.load(lm.path, devices=["cpu"]), ["'cpu'", "devices"]),
+        (lambda lm: llm.load(lm.path / "nothing"), ["nothing"]),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_named(lm, call, words):
@@ -380,7 +379,7 @@ def test_wrong_arguments_are_named(lm, call, words):
 
 def test_nothing_of_a_model_or_a_result_can_be_set(lm):
     s = lm.score("ab")
-    for thing, name in ((lm, "opened"), (s, "finish"), (s.tokens[1], "logprob")):
+    for thing, name in ((lm, "params"), (s, "finish"), (s.tokens[1], "logprob")):
         with pytest.raises(AttributeError):
             setattr(thing, name, 0)
 
@@ -467,10 +466,10 @@ def spread(folder):
 @pytest.mark.thorough
 def test_each_device_holds_its_share_of_the_weights_and_the_numbers_are_the_same(lm, spread):
     assert "8 x cpu" in repr(spread)
-    for name, weight in spread.opened.params.items():
+    for name, weight in spread.params.items():
         if weight.ndim > 1 and name != "embed.position":
             assert {shard.data.size * 8 for shard in weight.addressable_shards} == {weight.size}
-    assert spread.opened.params_sha256 == lm.opened.params_sha256
+    assert spread.params_sha256 == lm.params_sha256
     one, other = (model.score("the clocks") for model in (lm, spread))
     np.testing.assert_allclose(other.logprobs, one.logprobs, atol=2e-5)
     one, other = (model.generate("def ", max_new_tokens=20, seed=5) for model in (lm, spread))
@@ -482,7 +481,7 @@ def test_each_device_holds_its_share_of_the_weights_and_the_numbers_are_the_same
 
 def test_no_device_gathers_a_weight_and_the_cache_is_divided(spread):
     """Read from the compiled programs: what collectives carry is smaller than any matrix."""
-    spec, params = spread.spec, spread.opened.params
+    spec, params = spread.spec, spread.params
     smallest = min(weight.size for weight in params.values() if weight.ndim > 1)
     decoder = Decoder.create(spec, params, spread.tokenizer)
     batch = decoder.batch([Request([1, 2, 3], Sampling(), top=10)])

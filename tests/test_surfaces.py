@@ -120,7 +120,7 @@ def served(surfaces):
     from llm.serving.limits import Limits
 
     decoder = surfaces.lm._decoder
-    about = serve.describe(surfaces.lm.opened, decoder, parse(serve.Options, [str(surfaces.run)]))
+    about = serve.describe(surfaces.lm, decoder, parse(serve.Options, [str(surfaces.run)]))
     engine = Engine(decoder, Limits(max_batch=2))
     site = http.Site(http.LOOPBACK, guests=())
     listener, ready = http.listen("127.0.0.1", 0), threading.Event()
@@ -222,7 +222,7 @@ def test_a_given_text_has_the_same_numbers_everywhere(surfaces, scored, served):
 
 def test_minus_their_sum_is_the_loss_of_training(surfaces, scored):
     """The evaluation step is what training's validation losses come from."""
-    spec, params = surfaces.lm.spec, surfaces.lm.opened.params
+    spec, params = surfaces.lm.spec, surfaces.lm.params
     step = make_evaluation_step(spec, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
     tokens_BT = surfaces.ids[None]
     nats = float(step(params, Batch(tokens_BT, np.ones((1, tokens_BT.shape[1] - 1), np.float32))))
@@ -236,7 +236,7 @@ def test_in_bfloat16_the_servers_run_record_carries_the_measured_distance(surfac
     from llm.commands import serve
 
     monkeypatch.setattr("llm.inference.numerics.cached_minus_full", lambda *_: 0.25)
-    opened, options = surfaces.lm.opened, parse(serve.Options, [str(surfaces.run)])
+    opened, options = surfaces.lm, parse(serve.Options, [str(surfaces.run)])
     half = dataclasses.replace(opened.spec, compute_dtype="bfloat16")
     numerics = {
         spec.compute_dtype: serve.describe(
@@ -256,7 +256,7 @@ def test_the_harness_adapter_says_the_same(surfaces, scored):
     from llm.interop.lm_eval import HarnessModel
 
     lm = surfaces.lm
-    model = HarnessModel(lm.spec, lm.opened.params, lm.tokenizer, seed=surfaces.drawn["seed"])
+    model = HarnessModel(lm.spec, lm.params, lm.tokenizer, seed=surfaces.drawn["seed"])
     instance = Instance("loglikelihood", {}, (TEXT[:3], TEXT[3:]), 0)
     [(logprob, _)] = model.loglikelihood([instance])
     expected = math.fsum(token["logprob"] for token in tokens_of(scored)[len(lm.encode("The")) :])
@@ -423,7 +423,7 @@ def test_a_prompt_that_fills_the_context_is_scored_and_nothing_is_drawn(surfaces
 def scorer_of(surfaces):
     from llm.inference.score import Scorer
 
-    return Scorer(surfaces.lm.spec, surfaces.lm.opened.params, surfaces.lm.tokenizer)
+    return Scorer(surfaces.lm.spec, surfaces.lm.params, surfaces.lm.tokenizer)
 
 
 @pytest.mark.thorough

@@ -5,18 +5,16 @@
     result.html(), result.write_html(F) the page; a notebook shows it by itself
     result.to_pandas()                  one row a token
 
-All of them show one thing, the tokens that the model read or drew. Nothing predicts the first token
-of a text: its numbers are None in a token and NaN in an array, and no sum counts it.
-
-What it is not: the model (language_model.py).
+All of them show the tokens that the model read or drew. Nothing predicts the first token of a text:
+its numbers are None in a token and NaN in an array, and no sum counts it. language_model.py makes
+the results.
 """
 
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +32,8 @@ from llm.inference.records import (
     fields,
     to_line,
 )
-from llm.pages.view import page, write_page
+from llm.pages.document import framed
+from llm.pages.view import page
 from llm.text.tokenizer import Ids
 
 if TYPE_CHECKING:
@@ -42,41 +41,30 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 
-# A page of more tokens than this would make a notebook file of tens of megabytes.
+# A notebook keeps each page that it shows, so the page of a longer text is not shown by itself.
 MOST_SHOWN_TOKENS = 10_000
-_FRAME_PIXELS = 560
 
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What the results of one call of `score` or `generate` share.
+    """The parts that all results of one call of `score` or `generate` share.
 
     Attributes:
-      title: heading of their page.
-      describe: makes their run record. It is called only if the record is wanted: it may cost a
-        pass of the model.
+      title: the heading of their page.
+      record: returns their run record. It is called only when the record is needed, since it may
+        cost a pass of the model.
     """
 
     title: str
-    describe: Callable[[], RunRecord]
-
-    @cached_property
-    def record(self) -> RunRecord:
-        """The run record."""
-        return self.describe()
+    record: Callable[[], RunRecord]
 
 
 class Shown:
-    """What can be written as records, read as a page and taken as a table."""
+    """Results that can be written as records, read as a page and taken as a table."""
 
     def _results(self) -> "Sequence[Result]":
         """The texts, in order."""
         raise NotImplementedError
-
-    @property
-    def _title(self) -> str:
-        results = self._results()
-        return results[0].call.title if results else "No texts"
 
     def records(self) -> list[Record]:
         """The records as json.loads reads their lines, see `typed_records`."""
@@ -86,14 +74,14 @@ class Shown:
         """One run record, then the token and end records of each text (docs/records.md).
 
         Raises:
-          UsageError: the results are not of one checkpoint, read or drawn in one way.
+          UsageError: the results come from different checkpoints or settings.
         """
-        records: list[AnyRecord] = [result.call.record for result in self._results()[:1]]
+        records: list[AnyRecord] = [result.call.record() for result in self._results()[:1]]
         for sample, result in enumerate(self._results()):
-            if result.call.record != records[0]:
+            if result.call.record() != records[0]:
                 raise UsageError(
-                    "these results are of different checkpoints or settings, and one file of "
-                    "records has one run record; write each of them by itself"
+                    "these results come from different checkpoints or settings, and a file of "
+                    "records has one run record; write each result to its own file"
                 )
             records += (replace(token, sample=sample) for token in result.tokens)
             records.append(EndRecord.of(sample, result.tokens, result.finish, result._counted))
@@ -110,7 +98,8 @@ class Shown:
 
     def html(self) -> str:
         """The page, one self-contained HTML document."""
-        return page(self.records(), title=self._title)
+        results = self._results()
+        return page(self.records(), title=results[0].call.title if results else "No texts")
 
     def write_html(self, path: str | Path) -> None:
         """Write the page; a file that is there is replaced.
@@ -118,15 +107,15 @@ class Shown:
         Raises:
           UsageError: the file cannot be written.
         """
-        write_page(self.records(), Path(path), title=self._title)
+        write_output(path, self.html().encode(), UsageError)
 
     def _repr_html_(self) -> str | None:
-        """What a notebook shows: the page in a frame, or its repr (None) for a long text."""
+        """The page in a frame, for a notebook; None for a long text, which shows as its repr."""
         tokens = sum(len(result.tokens) for result in self._results())
         return framed(self.html()) if tokens <= MOST_SHOWN_TOKENS else None
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """One row a token: the fields of its record, `bytes` as bytes; missing if null.
+        """One row for each token: the fields of its record, with `bytes` as bytes.
 
         Raises:
           UsageError: pandas is not installed.
@@ -146,11 +135,11 @@ class Shown:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Result(Shown):
-    """One text, with what the model says of each of its tokens.
+    """One text, with the model's numbers for each of its tokens.
 
     Attributes:
       finish: how it ended, as in an end record.
-      call: what it shares with the other results of its call.
+      call: the parts that it shares with the other results of its call.
       tokens: all tokens in order, the first with None for its numbers.
     """
 
@@ -163,7 +152,7 @@ class Result(Shown):
 
     @cached_property
     def text(self) -> str:
-        """All of the text."""
+        """The whole text."""
         return "".join(token.text for token in self.tokens)
 
     @cached_property
@@ -175,19 +164,19 @@ class Result(Shown):
     def logprobs(self) -> Floats:
         """float32 [T] in nats: logprobs[t] belongs to tokens[t].
 
-        logprobs[0] is NaN, since nothing predicts the first token. `-np.nansum(logprobs)` are the
-        nats of all tokens that are predicted.
+        logprobs[0] is NaN, since nothing predicts the first token. `-np.nansum(logprobs)` is the
+        total of all predicted tokens.
         """
         return np.array([token.logprob for token in self.tokens], np.float32)
 
     @property
     def total_nats(self) -> float:
-        """-sum of the logprobs that are counted (never the first); see the class."""
+        """-sum of the counted logprobs. The class says which are counted; the first never is."""
         return 0.0 - self._end.sum_logprob
 
     @property
     def perplexity(self) -> float | None:
-        """exp(total_nats / tokens counted); None for no tokens, or beyond a float."""
+        """exp(total_nats / tokens counted); None for no tokens, or if it exceeds any float."""
         return self._end.perplexity
 
     @property
@@ -199,6 +188,13 @@ class Result(Shown):
     def _end(self) -> EndRecord:
         return EndRecord.of(0, self.tokens, self.finish, self._counted)
 
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else self.text[:57] + "..."
+        tokens = f"{len(self.tokens):,} tokens, {self._end.tokens:,} counted"
+        rate = "" if self.bits_per_byte is None else f", {self.bits_per_byte:.4f} bits per byte"
+        sums = f"{self.total_nats:.2f} nats{rate}, finish={self.finish!r}"
+        return f"{type(self).__name__}({text!r}, {tokens}, {sums})"
+
     def _results(self) -> "Sequence[Result]":
         return [self]
 
@@ -206,19 +202,13 @@ class Result(Shown):
 class Score(Result):
     """A given text. Sums count all its tokens but the first, which nothing predicts."""
 
-    def __repr__(self) -> str:
-        per_byte = self.bits_per_byte
-        rate = f", {per_byte:.4f} bits per byte" if per_byte is not None else ""
-        nats = f"{self.total_nats:.2f} nats"
-        return f"Score({_shortened(self.text)}, {len(self.tokens):,} tokens, {nats}{rate})"
-
 
 class Generation(Result):
     """A prompt and its continuation. Sums count the tokens that were drawn.
 
-    `tokens`, `ids`, `logprobs` and `text` begin with the prompt, as records do. An empty prompt is
-    an end of text, the first token, which has no text. `finish` is "length", "stop", "end_of_text"
-    or "context". A stop string is cut from the texts; the tokens that spell it are there.
+    `tokens`, `ids`, `logprobs` and `text` begin with the prompt, as records do. An empty prompt
+    stands for an end of text: one first token without text. `finish` is "length", "stop",
+    "end_of_text" or "context". A stop string is cut from the texts, but its tokens stay.
     """
 
     _counted = "generated"
@@ -230,42 +220,15 @@ class Generation(Result):
 
     @cached_property
     def new_text(self) -> str:
-        """What the drawn tokens add to the prompt's text."""
+        """The text that the drawn tokens add to the prompt."""
         return "".join(token.text for token in self.tokens if token.phase == "generated")
-
-    def __repr__(self) -> str:
-        drawn = sum(token.phase == "generated" for token in self.tokens)
-        return f"Generation({_shortened(self.text)}, {drawn:,} new tokens, finish={self.finish!r})"
 
 
 R = TypeVar("R", bound=Result)
 
 
-class Results(list[R], Shown, Generic[R]):
-    """A list of results that is also shown as a whole; records number the texts from 0."""
+class Results(list[R], Shown):
+    """A list of results that can also be shown as a whole; records number the texts from 0."""
 
     def _results(self) -> "Sequence[Result]":
         return self
-
-
-def framed(document: str) -> str:
-    """A document as a frame that stands in another page.
-
-    The frame is sandboxed: its style and script end at the frame, it has no access to the page
-    around it, and nothing of that page reaches into it.
-    """
-    # A frame's links are relative to the page around it, even `#token`. The base has to come before
-    # the document's policy, which forbids one.
-    based = document.replace("<head>", '<head><base href="about:srcdoc">', 1)
-    # In ASCII: if a page were read in another encoding than it was written in, the script would not
-    # have its hash.
-    escaped = html.escape(based).encode("ascii", "xmlcharrefreplace").decode()
-    return (
-        f'<iframe sandbox="allow-scripts" srcdoc="{escaped}" width="100%" '
-        f'height="{_FRAME_PIXELS}" style="border:0;resize:vertical;overflow:auto" '
-        'title="Token probabilities"></iframe>'
-    )
-
-
-def _shortened(text: str) -> str:
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -2,8 +2,8 @@
 
     weights[l, n, t, s] = softmax_s(q_t k_s / sqrt(H)),  s <= t;   rows sum to one, zero for s > t
 
-What it is not: attention as the model computes it while it predicts (llm/model/attention.py, which
-keeps no weights), or a page of it (attention_view.py).
+The model itself keeps no weights while it predicts (llm/model/attention.py). attention_view.py
+makes a page of them.
 
     L layers  N heads  T query position  S key position
 """
@@ -21,7 +21,7 @@ from llm.inference.distribution import NOT_FINITE
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.text.tokenizer import Ids
 
-# All layers are held at once, on the device and again on the host. GPT-2 XL needs 4.7 GiB for its
+# All layers are held at once, on the device and again on the host. The limit lets GPT-2 XL show its
 # whole context.
 LARGEST_BYTES = 5 * 2**30
 # Texts are padded to a multiple of this many tokens, so that few programs are compiled.
@@ -29,17 +29,18 @@ _LENGTH_MULTIPLE = 64
 
 
 def check_attention(spec: ModelSpec, ids: Sequence[int] | Ids, name: str = "the text") -> None:
-    """Raise a UsageError for a text whose weights cannot be had in one piece."""
+    """Raise a UsageError for a text that is longer than the context, or has too many weights."""
     config, length = spec.config, len(ids)
+    pair_bytes = 4 * config.n_layer * config.n_head
+    size = pair_bytes * length**2
     if length > config.context_length:
         raise UsageError(
             f"{name} has {length:,} tokens, the model's context holds {config.context_length:,}: a "
             "head never looks further back than that, so there are no weights between its ends; "
             f"shorten it by {length - config.context_length:,} tokens"
         )
-    size = attention_bytes(spec, length)
     if size > LARGEST_BYTES:
-        fitting = int((LARGEST_BYTES / attention_bytes(spec, 1)) ** 0.5)
+        fitting = int((LARGEST_BYTES / pair_bytes) ** 0.5)
         raise UsageError(
             f"the attention weights of {name} would take {readable_bytes(size)} ({config.n_layer} "
             f"layers x {config.n_head} heads x {length:,} x {length:,} tokens); expected at most "
@@ -47,15 +48,10 @@ def check_attention(spec: ModelSpec, ids: Sequence[int] | Ids, name: str = "the 
         )
 
 
-def attention_bytes(spec: ModelSpec, length: int) -> int:
-    """Size of the weights of a text of `length` tokens."""
-    return 4 * spec.config.n_layer * spec.config.n_head * length**2
-
-
 def attention_of(
     spec: ModelSpec, params: Params, ids: Sequence[int] | Ids
 ) -> npt.NDArray[np.float32]:
-    """float32 [L, N, T, T] of one text; ids in [0, vocab_size).
+    """The weights of one text, float32 [L, N, T, T]; ids in [0, vocab_size).
 
     Raises:
       UsageError: see `check_attention`.
@@ -63,7 +59,7 @@ def attention_of(
     """
     check_attention(spec, ids)
     length = len(ids)
-    # A causal head sees nothing of what stands behind a text.
+    # The padding changes nothing: it stands behind the text, and a causal head looks only back.
     padded = min(spec.config.context_length, -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE)
     tokens_1T = np.zeros((1, max(padded, 1)), np.int32)
     tokens_1T[0, :length] = ids

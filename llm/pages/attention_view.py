@@ -2,9 +2,9 @@
 
     weights[l, n, t, s] = softmax_s(q_t k_s / sqrt(H)),  s <= t
 
-How much head n of layer l takes from token s when it computes its output for token t. Not an
-explanation of what the model predicts: values and everything after them decide what is done with it
-(Jain and Wallace 2019, "Attention is not Explanation").
+A weight says how much head n of layer l takes from token s when it computes its output for token t.
+It does not explain what the model predicts: the values, and every layer after them, decide what
+becomes of it (Jain and Wallace 2019, "Attention is not Explanation").
 """
 
 import base64
@@ -22,11 +22,10 @@ from llm.pages.document import document, plain_text
 # L layers  N heads  T query position  S key position
 Weights = npt.NDArray[np.float32]
 
-# Rows sum to one in float32; in bfloat16 they may miss it by about 2^-8.
+# In float32 rows sum to one; in bfloat16 they may miss one by about 2^-8.
 _ROW_SUM_TOLERANCE = 0.01
-# One byte each, before compression. GPT-2 124M over its whole context has 75 million of them: a
-# page of 58 MB that opens in 8 s (headless Chromium, 2-core EPYC). A string of JavaScript ends at
-# 512 MB.
+# Each weight is one byte before compression, and a string of JavaScript ends at 512 MB. The limit
+# lets GPT-2 124M show its whole context, in a page that opens within seconds.
 MOST_PAGE_WEIGHTS = 2**27
 
 
@@ -36,7 +35,7 @@ def write_attention_page(
     """Write `attention_page` to a file, which is replaced as a whole or left as it was.
 
     Raises:
-      UsageError: as `attention_page`, or the file cannot be written.
+      UsageError: `attention_page` refuses the weights, or the file cannot be written.
     """
     write_output(path, attention_page(weights, tokens, title=title).encode(), UsageError)
 
@@ -57,14 +56,14 @@ def check_page_size(layers: int, heads: int, tokens: int) -> None:
 def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> str:
     """One self-contained HTML document.
 
-    The page carries round(255 sqrt(w)) for every weight on or below the diagonal, compressed: that
-    is within 0.004 of the weight, and closer the smaller it is.
+    The page carries round(255 sqrt(w)) for every weight on or below the diagonal, compressed. This
+    is within 0.004 of the weight, and closer for smaller weights.
 
     Args:
       weights: float32 [L, N, T, T]; rows sum to one, zero above the diagonal.
       tokens: the T tokens' spellings.
     Raises:
-      UsageError: the weights are not those of a causal attention over these tokens.
+      UsageError: the weights do not come from causal attention over these tokens, or are too many.
     """
     weights = np.asarray(weights, np.float32)
     _check(weights, len(tokens))

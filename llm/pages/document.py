@@ -62,6 +62,28 @@ def document(
     )
 
 
+_FRAME_PIXELS = 560
+
+
+def framed(document: str) -> str:
+    """A document as a frame that stands in another page.
+
+    The frame is sandboxed: its style and script end at the frame, it has no access to the page
+    around it, and nothing of that page reaches into it.
+    """
+    # A frame's links are relative to the page around it, even `#token`. The <base> has to come
+    # before the document's policy, which forbids it.
+    based = document.replace("<head>", '<head><base href="about:srcdoc">', 1)
+    # ASCII survives a notebook that is read in another encoding than it was written in. Without it,
+    # the script's hash would no longer match.
+    escaped = html.escape(based).encode("ascii", "xmlcharrefreplace").decode()
+    return (
+        f'<iframe sandbox="allow-scripts" srcdoc="{escaped}" width="100%" '
+        f'height="{_FRAME_PIXELS}" style="border:0;resize:vertical;overflow:auto" '
+        'title="Token probabilities"></iframe>'
+    )
+
+
 def escape(text: str) -> str:
     """Text for an element or a quoted attribute, in one line."""
     return html.escape(escaped(text))

@@ -17,8 +17,8 @@ from rich.style import Style
 from llm.pages import scales
 from llm.pages.spelling import ends_inside_character, escape_character, escaped, is_unsafe
 
-# Of xterm's 256 colours those that go the way of the scales, two levels each. The nearest ones
-# would not do: greys lie between the dark steps.
+# The colours among xterm's 256 that follow the scales, each for two levels. The colour nearest to a
+# level would not do: greys lie between the dark steps.
 _XTERM = {
     "dark": (17, 18, 24, 30, 36, 42, 77, 113, 149, 184, 220, 226),
     "light": (230, 229, 193, 157, 116, 80, 44, 38, 31, 25, 19, 18),

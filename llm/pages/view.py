@@ -4,10 +4,8 @@ The page is one file that loads nothing. It carries the records as they are in t
 compressed; page.js decompresses and renders them. Without JavaScript the page shows the text of the
 samples and says why there are no colours.
 
-What it is not: the source of the records (records.py), or their colours in a terminal (paint.py). A
-server's live page is in live_view.py.
-
-Text in a record comes from strangers: it is escaped wherever it is written.
+paint.py shows the same records in a terminal, live_view.py is the page of a server. Text in a
+record comes from strangers, so it is escaped wherever it is written.
 """
 
 import base64
@@ -35,7 +33,7 @@ def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:
 def write_diff_page(
     records_a: Sequence[Record], records_b: Sequence[Record], path: Path, *, title: str
 ) -> None:
-    """Write `diff_page` to a file, as `write_page` does."""
+    """Write `diff_page` to a file, which is replaced as a whole or left as it was."""
     write_output(path, diff_page(records_a, records_b, title=title).encode(), UsageError)
 
 

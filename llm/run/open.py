@@ -22,7 +22,7 @@ from llm.run.setup import setup_to_predict
 from llm.text.tokenizer import Tokenizer, load_tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class OpenedModel:
     """A checkpoint in memory.
 
