@@ -29,7 +29,7 @@ class Weights {
   }
 }
 
-/* Square root, so that weights of a few in a hundred can be told from none. */
+/* The square root makes weights of a few per cent look different from zero. */
 const weightLevel = (weight) => level(Math.sqrt(weight), SEQUENTIAL_LEVELS);
 const weightText = (weight) => (weight ? percent(Math.log(weight)) : "0 %");
 
@@ -54,7 +54,7 @@ class AttentionPage {
 
   get looking() { return byId("way-to").checked; }
 
-  /** Between the shown token and another, in the chosen direction. */
+  /** The weight between the shown token and another, in the chosen direction. */
   weightOf(other) {
     const [t, s] = this.looking ? [this.shown, other] : [other, this.shown];
     return this.weights.at(this.layer, this.head, t, s);
@@ -120,7 +120,7 @@ class AttentionPage {
       : { left: `${start}%`, width: `${size}%`, top: 0, height: "100%" });
   }
 
-  /** The colours as the chosen theme has them, for the canvases. */
+  /** Reads the colours of the chosen theme, for the canvases. */
   recolour() {
     const probe = el("span");
     document.body.append(probe);

@@ -1,19 +1,19 @@
 /* The live page: asks the server for tokens, shows them as they come, takes other branches.
 
-   What is shown is one of a list of branches, each the token records of a text, drawn by page.js. A
-   branch that was taken shares its beginning with the one it left, record by record, and is asked
-   for by token ids, so it goes on from exactly these tokens. Each branch also keeps the records as
-   the server sent them last, and these are what can be saved: all that the model was given is prompt
-   there, while the page still shows with what probability it was once drawn.
+   The page shows one of a list of branches. A branch is the token records of a text, drawn by
+   page.js. It shares its beginning, record by record, with the branch that it left. The server is
+   asked for it by token ids, so it goes on from exactly these tokens. Each branch also keeps the
+   records as the server sent them last, and these can be saved: in them all that the model was given
+   is prompt, while the page still shows with what probability each token was once drawn.
 
-   Runs after page.js, in one script with it. live_view.py says what is sent and what comes back. */
+   Runs after page.js, in one script with it. live_view.py describes requests and answers. */
 
 /* ---- the wire ---- */
 
-/** What went wrong, in words for people. */
+/** An error whose message is written for people. */
 class Failure extends Error {}
 
-/** Server-Sent Events from pieces of text, wherever they were cut.
+/** Reads Server-Sent Events from pieces of text, which may be cut anywhere.
     https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation */
 class EventParser {
   constructor() {
@@ -23,7 +23,7 @@ class EventParser {
 
   /** The data of each event that this piece completes. */
   push(piece) {
-    // A carriage return at the very end may be half of a line's end.
+    // A carriage return at the very end may be the first half of a line's end.
     const lines = (this.rest + piece).split(/\r\n|\n|\r(?!$)/), events = [];
     this.rest = lines.pop();
     for (const line of lines) {
@@ -40,7 +40,7 @@ class EventParser {
 const UNREACHABLE = "The server cannot be reached. Is it still running?";
 const WENT_AWAY = "The server went away before the text was finished. What had come is kept.";
 
-/** The records of one answer: an array whenever some have come.
+/** The records of one answer, as an array each time that some have come.
     Throws a Failure, or the signal's AbortError. */
 async function* answers(request, signal) {
   const response = await orFailure(UNREACHABLE, signal, fetch("v1/completions", {
@@ -61,7 +61,7 @@ async function* answers(request, signal) {
   }
 }
 
-/** What is promised; where the network breaks it, a Failure with this message. */
+/** Awaits a promise; if the network breaks it, throws a Failure with this message. */
 async function orFailure(message, signal, promise) {
   try {
     return await promise;
@@ -70,7 +70,7 @@ async function orFailure(message, signal, promise) {
   }
 }
 
-/** Why a request was refused: the server's own words, or those of what stands before it. */
+/** Why a request was refused: the server's message, or the answer of a proxy before it. */
 async function refusal(response) {
   const text = await response.text();
   try {
@@ -83,8 +83,8 @@ async function refusal(response) {
 /* ---- one text ---- */
 
 class Branch {
-  /** `left` is the branch that it leaves and where: {branch, index, alternative}; else it begins
-      with `label`. */
+  /** `left` says which branch it leaves and where: {branch, index, alternative}. Without `left` it
+      begins with the text `label`. */
   constructor({ label = "", left = null }) {
     this.label = label;
     this.left = left;
@@ -114,7 +114,7 @@ class Branch {
   }
 
   begin(run) {
-    // What another checkpoint said of the same tokens is not true of this one.
+    // Another checkpoint's numbers for the same tokens do not hold for this one.
     const another = this.run?.checkpoint.params_sha256 !== run.checkpoint.params_sha256;
     if (another) this.tokens = [];
     this.run = run;
@@ -125,19 +125,20 @@ class Branch {
   place(record) {
     const { position, text, utf8 } = record, known = this.tokens[position];
     if (known?.text === text && known.utf8 === utf8) return;
-    // A text may have ended inside a character that is open again, now that more follows.
+    // A text may have ended inside a character, which is open again now that more follows.
     this.tokens[position] = known ? { ...known, text, utf8 } : { ...record, run: this.run };
   }
 
   get ids() { return this.tokens.map((token) => token.id); }
 
-  /** Since it was asked for: what comes in one piece says nothing of its own pace. */
+  /** Measured from the request on: tokens that come in one piece say nothing about their pace. */
   get tokensPerSecond() {
     const { asked, last, drawn } = this.clock;
     return drawn && last > asked ? (1000 * drawn) / (last - asked) : null;
   }
 
-  /** Of what the model wrote; of a text that was only scored, of all that it could predict. */
+  /** The sums over the tokens that the model wrote, or over all predicted tokens if the text was only
+      scored. */
   get sums() {
     const predicted = this.tokens.filter((token) => token.logprob !== null);
     const written = predicted.filter((token) => token.phase === "generated");
@@ -149,7 +150,7 @@ class Branch {
       bitsPerByte: size ? total / (Math.LN2 * size) : null };
   }
 
-  /** As a file of `--probs` has them: JSON lines in ASCII. */
+  /** The records as a file of `--probs` has them: JSON lines in ASCII. */
   get jsonLines() {
     const escape = (unit) => `\\u${unit.charCodeAt(0).toString(16).padStart(4, "0")}`;
     return this.received.map((record) =>
@@ -196,7 +197,7 @@ class LivePage {
     });
   }
 
-  /* What a person can ask for */
+  /* The actions of a person */
 
   write() { this.ask(new Branch({ label: this.prompt.value }), this.prompt.value); }
 
@@ -223,7 +224,7 @@ class LivePage {
       [input.name, input.value === "" ? anySeed : input.valueAsNumber]));
   }
 
-  /** Asks for the continuation of a prompt (a text or ids), and puts what comes into a branch. */
+  /** Asks for the continuation of a prompt (a text or ids), and puts the answer into a branch. */
   async ask(branch, prompt, settings = {}) {
     this.stop();
     const controller = new AbortController(), running = { branch, controller };
@@ -290,7 +291,7 @@ class LivePage {
     setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   }
 
-  /* What is drawn, once a frame, however much came */
+  /* Drawing, once a frame, however many tokens came */
 
   drawSoon() {
     if (this.drawing) return;
@@ -316,7 +317,7 @@ class LivePage {
     if (follows && running?.branch === current) this.bringEndInSight();
   }
 
-  /** What the page shows and the branch holds have a beginning in common, and it is left alone. */
+  /** The shown tokens and the branch have a beginning in common, which is left alone. */
   drawTokens() {
     const { page, current } = this;
     const shown = page.samples.get(0)?.tokens ?? [], wanted = current.tokens;
@@ -355,7 +356,7 @@ class LivePage {
     }
   }
 
-  /** The token that was chosen stays in the panel, so that another can be tried in its place. */
+  /** The chosen token stays in the panel, so that another one can be tried in its place. */
   pinWhatWasTaken() {
     const { branch, index, focus } = this.pinNext ?? {};
     if (branch !== this.current || !branch.tokens[index]) return;
@@ -364,7 +365,7 @@ class LivePage {
     if (focus) this.page.panel.querySelector(".chosen button")?.focus({ preventScroll: true });
   }
 
-  /** How far down the window shows text: on a phone the panel covers the rest. */
+  /** How far down the window shows text; on a phone the panel covers the rest. */
   get floor() {
     const { panel } = this.page, covers = getComputedStyle(panel).position === "fixed";
     return covers ? panel.getBoundingClientRect().top : innerHeight;
@@ -393,7 +394,7 @@ function statusParts(branch) {
   return parts;
 }
 
-/** What a branch is called in the list. */
+/** The name of a branch in the list. */
 function nameOf({ number, label, left }) {
   const begin = Array.from(escaped(label.slice(0, 60))).slice(0, 22).join("");
   const name = el("b", "", String(number));

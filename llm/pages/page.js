@@ -2,8 +2,8 @@
 /* The page of token probabilities, from records that may come one at a time.
 
    tokenPage.addRecord(record)     a run, token or end record, as in the JSONL file
-                                   (a token that was drawn under another run record than the last
-                                   may carry its own, as `run`)
+                                   (if a token was drawn under another run record than the last,
+                                   it may carry that record as `run`)
    tokenPage.truncate(name, n)     keep the first n tokens of a sample, to take another branch
    tokenPage.reset()               forget everything, for a new run record
    tokenPage.branching = true      alternatives become buttons; a click on one dispatches the event
@@ -169,7 +169,7 @@ function oneIn(logprob) {
   }
 }
 
-/* ---- text: in a terminal, spelling.py does the same ---- */
+/* ---- text, spelled as spelling.py spells it in a terminal ---- */
 
 const UNSAFE = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u;
 const JOINERS = "\u200c\u200d";
@@ -261,7 +261,7 @@ class Sample {
     this.stale = true;
   }
 
-  /** A cell goes with the first of its tokens that is met. */
+  /** Removes a token, or its whole cell if it shares a character. */
   erase(index) {
     const element = this.element(index);
     (element?.closest(".cell") ?? element)?.remove();
@@ -301,7 +301,7 @@ class Sample {
   }
 
   truncate(count) {
-    // A character that the cut goes through is drawn again from what is left of it.
+    // If the cut goes through a character, the tokens that are left of it are drawn again.
     let start = Math.min(count, this.tokens.length);
     while (start > 0 && endsInsideCharacter(this.tokens[start - 1])) start--;
     const kept = this.tokens.slice(start, count);
@@ -550,7 +550,7 @@ function rowsOf(token, run) {
     return { ...entry, rank: chosen ? token.rank : rank, chosen, cut: entry.kept === false,
              second: drawnWith(entry, token, run) };
   };
-  // After the likeliest come the ids that somebody asked to watch; what rank they have is not said.
+  // Watched ids come after the likeliest tokens; the record does not say their rank.
   const rows = token.top.map((entry, i) => row(entry, i < (run?.top ?? Infinity) ? i + 1 : null));
   if (!rows.some((entry) => entry.chosen) && token.logprob !== null) {
     const { id, bytes, logprob, rank, kept_tokens } = token;
@@ -563,8 +563,8 @@ function rowsOf(token, run) {
   return rows;
 }
 
-/** The log-probability that an alternative was drawn with: the same temperature and the same
-    normaliser as the token that was drawn. null where that is not known. */
+/** The log-probability that an alternative was drawn with: it has the same temperature and the same
+    normaliser as the token that was drawn. null if it is not known. */
 function drawnWith(entry, token, run) {
   const temperature = run?.sampling?.temperature;
   if (token.sampling_logprob === null || !entry.kept) return null;
@@ -651,7 +651,7 @@ class Table {
   }
 
   sortBy(column) {
-    // Most telling first: the least probable, but otherwise the largest.
+    // Most telling first: the least probable tokens, or the largest values of other columns.
     const upwards = ["sample", "position", "token", "id", "probability", "before", "after"];
     const again = column === this.order.column;
     const down = again ? !this.order.down : !upwards.includes(this.columns()[column][0]);
@@ -715,7 +715,7 @@ class TokenPage {
     this.listen();
   }
 
-  /** Of the records' tokenizer; before they come, a server says it. */
+  /** The size of the records' vocabulary; before records come, a server's page says it. */
   get vocabSize() {
     return this.run?.tokenizer?.vocab_size ?? pageData.live?.vocab_size ?? 2;
   }
@@ -746,7 +746,7 @@ class TokenPage {
     const { sample, index } = this.shown ?? {};
     if (sample?.name === name && index >= count) this.let_go();
     this.samples.get(name)?.truncate(count);
-    // What is shown may share a character that was drawn again.
+    // The shown token may share a character that was drawn again.
     if (this.shown && !sample.element(index).classList.contains("on")) this.show(sample, index);
     this.drawSoon();
   }
@@ -810,7 +810,7 @@ class TokenPage {
     this.panel.replaceChildren(...this.hint);
   }
 
-  /** Which token an element belongs to; a shared character to the one that closes it. */
+  /** The token that an element belongs to; a shared character belongs to the token that closes it. */
   tokenAt(target) {
     const element = target.closest?.(".t")
       ?? [...(target.closest?.(".cell")?.querySelectorAll(".t") ?? [])].at(-1);
@@ -837,7 +837,7 @@ class TokenPage {
     samples.addEventListener("pointerover", (event) => {
       const at = this.tokenAt(event.target);
       if (!at) return;
-      // The panel says it all; the browser's own tooltip would cover the text.
+      // The panel says the same; the browser's own tooltip would cover the text.
       at.sample.element(at.index).removeAttribute("title");
       if (this.followsPointer(event)) this.show(at.sample, at.index);
     });
@@ -858,8 +858,8 @@ class TokenPage {
     addEventListener("hashchange", () => this.followHash());
   }
 
-  /** Whether pointing at a token shows it. Not where the panel would open over the text: it could come
-      between a pointer and the token that is about to be clicked. */
+  /** Whether pointing at a token shows it. It does not if the panel would open over the text: the
+      panel could come between the pointer and the token that is about to be clicked. */
   followsPointer(event) {
     const covers = getComputedStyle(this.panel).getPropertyValue("--covers-text");
     return !this.pinned && !covers && event.pointerType !== "touch";
@@ -884,8 +884,8 @@ class TokenPage {
     this.pin(sample, to);
   }
 
-  /** Where a key leads from a token; null for keys that are not ours. Up, Down, Home and End scroll
-      the page unless a text has the focus. */
+  /** The token that a key leads to; null for keys that this page does not use. Up, Down, Home and
+      End scroll the page unless a text has the focus. */
   destination(key, sample, from, focused) {
     const last = sample.tokens.length - 1;
     const bounded = (index) => Math.min(Math.max(index, 0), last);
@@ -922,7 +922,7 @@ class TokenPage {
     return Boolean(at);
   }
 
-  /** Where there is room for the panel, it opens on the token that says most. */
+  /** If there is room for the panel, it opens on the most telling token. */
   showMostTelling() {
     const size = (token) => (this.kind === "diff" ? changeOf(token) : token.logprob) ?? 0;
     const weight = (token) => Math.abs(size(token)) + (token.phase === "generated" ? 1e6 : 0);
@@ -958,7 +958,7 @@ let tokenPage = null;
 if (byId("samples")) {
   tokenPage = globalThis.tokenPage = new TokenPage(pageData.kind);
   if (pageData.records) fill(tokenPage);
-  // A server's page says at once what is true of every text.
+  // A server's page shows the facts that hold for every text at once.
   else if (pageData.run) {
     const nodes = factNodes(pageData.run);
     byId("run").append(...nodes.filter((node) => node.firstChild.textContent !== "sampling"));
