@@ -318,7 +318,7 @@ def test_diff_page_leaves_the_records_as_they_were():
     ("other", "message"),
     [
         (TEXT.replace("text", "line"), r"part at token 5 of sample 0: the first has ' text'"),
-        (TEXT + "x", r"part at token \d+ of sample 0: the first ends after \d+ tokens, the second"),
+        (TEXT + "x", r"part at token \d+ of sample 0: the first has ended, the second has 'x'"),
     ],
 )
 def test_diff_of_different_texts_says_where_they_part(other, message):
@@ -331,7 +331,7 @@ def test_diff_of_different_tokenizers_or_counts_is_a_usage_error(samples):
     other[0] = other[0] | {"tokenizer": other[0]["tokenizer"] | {"sha256": "ee" * 32}}
     with pytest.raises(UsageError, match="different tokenizers"):
         diff_page(scored(TEXT), other, title="t")
-    with pytest.raises(UsageError, match="the first dump holds 1 sample, the second 2"):
+    with pytest.raises(UsageError, match="different numbers of samples, 1 and 2"):
         diff_page(scored(TEXT), samples, title="t")
 
 

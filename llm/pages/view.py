@@ -11,7 +11,8 @@ record comes from strangers, so it is escaped wherever it is written.
 import base64
 import gzip
 import json
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +57,16 @@ def diff_page(records_a: Sequence[Record], records_b: Sequence[Record], *, title
     Raises:
       UsageError: the dumps are not of the same tokens; the message says where they part.
     """
-    run_a, run_b = _run_of(records_a), _run_of(records_b)
     samples_a, samples_b = _tokens_by_sample(records_a), _tokens_by_sample(records_b)
-    _check_same_tokenizer(run_a, run_b)
+    _check_same_tokenizer(records_a[0]["tokenizer"], records_b[0]["tokenizer"])
     _check_same_tokens(samples_a, samples_b)
-    before = iter([token for tokens in samples_a.values() for token in tokens])
-    tokens = [token for tokens in samples_b.values() for token in tokens]
-    compared = [
-        {**new, "before": {key: old.get(key) for key in _COMPARED}}
-        for old, new in zip(before, tokens, strict=True)
-    ]
-    others = [record for record in records_b if record["type"] == "end"]
-    runs = [run_b] if run_b else []
-    return _render(title, "diff", [*runs, *compared, *others], before=run_a)
+    pairs = zip(chain(*samples_a.values()), chain(*samples_b.values()), strict=True)
+    compared = [{**new, "before": {key: old[key] for key in _COMPARED}} for old, new in pairs]
+    ends = [record for record in records_b if record["type"] == "end"]
+    return _render(title, "diff", [records_b[0], *compared, *ends], before=records_a[0])
 
 
 _COMPARED = ("logprob", "rank", "entropy", "top")
-
-
-def _run_of(records: Sequence[Record]) -> Record | None:
-    return next((record for record in records if record["type"] == "run"), None)
 
 
 def _tokens_by_sample(records: Sequence[Record]) -> dict[Any, list[Record]]:
@@ -86,45 +77,36 @@ def _tokens_by_sample(records: Sequence[Record]) -> dict[Any, list[Record]]:
     return samples
 
 
-def _check_same_tokenizer(run_a: Record | None, run_b: Record | None) -> None:
-    one, other = ((run or {}).get("tokenizer") or {} for run in (run_a, run_b))
-    if one.get("sha256") != other.get("sha256"):
+def _check_same_tokenizer(one: Record, other: Record) -> None:
+    if one["sha256"] != other["sha256"]:
         raise UsageError(
-            f"the two dumps were made with different tokenizers, {one.get('name')!r} "
-            f"({one.get('sha256')}) and {other.get('name')!r} ({other.get('sha256')}); only "
-            "checkpoints with the same tokenizer can be compared token by token"
+            f"the two dumps were made with different tokenizers, {one['name']!r} "
+            f"({one['sha256']}) and {other['name']!r} ({other['sha256']}); only checkpoints with "
+            "the same tokenizer can be compared token by token"
         )
 
 
 def _check_same_tokens(
     samples_a: dict[Any, list[Record]], samples_b: dict[Any, list[Record]]
 ) -> None:
+    """Raise a UsageError that says where two dumps part."""
+    advice = "score the same text with both checkpoints"
     if len(samples_a) != len(samples_b):
         raise UsageError(
-            f"the first dump holds {_counted(samples_a, 'sample')}, the second {len(samples_b)}; "
-            + _SCORE_THE_SAME
+            f"the dumps hold different numbers of samples, {len(samples_a)} and {len(samples_b)}; "
+            + advice
         )
     for (name, one), other in zip(samples_a.items(), samples_b.values(), strict=True):
-        for index, (a, b) in enumerate(zip(one, other, strict=False)):
-            if a["id"] != b["id"]:
-                raise UsageError(
-                    f"the two dumps part at token {index} of sample {name}: the first has "
-                    f"{a['token']!a} (id {a['id']}), the second {b['token']!a} (id {b['id']}); "
-                    + _SCORE_THE_SAME
+        for index, (a, b) in enumerate(zip_longest(one, other)):
+            if a is None or b is None or a["id"] != b["id"]:
+                there, here = (
+                    f"has {token['token']!a} (id {token['id']})" if token else "has ended"
+                    for token in (a, b)
                 )
-        if len(one) != len(other):
-            raise UsageError(
-                f"the two dumps part at token {min(len(one), len(other))} of sample {name}: the "
-                f"first ends after {_counted(one, 'token')}, the second after {len(other)}; "
-                + _SCORE_THE_SAME
-            )
-
-
-def _counted(things: Sized, noun: str) -> str:
-    return f"{len(things)} {noun}" + ("" if len(things) == 1 else "s")
-
-
-_SCORE_THE_SAME = "score the same text with both checkpoints"
+                raise UsageError(
+                    f"the two dumps part at token {index} of sample {name}: the first {there}, the "
+                    f"second {here}; {advice}"
+                )
 
 
 def _render(title: str, kind: str, records: Sequence[Record], before: Record | None) -> str:
