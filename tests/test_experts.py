@@ -18,7 +18,7 @@ from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig,
 from llm.errors import UsageError
 from llm.inference.programs import for_decoding
 from llm.model.experts import Experts
-from llm.model.flops import active_parameter_count, flops_per_token, parameter_count
+from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import KVCache, ModelSpec, abstract_params, bind, initialise, logical_axes
 from llm.model.grouped import block_rows, lay_out
 from llm.model.sharding import check_divisible, make_mesh, sharding_of, tree_shardings
@@ -263,8 +263,8 @@ def test_parameters_and_flops_count_the_experts_that_a_token_goes_through():
     dense = spec_of(bias=False, activation="swiglu")
     router, one = 16 * 8, 3 * 16 * 24
     assert parameter_count(spec) == parameter_count(dense) + 2 * (router + 7 * one)
-    assert active_parameter_count(spec) == parameter_count(dense) + 2 * (router + one)
-    assert active_parameter_count(dense) == parameter_count(dense)
+    assert parameter_count(spec, active=True) == parameter_count(dense) + 2 * (router + one)
+    assert parameter_count(dense, active=True) == parameter_count(dense)
     assert flops_per_token(spec) == flops_per_token(dense) + 6 * 2 * (router + one)
 
 

@@ -177,11 +177,11 @@ def _prepare_once(
 
 
 def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display) -> None:
-    from llm.model.flops import active_parameter_count, parameter_count
+    from llm.model.flops import parameter_count
 
     devices = list(job.mesh.devices.flat)
     corpus = job.corpus
-    active = f" ({active_parameter_count(job.spec):,} active)" * job.spec.config.has_experts
+    active = f" ({parameter_count(job.spec, active=True):,} active)" * job.spec.config.has_experts
     display.say(
         f"{parameter_count(job.spec):,} parameters{active}, {len(corpus.train):,} training tokens "
         f"({corpus.tokenizer.name}), {len(corpus.validation):,} held out; "

@@ -24,7 +24,7 @@ from llm.errors import NonFiniteError
 from llm.inference.filters import CANDIDATES, Candidates, Filtered, RowSettings, apply_filters
 from llm.inference.records import Alternative, Numbers, Spellings
 from llm.model.gpt import GPT
-from llm.model.loss import join_positions, split_positions
+from llm.model.loss import scan_positions
 
 NOT_FINITE = (
     "the model's logits are not finite, so it gives no probabilities: its parameters are NaN or "
@@ -145,9 +145,7 @@ def describe_positions(
         )
         return None, jax.tree.map(lambda x: x.reshape(B, length, *x.shape[1:]), described)
 
-    chunks = split_positions(T // length, hidden_BTD, targets_BT)
-    parts = jax.lax.scan(describe_chunk, None, chunks)[1]
-    return jax.tree.map(lambda part: join_positions(part, T), parts)
+    return scan_positions(describe_chunk, None, T // length, hidden_BTD, targets_BT)[1]
 
 
 def chunk_length(batch_size: int, length: int, vocab_size: int) -> int:

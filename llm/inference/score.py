@@ -39,7 +39,7 @@ from llm.inference.distribution import (
 from llm.inference.records import NO_NUMBERS, Numbers, Spellings, TokenRecord
 from llm.inference.transcript import Transcript
 from llm.model.gpt import ModelSpec, Params, bind
-from llm.model.loss import join_positions, split_positions
+from llm.model.loss import scan_positions
 from llm.text.tokenizer import Ids, Tokenizer
 
 # Tokens read by one call: enough for large matrix products on any device.
@@ -222,5 +222,9 @@ def _whole(spec: ModelSpec, params: Params, inputs_1T: jax.Array, K: int) -> jax
     """float32 [K, V]: every token's log-probability at the last K positions."""
     model = bind(spec, params)
     hidden_1KD = model.hidden(inputs_1T)[:, inputs_1T.shape[1] - K :]
-    (parts,) = split_positions(K // chunk_length(1, K, spec.vocab_size), hidden_1KD)
-    return join_positions(jax.lax.map(lambda part: log_probabilities(model, part), parts), K)[0]
+    chunks = K // chunk_length(1, K, spec.vocab_size)
+
+    def on_chunk(_, chunk):
+        return None, log_probabilities(model, *chunk)
+
+    return scan_positions(on_chunk, None, chunks, hidden_1KD)[1][0]

@@ -40,29 +40,19 @@ def positions_on_devices(length: int, parts: int) -> np.ndarray:
 
 def to_zigzag(x_BTD: jax.Array) -> jax.Array:
     """[B, T, D] from the natural to the zig-zag order; each device sends its two chunks."""
-    parts = shares("sequence")
 
     def exchange(x_BTD: jax.Array) -> jax.Array:
-        even, odd = (
-            jax.lax.ppermute(chunk, AXIS, [(d, _holder(2 * d + i, parts)) for d in range(parts)])
-            for i, chunk in enumerate(jnp.split(x_BTD, 2, axis=1))
-        )
-        return _earlier_first(even, odd)
+        return _earlier_first(*_sent(jnp.split(x_BTD, 2, axis=1)))
 
     return per_device(exchange, ACTIVATIONS, ACTIVATIONS)(x_BTD)
 
 
 def from_zigzag(x_BTD: jax.Array) -> jax.Array:
     """The inverse of `to_zigzag`."""
-    parts = shares("sequence")
 
     def exchange(x_BTD: jax.Array) -> jax.Array:
         even_and_odd = jnp.split(_earlier_first(*jnp.split(x_BTD, 2, axis=1)), 2, axis=1)
-        back = [
-            jax.lax.ppermute(chunk, AXIS, [(_holder(2 * d + i, parts), d) for d in range(parts)])
-            for i, chunk in enumerate(even_and_odd)
-        ]
-        return jnp.concatenate(back, axis=1)
+        return jnp.concatenate(_sent(even_and_odd, back=True), axis=1)
 
     return per_device(exchange, ACTIVATIONS, ACTIVATIONS)(x_BTD)
 
@@ -74,9 +64,14 @@ def gathered(x_BT: jax.Array) -> jax.Array:
     return jnp.concatenate([chunks[i] for i in np.argsort(zigzag_order(parts))], axis=1)
 
 
-def _holder(chunk: int, parts: int) -> int:
-    """The device that a chunk lies on in the zig-zag order."""
-    return min(chunk, 2 * parts - 1 - chunk)
+def _sent(even_and_odd: list[jax.Array], *, back: bool = False) -> list[jax.Array]:
+    """Chunks 2d and 2d + 1 of each device d, sent to where they lie in zig-zag order; or back."""
+    parts, sent = shares("sequence"), []
+    for i, chunk in enumerate(even_and_odd):
+        moves = [(d, min(2 * d + i, 2 * parts - 1 - 2 * d - i)) for d in range(parts)]
+        moves = [(to, d) for d, to in moves] if back else moves
+        sent.append(jax.lax.ppermute(chunk, AXIS, moves))
+    return sent
 
 
 def _earlier_first(even: jax.Array, odd: jax.Array) -> jax.Array:

@@ -13,8 +13,6 @@ Sources: Shazeer et al. 2017, "Outrageously Large Neural Networks"; Gale et al. 
     A = B T k choices, by sequence, position and rank  n blocks of m rows  s = n m slots in blocks
 """
 
-import functools
-import math
 from collections.abc import Mapping
 
 import jax
@@ -28,7 +26,7 @@ from llm.model.grouped import grouped_matmul, lay_out
 from llm.model.layers import MLP, activate, spread
 from llm.model.remat import PRODUCT
 from llm.model.router import Router, Routing
-from llm.model.sharding import constrain, partition_of, per_device, shares
+from llm.model.sharding import constrain, is_divided, partition_of, per_device, shares
 
 # "up.weight" [E, D, F], ... in the compute dtype; "up.bias" [E, F], ... in float32
 Weights = Mapping[str, jax.Array]
@@ -43,48 +41,31 @@ class Experts(MLP):
         self.router = Router(config)
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Routing]:
-        """[B, T, D], and how the experts were used."""
+        """[B, T, D], and how the experts were used; each device computes its own tokens."""
         chosen_BTk, gates_BTk, routing = self.router(x_BTD)
         flat = {".".join(map(str, path)): p for path, p in nnx.to_flat_state(nnx.state(self))}
         del flat["router.weight"]
+        specs = {name: partition_of(p.get_metadata("axes")) for name, p in flat.items()}
         weights = {
             name: p[...].astype(self.dtype) if name.endswith("weight") else p[...]
             for name, p in flat.items()
         }
-        specs = {name: partition_of(p.get_metadata("axes")) for name, p in flat.items()}
-        y_BTD = dropless(self.config, weights, specs, x_BTD, chosen_BTk, gates_BTk)
+        arguments = (weights, x_BTD, chosen_BTk, gates_BTk)
+        columns, parts = partition_of(["mlp"])[0], shares("mlp")
+
+        def on_one_device(weights: Weights, *arguments: jax.Array) -> jax.Array:
+            weights = {name: _gather(part, specs[name], columns) for name, part in weights.items()}
+            if "down.bias" in weights:  # each device of the tensor axis adds its part of the sum
+                weights["down.bias"] = weights["down.bias"] / parts
+            return jax.lax.psum(mix_experts(self.config, weights, *arguments), columns)
+
+        if any(map(is_divided, ("batch", "sequence", "expert", "embed", "mlp"))):
+            tokens = partition_of(["batch", "sequence", None])
+            in_specs = (specs, tokens, tokens, tokens)
+            y_BTD = per_device(on_one_device, in_specs, tokens)(*arguments)
+        else:
+            y_BTD = mix_experts(self.config, *arguments)
         return constrain(y_BTD, "batch", "sequence", "width"), routing
-
-
-def dropless(
-    config: ModelConfig,
-    weights: Weights,
-    specs: Mapping[str, PartitionSpec],
-    x_BTD: jax.Array,
-    chosen_BTk: jax.Array,
-    gates_BTk: jax.Array,
-) -> jax.Array:
-    """[B, T, D]: each device computes every choice of its own tokens.
-
-    Args:
-      specs: where each of the weights lies on the mesh.
-      chosen_BTk, gates_BTk: the router's choices.
-    """
-    compute = functools.partial(_grouped, config)
-    arguments = (x_BTD, chosen_BTk, gates_BTk)
-    if math.prod(shares(axis) for axis in ("batch", "sequence", "expert", "embed", "mlp")) == 1:
-        return compute(weights, *arguments)
-    columns = partition_of(["mlp"])[0]
-    parts = shares("mlp")
-
-    def on_one_device(weights: Weights, *arguments: jax.Array) -> jax.Array:
-        weights = {name: _gather(weight, specs[name], columns) for name, weight in weights.items()}
-        if "down.bias" in weights:  # each device of the tensor axis adds its part of the sum
-            weights["down.bias"] = weights["down.bias"] / parts
-        return jax.lax.psum(compute(weights, *arguments), columns)
-
-    tokens = partition_of(["batch", "sequence", None])
-    return per_device(on_one_device, (specs, tokens, tokens, tokens), tokens)(weights, *arguments)
 
 
 def _gather(weight: jax.Array, spec: PartitionSpec, columns: str) -> jax.Array:
@@ -99,16 +80,16 @@ def _gather(weight: jax.Array, spec: PartitionSpec, columns: str) -> jax.Array:
     return weight
 
 
-def _grouped(
+def mix_experts(
     config: ModelConfig,
     weights: Weights,
     x_BTD: jax.Array,
     chosen_BTk: jax.Array,
     gates_BTk: jax.Array,
 ) -> jax.Array:
-    """`dropless` on one device: the rows of each expert side by side, then each back to its place.
+    """sum_k g_k W_down f(W_up x): [B, T, D], summed in float32, in the dtype of x.
 
-    Returns [B, T, D]: sum_k g_k W_down f(W_up x), summed in float32, in the dtype of x.
+    The rows of each expert are laid side by side, multiplied, and put back in their places.
     """
     B, T, D = x_BTD.shape
     k = chosen_BTk.shape[-1]

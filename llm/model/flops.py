@@ -49,21 +49,19 @@ PEAKS = {
 _PARTIAL = ("MIG", "Laptop", "Max-Q", "D")
 
 
-def parameter_count(spec: ModelSpec) -> int:
-    """Trained numbers, without the padding of the vocabulary."""
+def parameter_count(spec: ModelSpec, *, active: bool = False) -> int:
+    """Trained numbers, without the padding of the vocabulary.
+
+    Args:
+      active: count what one token uses: the chosen ones of a block's experts.
+    """
     config = spec.config
     row = config.d_model * (1 if config.tie_embeddings else 2)
-    total = sum(math.prod(leaf.shape) for leaf in abstract_params(spec).values())
-    return total - row * (spec.padded_vocab_size - spec.vocab_size)
-
-
-def active_parameter_count(spec: ModelSpec) -> int:
-    """Trained numbers that one token uses: of a block's experts, the chosen ones."""
-    idle = sum(
-        math.prod(leaf.shape) * (1 - _share_used(spec, name))
+    total = sum(
+        math.prod(leaf.shape) * (_share_used(spec, name) if active else 1)
         for name, leaf in abstract_params(spec).items()
     )
-    return parameter_count(spec) - int(idle)
+    return int(total) - row * (spec.padded_vocab_size - spec.vocab_size)
 
 
 def _share_used(spec: ModelSpec, name: str) -> Fraction:

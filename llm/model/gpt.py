@@ -24,7 +24,6 @@ import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,6 +66,8 @@ Variables = dict[str, tuple[tuple[Any, ...], Any]]
 
 # One layer's keys and values in a KVCache, each [B, K, S, H]; None in a pass without a cache.
 Cached = tuple[jax.Array, jax.Array] | None
+# Queries [B, T, N, H], keys and values [B, T, K, H].
+Heads = tuple[jax.Array, jax.Array, jax.Array]
 # Seeds the dropout of one pass; None turns dropout off.
 DropoutKey = jax.Array | None
 
@@ -113,11 +114,7 @@ class KVCache:
         config = spec.config
         shape = (batch_size, config.n_kv_head, capacity, config.head_size)
         layers = [jnp.zeros(shape, spec.compute_dtype) for _ in range(2 * config.n_layer)]
-        return cls(
-            keys=tuple(layers[0::2]),
-            values=tuple(layers[1::2]),
-            length_B=jnp.zeros((batch_size,), jnp.int32),
-        )
+        return cls(tuple(layers[0::2]), tuple(layers[1::2]), jnp.zeros((batch_size,), jnp.int32))
 
     @property
     def capacity(self) -> int:
@@ -131,14 +128,10 @@ class Embed(nnx.Module):
     def __init__(self, spec: ModelSpec):
         config = spec.config
         self.dtype = spec.compute_dtype
-        D, std = config.d_model, config.init_std
-        self.weight = normal_weight(("vocab", "embed"), (spec.padded_vocab_size, D), std)
-        has_positions = config.positions == "learned"
-        self.position = (
-            normal_weight(("position", "embed"), (config.context_length, D), std)
-            if has_positions
-            else None
-        )
+        V, T, D = spec.padded_vocab_size, config.context_length, config.d_model
+        self.weight = normal_weight(("vocab", "embed"), (V, D), config.init_std)
+        position = normal_weight(("position", "embed"), (T, D), config.init_std)
+        self.position = position if config.positions == "learned" else None
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
         """Without positions, a text from its beginning: it reads the table's first T rows.
@@ -185,9 +178,8 @@ class Attention(nnx.Module):
     def __init__(self, spec: ModelSpec):
         config = self.config = spec.config
         self.kernel = spec.attention
-        linear = functools.partial(
-            Linear, bias=config.bias, dtype=spec.compute_dtype, std=config.init_std
-        )
+        dtype = spec.compute_dtype
+        linear = functools.partial(Linear, bias=config.bias, dtype=dtype, std=config.init_std)
         D, N, K, H = config.d_model, config.n_head, config.n_kv_head, config.head_size
         self.query = linear(("embed", "heads"), (D, N * H))
         self.key = linear(("embed", "kv_heads"), (D, K * H))
@@ -197,19 +189,13 @@ class Attention(nnx.Module):
             self.query_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
             self.key_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
 
-    def project(
-        self, x_BTD: jax.Array, positions_BT: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H], normalised and rotated."""
+    def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Heads:
+        """The heads of x, normalised and rotated."""
         config = self.config
-        linears = [self.query, self.key, self.value]
         # cuDNN reads arrays of their own: it would copy the parts of a joint product, and their
         # gradients would be joined again.
-        products = (
-            [linear(x_BTD) for linear in linears]
-            if self.kernel == "cudnn"
-            else apply_side_by_side(linears, x_BTD)
-        )
+        apart = self.kernel == "cudnn"
+        products = apply_side_by_side([self.query, self.key, self.value], x_BTD, apart=apart)
         heads = [x.reshape(*x_BTD.shape[:2], -1, config.head_size) for x in products]
         query_BTNH, key_BTKH, value_BTKH = heads
         if config.qk_norm:
@@ -223,26 +209,22 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         places: Places,
-        *,
         cached: Cached = None,
+        *,
         dropout_key: DropoutKey = None,
     ) -> tuple[jax.Array, Cached]:
         """Each position of x looks at itself and at what is before it in x, or in the cache.
 
         Returns [B, T, D], and the cached keys and values with those of x in their places.
         """
-        query_BTNH, key_BTKH, value_BTKH = self.project(x_BTD, places.positions_BT)
+        heads = self.project(x_BTD, places.positions_BT)
         if cached is None:
+            rate = self.config.dropout
             mixed_BTNH = self_attention(
-                self.kernel,
-                query_BTNH,
-                key_BTKH,
-                value_BTKH,
-                places,
-                dropout=self.config.dropout,
-                dropout_key=dropout_key,
+                self.kernel, *heads, places, dropout=rate, dropout_key=dropout_key
             )
         else:
+            query_BTNH, key_BTKH, value_BTKH = heads
             B, _, K, _ = key_BTKH.shape
             # An index for each axis: XLA's CPU backend turns a slice of heads into two transposes.
             rows_B11, heads_11K = jnp.arange(B)[:, None, None], jnp.arange(K)[None, None, :]
@@ -279,14 +261,14 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         places: Places,
-        *,
         cached: Cached = None,
+        *,
         dropout_key: DropoutKey = None,
     ) -> tuple[jax.Array, Routing | None, Cached]:
         """The stream after this block, how its experts were used, and the longer cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         branch_BTD, cached = self.attention(
-            self.attention_norm(x_BTD), places, cached=cached, dropout_key=keys[0]
+            self.attention_norm(x_BTD), places, cached, dropout_key=keys[0]
         )
         x_BTD = x_BTD + drop(branch_BTD, self.dropout, keys[1])
         branch_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
@@ -313,13 +295,9 @@ class GPT(nnx.Module):
         )
         self.final_norm = stream_norm(config)
         if not config.tie_embeddings:
-            self.head = Linear(
-                ("embed", "vocab"),
-                (config.d_model, spec.padded_vocab_size),
-                std=config.init_std,
-                bias=False,
-                dtype=spec.compute_dtype,
-            )
+            linear = functools.partial(Linear, dtype=spec.compute_dtype, std=config.init_std)
+            shape = (config.d_model, spec.padded_vocab_size)
+            self.head = linear(("embed", "vocab"), shape, bias=False)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits [B, T, vocab_size]; those at t score the token at t + 1."""
@@ -368,25 +346,21 @@ class GPT(nnx.Module):
             x_BTD, routing, _ = block(x_BTD, places, dropout_key=key)
             return constrain(x_BTD, "batch", "sequence", "width"), routing
 
-        x_BTD, routing_L = self._through_blocks(through, x_BTD, remat)
-        return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD), routing_L
-
-    def _through_blocks(
-        self, through: Callable[..., Any], x_BTD: jax.Array, remat: Remat
-    ) -> tuple[jax.Array, Routing | None]:
-        """`through`, block after block; if they are stacked, in a loop that is compiled once."""
-        if not self.stacked:
+        if self.stacked:  # a loop that is compiled once
+            graph, weights_L = nnx.split(self.blocks["*"])
+            body = keep(remat, functools.partial(through, graph), in_scan=True)
+            layers_L = jnp.arange(self.spec.config.n_layer), weights_L
+            x_BTD, routing_L = jax.lax.scan(lambda x, layer: body(x, *layer), x_BTD, layers_L)
+        else:
             routings = []
             for layer, block in enumerate(self.blocks):
                 graph, weights = nnx.split(block)
-                body = keep(remat, functools.partial(through, graph))
-                x_BTD, routing = body(x_BTD, layer, weights)
+                x_BTD, routing = keep(remat, functools.partial(through, graph))(
+                    x_BTD, layer, weights
+                )
                 routings.append(routing)
-            return x_BTD, jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
-        graph, weights_L = nnx.split(self.blocks["*"])
-        body = keep(remat, functools.partial(through, graph), in_scan=True)
-        layers_L = jnp.arange(self.spec.config.n_layer)
-        return jax.lax.scan(lambda x, part: body(x, *part), x_BTD, (layers_L, weights_L))
+            routing_L = jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
+        return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD), routing_L
 
     def _embedded(
         self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
@@ -427,16 +401,16 @@ class GPT(nnx.Module):
         x_BTD = self.embed(tokens_BT, positions_BT)
         layers = []
         for block, *cached in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x_BTD, _, longer = block(x_BTD, Places(positions_BT), cached=tuple(cached))
+            x_BTD, _, longer = block(x_BTD, Places(positions_BT), tuple(cached))
             layers.append(longer)
         keys, values = zip(*layers, strict=True)
         return self.final_norm(x_BTD), KVCache(keys, values, cache.length_B + T)
 
     def head_weight(self) -> jax.Array:
         """W_head [D, padded vocabulary] in the compute dtype; E^T when tied."""
-        if self.spec.config.tie_embeddings:
-            return self.embed.weight[...].T.astype(self.spec.compute_dtype)
-        return self.head.weight[...].astype(self.spec.compute_dtype)
+        tied = self.spec.config.tie_embeddings
+        weight_DV = self.embed.weight[...].T if tied else self.head.weight[...]
+        return weight_DV.astype(self.spec.compute_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 [..., vocab_size] from [..., D]: the padding of the vocabulary is cut away."""

@@ -59,19 +59,19 @@ def choose_attention(
     Raises:
       UsageError: the kernel that was asked for cannot be used; says why, and what to use.
     """
-    if wanted == "plain":
-        return wanted
     obstacles: dict[Kernel, str] = {
         "splash": _splash_obstacle(model, mesh),
         "cudnn": _cudnn_obstacle(model, compute_dtype, mesh),
     }
-    able = [kernel for kernel, obstacle in obstacles.items() if not obstacle]
-    best = able[0] if able else "plain"
-    if wanted == "auto" or wanted in able:
-        return best
+    able: list[Kernel] = [kernel for kernel, obstacle in obstacles.items() if not obstacle]
+    able.append("plain")
+    if wanted == "auto":
+        return able[0]
+    if wanted in able:
+        return wanted
     raise UsageError(
         f"training.attention = '{wanted}' cannot be used here: {obstacles[wanted]}; use 'auto', "
-        f"which takes '{best}'"
+        f"which takes '{able[0]}'"
     )
 
 
@@ -96,7 +96,9 @@ def _cudnn_obstacle(model: ModelConfig, compute_dtype: str, mesh: Mesh) -> str:
     The bounds are those of jax/_src/cudnn/fused_attention_stablehlo.py.
     """
     device = mesh.devices.flat[0]
-    capability = _cuda_capability(device)
+    # (major, minor) of an NVIDIA GPU; others have none, or one that is no number.
+    numbers = str(getattr(device, "compute_capability", "")).split(".")
+    capability = tuple(map(int, numbers)) if all(map(str.isdecimal, numbers)) else (0, 0)
     if capability < (8, 0):
         return (
             f"it is for NVIDIA GPUs of compute capability 8.0 or more, and the mesh is of "
@@ -113,13 +115,6 @@ def _cudnn_obstacle(model: ModelConfig, compute_dtype: str, mesh: Mesh) -> str:
             f"model.n_head = {model.head_size}"
         )
     return ""
-
-
-def _cuda_capability(device: jax.Device) -> tuple[int, ...]:
-    """(major, minor) of an NVIDIA GPU; (0, 0) for anything else."""
-    numbers = str(getattr(device, "compute_capability", "")).split(".")
-    is_nvidia = device.platform in ("gpu", "cuda") and all(map(str.isdecimal, numbers))
-    return tuple(map(int, numbers)) if is_nvidia else (0, 0)
 
 
 def self_attention(

@@ -17,6 +17,9 @@ from flax import nnx
 from llm.config import ModelConfig
 from llm.model.sharding import constrain, is_divided
 
+Axes = tuple[str, ...]  # the logical axis of each dimension (sharding.py)
+Shape = tuple[int, ...]
+
 # Two thresholds for few rows, as decoding has them.
 # An NVIDIA GPU's matrix units multiply at least this many rows at once.
 LEAST_ROWS = 8
@@ -24,7 +27,7 @@ LEAST_ROWS = 8
 JOINED_ROWS = 64
 
 
-def normal_weight(axes: tuple[str, ...], shape: tuple[int, ...], std: float) -> nnx.Param:
+def normal_weight(axes: Axes, shape: Shape, std: float) -> nnx.Param:
     """A float32 weight that `gpt.initialise` draws from N(0, std^2); zero until then."""
     return nnx.Param(jnp.zeros(shape), axes=axes, std=std)
 
@@ -82,17 +85,10 @@ class Linear(nnx.Module):
     """
 
     def __init__(
-        self,
-        axes: tuple[str, ...],
-        shape: tuple[int, ...],
-        *,
-        std: float,
-        bias: bool,
-        dtype: str,
-        experts: int | None = None,
+        self, axes: Axes, shape: Shape, *, std: float, bias: bool, dtype: str, experts: int = 0
     ):
         self.dtype = dtype
-        if experts is not None:
+        if experts:
             axes, shape = ("expert", *axes), (experts, *shape)
         self.weight = normal_weight(axes, shape, std)
         zeros = jnp.zeros(shape[:-2] + shape[-1:])
@@ -103,13 +99,15 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + spread(self.bias[...], y)
 
 
-def apply_side_by_side(linears: list[Linear], x_BTD: jax.Array) -> list[jax.Array]:
+def apply_side_by_side(
+    linears: list[Linear], x_BTD: jax.Array, *, apart: bool = False
+) -> list[jax.Array]:
     """[linear(x) for each], as one matrix product: one wide one is faster than several narrow ones.
 
-    They stay apart if the mesh divides the columns, since a joint matrix would mix the devices'
-    shares, and for fewer rows than JOINED_ROWS.
+    They stay apart if asked to, for fewer rows than JOINED_ROWS, and if the mesh divides the
+    columns, since a joint matrix would mix the devices' shares.
     """
-    if is_divided("heads") or math.prod(x_BTD.shape[:2]) < JOINED_ROWS:
+    if apart or is_divided("heads") or math.prod(x_BTD.shape[:2]) < JOINED_ROWS:
         return [linear(x_BTD) for linear in linears]
     dtype = linears[0].dtype
     joint = jnp.concatenate([linear.weight[...] for linear in linears], axis=1).astype(dtype)
@@ -160,7 +158,7 @@ activate.defvjp(_activate_forward, _activate_backward)
 class MLP(nnx.Module):
     """Position by position: W_down f(W_up x), or W_down (silu(W_gate x) * W_up x) for swiglu."""
 
-    def __init__(self, config: ModelConfig, dtype: str, experts: int | None = None):
+    def __init__(self, config: ModelConfig, dtype: str, experts: int = 0):
         self.activation = config.activation
         linear = functools.partial(
             Linear, bias=config.bias, dtype=dtype, std=config.init_std, experts=experts

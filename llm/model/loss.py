@@ -10,7 +10,8 @@ z are the logits at position t - 1. Losses are negative log-likelihoods in nats.
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +119,8 @@ def head_loss(
       weights_BT: float32; 0 masks a token out. For a mean over tokens, mask / number of tokens.
       chunks: parts that T is taken in, see `chunks_for`; positions that fill up the last weigh 0.
     """
-    head_DV = _gathered(head_DV)
+    # Gathered once; XLA would otherwise gather it in every chunk.
+    head_DV = constrain(head_DV, None, "vocab")
 
     def add_chunk(total: LossTerms, chunk: tuple[jax.Array, ...]) -> tuple[LossTerms, None]:
         hidden_BTD, targets_BT, weights_BT = chunk
@@ -126,8 +128,7 @@ def head_loss(
         return jax.tree.map(jnp.add, total, terms), None
 
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
-    parts_CBT = split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
-    return jax.lax.scan(add_chunk, zero, parts_CBT)[0]
+    return scan_positions(add_chunk, zero, chunks, hidden_BTD, targets_BT, weights_BT)[0]
 
 
 def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chunks):
@@ -136,10 +137,9 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
     Each device adds up the head's gradient over its own rows, and the devices' sums are added once,
     after the last chunk: a sum over all rows would be all-reduced, [D, V], in every chunk.
     """
-    head_DV = _gathered(head_DV)
-    parts_CBT = split_positions(chunks, hidden_BTD, targets_BT, weights_BT)
-    b = math.gcd(shares("batch"), parts_CBT[0].shape[1])
-    s = math.gcd(shares("sequence"), parts_CBT[0].shape[2])
+    head_DV = constrain(head_DV, None, "vocab")
+    B, T = targets_BT.shape
+    b, s = math.gcd(shares("batch"), B), math.gcd(shares("sequence"), -(-T // chunks))
 
     def add_chunk(carry, chunk):
         total, d_head_bsDV = carry
@@ -165,9 +165,11 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
     zero = LossTerms(jnp.zeros(()), jnp.zeros(()))
     none_bsDV = jnp.zeros((b, s, *head_DV.shape), jnp.float32)
     start = (zero, constrain(none_bsDV, "batch", "sequence", None, "vocab"))
-    (terms, d_head_bsDV), d_hidden_CBTD = jax.lax.scan(add_chunk, start, parts_CBT)
+    (terms, d_head_bsDV), d_hidden_BTD = scan_positions(
+        add_chunk, start, chunks, hidden_BTD, targets_BT, weights_BT
+    )
     d_head_DV = constrain(d_head_bsDV.sum(axis=(0, 1)), "embed", "vocab").astype(head_DV.dtype)
-    return terms, (join_positions(d_hidden_CBTD, hidden_BTD.shape[1]), d_head_DV)
+    return terms, (d_hidden_BTD, d_head_DV)
 
 
 def _head_loss_backward(options, chunks, gradients, cotangent):
@@ -275,30 +277,9 @@ def _log_sum_exp_backward(kept, d_log_z_BT):
 log_sum_exp.defvjp(_log_sum_exp_forward, _log_sum_exp_backward)
 
 
-def _gathered(head_DV: jax.Array) -> jax.Array:
-    """The whole head, gathered once; XLA would otherwise gather it in every chunk."""
-    return constrain(head_DV, None, "vocab")
-
-
 def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
     logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
     return constrain(logits_BTV, "batch", "sequence", "vocab")
-
-
-def split_positions(chunks: int, *arrays_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, T, ...] -> [C, B, T/C, ...], every C-th position to a part; T filled up with zeros.
-
-    Strided, so that each part keeps the sharding of T: contiguous parts would each lie on a few
-    devices of the mesh's context axis, with the others idle.
-    """
-
-    def split(x):
-        B, T = x.shape[:2]
-        if missing := -T % chunks:
-            x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(B, -1, chunks, *x.shape[2:]), 2, 0)
-
-    return tuple(split(x) for x in arrays_BT)
 
 
 def _by_device(b: int, s: int, x_BTF: jax.Array) -> jax.Array:
@@ -308,7 +289,31 @@ def _by_device(b: int, s: int, x_BTF: jax.Array) -> jax.Array:
     return x_bsBTF.reshape(b, s, -1, F)
 
 
-def join_positions(parts_CBT: jax.Array, length: int) -> jax.Array:
-    """The inverse of `split_positions`; what filled up the last part is cut away."""
-    C, B, T = parts_CBT.shape[:3]
-    return jnp.moveaxis(parts_CBT, 0, 2).reshape(B, C * T, *parts_CBT.shape[3:])[:, :length]
+def scan_positions(
+    function: Callable[..., Any], carry: Any, chunks: int, *arrays_BT: jax.Array
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over parts of the T positions, so that only one part's logits exist at once.
+
+    A part has every C-th position, because contiguous parts would each lie on a few devices of the
+    mesh's context axis, with the others idle.
+
+    Args:
+      function: (carry, arrays [B, T/C, ...]) -> (carry, results [B, T/C, ...]).
+      chunks: C. If it does not divide T, the last positions of the parts are filled up with zeros.
+      arrays_BT: arrays [B, T, ...].
+    Returns:
+      the last carry, and the results of all positions, [B, T, ...].
+    """
+    B, T = arrays_BT[0].shape[:2]
+
+    def split(x: jax.Array) -> jax.Array:
+        if missing := -T % chunks:
+            x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, -1, chunks, *x.shape[2:]), 2, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        length = chunks * x.shape[2]  # spelt out: a result may be empty, as [..., 0]
+        return jnp.moveaxis(x, 0, 2).reshape(B, length, *x.shape[3:])[:, :T]
+
+    carry, results = jax.lax.scan(function, carry, tuple(map(split, arrays_BT)))
+    return carry, jax.tree.map(join, results)

@@ -76,12 +76,17 @@ def _between(sizes: Mapping[str, int], groups: int, by: str) -> list[int]:
     data = math.gcd(sizes["data"], groups)
     if sizes["fsdp"] * data % groups:
         product = sizes["data"] * sizes["fsdp"]
-        below, above = product // groups * groups, -(-product // groups) * groups
-        nearest = f"{below} or {above}" if below else f"{above}"
         raise UsageError(
             f"mesh.{' x mesh.'.join(BETWEEN)} = {sizes['data']} x {sizes['fsdp']} = {product} "
             f"cannot be divided over the {groups} slices or machines of this run ({by}), and only "
-            f"these two go over the slow network between them; nearest that can: {nearest}"
+            f"these two go over the slow network between them; nearest that can: "
+            f"{nearest_multiples(product, groups)}"
         )
     outer = {"data": data, "fsdp": groups // data}
     return [outer.get(axis, 1) for axis in sizes]
+
+
+def nearest_multiples(size: int, parts: int) -> str:
+    """The multiples of `parts` around a size, for a message: "6 or 9"; the first has no other."""
+    below, above = size // parts * parts, -(-size // parts) * parts
+    return f"{below} or {above}" if below else f"{above}"

@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
-from llm.model.placement import place
+from llm.model.placement import nearest_multiples, place
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -97,26 +97,25 @@ def check_divisible(
     Raises:
       UsageError: naming the setting, the axis and the nearest sizes that work.
     """
-    axis, model = dict(mesh.shape), model.resolved()
-    batch_axes = " x ".join(LOGICAL_TO_MESH["batch"] or ())
+    model = model.resolved()
     divisions = [
-        ("training.micro_batch_size (or batch_size)", batch_size, batch_axes, batch_shares(mesh)),
-        ("model.n_expert", model.n_expert, "expert", axis["expert"]),
-        ("model.d_model", model.d_model, "tensor x fsdp", axis["tensor"] * axis["fsdp"]),
-        ("model.n_head", model.n_head, "tensor", axis["tensor"]),
-        ("model.n_kv_head", model.n_kv_head, "tensor", axis["tensor"]),
-        ("model.d_ff", model.d_ff, "tensor x fsdp", axis["tensor"] * axis["fsdp"]),
-        ("vocabulary padded by model.vocab_multiple", padded_vocab_size, "tensor", axis["tensor"]),
-        ("model.context_length", model.context_length, "context", chunks_of(axis["context"])),
+        ("training.micro_batch_size (or batch_size)", batch_size, "batch"),
+        ("model.n_expert", model.n_expert, "expert"),
+        ("model.d_model", model.d_model, "heads_in"),
+        ("model.n_head", model.n_head, "heads"),
+        ("model.n_kv_head", model.n_kv_head, "kv_heads"),
+        ("model.d_ff", model.d_ff, "mlp_in"),
+        ("vocabulary padded by model.vocab_multiple", padded_vocab_size, "vocab"),
+        ("model.context_length", model.context_length, "sequence"),
     ]
-    for name, size, mesh_axis, parts in divisions:
+    for name, size, axis in divisions:
+        parts, pieces = shares(axis, mesh), "devices"
+        if axis == "sequence":
+            parts, pieces = chunks_of(parts), "chunks (two a device)"
         if size % parts:
-            below, above = size // parts * parts, -(-size // parts) * parts
-            nearest = f"{below} or {above}" if below else f"{above}"
-            pieces = "chunks (two a device)" if mesh_axis == "context" else "devices"
             raise UsageError(
                 f"{name} = {size} cannot be divided over the {parts} {pieces} of mesh axis "
-                f"{mesh_axis}; nearest that can: {nearest}"
+                f"{' x '.join(mesh_axes(axis))}; nearest that can: {nearest_multiples(size, parts)}"
             )
 
 
@@ -153,12 +152,16 @@ def per_device(function: Function, in_specs: Any, out_specs: Any) -> Function:
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def shares(logical_axis: str) -> int:
-    """Into how many parts the mesh in context divides this axis; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
+def shares(logical_axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts a mesh, or the mesh in context, divides this axis; 1 without a mesh."""
+    sizes = (mesh or jax.sharding.get_abstract_mesh()).shape
+    return math.prod(sizes.get(name, 1) for name in mesh_axes(logical_axis))
+
+
+def mesh_axes(logical_axis: str) -> tuple[str, ...]:
+    """The axes of the mesh that divide this axis."""
     names = LOGICAL_TO_MESH[logical_axis]
-    names = (names,) if isinstance(names, str) else names or ()
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+    return (names,) if isinstance(names, str) else names or ()
 
 
 def chunks_of(parts: int) -> int:
@@ -166,20 +169,10 @@ def chunks_of(parts: int) -> int:
     return 2 * parts if parts > 1 else 1
 
 
-def device_kind(mesh: Mesh) -> str:
-    """JAX's name for the mesh's devices, for instance "NVIDIA H200" or "cpu"."""
-    return mesh.devices.flat[0].device_kind
-
-
 def kind_in_context() -> str:
-    """`device_kind` of the mesh in context; "" without a mesh."""
+    """JAX's name for the devices of the mesh in context, as "NVIDIA H200"; "" without a mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return "" if device is None else device.device_kind
-
-
-def batch_shares(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a mesh divides the batch."""
-    return math.prod(mesh.shape[name] for name in LOGICAL_TO_MESH["batch"] or ())
 
 
 def is_divided(logical_axis: str) -> bool:

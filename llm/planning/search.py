@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llm.config import Config, MeshConfig
 from llm.errors import UsageError
-from llm.model.sharding import MESH_AXES, batch_shares
+from llm.model.sharding import MESH_AXES, shares
 from llm.planning.devices import sheet_of
 from llm.planning.estimate import Arithmetic
 from llm.planning.plan import Facts, available_memory, plan_step
@@ -81,7 +81,7 @@ def find_candidates(
         raise UsageError(f"--search needs a device that has a data sheet; {target.kind} has none")
     for sizes, remat in itertools.product(meshes(len(target.devices)), REMATS):
         for micro in _micro_batches(
-            config.training.batch_size, batch_shares(target.outline(sizes))
+            config.training.batch_size, shares("batch", target.outline(sizes))
         ):
             changed = {"remat": remat, "scan_layers": True, "micro_batch_size": micro}
             training, mesh = config.training.model_copy(update=changed), MeshConfig(**sizes)

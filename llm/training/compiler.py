@@ -23,8 +23,6 @@ import os
 
 from jax.sharding import Mesh
 
-from llm.model.sharding import device_kind
-
 SCOPED_VMEM = "xla_tpu_scoped_vmem_limit_kib"
 WINDOWS_FROM = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
 # device_kind -> KiB
@@ -43,7 +41,7 @@ HIDE_LATENCY = "xla_gpu_enable_latency_hiding_scheduler"
 
 def compiler_options(mesh: Mesh) -> dict[str, str | bool]:
     """For jax.jit: nothing that the environment sets, and nothing for devices not listed here."""
-    kind, options = device_kind(mesh), dict[str, str | bool]()
+    kind, options = mesh.devices.flat[0].device_kind, dict[str, str | bool]()
     if kind in _VMEM_KIB:
         options[SCOPED_VMEM] = str(_VMEM_KIB[kind])
         if mesh.shape["tensor"] == 1:
