@@ -170,23 +170,6 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(write, tmp_path):
     assert origin.sha256 in str(caught.value)
 
 
-# Python source
-
-
-def test_python_source_is_read_in_the_encoding_it_declares(write):
-    source = "# -*- coding: latin-1 -*-\nname = 'é'\n"
-    found, reader = read([write("a.py", source.encode("latin-1"), "python")])
-    assert found == [("a.py", source)]
-    assert reader.skipped == []
-
-
-def test_python_source_that_is_wrong_is_left_out_and_named(write):
-    origins = [write("bad.py", b"x = '\xff'\n", "python"), write("good.py", "x = 1\n", "python")]
-    found, reader = read(origins)
-    assert found == [("good.py", "x = 1\n")]
-    assert reader.skipped == ["bad.py"]
-
-
 # Rows
 
 ROWS = [{"text": "first"}, {"text": ""}, {"text": "學而\nfünf \U0001f600"}]

@@ -1,12 +1,15 @@
 """What a source names: which files, in which order, with which content."""
 
 import contextlib
+import errno
 import hashlib
 import http.server
+import io
 import os
 import sysconfig
 import threading
 import time
+import tokenize
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -101,6 +104,11 @@ def test_the_standard_library_is_python_source_without_tests(cache):
     (origin,) = [origin for origin in found.origins if origin.name == "os.py"]
     content = Path(sysconfig.get_path("stdlib"), "os.py").read_bytes()
     assert origin.sha256 == sha256(content)
+    # It is read as UTF-8, whatever a file might declare.
+    for origin in found.origins:
+        content = Path(origin.location).read_bytes()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+        assert content.decode("utf-8") == content.decode(encoding)
 
 
 @pytest.mark.parametrize(
@@ -338,6 +346,19 @@ def test_half_a_download_is_not_kept(server, cache):
     server.cut_after = None
     (origin,) = find_origins(f"{server.url}/text.txt", cache).origins
     assert origin.bytes == 10000
+
+
+def test_a_download_without_room_names_its_size_and_leaves_nothing(server, cache):
+    server.files["/text.txt"] = b"0123456789" * 1000
+
+    def full(what, _done, _total):
+        if what == "fetching":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(DataError, match=r"No space left on device.: it has 10000 bytes, and") as e:
+        find_origins(f"{server.url}/text.txt", cache, full)
+    assert "set data.cache_dir to a folder on another disk" in str(e.value)
+    assert [p for p in (cache / "downloads").iterdir() if p.suffix != ".lock"] == []
 
 
 def test_a_url_that_is_none_is_refused(cache):

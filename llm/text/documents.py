@@ -6,10 +6,8 @@ in pieces, which end only at places that no token can span. Newlines stay as the
 
 import codecs
 import hashlib
-import io
 import json
 import re
-import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +49,6 @@ class Origin:
     bytes: int
     sha256: str
 
-    @property
-    def text_bytes(self) -> int | None:
-        """Size of the text; None if the file is compressed or its size is not known."""
-        return self.bytes if KINDS[self.kind].is_text else None
-
 
 @dataclass(frozen=True)
 class Document:
@@ -80,13 +73,11 @@ class Reader:
       text_field: name of the field that holds the text of a row.
     Attributes:
       replaced: how many replacement characters were inserted so far.
-      skipped: names of the files that were left out so far.
     """
 
     def __init__(self, errors: Literal["strict", "replace"], text_field: str):
         self.errors, self.text_field = errors, text_field
         self.replaced = 0
-        self.skipped: list[str] = []
 
     def documents(self, origins: Iterable[Origin]) -> Iterator[Document]:
         """Every document that is not empty, in order.
@@ -97,29 +88,13 @@ class Reader:
         """
         for origin in origins:
             kind = KINDS[origin.kind]
-            if kind.rows:
-                yield from self._row_documents(origin, kind.rows(self, origin))
-            elif kind.documents:
-                yield from kind.documents(self, origin)
+            found = kind.read(self, origin)
+            yield from self._row_documents(origin, found) if kind.has_rows else found
 
     def text(self, origin: Origin) -> Iterator[Document]:
         """The whole file is one document."""
         if origin.bytes:
             yield Document(origin.name, origin.sha256, pieces(self._blocks(origin)))
-
-    def python_source(self, origin: Origin) -> Iterator[Document]:
-        """A file of Python source, in the encoding that it declares (PEP 263)."""
-        content = Path(origin.location).read_bytes()
-        _check_unchanged(origin, hashlib.sha256(content).hexdigest())
-        try:
-            encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
-            text = content.decode(encoding)
-        except (SyntaxError, UnicodeDecodeError):
-            # Some installations hold test files that are invalid on purpose.
-            self.skipped.append(origin.name)
-            return
-        if text:
-            yield Document(origin.name, origin.sha256, pieces(_slices(text)))
 
     def json_rows(self, origin: Origin) -> Iterator[Row]:
         """Rows of JSON lines, or of one list of rows, which has to fit into memory.
@@ -211,30 +186,36 @@ class Reader:
                     tail = (tail + block)[-2:]
                 offset += len(block)
                 yield text
-        _check_unchanged(origin, digest.hexdigest())
+        if digest.hexdigest() != origin.sha256:
+            raise DataError(
+                f"{origin.location} changed while it was read: expected sha256 {origin.sha256}, "
+                f"found {digest.hexdigest()}; run the same command again when nothing writes to it"
+            )
 
 
 class Kind(NamedTuple):
-    """How origins of one kind become documents: directly, or by rows that hold texts.
+    """How origins of one kind become documents.
 
     Attributes:
-      documents, rows: one of the two reads an origin.
+      read: an origin's documents; its rows, if it has rows.
       suffixes: of the names of such files, in lower case.
+      has_rows: each row that has a text is a document.
       is_text: the size of the file is the size of its text.
     """
 
-    documents: Callable[[Reader, Origin], Iterator[Document]] | None = None
-    rows: Callable[[Reader, Origin], Iterator[Row]] | None = None
+    read: Callable[[Reader, Origin], Iterator[Any]]
     suffixes: tuple[str, ...] = ()
+    has_rows: bool = False
     is_text: bool = True
 
 
 KINDS = {
     "text": Kind(Reader.text),
-    "python": Kind(Reader.python_source),
-    "json": Kind(rows=Reader.json_rows, suffixes=(".json", ".jsonl", ".ndjson")),
-    "parquet": Kind(rows=Reader.parquet_rows, suffixes=(".parquet",), is_text=False),
-    "hub": Kind(rows=Reader.hub_rows, is_text=False),
+    # The standard library's source code, which is UTF-8 throughout (PEP 8).
+    "python": Kind(Reader.text),
+    "json": Kind(Reader.json_rows, (".json", ".jsonl", ".ndjson"), has_rows=True),
+    "parquet": Kind(Reader.parquet_rows, (".parquet",), has_rows=True, is_text=False),
+    "hub": Kind(Reader.hub_rows, has_rows=True, is_text=False),
 }
 
 
@@ -281,14 +262,6 @@ def _lines(blocks: Iterable[str]) -> Iterator[str]:
             yield from rest[:-1]
             parts = [rest[-1]]
     yield "".join(parts)
-
-
-def _check_unchanged(origin: Origin, sha256: str) -> None:
-    if sha256 != origin.sha256:
-        raise DataError(
-            f"{origin.location} changed while it was read: expected sha256 {origin.sha256}, found "
-            f"{sha256}; run the same command again when nothing writes to it"
-        )
 
 
 def _streamed(origin: Origin, path: str, split: str, **options: Any) -> Iterator[Row]:

@@ -104,8 +104,8 @@ def prepare(
         bar. An exception from it stops the preparation, which leaves nothing behind.
     Raises:
       DataError: no text, text that cannot be read, shards that cannot be trusted, a full disk.
-      UsageError: a setting that cannot be used, a split that leaves one side empty.
-      UnseenCharacterError: the corpus has half of a surrogate pair.
+      UsageError: a setting that cannot be used, a split that leaves one side empty, half of a
+        surrogate pair in the text.
     """
     root = cache_root(data.cache_dir)
     check_kind(tokenizer.kind)
@@ -123,12 +123,13 @@ def prepare(
         if is_disk_full(error):
             raise no_room("the token shards", root, _needed(found), error) from None
         raise
-    too_small = tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size
-    note = (
-        f"the corpus is too small for {tokenizer.vocab_size} bpe tokens; it gave "
-        f"{encoder.vocab_size}"
-    )
     header = _read_header(folder, fingerprint)
+    notes = header["notes"]
+    if tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size:
+        notes.append(
+            f"the corpus is too small for {tokenizer.vocab_size} bpe tokens; it gave "
+            f"{encoder.vocab_size}"
+        )
     return TokenizedCorpus(
         **_opened(folder, header, encoder),
         tokenizer=encoder,
@@ -139,7 +140,7 @@ def prepare(
         replaced=header["replaced"],
         # The shards may have been made from the same files in another place.
         origins=found.origins,
-        notes=(*header["notes"], *([note] if too_small else [])),
+        notes=tuple(notes),
         reused=partial is None,
     )
 
@@ -218,7 +219,7 @@ def _fingerprint(data: DataConfig, origins: Iterable[Origin], encoder: Tokenizer
 
 def _content(data: DataConfig, origins: Iterable[Origin]) -> dict[str, Any]:
     """Everything that decides the documents, names included: the shards hold them for `replay`."""
-    rows = any(KINDS[origin.kind].rows for origin in origins)
+    rows = any(KINDS[origin.kind].has_rows for origin in origins)
     return {
         "origins": [[origin.name, origin.kind, origin.sha256] for origin in origins],
         "errors": data.errors,
@@ -237,9 +238,7 @@ def _tokenise(
     text_bytes, total = 0, found.text_bytes
     with contextlib.ExitStack() as files:
         writers = {
-            name: files.enter_context(
-                contextlib.closing(StreamWriter(folder, name, dtype, SHARD_TOKENS))
-            )
+            name: files.enter_context(StreamWriter(folder, name, dtype, SHARD_TOKENS))
             for name in names
         }
         for piece, ids, size in _encoded(pieces, encoder, data.workers or _cores()):
@@ -249,19 +248,19 @@ def _tokenise(
             writers[piece.stream].add(ids)
             text_bytes += size
         manifests = {name: writer.finish() for name, writer in writers.items()}
+    notes = list(found.notes)
+    if reader.replaced:
+        count = reader.replaced
+        notes.append(f"bytes that are not UTF-8 were replaced by {count} characters U+FFFD")
     return {
-        "tokenizer": {
-            "name": encoder.name,
-            "sha256": encoder.sha256,
-            "vocab_size": encoder.vocab_size,
-        },
+        "tokenizer": {"name": encoder.name, "sha256": encoder.sha256},
         "streams": {name: asdict(manifest) for name, manifest in manifests.items()},
         "splits": _splits(data.validation, manifests),
         "documents": sum(manifest.documents for manifest in manifests.values()),
         "text_bytes": text_bytes,
         "replaced": reader.replaced,
         "origins": [asdict(origin) for origin in found.origins],
-        "notes": [*found.notes, *_notes(reader)],
+        "notes": notes,
     }
 
 
@@ -297,17 +296,13 @@ def _encoded(
     end = [] if encoder.end_of_text is None else [encoder.end_of_text]
     end_ids = np.array(end, np.int32)
 
-    def encode(task: list[_Piece]) -> list[tuple[_Piece, Ids, int]]:
-        encoded = []
-        for piece in task:
-            ids = encoder.encode(piece.text)
-            if piece.ends:
-                ids = np.concatenate([ids, end_ids])
-            encoded.append((piece, ids, _utf8_length(piece.text)))
-        return encoded
+    def encode(piece: _Piece) -> tuple[_Piece, Ids, int]:
+        ids = encoder.encode(piece.text)
+        ids = np.concatenate([ids, end_ids]) if piece.ends else ids
+        return piece, ids, _utf8_length(piece.text)
 
-    for encoded in _in_order(encode, _grouped(pieces), workers):
-        yield from encoded
+    tasks = _in_order(lambda task: [encode(piece) for piece in task], _grouped(pieces), workers)
+    return itertools.chain.from_iterable(tasks)
 
 
 def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -375,24 +370,13 @@ def _splits(validation: str, manifests: dict[str, StreamManifest]) -> dict[str, 
                     f"data.validation = 'tail:{fraction}', which holds out the end of the text, or "
                     "'none'"
                 )
-        return {
-            name: {"stream": name, "start": 0, "stop": manifest.tokens}
-            for name, manifest in manifests.items()
-        }
-    tokens = manifests["text"].tokens
-    boundary = tokens if kind == "none" else tail_boundary(tokens, fraction)
-    return {
-        "train": {"stream": "text", "start": 0, "stop": boundary},
-        "validation": {"stream": "text", "start": boundary, "stop": tokens},
-    }
-
-
-def _notes(reader: Reader) -> Iterator[str]:
-    if reader.replaced:
-        yield f"bytes that are not UTF-8 were replaced by {reader.replaced} characters U+FFFD"
-    if reader.skipped:
-        shown = ", ".join(reader.skipped[:3]) + (", ..." if len(reader.skipped) > 3 else "")
-        yield f"{len(reader.skipped)} files are not valid Python source and were left out: {shown}"
+        places = {name: (name, 0, manifest.tokens) for name, manifest in manifests.items()}
+    else:
+        tokens = manifests["text"].tokens
+        boundary = tokens if kind == "none" else tail_boundary(tokens, fraction)
+        places = {"train": ("text", 0, boundary), "validation": ("text", boundary, tokens)}
+    keys = ("stream", "start", "stop")
+    return {name: dict(zip(keys, place, strict=True)) for name, place in places.items()}
 
 
 def _write_header(folder: Path, header: dict[str, Any]) -> None:

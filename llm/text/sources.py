@@ -47,9 +47,12 @@ class Found(NamedTuple):
 
     @property
     def text_bytes(self) -> int | None:
-        """Size of the text; None if an origin does not tell. A pass over all origins: ask once."""
-        sizes = [origin.text_bytes for origin in self.origins]
-        return None if None in sizes else sum(filter(None, sizes))
+        """Size of the text; None if an origin is compressed or does not tell its size.
+
+        It is summed over all origins at each access, so ask once, not for each piece of text.
+        """
+        known = all(KINDS[origin.kind].is_text for origin in self.origins)
+        return sum(origin.bytes for origin in self.origins) if known else None
 
 
 def find_origins(
@@ -152,13 +155,13 @@ def _matches(source: str, path: Path) -> Iterator[Origin]:
     """The files that a glob matches."""
     if not glob.has_magic(source):
         raise DataError(f"there is no file or folder {source}{_near_names(path)}")
-    files = [
-        file for file in map(Path, sorted(glob.glob(str(path), recursive=True))) if file.is_file()
-    ]
+    files = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
     if not files:
         raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
     root = _before_magic(path)
-    yield from (_origin_of(file, file.relative_to(root), kind_of_file(file)) for file in files)
+    yield from (
+        _origin_of(file, file.relative_to(root), kind_of_file(file)) for file in map(Path, files)
+    )
 
 
 def _folder(root: Path, notes: list[str]) -> Iterator[Origin]:
@@ -215,10 +218,8 @@ def _sha256_of(path: Path, cache: Path) -> str:
     place = os.fsencode(path.resolve())
     identity = [place.hex(), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     memory = cache / "hashes" / hashlib.sha256(place).hexdigest()
-    if memory.exists():
-        remembered = json.loads(memory.read_text())
-        if remembered["identity"] == identity:
-            return remembered["sha256"]
+    if memory.exists() and (known := json.loads(memory.read_text()))["identity"] == identity:
+        return known["sha256"]
     sha256 = _sha256_of_bytes(path)
     # A file written within the clock's grain of now could change again without a new time.
     if time.time() - status.st_ctime > 2:
@@ -274,7 +275,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> str:
                 raise http.client.HTTPException(f"it ended after {done} of {total} bytes")
     except (OSError, http.client.HTTPException) as error:
         if isinstance(error, OSError) and is_disk_full(error):
-            path.unlink()
+            path.unlink(missing_ok=True)
             needed = f"it has {total or 'an unknown number of'} bytes"
             raise no_room(url, path.parent.parent, needed, error) from None
         raise DataError(_unreachable(url, str(error))) from None

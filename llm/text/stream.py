@@ -10,7 +10,7 @@ Counts, bounds and hashes of these files are in the stream's StreamManifest, a p
 """
 
 import hashlib
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -77,8 +77,11 @@ class _HashedFile:
         return StoredFile(self.name, self.bytes, self._digest.hexdigest())
 
 
-class StreamWriter:
-    """Writes a stream in bounded memory, documents one after the other."""
+class StreamWriter(AbstractContextManager):
+    """Writes a stream in bounded memory, documents one after the other.
+
+    Leaving its context closes every file, whether the stream is finished or not.
+    """
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
         self._folder, self._name, self._files = folder, name, ExitStack()
@@ -121,8 +124,7 @@ class StreamWriter:
             names=self._names.close(),
         )
 
-    def close(self) -> None:
-        """Close every file, whether the stream is finished or not."""
+    def __exit__(self, *_: object) -> None:
         self._files.close()
 
     def _mark(self) -> None:

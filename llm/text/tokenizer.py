@@ -41,21 +41,6 @@ def sha256_of_json(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class UnseenCharacterError(UsageError):
-    """The tokenizer has no token for a character; the message gives its place in the text."""
-
-    def __init__(self, text: str, index: int, why: str):
-        self.character = text[index]
-        self.index = index
-        self.line = text.count("\n", 0, index) + 1
-        self.column = index - (text.rfind("\n", 0, index) + 1) + 1
-        super().__init__(
-            f"the character {self.character!a} (U+{ord(self.character):04X}"
-            + (f", {self.character}" if self.character.isprintable() else "")
-            + f") at index {index} (line {self.line}, column {self.column}) {why}"
-        )
-
-
 class Tokenizer(abc.ABC):
     """Token ids 0 to vocab_size - 1, and the bytes of each token.
 
@@ -78,7 +63,7 @@ class Tokenizer(abc.ABC):
         """int32 [n]. The spelling of a special token is ordinary text.
 
         Raises:
-          UnseenCharacterError: a character without a token, or a lone surrogate.
+          UsageError: a character without a token, or a lone surrogate; with its place in the text.
         """
 
     @abc.abstractmethod
@@ -137,7 +122,7 @@ class ByteTokenizer(Tokenizer):
         try:
             encoded = text.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError as error:
-            raise UnseenCharacterError(text, error.start, _SURROGATE) from None
+            raise _unseen(text, error.start, _SURROGATE) from None
         return np.frombuffer(encoded, np.uint8).astype(np.int32)
 
     def definition(self) -> dict[str, Any]:
@@ -164,7 +149,7 @@ class CharacterTokenizer(Tokenizer):
                 "from; leave it out, or train with a corpus that has it or with tokenizer.kind = "
                 "'bytes'"
             )
-            raise UnseenCharacterError(text, int(unseen[0]), why)
+            raise _unseen(text, int(unseen[0]), why)
         return ids
 
     def definition(self) -> dict[str, Any]:
@@ -211,17 +196,17 @@ class BytePairTokenizer(Tokenizer):
         try:
             ids = self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError as error:
-            raise UnseenCharacterError(text, error.start, _SURROGATE) from None
+            raise _unseen(text, error.start, _SURROGATE) from None
         return ids.astype(np.int32)
 
     def definition(self) -> dict[str, Any]:
-        assigned = [(token, id_) for id_, token in enumerate(self.token_table) if token]
+        ranks = {base64.b64encode(t).decode(): id_ for id_, t in enumerate(self.token_table) if t}
         return {
             "kind": "byte_pairs",
             "name": self.name,
             "pattern": self.pattern,
             "special_tokens": self.special_tokens,
-            "ranks": {base64.b64encode(token).decode(): id_ for token, id_ in assigned},
+            "ranks": ranks,
         }
 
 
@@ -231,6 +216,18 @@ _SURROGATE = "is half of a surrogate pair, which is not a character"
 def named_tokenizer(kind: str) -> Tokenizer:
     """A tokenizer that needs no corpus: "bytes", or the name of a tiktoken encoding."""
     return ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind)
+
+
+def _unseen(text: str, index: int, why: str) -> UsageError:
+    """The error for a character without a token, with its place in the text."""
+    character = text[index]
+    shown = f", {character}" if character.isprintable() else ""
+    line = text.count("\n", 0, index) + 1
+    column = index - text.rfind("\n", 0, index)
+    return UsageError(
+        f"the character {character!a} (U+{ord(character):04X}{shown}) at index {index} (line "
+        f"{line}, column {column}) {why}"
+    )
 
 
 def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
@@ -269,7 +266,6 @@ def known_vocab_size(kind: str) -> int | None:
       UsageError: there is no such kind.
       DataError: the encoding is not known here and cannot be fetched.
     """
-    check_kind(kind)
     if kind in MADE_FROM_CORPUS:
         return None
     return _ENCODING_SIZES.get(kind) or named_tokenizer(kind).vocab_size
