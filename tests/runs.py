@@ -12,8 +12,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
 
-# Tests compile more than they compute. Half of the compiler's time goes into making programs fast.
-QUICK_COMPILING = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Tests compile more than they compute, and most of the compiler's time goes into making programs
+# fast: into optimization and fusion. Splitting a module for several cores costs more than it wins.
+QUICK_COMPILING = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+)
 
 SETTINGS = {
     "data": {"validation": "tail:0.1"},
