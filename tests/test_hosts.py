@@ -8,7 +8,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
+import jax
 import numpy as np
 import pytest
 from runs import (
@@ -387,6 +389,31 @@ def test_a_run_of_one_decides_for_itself_without_a_store():
     assert hosts.decide("anything", lambda: {"a": (1,)}) == {"a": (1,)}
     with pytest.raises(ZeroDivisionError), hosts.collective():
         raise ZeroDivisionError
+
+
+def test_a_process_that_failed_first_stays_to_say_why(monkeypatch):
+    """Its own watcher reads the failure too, and must not take it for another's."""
+
+    class Store(dict):
+        def key_value_set(self, name, value, allow_overwrite=False):
+            self[name] = value
+            time.sleep(0.05)  # longer than the watcher rests
+
+        def key_value_try_get(self, name):
+            if name not in self:
+                raise jax.errors.JaxRuntimeError("not found")
+            return self[name]
+
+        def key_value_dir_get(self, name):
+            return [item for item in self.items() if item[0].startswith(name)]
+
+    left = []
+    monkeypatch.setattr("llm.run.hosts.BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(os, "_exit", left.append)
+    hosts = Hosts(1, 2, Store({"llm/name/0": '"process 0"'}))
+    hosts._watcher.start()
+    hosts.fail(UsageError("the only one who knows"))
+    assert left == []
 
 
 def sign(age=0.0, idle=0.0, marks=5, suspicious=False):
