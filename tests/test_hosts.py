@@ -279,6 +279,7 @@ def test_the_death_of_process_0_is_named_by_the_other(tmp_path):
     assert "the same command resumes" in output
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [

@@ -57,7 +57,20 @@ def test_the_same_command_again_says_it_is_finished(unbroken, capsys):
     assert (unbroken / "run" / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.thorough(keep=2)
+def test_a_run_that_is_killed_twice_is_bitwise_the_unbroken_one(unbroken_process, tmp_path):
+    """In a step, and when a save only waits for its name. 25 kills: test_kills.py."""
+    config = write_config(tmp_path)
+    for place in ("step:step=7", "checkpoint.before_commit:step=8"):
+        code, output = run_process(config, fault=f"{place}:kill")
+        assert code == -signal.SIGKILL, output
+    code, output = run_process(config)
+    assert code == 0, output
+    assert len(starts(tmp_path / "run")) == 3
+    assert losses(tmp_path / "run") == losses(unbroken_process / "run")
+    assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
+
+
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     "place",
     ["step:step=3", "step:step=7", "evaluation:step=6", "checkpoint.after_write:step=8",
