@@ -76,8 +76,9 @@ class Surfaces:
         self.lm = llm.load(self.run)
         self.ids = tokenizer.encode(TEXT)
         # Where tokens are bytes, a draw that is not UTF-8: of gpt2's tokens one in fifty is not.
+        # Seed 16 gives one today.
         whole = tokenizer.name == "characters"
-        seeds = (seed for seed in range(50) if whole or "\ufffd" in self.draw(seed=seed).text)
+        seeds = (s for s in (16, *range(50)) if whole or "\ufffd" in self.draw(seed=s).text)
         self.drawn = {**DRAWN, "seed": next(seeds)}
 
     def draw(self, **arguments):
@@ -373,7 +374,7 @@ def test_stop_strings_that_span_tokens_are_cut_the_same_everywhere(surfaces, ser
 def test_the_end_of_text_has_its_record_and_no_text_everywhere(surfaces, served):
     if surfaces.tokenizer.name != "bytes":
         pytest.skip("characters have none, and of gpt2 it is drawn once in 50,000 tokens")
-    draws = (surfaces.draw(seed=seed) for seed in range(200))
+    draws = (surfaces.draw(seed=seed) for seed in (14, *range(200)))
     generated = next(draw for draw in draws if draw.finish == "end_of_text")
     seed = generated.records()[0]["sampling"]["seed"]
     surfaces_ = [generated.records()]
