@@ -313,7 +313,7 @@ except SystemExit:
 def test_rows_come_one_after_the_other():
     early = [NewTokens(1, ["b"], None), NewTokens(0, ["a"], None), NewTokens(2, ["c"], "length")]
     late = [NewTokens(1, ["B"], "length"), NewTokens(0, ["A"], "length")]
-    ordered = [(p.row, *p.tokens) for p in in_order(early + late, 3)]
+    ordered = [(p.row, *p.tokens) for p in in_order(early + late)]
     assert ordered == [(0, "a"), (0, "A"), (1, "b"), (1, "B"), (2, "c")]
 
 

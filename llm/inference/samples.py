@@ -6,6 +6,7 @@ The `sample` command and `llm.load(...).generate` share this, so that the same s
 the same records. What it is not: the decoding (decode.py), or the output of text.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -69,19 +70,17 @@ def continued(decoder: "Decoder", requests: "Sequence[Request]") -> "Iterator[Ne
     """
     for start in range(0, len(requests), MAX_ROWS):
         group = requests[start : start + MAX_ROWS]
-        yield from in_order(decoder.generate(group), len(group))
+        yield from in_order(decoder.generate(group))
 
 
-def in_order(tokens: "Iterable[NewTokens]", rows: int) -> "Iterator[NewTokens]":
+def in_order(tokens: "Iterable[NewTokens]") -> "Iterator[NewTokens]":
     """The same tokens, one row after the other: tokens that come early wait for their turn."""
-    waiting: list[list[NewTokens]] = [[] for _ in range(rows)]
+    waiting: dict[int, list[NewTokens]] = defaultdict(list)
     current = 0
     for new in tokens:
         waiting[new.row].append(new)
-        while current < rows and waiting[current]:
-            ended = waiting[current][-1].finish is not None
-            yield from waiting[current]
-            waiting[current] = []
-            if not ended:
+        while ready := waiting.pop(current, None):
+            yield from ready
+            if ready[-1].finish is None:
                 break
             current += 1
