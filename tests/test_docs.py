@@ -298,7 +298,7 @@ def test_fault_points_are_those_of_the_code():
 
 
 def test_resume_rules_are_those_of_the_code():
-    from llm.run.directory import ALLOWED_SECTIONS, FREE_SECTIONS, FREE_SETTINGS, NEVER
+    from llm.run.start import ALLOWED_SECTIONS, FREE_SECTIONS, FREE_SETTINGS, NEVER
 
     rows = table_after(RUNS.read_text(), "| setting | on resume |")
     names = [tuple(re.findall(r"`([\w.]+)`", row[0])) for row in rows]

@@ -27,7 +27,8 @@ from llm.commands import run_command
 from llm.commands.train import main
 from llm.errors import CheckpointError, DataError, NonFiniteError, RunLockedError, UsageError
 from llm.model import remat
-from llm.run.directory import RunDirectory, locked
+from llm.run.directory import RunDirectory
+from llm.run.start import locked
 from llm.text.tokenizer import CharacterTokenizer
 
 

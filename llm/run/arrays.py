@@ -92,27 +92,18 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def stored_arrays(folder: Path, names: Iterable[str]) -> dict[str, Any]:
-    """The shape and dtype of arrays of a group, as Orbax's ArrayMetadata.
+    """Arrays of a group as tensorstore.TensorStore, which have a shape and a dtype.
 
     Raises:
       ValueError: one of them is not there, or is damaged.
     """
-    names = list(names)
-    return dict(zip(names, _orbax("metadata", folder, names), strict=True))
+    return {name: _open(folder / name, open=True) for name in names}
 
 
 def read_arrays(
     folder: Path, shardings: Mapping[str, jax.sharding.Sharding]
 ) -> dict[str, jax.Array]:
     """Arrays of a group on their devices; a process reads what its own devices hold."""
-    import orbax.checkpoint as ocp
-
-    wanted = [ocp.ArrayRestoreArgs(sharding=sharding) for sharding in shardings.values()]
-    return dict(zip(shardings, _orbax("deserialize", folder, shardings, wanted), strict=True))
-
-
-def _orbax(method: str, folder: Path, names: Iterable[str], *arguments: Any) -> list[Any]:
-    """What a method of Orbax's ArrayHandler says of these arrays."""
     import logging
 
     import orbax.checkpoint as ocp  # takes most of a second
@@ -120,33 +111,25 @@ def _orbax(method: str, folder: Path, names: Iterable[str], *arguments: Any) -> 
 
     # Orbax warns of what is done here on purpose, and logs the errors that it then raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    types, folder, context = ocp.type_handlers, folder.resolve(), tensorstore.Context()
+    root = folder.resolve()
+    shared = {"is_ocdbt_checkpoint": False, "ts_context": tensorstore.Context()}
     infos = [
-        types.ParamInfo(
-            name=name,
-            parent_dir=folder,
-            path=folder / name,
-            is_ocdbt_checkpoint=False,
-            ts_context=context,
-        )
-        for name in names
+        ocp.type_handlers.ParamInfo(name=name, parent_dir=root, path=root / name, **shared)
+        for name in shardings
     ]
-    handler = types.ArrayHandler(array_metadata_store=None)
+    wanted = [ocp.ArrayRestoreArgs(sharding=sharding) for sharding in shardings.values()]
+    handler = ocp.type_handlers.ArrayHandler(array_metadata_store=None)
     # In a thread of its own: a notebook has an event loop already.
     with ThreadPoolExecutor(1) as thread:
-        return list(
-            thread.submit(asyncio.run, getattr(handler, method)(infos, *arguments)).result()
-        )
+        arrays = thread.submit(asyncio.run, handler.deserialize(infos, wanted)).result()
+    return dict(zip(shardings, arrays, strict=True))
 
 
 def _open(folder: Path, **options: Any) -> Any:
     import tensorstore  # takes a tenth of a second
 
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"},
-    }
-    return tensorstore.open(spec | options).result()
+    file = {"driver": "file", "path": f"{folder.resolve()}/"}
+    return tensorstore.open({"driver": "zarr", "kvstore": file, **options}).result()
 
 
 _LANES = 4

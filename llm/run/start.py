@@ -1,25 +1,24 @@
 """What a start makes of a run directory: it begins, resumes or is finished, or it is refused.
 
-`claim` decides before anything is compiled. `begin` writes what a run needs to be opened later.
+`claim` takes the lock of the directory and decides, before anything is compiled, whether the run
+may go on with these settings. `begin` writes what a run needs to be opened later.
 `record_start` and `record_end` keep the history of starts in run.json.
 """
 
 import contextlib
-from typing import Any
+import fcntl
+import os
+import socket
+from typing import IO, Any
 
 from jax.sharding import Mesh
 
 from llm.config import Config, differences
-from llm.errors import CheckpointError, UsageError
+from llm.errors import CheckpointError, RunLockedError, UsageError
+from llm.files import now
 from llm.model.gpt import ModelSpec
 from llm.run.checkpoint import Checkpoints, saved_steps, verify_files
-from llm.run.directory import (
-    RunDirectory,
-    changes_on_resume,
-    check_is_ours,
-    explained,
-    locked,
-)
+from llm.run.directory import RunDirectory, explained
 from llm.run.display import Display
 from llm.run.metrics import MetricsFile, read_metrics
 from llm.run.provenance import check_trained, describe_run, describe_start
@@ -80,6 +79,119 @@ def _check_steps(run: RunDirectory, config: Config) -> None:
             f"{trained}; expected at least {trained}: set --training.steps {trained} or more, or "
             "run.dir to another folder for a shorter run"
         )
+
+
+def locked(run: RunDirectory) -> IO[str]:
+    """Keep every other process out of a run directory until the file that is returned is closed.
+
+    The kernel releases the lock when its holder dies, so the lock of a dead process is simply taken
+    over. The file's content only tells a person who holds it.
+
+    Raises:
+      RunLockedError: another process trains here; the message names it.
+      UsageError, CheckpointError: see `explained`.
+    """
+    with explained(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        file = open(run.lock, "a+")  # noqa: SIM115 (held until the caller closes it)
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunLockedError(
+            f"{run.path} is in use by {holder}; wait for it, stop it, or set another run.dir"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {now()}\n")
+    file.flush()
+    return file
+
+
+def check_is_ours(run: RunDirectory) -> None:
+    """Refuse a folder that holds other things than a run, before anything is written into it.
+
+    Raises:
+      UsageError: naming what was found.
+    """
+    for path in (run.path, run.checkpoints):
+        if path.exists() and not path.is_dir():
+            raise UsageError(
+                f"{path} is a file; expected a folder: move it away, or set another run.dir"
+            )
+    if run.exists() or not run.path.is_dir():
+        return
+    ours = {"run.lock", "run.json", "tokenizer", "metrics.jsonl"}
+    foreign = [
+        name for name in sorted(os.listdir(run.path)) if name not in ours and ".tmp" not in name
+    ]
+    if foreign:
+        raise UsageError(
+            f"{run.path} is not empty and is not a run (no config.toml): found "
+            f"{', '.join(foreign[:5])}; set run.dir to a new folder"
+        )
+
+
+# Settings that may differ when a run is resumed. Everything else decides which model results.
+FREE_SECTIONS = ("logging", "checkpoint", "sample", "mesh", "distributed")
+FREE_SETTINGS = (
+    "run.dir",
+    "run.allow_change",
+    "run.deterministic",
+    "data.source",  # the content must be the same: its fingerprint is compared
+    "data.cache_dir",
+    "data.workers",
+    "training.steps",
+    "training.eval_every",
+    "training.eval_batch_size",
+    "training.attention",
+    "training.scan_layers",
+    "training.remat",
+    "training.on_nonfinite",
+    "training.spike_zscore",
+    "training.max_skipped",
+)
+# Settings that change the result, perhaps on purpose: taken with run.allow_change, and recorded.
+ALLOWED_SECTIONS = ("optimizer", "training")
+NEVER = ("optimizer.kind", "training.compute_dtype")
+
+
+def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from the run's and are taken: name -> (before, now).
+
+    Raises:
+      UsageError: a setting differs that may not; the message lists each of them.
+    """
+    changed = differences(before, now_)
+    refused = {
+        name
+        for name in changed
+        if name.split(".")[0] not in FREE_SECTIONS and name not in FREE_SETTINGS
+    }
+    if "auto" in changed.get("training.compute_dtype", ()):
+        # What "auto" stands for is compared once the devices are known: provenance.py.
+        refused.discard("training.compute_dtype")
+    may_be_allowed = {
+        name for name in refused if name.split(".")[0] in ALLOWED_SECTIONS and name not in NEVER
+    }
+    if now_.run.allow_change:
+        refused -= may_be_allowed
+    if refused:
+        remedy = "set run.dir to another folder for another experiment, or restore these settings"
+        if refused <= may_be_allowed:
+            remedy += ", or add --run.allow-change to take them from here on (it is recorded)"
+        lines = [
+            f"  {name}: the run has {changed[name][0]!r}, this command has {changed[name][1]!r}"
+            for name in sorted(refused)
+        ]
+        holder = f"{before.run.dir or 'the run directory'} holds a run with other settings:"
+        raise UsageError("\n".join([holder, *lines, f"  {remedy}"]))
+    return {
+        name: values
+        for name, values in changed.items()
+        if name not in ("run.dir", "run.allow_change")
+    }
 
 
 def is_finished(run: RunDirectory, config: Config, display: Display) -> bool:
