@@ -18,6 +18,7 @@ Source: the zarr storage specification, version 2.
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,6 +82,8 @@ def write_pieces(folder: Path, group: str, pieces: Sequence[Piece]) -> dict[str,
         for name in [".".join(place) or "0", *([".zarray"] * first)]:
             path = folder / group / piece.name / name
             files[str(path.relative_to(folder))] = describe_file(path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
     return files
 
 
@@ -129,7 +132,9 @@ def _open(folder: Path, **options: Any) -> Any:
     import tensorstore  # takes a tenth of a second
 
     file = {"driver": "file", "path": f"{folder.resolve()}/"}
-    return tensorstore.open({"driver": "zarr", "kvstore": file, **options}).result()
+    context = {"file_io_sync": False}  # `write_pieces` flushes each file once
+    spec = {"driver": "zarr", "kvstore": file, "context": context, **options}
+    return tensorstore.open(spec).result()
 
 
 _LANES = 4
