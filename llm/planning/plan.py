@@ -58,22 +58,22 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     step = make_train_step(compiled_spec, config.optimizer, training, mesh)
     lowered = step.lower(state, Batch(jax.ShapeDtypeStruct(windows, jnp.int32)))
     text, limit = None, available_memory(target, memory_fraction)
+    temporaries, code = None, 0
     try:
         compiled = lowered.compile()
-        memory = _compiled_memory(compiled, arithmetic, target)
+        temporaries, code, needed = _compiled_memory(compiled, arithmetic, target)
         text = program_text(lowered, compiled)
     except jax.errors.JaxRuntimeError as error:
-        memory, most = refused_memory(str(error))
+        needed, most = refused_memory(str(error))
         limit = min(most, limit or most)
-    seconds = round(time.monotonic() - started, 1)
-    spare = None if limit is None else limit - memory["needed_bytes"]
+    spare = None if limit is None else limit - needed
     return {
         "estimate": True,
         "target": target.name,
         "devices": len(target.devices),
         "device_kind": target.kind,
         "compiled_for": "cpu" if target.stands_in else target.kind,
-        "compile_seconds": seconds,
+        "compile_seconds": round(time.monotonic() - started, 1),
         "mesh": sizes,
         "remat": training.remat,
         "batch_size": training.batch_size,
@@ -85,7 +85,10 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
             "weights_bytes": arithmetic.state.weights,
             "optimizer_bytes": arithmetic.state.optimizer,
             "other_state_bytes": arithmetic.state.other,
-            **memory,
+            "temporaries_bytes": temporaries,
+            "temporaries_from": "arithmetic" if target.stands_in and text else "compiler",
+            "program_bytes": code,
+            "needed_bytes": needed,
             "available_bytes": limit,
             "fits": None if spare is None else spare >= 0,
             "spare_bytes": spare,
@@ -94,8 +97,11 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     }
 
 
-def _compiled_memory(compiled: Any, arithmetic: Arithmetic, target: Target) -> Facts:
-    """Bytes on one device by the compiler's analysis.
+def _compiled_memory(
+    compiled: Any, arithmetic: Arithmetic, target: Target
+) -> tuple[float, int, float]:
+    """Bytes of temporaries, of the program and of all together on one device, by the compiler's
+    analysis.
 
     For a stand-in the temporaries (activations, gradients and all else that lives within a step)
     are arithmetic, because the CPU compiler keeps other arrays and keeps them in float32.
@@ -106,16 +112,12 @@ def _compiled_memory(compiled: Any, arithmetic: Arithmetic, target: Target) -> F
     temporaries, code = analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes
     if target.stands_in:
         temporaries, code = arithmetic.temporaries(), 0
-    return {
-        "temporaries_bytes": temporaries,
-        "temporaries_from": "arithmetic" if target.stands_in else "compiler",
-        "program_bytes": code,
-        "needed_bytes": kept + temporaries + code,
-    }
+    return temporaries, code, kept + temporaries + code
 
 
-def refused_memory(message: str) -> tuple[Facts, float]:
-    """The needed bytes, and the device's, by the words of a TPU compiler that ran out of memory.
+def refused_memory(message: str) -> tuple[float, float]:
+    """The bytes that are needed and those of a device, in the words of a TPU compiler that ran out
+    of memory.
 
     Raises:
       jax.errors.JaxRuntimeError: the message is about something else.
@@ -128,13 +130,7 @@ def refused_memory(message: str) -> tuple[Facts, float]:
         raise jax.errors.JaxRuntimeError(message)
     units = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
     needed, unit, most, unit_of_most = figures.groups()
-    facts = {
-        "temporaries_bytes": None,
-        "temporaries_from": "compiler",
-        "program_bytes": 0,
-        "needed_bytes": float(needed) * units[unit],
-    }
-    return facts, float(most) * units[unit_of_most]
+    return float(needed) * units[unit], float(most) * units[unit_of_most]
 
 
 def available_memory(target: Target, memory_fraction: float) -> float | None:

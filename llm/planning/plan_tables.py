@@ -127,8 +127,8 @@ def _memory(memory: Facts) -> list[Row]:
 
 def _sent(one: Facts) -> Row:
     seconds = "" if one["seconds"] is None else f"{one['seconds']:.3g}"
-    count, size = f"{one['count']:,}", f"{one['bytes'] / GIB:.3f}"
-    return (one["kind"], str(one["devices"]), count, size, seconds)
+    size = f"{one['bytes'] / GIB:.3f}"
+    return (one["kind"], str(one["devices"]), f"{one['count']:,}", size, seconds)
 
 
 def _bytes(count: float | None) -> str:
