@@ -32,7 +32,7 @@ from llm.errors import UsageError
 WIDEST_HELP = 100  # columns; longer lines are harder to read
 
 
-# A flag that names a file to write.
+# The type of a flag that names a file to write.
 _OUTPUT = "output"
 OutputFile = Annotated[str | None, _OUTPUT]
 
@@ -176,14 +176,14 @@ def flags_of(model: type[pydantic.BaseModel], section: str = "") -> dict[str, Fl
 
 
 def _types(annotation: Any) -> Iterator[Any]:
-    """tuple, int and "all" for `tuple[int, ...] | Literal["all"]`; a dict is made of words."""
+    """The types in an annotation: tuple, int and "all" for `tuple[int, ...] | Literal["all"]`."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         yield from inner
     elif origin is None:
         yield annotation
     else:
-        if origin in (tuple, dict):
+        if origin in (tuple, dict):  # a dict is given as several words
             yield tuple
         for part in inner[:1] if origin in (tuple, dict, Annotated) else inner:
             yield from _types(part)
@@ -215,7 +215,7 @@ def _is_flag(word: str) -> bool:
 
 
 def _read_flag(flags: Mapping[str, Flag], word: str, left: list[str]) -> tuple[Flag, list[str]]:
-    """The flag that a word names, and its values, which are taken off the words that are left."""
+    """The flag that a word names, and its values. The values are removed from `left`."""
     spelling, equals, value = ("--help" if word == "-h" else word).partition("=")
     name, values = spelling.lstrip("-").replace("-", "_"), [value] if equals else []
     switches = {_off(flag.name): flag for flag in flags.values() if bool in flag.types}

@@ -1,8 +1,8 @@
 """python sample.py RUN [-] [--prompt TEXT ...]: continue texts, show every token's probability.
 
-The text goes to standard output as it is written, prompt included. With several samples, a line on
-stderr names each. All samples are computed together and shown one after the other. Settings that
-no flag gives are those of the run's `sample` section.
+The text, which begins with the prompt, goes to standard output while it is written. If there are
+several samples, a line on stderr names each of them. They are computed together and shown one after
+the other. A setting that no flag gives comes from the run's `sample` section.
 """
 
 import os
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> int:
 
 
 def plain_text(records: Iterable[AnyRecord], samples: int) -> Iterator[str]:
-    """The text of the records. With several samples, a line on stderr names each."""
+    """The text of the records. If there are several samples, a line on stderr names each."""
     begun: int | None = None
     for record in records:
         if isinstance(record, TokenRecord):
