@@ -10,7 +10,7 @@ import select
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 import pydantic
 
@@ -20,9 +20,6 @@ from llm.config import SamplingConfig, setting
 from llm.errors import UsageError
 from llm.inference.records import AnyRecord, EndRecord, RunRecord, Sampling, TokenRecord
 from llm.inference.samples import continued, make_requests, overlay
-
-if TYPE_CHECKING:
-    from llm.text.tokenizer import Tokenizer
 
 
 class Options(SamplingConfig, RecordOptions):
@@ -60,7 +57,9 @@ def main(arguments: list[str]) -> int:
 
     settings = overlay(opened.config.sample, flags, where="the flags")
     prompts = [*options.prompt, *(as_text(data, opened.tokenizer, name) for name, data in files)]
-    prompts += stdin_prompts(options.stdin, not prompts, opened.tokenizer)
+    if options.stdin or (not prompts and text_is_piped_in()):
+        text = as_text(sys.stdin.buffer.read(), opened.tokenizer, "standard input")
+        prompts += [text] if text or options.stdin else []
     decoder = Decoder.create(opened.spec, opened.params, opened.tokenizer)
     requests = make_requests(
         settings,
@@ -118,20 +117,12 @@ def plain_text(records: Iterable[AnyRecord], samples: int) -> Iterator[str]:
             yield "\n"
 
 
-def stdin_prompts(asked: str | None, may_default: bool, tokenizer: "Tokenizer") -> list[str]:
-    """The prompt on standard input: if `-` asks for it, or if no other prompt is given and one is
-    piped in.
+def text_is_piped_in() -> bool:
+    """Whether standard input holds a prompt that can be read without waiting for it.
 
-    Without `-` a pipe is read only if it holds something by now, when the model is loaded: a shell
-    or a scheduler may leave a pipe open forever.
+    A pipe is read only if it holds something by now, when the model is loaded: a shell or a
+    scheduler may leave a pipe open forever.
     """
-    if asked is None and not (may_default and _stdin_has_text()):
-        return []
-    text = as_text(sys.stdin.buffer.read(), tokenizer, "standard input")
-    return [text] if text or asked else []
-
-
-def _stdin_has_text() -> bool:
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (AttributeError, OSError, ValueError):
