@@ -175,6 +175,17 @@ def test_bytes_that_are_not_utf8(tmp_path, model, capsys):
     assert "0xff" in error and "offset 2" in error
 
 
+@pytest.mark.parametrize("command", [sample, score])
+def test_a_vocabulary_smaller_than_top_is_listed_whole(command, model, tmp_path, capsys):
+    model["model"] = opened(CharacterTokenizer("ab\n"))
+    path, flag = tmp_path / "out.jsonl", "--text" if command is score else "--prompt"
+    assert command(flag, "abab", "--top", 10, "--watch", 1, "--probs", path) == 0
+    run, first, *tokens, _ = read_records(path)
+    assert (run["top"], first["top"]) == (3, [])
+    assert all(sorted(entry["id"] for entry in token["top"]) == [0, 1, 2] for token in tokens)
+    capsys.readouterr()
+
+
 def test_stop_strings_and_probs_to_stdout(capsys):
     assert sample("--prompt", "z", "--greedy", "--max-new-tokens", 12, "--probs", "-") == 0
     *_, end = map(json.loads, capsys.readouterr().out.splitlines())

@@ -14,6 +14,7 @@ means the same on every surface.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -198,7 +199,7 @@ def _alternatives(
     )
     watched_T = zip(described.watch_ranks.tolist(), described.watch_logprobs.tolist(), strict=True)
     for kept, likeliest, watched in zip(kept_tokens_T, likeliest_T, watched_T, strict=True):
-        entries = list(zip(range(1, top + 1), *likeliest, strict=True))
+        entries = list(zip(itertools.count(1), *likeliest, strict=False))
         if watch:
             # Padded columns lie beyond len(watch): zip ends before them.
             ranked = sorted({(rank, id_, x) for rank, x, id_ in zip(*watched, watch, strict=False)})
