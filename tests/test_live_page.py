@@ -70,7 +70,9 @@ class Standin(ThreadingHTTPServer):
         prompt, settings = request["prompt"], request
         if isinstance(prompt, str):
             prompt = self.model.encode(prompt) or [self.model.end_of_text]
-        sampling = {name: settings[name] for name in ("temperature", "top_k", "top_p", "seed")}
+        sampling = {
+            name: settings[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed")
+        }
         sampling["top_k"] = sampling["top_k"] or self.model.vocab_size
         count = min(request["max_tokens"], CONTEXT - len(prompt))
         return records_of(
