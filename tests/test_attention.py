@@ -8,7 +8,7 @@ import pytest
 from llm.model.attention import (
     Places,
     attend,
-    attention_weights,
+    attention_scores,
     drop,
     rotate,
     segment_positions,
@@ -94,7 +94,7 @@ def _gradients(query, key, value, visible, weights):
 def test_weights_equal_float64_numpy_and_are_those_that_attend_mixes_with():
     arrays = example(2)
     query, key, value, visible = as_float32(*arrays)
-    weights_BKGTS = attention_weights(query, key, visible)
+    weights_BKGTS = jax.nn.softmax(attention_scores(query, key, visible), axis=-1)
     weights = weights_BKGTS.reshape(B, N, T, S)
     np.testing.assert_allclose(weights, reference_weights(*arrays[:2], arrays[3]), atol=1e-6)
     mixed = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, value).reshape(B, T, N, H)
@@ -123,7 +123,7 @@ def test_bfloat16_rounds_inputs_weights_and_output_but_not_scores():
     expected = reference_attention(*as_read, visible)
     error = np.abs(np.asarray(result, np.float64) - expected).max()
     assert error < 2 * 2**-9 * np.abs(as_read[2]).max()
-    assert attention_weights(*rounded[:2], jnp.asarray(visible)).dtype == jnp.float32
+    assert attention_scores(*rounded[:2], jnp.asarray(visible)).dtype == jnp.float32
 
 
 def test_a_position_sees_itself_and_what_is_before_it():
@@ -208,7 +208,8 @@ def test_dropout_in_attention_zeroes_weights_and_keeps_their_expectation():
     query, key, _, visible = as_float32(*example(4))
     key, visible = key[:, :H], visible[:, :, :H]
     onehot = jnp.broadcast_to(jnp.eye(H)[None, :, None, :], (B, H, N, H))
-    weights = np.asarray(attention_weights(query, key, visible).reshape(B, N, T, H).swapaxes(1, 2))
+    weights_BKGTS = jax.nn.softmax(attention_scores(query, key, visible), axis=-1)
+    weights = np.asarray(weights_BKGTS.reshape(B, N, T, H).swapaxes(1, 2))
 
     @jax.jit
     @jax.vmap

@@ -357,6 +357,7 @@ def compute_worked_example() -> dict[str, object]:
     from llm.inference.records import Sampling, bits_per_byte, perplexity
     from llm.model.gpt import ModelSpec, bind
     from llm.model.loss import LossOptions, head_loss
+    from llm.pages.attention import attention_weights
 
     config = ModelConfig(
         n_layer=1, n_head=1, d_model=2, d_ff=1, context_length=2, positions="none",
@@ -390,7 +391,7 @@ def compute_worked_example() -> dict[str, object]:
         last = logprobs[1:]
         drawn = apply_filters(last, Candidates.of(last), settings)
         q = [jnp.exp(drawn.logprob(jnp.array([v]))) for v in (0, 1)]
-        weights = model.attention_weights(inputs)[0, 0, 0, 1]
+        weights = attention_weights(model, inputs)[0, 0, 0, 1]
         return hidden[0], model(inputs)[0], logprobs, said, loss.nll, q, drawn.kept_mass_R, weights
 
     hidden, logits, logprobs, said, nll, q, kept_mass, weights = jax.jit(compute)(params)

@@ -21,6 +21,7 @@ from llm.model.gpt import (
 )
 from llm.model.layers import Linear, apply_side_by_side, residual_std
 from llm.model.norm import Norm, normalise
+from llm.pages import attention as maps
 
 VOCAB, LENGTH = 11, 10
 SMALL = {
@@ -317,7 +318,7 @@ def test_multi_query_equals_multi_head_with_its_key_and_value_repeated():
 
 @functools.partial(jax.jit, static_argnums=0)
 def attention_weights(spec, params, tokens):
-    return bind(spec, params).attention_weights(tokens)
+    return maps.attention_weights(bind(spec, params), tokens)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "modern"])

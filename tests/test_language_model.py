@@ -31,6 +31,7 @@ from llm.inference.records import Sampling, read_records
 from llm.inference.score import _describe_batch
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.sharding import check_divisible
+from llm.pages.attention import attention_weights
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
 from llm.run.receipt import make_receipt, receipt_logprobs
@@ -318,7 +319,7 @@ def test_distribution_and_attention_are_the_models_own(lm):
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
     assert not np.triu(weights, 1).any()
     # Without the padding that `attention` adds.
-    alone = bind(lm.spec, lm.params).attention_weights(ids[None])[:, 0]
+    alone = attention_weights(bind(lm.spec, lm.params), ids[None])[:, 0]
     np.testing.assert_allclose(weights, alone, atol=1e-5)
     assert lm.attention("").shape == (1, 4, 0, 0)
     assert lm.attention("x" * CONTEXT).shape == (1, 4, CONTEXT, CONTEXT)

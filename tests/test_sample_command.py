@@ -26,6 +26,7 @@ from llm.inference.decode import NewTokens
 from llm.inference.records import read_records
 from llm.inference.samples import continued, in_order, make_requests, overlay
 from llm.model.gpt import ModelSpec, bind, initialise
+from llm.pages.attention import attention_weights
 from llm.pages.attention_view import attention_page
 from llm.run.open import OpenedModel
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
@@ -409,7 +410,7 @@ def test_score_writes_where_each_head_looks(tmp_path, model, capsys):
     assert weights.dtype == np.float32 and weights.shape == (1, 2, len(ids), len(ids))
     np.testing.assert_allclose(weights.sum(-1), 1.0, atol=1e-5)
     assert not np.triu(weights, 1).any() and written["attention_1"].tolist() == [[[[1.0]]] * 2]
-    alone = bind(opened.spec, opened.params).attention_weights(ids[None])
+    alone = attention_weights(bind(opened.spec, opened.params), ids[None])
     np.testing.assert_allclose(weights, alone[:, 0], atol=1e-5)
     page = tmp_path / "attention.html"
     assert score("--text", text, "--attention", arrays, "--attention-html", page) == 0

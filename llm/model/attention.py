@@ -80,7 +80,7 @@ def attend(
     exponentials_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
     sums_BKGT1 = exponentials_BKGTS.sum(axis=-1, keepdims=True)
     dropped_BKGTS = drop(exponentials_BKGTS, dropout, dropout_key).astype(value_BSKH.dtype)
-    # In the order of the batched product; any other order would transpose the cached values.
+    # The result has the batched product's own order; another would transpose the cached values.
     mixed_BKGTH = jnp.einsum(
         "BKGTS,BSKH->BKGTH", dropped_BKGTS, value_BSKH, preferred_element_type=jnp.float32
     )
@@ -100,13 +100,6 @@ def attention_scores(
     )
     # Scaled here, in float32: scaled queries would be rounded once more in bfloat16.
     return jnp.where(visible_BTS[:, None, None, :, :], products_BKGTS * H**-0.5, -jnp.inf)
-
-
-def attention_weights(
-    query_BTNH: jax.Array, key_BSKH: jax.Array, visible_BTS: jax.Array
-) -> jax.Array:
-    """softmax(Q K^T / sqrt(H) + M) over s: float32 [B, K, G, T, S], zero where not visible."""
-    return jax.nn.softmax(attention_scores(query_BTNH, key_BSKH, visible_BTS), axis=-1)
 
 
 def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:

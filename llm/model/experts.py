@@ -113,11 +113,11 @@ def mix_experts(
 
 @jax.custom_vjp
 def exchange(x_RD: jax.Array, source_i: jax.Array, back_R: jax.Array) -> jax.Array:
-    """y[i] = x[source[i]] for R rows; zero if source[i] is R, which is none of the rows.
+    """y[i] = x[source[i]] for R rows; zero if source[i] is R, which is beyond the last row.
 
     Args:
-      back_R: the inverse of source, out of range where no i has row r. With it the gradient is an
-        exchange too; the gradient of a plain gather would add up rows one by one.
+      back_R: the inverse of source, out of range for a row that no i reads. It makes the gradient
+        an exchange too; the gradient of a plain gather would add up rows one by one.
     """
     return x_RD.at[source_i].get(mode="fill", fill_value=0)
 

@@ -45,7 +45,8 @@ PEAKS = {
     "TPU v6e": 918e12,
     "TPU7x": 1153.5e12,
 }
-# Words in a device's name that mean a part of the chip of that name, and not how large a part.
+# A device with one of these words is a part of the chip that its name begins with. How large a part
+# it is, the name does not say.
 _PARTIAL = ("MIG", "Laptop", "Max-Q", "D")
 
 

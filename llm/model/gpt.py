@@ -8,8 +8,8 @@
 The probability of a text is the product of its next-token probabilities,
 log P(x) = sum_t log P(x_t | x_<t), and P(x_t | x_<t) = softmax(logits at t - 1).
 
-What it is not: it does not train, sample or read anything. Parameters live outside, as a flat
-dictionary of float32 arrays (`Params`); `bind` puts them into the modules when a model is run.
+Parameters live outside the modules, as a flat dictionary of float32 arrays (`Params`); `bind` puts
+them into the modules when a model is run. This file neither trains nor samples, and reads no files.
 
 Sources: Radford et al. 2019 (GPT-2: pre-norm blocks, initialisation); Shazeer 2020 (SwiGLU); So et
 al. 2021 (squared ReLU); Dehghani et al. 2023 (QK-norm); Gemma team 2024 (logit soft cap).
@@ -35,7 +35,6 @@ from llm.config import ModelConfig
 from llm.model.attention import (
     Places,
     attend,
-    attention_weights,
     drop,
     rotate,
     segment_positions,
@@ -69,7 +68,7 @@ Cached = tuple[jax.Array, jax.Array] | None
 # Queries [B, T, N, H], keys and values [B, T, K, H].
 Heads = tuple[jax.Array, jax.Array, jax.Array]
 # Seeds the dropout of one pass; None turns dropout off.
-DropoutKey = jax.Array | None
+Key = jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +133,11 @@ class Embed(nnx.Module):
         self.position = position if config.positions == "learned" else None
 
     def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array | None = None) -> jax.Array:
-        """Without positions, a text from its beginning: it reads the table's first T rows.
+        """x_0 [B, T, D]. Without positions, each row is a text from its beginning.
 
-        They are a slice, and each device keeps its share of a slice's gradient; the gradient of
-        looked-up rows would be put together whole on every device of the fsdp axis.
+        The positions' embeddings are then the first T rows of the table. They are a slice, and each
+        device keeps its share of a slice's gradient; the gradient of looked-up rows would be put
+        together whole on every device of the fsdp axis.
         """
         x_BTD = look_up(self.weight[...], tokens_BT)
         if self.position is not None:
@@ -147,16 +147,16 @@ class Embed(nnx.Module):
                 if positions_BT is None
                 else table[positions_BT]
             )
-            # XLA's GPU backend would put B last for the table's gradient, a sum over B, and then
-            # transpose x for the products of every layer. Not if a mesh divides x: the partitioner
-            # would gather it for this.
+            # Without a layout, XLA's GPU backend would put B last for the table's gradient, a sum
+            # over B, and then transpose x for the products of every layer. If a mesh divides x, no
+            # layout is asked for, because the partitioner would gather x for it.
             if not any(map(is_divided, ("batch_by_columns", "sequence", "width"))):
                 x_BTD = with_layout_constraint(x_BTD, Layout((0, 1, 2)))
         return x_BTD.astype(self.dtype)
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """[B, T, D]: each device looks up its columns for all rows, then trades them for its rows."""
+    """[B, T, D]: each device looks up its columns for all rows, then trades columns for rows."""
     tokens_BT = constrain(tokens_BT, "batch_of_columns", "sequence")
     x_BTD = table_VD[tokens_BT]
     x_BTD = constrain(x_BTD, "batch_of_columns", "sequence", "embed")
@@ -206,12 +206,7 @@ class Attention(nnx.Module):
         return query_BTNH, key_BTKH, value_BTKH
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        places: Places,
-        cached: Cached = None,
-        *,
-        dropout_key: DropoutKey = None,
+        self, x_BTD: jax.Array, places: Places, cached: Cached = None, dropout_key: Key = None
     ) -> tuple[jax.Array, Cached]:
         """Each position of x looks at itself and at what is before it in x, or in the cache.
 
@@ -237,12 +232,6 @@ class Attention(nnx.Module):
             cached = keys_BKSH, values_BKSH
         return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1)), cached
 
-    def weights(self, x_BTD: jax.Array, places: Places) -> jax.Array:
-        """The softmax that __call__ mixes values with, without dropout: float32 [B, N, T, T]."""
-        query_BTNH, key_BTKH, _ = self.project(x_BTD, places.positions_BT)
-        weights_BKGTS = attention_weights(query_BTNH, key_BTKH, visible(places, places))
-        return jax.lax.collapse(weights_BKGTS, 1, 3)
-
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch.
@@ -258,18 +247,11 @@ class Block(nnx.Module):
         self.mlp = (Experts if config.has_experts else MLP)(config, spec.compute_dtype)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        places: Places,
-        cached: Cached = None,
-        *,
-        dropout_key: DropoutKey = None,
+        self, x_BTD: jax.Array, places: Places, cached: Cached = None, dropout_key: Key = None
     ) -> tuple[jax.Array, Routing | None, Cached]:
         """The stream after this block, how its experts were used, and the longer cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
-        branch_BTD, cached = self.attention(
-            self.attention_norm(x_BTD), places, cached, dropout_key=keys[0]
-        )
+        branch_BTD, cached = self.attention(self.attention_norm(x_BTD), places, cached, keys[0])
         x_BTD = x_BTD + drop(branch_BTD, self.dropout, keys[1])
         branch_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
         return x_BTD + drop(branch_BTD, self.dropout, keys[2]), routing, cached
@@ -280,7 +262,7 @@ class GPT(nnx.Module):
 
     Args:
       stacked: hold one Block with the weights of all layers, [L, ...]. Such a model is for
-        training: it computes `hidden`, but neither extends a cache nor shows attention weights.
+        training: it computes `hidden`, but extends no cache.
     """
 
     def __init__(self, spec: ModelSpec, *, stacked: bool = False):
@@ -320,7 +302,7 @@ class GPT(nnx.Module):
         tokens_BT: jax.Array,
         segments_BT: jax.Array | None = None,
         *,
-        dropout_key: DropoutKey = None,
+        dropout_key: Key = None,
         remat: Remat = "none",
     ) -> tuple[jax.Array, Routing | None]:
         """`hidden` as training needs it, and how the experts of each block were used.
@@ -331,7 +313,7 @@ class GPT(nnx.Module):
         Returns:
           [B, T, D], and the Routing of all blocks, [L]; None in a dense model.
         """
-        x_BTD, places = self._embedded(tokens_BT, segments_BT)
+        x_BTD, places = self.embedded(tokens_BT, segments_BT)
         if dropout_key is not None:
             x_BTD = drop(x_BTD, self.spec.config.dropout, jax.random.fold_in(dropout_key, 0))
         # Dropout is drawn in the natural order, so that a mesh does not change it.
@@ -362,7 +344,7 @@ class GPT(nnx.Module):
             routing_L = jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
         return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD), routing_L
 
-    def _embedded(
+    def embedded(
         self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
     ) -> tuple[jax.Array, Places]:
         """x_0 of whole rows, and where each token stands."""
@@ -372,19 +354,6 @@ class GPT(nnx.Module):
             places = Places(segment_positions(segments_BT), segments_BT)
             x_BTD = self.embed(tokens_BT, places.positions_BT)
         return constrain(x_BTD, "batch", "sequence", "width"), places
-
-    def attention_weights(self, tokens_BT: jax.Array) -> jax.Array:
-        """Where each head looks: float32 [L, B, N, T, T].
-
-        weights[l, b, n, t, s] is how much head n of layer l takes from position s when it computes
-        its output at t; each row sums to one and is zero for s > t. All L layers are held at once.
-        """
-        x_BTD, places = self._embedded(tokens_BT)
-        layers = []
-        for block in self.blocks:
-            layers.append(block.attention.weights(block.attention_norm(x_BTD), places))
-            x_BTD, _, _ = block(x_BTD, places)
-        return jnp.stack(layers)
 
     def extend(self, tokens_BT: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """`hidden` of tokens that follow those in the cache, and the cache with them in it.

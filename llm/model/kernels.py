@@ -12,7 +12,7 @@ If the mesh divides the sequence, each device gathers the keys and values of all
 queries are two chunks in the zig-zag order (context.py). Gathered keys are small beside the rest of
 a pass.
 
-What it is not: attention over a key/value cache, which is in gpt.py.
+Attention over a key/value cache is in gpt.py.
 
     B batch  T query position  S key position  N heads  K key/value heads  H head size
 """
@@ -50,7 +50,7 @@ SEGMENTS = partition_of(("batch", "sequence"))
 def choose_attention(
     wanted: Literal["auto"] | Kernel, model: ModelConfig, compute_dtype: str, mesh: Any
 ) -> Kernel:
-    """The kernel for training.attention = `wanted` on this mesh; "auto" takes the fastest it can.
+    """The kernel for training.attention = `wanted` on this mesh; "auto" takes the fastest.
 
     The mesh's devices decide, not this machine's: a program may be compiled for other devices.
 
@@ -158,9 +158,9 @@ def cudnn_attention(
 ) -> jax.Array:
     """`self_attention` by cuDNN; each device computes its rows, heads and queries.
 
-    The kernel knows no segments and no queries that begin after its keys. Both are then a mask,
-    one number for each pair of positions and for all heads, and a divided sequence computes the
-    hidden blocks too.
+    The kernel itself knows neither segments nor queries that begin after the first key. For both
+    it gets a mask, one number for each pair of positions and for all heads. If the sequence is
+    divided, the kernel also computes the blocks that the mask hides.
 
     Raises:
       UsageError: segments of windows with an odd number of tokens, which the masked kernel refuses.
@@ -172,7 +172,7 @@ def cudnn_attention(
             f"window's tokens are even, found {T}; make model.context_length even, or use 'plain'"
         )
 
-    def attention(query_at_T, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+    def attention(query_at_T, query_BTNH, segments_BT, key_BSKH, value_BSKH, segments_BS):
         mask_B1TS = None
         if parts > 1 or segments_BT is not None:
             queries = Places(query_at_T[None], segments_BT)
@@ -211,7 +211,7 @@ def splash_attention(
     parts = shares("sequence")
     kernel = _splash_kernel(T, N // shares("heads"), parts, interpret)
 
-    def attention(kernel, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS):
+    def attention(kernel, query_BTNH, segments_BT, key_BSKH, value_BSKH, segments_BS):
         # The kernel itself does not divide by sqrt(H).
         scaled_BTNH = query_BTNH * np.asarray(H**-0.5, query_BTNH.dtype)
         heads_first = [x.swapaxes(1, 2) for x in (scaled_BTNH, key_BSKH, value_BSKH)]
@@ -225,11 +225,13 @@ def splash_attention(
 
 
 def _over_all_keys(attention: Callable[..., jax.Array], tables_spec: Any) -> Callable[..., Any]:
-    """(tables, queries, keys, values, segments) -> `attention`, on each device for its queries.
+    """`attention` on each device, for the device's own queries and the keys of all positions.
+
+    Returns a function of (tables, queries, keys, values, segments).
 
     Args:
-      attention: (tables, queries, keys of all positions, values of all positions, segments of the
-        queries, segments of all positions), inside shard_map; both segments may be None.
+      attention: (tables, queries, segments of the queries, then of all positions the keys, values
+        and segments), inside shard_map; both segments may be None.
       tables_spec: how the mesh divides the tables.
     """
 
@@ -237,8 +239,7 @@ def _over_all_keys(attention: Callable[..., jax.Array], tables_spec: Any) -> Cal
         by_key = key_BTKH, value_BTKH, segments_BT
         if is_divided("sequence"):
             by_key = jax.tree.map(gathered, by_key)
-        key_BSKH, value_BSKH, segments_BS = by_key
-        return attention(tables, query_BTNH, key_BSKH, value_BSKH, segments_BT, segments_BS)
+        return attention(tables, query_BTNH, segments_BT, *by_key)
 
     return per_device(on_one_device, (tables_spec, QUERIES, KEYS, KEYS, SEGMENTS), QUERIES)
 

@@ -1,6 +1,6 @@
-"""The pieces that blocks are made of: weights, linear layers, the MLP's non-linearity.
+"""The pieces that blocks are made of: weights, linear layers, the MLP.
 
-gpt.py and experts.py put them together.
+gpt.py and experts.py put the pieces together.
 
     B batch  T position  D model width  F feed-forward width  L layers
 """
@@ -169,7 +169,7 @@ class MLP(nnx.Module):
         self.down = linear(("mlp_in", "width"), (F, D), std=residual_std(config))
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
-        """[B, T, D]; and None, for a mixture of experts says here how its experts were used."""
+        """[B, T, D], and None: Experts returns in its place how the experts were used."""
         up_BTF = constrain(self.up(x_BTD), "batch", "sequence", "mlp")
         gate_BTF = None if self.gate is None else self.gate(x_BTD)
         return self.down(activate(self.activation, up_BTF, gate_BTF)), None

@@ -173,14 +173,9 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
 
 
 def _head_loss_backward(options, chunks, gradients, cotangent):
-    d_hidden_BTD, d_head_DV = gradients
-    scale = cotangent.objective  # nll is reported, never minimised: its cotangent is not used.
-    return (
-        (scale * d_hidden_BTD).astype(d_hidden_BTD.dtype),
-        (scale * d_head_DV).astype(d_head_DV.dtype),
-        None,
-        None,
-    )
+    # nll is reported and never minimised, so its cotangent is not used.
+    scale = cotangent.objective
+    return *((scale * gradient).astype(gradient.dtype) for gradient in gradients), None, None
 
 
 head_loss.defvjp(_head_loss_forward, _head_loss_backward)
@@ -218,8 +213,9 @@ def _chunk_loss(logits_BTV, targets_BT, weights_BT, options: LossOptions) -> Los
     real_V = jnp.arange(logits_BTV.shape[-1]) < options.vocab_size
     logits_BTV = jnp.where(real_V[None, None, :], logits_BTV, -jnp.inf)
     log_z_BT = log_sum_exp(logits_BTV)
-    # Picked by a sum, which shares one pass over V with the other sums. The gradient of an indexed
-    # element would be scattered into a separate array. An id without a column gives NaN.
+    # The target's logit is picked by a sum, which shares one pass over V with the other sums. The
+    # gradient of an indexed element would be scattered into a separate array. An id without a
+    # column gives NaN.
     is_target_BTV = jnp.arange(logits_BTV.shape[-1])[None, None, :] == targets_BT[:, :, None]
     target_BT = jnp.sum(jnp.where(is_target_BTV, logits_BTV, 0.0), axis=-1)
     is_id_BT = (targets_BT >= 0) & (targets_BT < logits_BTV.shape[-1])
@@ -269,7 +265,7 @@ def _log_sum_exp_forward(logits_BTV):
 
 
 def _log_sum_exp_backward(kept, d_log_z_BT):
-    """The softmax."""
+    """d log_z / d z_v is the softmax."""
     logits_BTV, log_z_BT = kept
     return (jnp.exp(logits_BTV - log_z_BT[:, :, None]) * d_log_z_BT[:, :, None],)
 

@@ -3,13 +3,14 @@
     between   slices of TPUs, or machines of GPUs: a slow network, for data, then fsdp
     within    one slice or machine: fast links, for all other axes
 
-What it is not: a choice of the axes' sizes. The sizes are settings, and `plan --search` compares
-them. JAX arranges the devices of one slice (`jax.make_mesh`) and of several
-(`create_hybrid_device_mesh`).
+The axes' sizes are settings; `plan --search` compares them. JAX arranges the devices of one slice
+(`create_device_mesh`) and of several (`create_hybrid_device_mesh`). An axis that fits no side of a
+slice's torus is split over several sides.
 """
 
-import collections
+import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,9 +18,6 @@ import numpy as np
 from jax.experimental import mesh_utils
 
 from llm.errors import UsageError
-
-# From the slowest network to the fastest.
-BETWEEN = ("data", "fsdp")
 
 
 def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
@@ -43,11 +41,20 @@ def place(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> np.ndarray
     if len(groups[0]) == 1:
         # No two devices are near each other.
         return np.array(devices, dtype=object).reshape(shape)
-    outer = _between(sizes, len(groups), by)
-    inner = [size // outside for size, outside in zip(shape, outer, strict=True)]
+    # Data over as many groups as it can, then fsdp.
+    data = math.gcd(sizes["data"], len(groups))
+    outer = {"data": data, "fsdp": len(groups) // data}
+    if sizes["fsdp"] % outer["fsdp"]:
+        product = sizes["data"] * sizes["fsdp"]
+        raise UsageError(
+            f"mesh.{' x mesh.'.join(outer)} = {sizes['data']} x {sizes['fsdp']} = {product} cannot "
+            f"be divided over the {len(groups)} slices or machines of this run ({by}), and only "
+            "these two go over the slow network between them; nearest that can: "
+            f"{nearest_multiples(product, len(groups))}"
+        )
     return mesh_utils.create_hybrid_device_mesh(
-        inner,
-        outer,
+        [size // outer.get(axis, 1) for axis, size in sizes.items()],
+        [outer.get(axis, 1) for axis in sizes],
         devices,
         process_is_granule=by == "process_index",
         allow_split_physical_axes=True,
@@ -65,28 +72,12 @@ def network_groups(devices: Sequence[jax.Device]) -> tuple[str, list[list[jax.De
         if any(device.platform != "gpu" for device in devices):
             return "", [list(devices)]
         by = "process_index"
-    found: dict[int, list[jax.Device]] = collections.defaultdict(list)
-    for device in devices:
-        found[getattr(device, by)].append(device)
-    return by, [found[number] for number in sorted(found)]
-
-
-def _between(sizes: Mapping[str, int], groups: int, by: str) -> list[int]:
-    """How many groups each axis is divided over: data over as many as it can, then fsdp."""
-    data = math.gcd(sizes["data"], groups)
-    if sizes["fsdp"] * data % groups:
-        product = sizes["data"] * sizes["fsdp"]
-        raise UsageError(
-            f"mesh.{' x mesh.'.join(BETWEEN)} = {sizes['data']} x {sizes['fsdp']} = {product} "
-            f"cannot be divided over the {groups} slices or machines of this run ({by}), and only "
-            f"these two go over the slow network between them; nearest that can: "
-            f"{nearest_multiples(product, groups)}"
-        )
-    outer = {"data": data, "fsdp": groups // data}
-    return [outer.get(axis, 1) for axis in sizes]
+    number = operator.attrgetter(by)
+    in_order = itertools.groupby(sorted(devices, key=number), number)
+    return by, [list(group) for _, group in in_order]
 
 
 def nearest_multiples(size: int, parts: int) -> str:
-    """The multiples of `parts` around a size, for a message: "6 or 9"; the first has no other."""
+    """The multiples of `parts` next to a size, for a message: "6 or 9", or "3" if none is below."""
     below, above = size // parts * parts, -(-size // parts) * parts
     return f"{below} or {above}" if below else f"{above}"

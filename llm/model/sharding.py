@@ -120,7 +120,7 @@ def check_divisible(
 
 
 def sharding_of(mesh: Mesh, logical_axes: Sequence[str | None]) -> NamedSharding:
-    """Where an array whose dimensions have these logical names lies on the mesh."""
+    """How an array lies on the mesh if its dimensions have these logical names."""
     return NamedSharding(mesh, partition_of(logical_axes))
 
 
@@ -134,7 +134,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Tell the compiler where an activation lies; without a mesh in context, nothing."""
+    """Tell the compiler where an activation lies; without a mesh in context, do nothing."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_of(logical_axes))

@@ -12,13 +12,15 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
 from llm.errors import NonFiniteError, UsageError
 from llm.files import readable_bytes
 from llm.inference.distribution import NOT_FINITE
-from llm.model.gpt import ModelSpec, Params, bind
+from llm.model.attention import attention_scores, visible
+from llm.model.gpt import GPT, ModelSpec, Params, bind
 from llm.text.tokenizer import Ids
 
 # All layers are held at once, on the device and again on the host. The limit lets GPT-2 XL show its
@@ -71,4 +73,21 @@ def attention_of(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _weights(spec: ModelSpec, params: Params, tokens_1T: jax.Array) -> jax.Array:
-    return bind(spec, params).attention_weights(tokens_1T)[:, 0]
+    return attention_weights(bind(spec, params), tokens_1T)[:, 0]
+
+
+def attention_weights(model: GPT, tokens_BT: jax.Array) -> jax.Array:
+    """Where each head looks: float32 [L, B, N, T, T].
+
+    weights[l, b, n, t, s] is how much head n of layer l takes from position s when it computes
+    its output at t; each row sums to one and is zero for s > t. All L layers are held at once.
+    """
+    x_BTD, places = model.embedded(tokens_BT)
+    layers = []
+    for block in model.blocks:
+        read_BTD, attention = block.attention_norm(x_BTD), block.attention
+        query_BTNH, key_BTKH, _ = attention.project(read_BTD, places.positions_BT)
+        scores_BKGTS = attention_scores(query_BTNH, key_BTKH, visible(places, places))
+        layers.append(jax.lax.collapse(jax.nn.softmax(scores_BKGTS, axis=-1), 1, 3))
+        x_BTD, _, _ = block(x_BTD, places)
+    return jnp.stack(layers)
