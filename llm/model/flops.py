@@ -10,7 +10,6 @@ Sources of the peaks: NVIDIA's data sheets of each product; Google's pages of ea
 import math
 import re
 from collections.abc import Iterable
-from fractions import Fraction
 
 import jax
 
@@ -56,20 +55,19 @@ def parameter_count(spec: ModelSpec, *, active: bool = False) -> int:
     Args:
       active: count what one token uses: the chosen ones of a block's experts.
     """
-    config = spec.config
-    row = config.d_model * (1 if config.tie_embeddings else 2)
-    total = sum(
-        math.prod(leaf.shape) * (_share_used(spec, name) if active else 1)
-        for name, leaf in abstract_params(spec).items()
-    )
-    return int(total) - row * (spec.padded_vocab_size - spec.vocab_size)
+    row = spec.config.d_model * (1 if spec.config.tie_embeddings else 2)
+    padding = row * (spec.padded_vocab_size - spec.vocab_size)
+    return sum(_sizes(spec, active=active).values()) - padding
 
 
-def _share_used(spec: ModelSpec, name: str) -> Fraction:
-    """The share of a weight that one token uses: K / E of the experts', all of any other."""
+def _sizes(spec: ModelSpec, *, active: bool) -> dict[str, int]:
+    """name -> numbers of each weight; if active, k / E of those of the experts."""
     config = spec.config
-    of_experts = config.has_experts and ".mlp." in name and ".router." not in name
-    return Fraction(config.n_expert_active, config.n_expert) if of_experts else Fraction(1)
+    sizes = {name: math.prod(leaf.shape) for name, leaf in abstract_params(spec).items()}
+    for name in sizes:
+        if active and config.has_experts and ".mlp." in name and ".router." not in name:
+            sizes[name] = sizes[name] * config.n_expert_active // config.n_expert
+    return sizes
 
 
 def flops_per_token(spec: ModelSpec) -> float:
@@ -84,13 +82,13 @@ def flops_per_token(spec: ModelSpec) -> float:
     """
     config = spec.config
     matrices = sum(
-        math.prod(leaf.shape) * _share_used(spec, name)
-        for name, leaf in abstract_params(spec).items()
+        size
+        for name, size in _sizes(spec, active=True).items()
         if name.startswith("blocks.") and name.endswith(".weight")
     )
     head = config.d_model * spec.vocab_size
-    keys_seen = config.context_length / 2
-    return float(6 * (matrices + head)) + 12 * config.n_layer * config.d_model * keys_seen
+    heads, keys_seen = config.n_head * config.head_size, config.context_length / 2
+    return float(6 * (matrices + head)) + 12 * config.n_layer * heads * keys_seen
 
 
 def listed_name(kind: str, names: Iterable[str]) -> str | None:

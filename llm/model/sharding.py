@@ -12,10 +12,9 @@ settings and not code. XLA inserts the collectives (GSPMD, Xu et al. 2021).
     context     the sequence
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,7 +24,6 @@ from llm.config import MeshConfig, ModelConfig
 from llm.errors import UsageError
 from llm.model.placement import nearest_multiples, place
 
-T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
@@ -189,11 +187,10 @@ def own_rows(mesh: Mesh, batch_size: int, logical_axes: Sequence[str | None]) ->
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in indices.values()]))
 
 
-def shard_batch(mesh: Mesh, batch: T, logical_axes: Sequence[str | None]) -> T:
+def shard_batch(mesh: Mesh, batch: Any, logical_axes: Sequence[str | None]) -> Any:
     """This process's rows of the arrays of a global batch (`own_rows`), placed on the mesh."""
     sharding = sharding_of(mesh, logical_axes)
-    place = functools.partial(jax.make_array_from_process_local_data, sharding)
-    return cast(T, jax.tree.map(place, batch))
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
 
 
 def tree_shardings(
