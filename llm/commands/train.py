@@ -59,11 +59,9 @@ def configure(arguments: list[str]) -> Config:
       UsageError: no configuration file, or settings that cannot be used.
     """
     options = parse(Options, arguments)
-    config = options.settings
-    if not config.run.dir:
-        name = f"runs/{Path(options.config).stem}"
-        config = config.model_copy(update={"run": config.run.model_copy(update={"dir": name})})
-    return config.resolved()
+    config, name = options.settings, f"runs/{Path(options.config).stem}"
+    run = config.run.model_copy(update={"dir": config.run.dir or name})
+    return config.model_copy(update={"run": run}).resolved()
 
 
 def _train(
