@@ -95,7 +95,7 @@ class NewTokens:
     finish: str | None
 
 
-class Batch(NamedTuple):
+class RequestArrays(NamedTuple):
     """A batch of requests as arrays, its sizes rounded up.
 
     tokens_BT: the prompts, zeros on the right; T is a multiple of the piece.
@@ -172,7 +172,7 @@ class Decoder:
                 if new is not None:
                     yield new
 
-    def batch(self, requests: Sequence[Request], at_least: int = 16) -> Batch:
+    def batch(self, requests: Sequence[Request], at_least: int = 16) -> RequestArrays:
         """The requests as arrays.
 
         Args:
@@ -191,7 +191,7 @@ class Decoder:
             tokens_BT[b, : lengths_B[b]] = row.prompt
             watch_BW[b, : len(row.watch)] = row.watch
         tops = [row.top for row in requests if row.top is not None]
-        return Batch(
+        return RequestArrays(
             tokens_BT=tokens_BT,
             lengths_B=lengths_B,
             left_B=np.array([min(row.max_new_tokens, context) for row in rows], np.int32),
@@ -200,7 +200,7 @@ class Decoder:
             top=min(self.spec.vocab_size, round_up(max(tops), at_least=16)) if tops else None,
         )
 
-    def prefill(self, batch: Batch, capacity: int, piece: int = 0) -> Prefill:
+    def prefill(self, batch: RequestArrays, capacity: int, piece: int = 0) -> Prefill:
         """Run all prompts into a new cache, piece by piece; yields while the device computes each.
 
         Args:
@@ -241,7 +241,7 @@ class Decoder:
         return state, jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *described)
 
     def chunk(
-        self, batch: Batch, state: DecodeState, alive_B: np.ndarray, steps: int
+        self, batch: RequestArrays, state: DecodeState, alive_B: np.ndarray, steps: int
     ) -> tuple[DecodeState, Drawn, jax.Array]:
         """Start `decode_chunk` for these rows, and return while the device computes."""
         return decode_chunk(
@@ -256,7 +256,9 @@ class Decoder:
             top=batch.top,
         )
 
-    def _chunks(self, batch: Batch, state: DecodeState, rows: Sequence["Row"]) -> Iterator[Drawn]:
+    def _chunks(
+        self, batch: RequestArrays, state: DecodeState, rows: Sequence["Row"]
+    ) -> Iterator[Drawn]:
         """Drawn numpy arrays [steps, B, ...] until every row has ended.
 
         The device is one chunk ahead: it computes the next one while the caller reads.

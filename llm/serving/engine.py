@@ -42,11 +42,11 @@ from llm.errors import LLMError
 from llm.inference.decode import (
     CHUNK_SECONDS,
     PIECE,
-    Batch,
     Decoder,
     NewTokens,
     Prefill,
     Request,
+    RequestArrays,
     Row,
     exhaust,
     of_row,
@@ -156,7 +156,7 @@ class Engine:
         self._group: list[Ticket] = []  # _prefill computes their prompts together
         self._prefill = self._pieces_of(self._group)
         self._rows: list[Ticket | None] = []
-        self._batch: Batch | None = None  # None: to be made anew from _rows
+        self._batch: RequestArrays | None = None  # None: to be made anew from _rows
         self._state: DecodeState | None = None
         self._flights: deque[Flight] = deque()
         self._pace = Pace()
@@ -354,7 +354,7 @@ class Engine:
     def _empty(self, rows: int, capacity: int) -> DecodeState:
         return empty(self.decoder.spec, self.decoder.params, rows, capacity)
 
-    def _stack(self, requests: Sequence[Request], describes: bool = True) -> Batch:
+    def _stack(self, requests: Sequence[Request], describes: bool = True) -> RequestArrays:
         """The requests as arrays of few shapes."""
         longest = max(len(request.prompt) for request in requests)
         batch = self.decoder.batch(requests, at_least=_piece(longest))
