@@ -26,7 +26,7 @@ from llm.commands import run_command, serve, shared  # noqa: E402
 from llm.config import ModelConfig  # noqa: E402
 from llm.inference.decode import Decoder, Request  # noqa: E402
 from llm.inference.numerics import numerics_of  # noqa: E402
-from llm.inference.records import Sampling, read_records  # noqa: E402
+from llm.inference.records import RunRecord, Sampling, read_records  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
 from llm.serving.completions import Served, parse  # noqa: E402
@@ -56,9 +56,9 @@ class Running:
         self.engine = Engine(self.decoder, LIMITS)
         self.served = Served(
             name="mine",
-            tokenizer=ByteTokenizer(),
-            checkpoint=CHECKPOINT,
-            numerics=numerics_of(spec, params, "cached"),
+            run=RunRecord.of(
+                CHECKPOINT, ByteTokenizer(), None, numerics_of(spec, params, "cached"), top=12
+            ),
             created=0,
             page="<!doctype html><p>the live page",
         )

@@ -242,7 +242,7 @@ def test_in_bfloat16_the_servers_run_record_carries_the_measured_distance(surfac
     numerics = {
         spec.compute_dtype: serve.describe(
             dataclasses.replace(opened, spec=spec), surfaces.lm._decoder, options
-        ).numerics
+        ).run.numerics
         for spec in (opened.spec, half)
     }
     assert numerics["bfloat16"].cached_minus_full_nats == 0.25

@@ -112,7 +112,6 @@ def describe(opened: "OpenedModel", decoder: "Decoder", options: Options) -> "Se
     probe = Request([i * spec.vocab_size // tokens for i in range(tokens)], top=0)
     numerics = decoding_numerics(spec, opened.params, decoder, probe)
     run = RunRecord.of(opened.checkpoint, opened.tokenizer, None, numerics, options.max_top)
-    run = RunRecord.of(opened.checkpoint, opened.tokenizer, None, numerics, options.max_top)
     page = live_page(
         name,
         context_length=spec.config.context_length,
@@ -122,4 +121,4 @@ def describe(opened: "OpenedModel", decoder: "Decoder", options: Options) -> "Se
         most_top=options.max_top,
         most_tokens=options.max_tokens,
     )
-    return Served(name, opened.tokenizer, opened.checkpoint, numerics, int(time.time()), page)
+    return Served(name, run, int(time.time()), page)

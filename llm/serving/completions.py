@@ -47,7 +47,6 @@ from llm.inference.records import (
     Alternative,
     AnyRecord,
     EndRecord,
-    Numerics,
     Record,
     RunRecord,
     Sampling,
@@ -101,15 +100,13 @@ class Served:
 
     Attributes:
       name: the id of the model in the API.
-      checkpoint, numerics: as in run records.
+      run: the run record of an answer, but for what the request says: `sampling` and `top`.
       created: seconds since 1970, when the server started.
       page: the HTML at /.
     """
 
     name: str
-    tokenizer: Tokenizer
-    checkpoint: dict[str, Any]
-    numerics: Numerics
+    run: RunRecord
     created: int
     page: str
 
@@ -295,10 +292,8 @@ class Answer:
         self._run: list[Record] = []  # until it is sent
         if request.records is not None:
             drawn = sampling if request.max_tokens else None
-            run = RunRecord.of(
-                served.checkpoint, served.tokenizer, drawn, served.numerics, request.records
-            )
-            self._run.append(as_json(run))
+            top = min(request.records, served.run.tokenizer.vocab_size)
+            self._run.append(as_json(replace(served.run, sampling=drawn, top=top)))
         self._shows_usage = bool(request.stream_options and request.stream_options.include_usage)
         self._head = _head(secrets.token_hex(12), int(time.time()), served.name)
 
@@ -404,8 +399,7 @@ def _logprobs(tokens: Sequence[TokenRecord], count: int | None = None) -> dict[s
 
 
 def _usage(prompt: int, drawn: int) -> dict[str, int]:
-    total = prompt + drawn
-    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": total}
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
 
 def _alternatives(token: TokenRecord, count: int | None) -> dict[str, float] | None:

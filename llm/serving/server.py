@@ -109,8 +109,8 @@ class Api:
         health = {
             "status": "ok",
             "model": self.served.name,
-            "step": self.served.checkpoint["step"],
-            "params_sha256": self.served.checkpoint["params_sha256"],
+            "step": self.served.run.checkpoint.step,
+            "params_sha256": self.served.run.checkpoint.params_sha256,
             "active": self.engine.active,
             "queued": self.engine.queued,
         }
@@ -127,7 +127,13 @@ class Api:
         exchange = Exchange(await run_in_threadpool(self._prepare, body))
         self.engine.submit(exchange.tickets)
         if exchange.answer.request.stream:
-            return exchange.stream()
+            # starlette ends it when the client goes away.
+            return StreamingResponse(
+                exchange.events(),
+                media_type="text/event-stream",
+                headers={"cache-control": "no-cache"},
+                background=BackgroundTask(exchange.close),
+            )
         return await exchange.whole(request)
 
     def _prepare(self, body: bytes) -> Answer:
@@ -197,17 +203,8 @@ class Exchange:
             watcher.cancel()
             self.close()
 
-    def stream(self) -> Response:
-        """The answer as server-sent events. starlette ends it when the client goes away."""
-        return StreamingResponse(
-            self._events(),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache"},
-            background=BackgroundTask(self.close),
-        )
-
-    async def _events(self) -> AsyncIterator[bytes]:
-        """The status has been sent before the first event, so errors are events too."""
+    async def events(self) -> AsyncIterator[bytes]:
+        """The answer that is a stream. Its status was sent before, so errors are events too."""
         try:
             while not self.answer.finished:
                 content = await run_in_threadpool(self.answer.event, *await self._next())
@@ -322,9 +319,7 @@ def listen(host: str, port: int) -> socket.socket:
       UsageError: the port is taken, or the host is not one of this machine.
     """
     try:
-        family, *_, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
         return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=dual)
     except OSError as error:
