@@ -508,7 +508,10 @@ def test_a_client_that_leaves_frees_its_rows(running, gate, streams):
 
 
 def test_a_full_queue_is_429_and_the_queue_goes_on(running, gate):
-    held = [send(running, prompt="ab", max_tokens=3, n=4, temperature=0) for _ in range(4)]
+    fields = {"prompt": "ab", "max_tokens": 3, "n": 4, "temperature": 0}
+    held = [send(running, **fields)]
+    until(lambda: running.engine.active == 4)  # else the fourth may find the first still waiting
+    held += [send(running, **fields) for _ in range(3)]
     until(lambda: running.engine.active == 4 and running.engine.queued == 12)
     with pytest.raises(openai.RateLimitError, match="12 samples wait") as raised:
         running.create(prompt="a")
