@@ -27,7 +27,7 @@ from llm.files import write_output
 from llm.pages import scales
 from llm.pages.attention_view import attention_page
 from llm.pages.paint import paint_stream
-from llm.pages.view import diff_page, page, write_page
+from llm.pages.view import diff_page, page
 
 NASTY = [
     b"</script><script>alert(1)</script>",
@@ -259,16 +259,16 @@ def test_writing_replaces_the_file_as_a_whole(tmp_path, samples):
     path = tmp_path / "page.html"
     path.write_text("old")
     with pytest.raises(KeyError):
-        write_page([{"type": "token", "sample": 0}], path, title="t")
+        write_output(path, page([{"type": "token", "sample": 0}], title="t").encode(), UsageError)
     assert path.read_text() == "old"
-    write_page(samples, path, title="t")
+    write_output(path, page(samples, title="t").encode(), UsageError)
     assert path.read_text("utf-8") == page(samples, title="t")
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_page_that_cannot_be_written_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match=r"cannot write .*missing.page\.html: No such file"):
-        write_page([], tmp_path / "missing" / "page.html", title="t")
+        write_output(tmp_path / "missing" / "page.html", b"page", UsageError)
 
 
 def test_only_an_ordinary_file_is_replaced(tmp_path, samples):

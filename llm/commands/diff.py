@@ -14,8 +14,9 @@ from llm.commands.flags import CommandLine, OutputFile, argument, parse
 from llm.commands.shared import counted
 from llm.config import differences, setting
 from llm.errors import UsageError
+from llm.files import write_output
 from llm.inference.records import read_records
-from llm.pages.view import write_diff_page
+from llm.pages.view import diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import read_metrics
 
@@ -39,7 +40,8 @@ def main(arguments: list[str]) -> int:
         one, other = read_records(chosen.a), read_records(chosen.b)
         checkpoints = [records[0]["checkpoint"] for records in (one, other)]
         before, after = (f"{of['run']}, step {of['step']}" for of in checkpoints)
-        write_diff_page(one, other, Path(chosen.html), title=f"From {before} to {after}")
+        page = diff_page(one, other, title=f"From {before} to {after}")
+        write_output(chosen.html, page.encode(), UsageError)
         return 0
     if Path(chosen.a).is_file():
         raise UsageError(f"{chosen.a} is a file; what changed between two dumps needs --html FILE")

@@ -18,7 +18,6 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import pydantic
@@ -28,6 +27,7 @@ from llm.commands.flags import OutputFile, argument, parse
 from llm.commands.shared import RecordOptions, as_text, counted, read_file, writing
 from llm.config import setting
 from llm.errors import UsageError
+from llm.files import write_output
 from llm.inference.records import (
     AnyRecord,
     EndRecord,
@@ -228,7 +228,7 @@ def write_attention(
         then.
     """
     from llm.pages.attention import attention_of, check_attention
-    from llm.pages.attention_view import write_attention_page
+    from llm.pages.attention_view import attention_page
 
     if options.attention_html and len(texts) > 1:
         raise UsageError(
@@ -240,11 +240,9 @@ def write_attention(
     weights: Iterable[np.ndarray] = (attention_of(opened.spec, opened.params, i) for i in texts)
     if options.attention_html:
         weights = list(weights)  # the page has one text
-        write_attention_page(
-            weights[0],
-            [opened.tokenizer.token_name(id_) for id_ in texts[0].tolist()],
-            Path(options.attention_html),
-            title=f"Attention of {opened.run}, step {opened.step}",
-        )
+        names = [opened.tokenizer.token_name(id_) for id_ in texts[0].tolist()]
+        title = f"Attention of {opened.run}, step {opened.step}"
+        page = attention_page(weights[0], names, title=title)
+        write_output(options.attention_html, page.encode(), UsageError)
     if options.attention:
         write_arrays(options.attention, "attention", texts, weights)

@@ -14,6 +14,7 @@ from pydantic import NonNegativeInt
 from llm.commands.flags import CommandLine, OutputFile, argument
 from llm.config import setting
 from llm.errors import UsageError
+from llm.files import write_output
 from llm.inference.records import DEFAULT_TOP, AnyRecord, as_json, to_line
 from llm.runtime import prepare_process
 
@@ -81,7 +82,7 @@ class RecordOptions(RunOptions):
           encode: makes the content of the file from all records, in place of a line for each.
         """
         from llm.pages.paint import paint_stream
-        from llm.pages.view import write_page
+        from llm.pages.view import page
 
         kept: list[AnyRecord] = []
         with output(self.probs) as write:
@@ -108,7 +109,8 @@ class RecordOptions(RunOptions):
             if encode is not None:
                 write(encode(kept))
         if self.html:
-            write_page(list(map(as_json, kept)), Path(self.html), title=title)
+            content = page(list(map(as_json, kept)), title=title).encode()
+            write_output(self.html, content, UsageError)
 
 
 def read_file(path: str) -> tuple[str, bytes]:

@@ -10,13 +10,11 @@ becomes of it (Jain and Wallace 2019, "Attention is not Explanation").
 import base64
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.errors import UsageError
-from llm.files import write_output
 from llm.pages.document import document, plain_text
 
 # L layers  N heads  T query position  S key position
@@ -27,17 +25,6 @@ _ROW_SUM_TOLERANCE = 0.01
 # Each weight is one byte before compression, and a string of JavaScript ends at 512 MB. The limit
 # lets GPT-2 124M show its whole context, in a page that opens within seconds.
 MOST_PAGE_WEIGHTS = 2**27
-
-
-def write_attention_page(
-    weights: Weights, tokens: Sequence[str], path: Path, *, title: str
-) -> None:
-    """Write `attention_page` to a file, which is replaced as a whole or left as it was.
-
-    Raises:
-      UsageError: `attention_page` refuses the weights, or the file cannot be written.
-    """
-    write_output(path, attention_page(weights, tokens, title=title).encode(), UsageError)
 
 
 def check_page_size(layers: int, heads: int, tokens: int) -> None:
@@ -76,7 +63,6 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
         kind="attention",
         scripts=("page.js", "attention.js"),
         data={
-            "kind": "attention",
             "tokens": list(tokens),
             "layers": layers,
             "heads": heads,

@@ -20,8 +20,6 @@ from llm.inference.records import DEFAULT_TOP, Record
 from llm.pages.document import document
 
 MOST_TOP = 100
-# JavaScript counts exactly up to here (ECMA-262, Number.MAX_SAFE_INTEGER).
-LARGEST_SEED = 2**53 - 1
 
 
 def live_page(
@@ -66,11 +64,10 @@ def live_page(
         "live.html",
         kind="tokens",
         scripts=("page.js", "live.js"),
-        data={"kind": "tokens", "run": run, "live": live},
+        data={"run": run, "live": live},
         connect="'self'",
         most_tokens=most_tokens,
         max_tokens=min(settings.max_new_tokens, most_tokens),
-        largest_seed=LARGEST_SEED,
         most_top=most_top,
         top=min(top, most_top),
         **{name: str(getattr(settings, name)).removesuffix(".0") for name in filters},

@@ -953,10 +953,11 @@ async function fill(page) {
 }
 
 const pageData = JSON.parse(byId("data").textContent);
-fillBar(pageData.kind);
+const { kind } = document.documentElement.dataset;
+fillBar(kind);
 let tokenPage = null;
 if (byId("samples")) {
-  tokenPage = globalThis.tokenPage = new TokenPage(pageData.kind);
+  tokenPage = globalThis.tokenPage = new TokenPage(kind);
   if (pageData.records) fill(tokenPage);
   // A server's page shows the facts that hold for every text at once.
   else if (pageData.run) {

@@ -13,29 +13,11 @@ import gzip
 import json
 from collections.abc import Sequence
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any
 
 from llm.errors import UsageError
-from llm.files import write_output
 from llm.inference.records import Record
 from llm.pages.document import document, escape, plain_text
-
-
-def write_page(records: Sequence[Record], path: Path, *, title: str) -> None:
-    """Write `page` to a file, which is replaced as a whole or left as it was.
-
-    Raises:
-      UsageError: the file cannot be written.
-    """
-    write_output(path, page(records, title=title).encode(), UsageError)
-
-
-def write_diff_page(
-    records_a: Sequence[Record], records_b: Sequence[Record], path: Path, *, title: str
-) -> None:
-    """Write `diff_page` to a file, which is replaced as a whole or left as it was."""
-    write_output(path, diff_page(records_a, records_b, title=title).encode(), UsageError)
 
 
 def page(records: Sequence[Record], *, title: str) -> str:
@@ -58,7 +40,13 @@ def diff_page(records_a: Sequence[Record], records_b: Sequence[Record], *, title
       UsageError: the dumps are not of the same tokens; the message says where they part.
     """
     samples_a, samples_b = _tokens_by_sample(records_a), _tokens_by_sample(records_b)
-    _check_same_tokenizer(records_a[0]["tokenizer"], records_b[0]["tokenizer"])
+    one, other = (records[0]["tokenizer"] for records in (records_a, records_b))
+    if one["sha256"] != other["sha256"]:
+        raise UsageError(
+            f"the two dumps were made with different tokenizers, {one['name']!r} "
+            f"({one['sha256']}) and {other['name']!r} ({other['sha256']}); only checkpoints with "
+            "the same tokenizer can be compared token by token"
+        )
     _check_same_tokens(samples_a, samples_b)
     pairs = zip(chain(*samples_a.values()), chain(*samples_b.values()), strict=True)
     compared = [{**new, "before": {key: old[key] for key in _COMPARED}} for old, new in pairs]
@@ -75,15 +63,6 @@ def _tokens_by_sample(records: Sequence[Record]) -> dict[Any, list[Record]]:
         if record["type"] == "token":
             samples.setdefault(record["sample"], []).append(record)
     return samples
-
-
-def _check_same_tokenizer(one: Record, other: Record) -> None:
-    if one["sha256"] != other["sha256"]:
-        raise UsageError(
-            f"the two dumps were made with different tokenizers, {one['name']!r} "
-            f"({one['sha256']}) and {other['name']!r} ({other['sha256']}); only checkpoints with "
-            "the same tokenizer can be compared token by token"
-        )
 
 
 def _check_same_tokens(
@@ -124,6 +103,6 @@ def _render(title: str, kind: str, records: Sequence[Record], before: Record | N
         "tokens.html",
         kind=kind,
         scripts=("page.js",),
-        data={"kind": kind, "before": before, "records": packed},
+        data={"before": before, "records": packed},
         plain="".join(texts),
     )
