@@ -252,7 +252,11 @@ def test_diff_of_two_dumps_of_a_text_is_a_page_of_what_changed(tmp_path, capsys)
     changes = [(token["before"]["logprob"], token["logprob"]) for token in tokens]
     assert changes == [(-3.0, -1.0), (-1.0, -1.5)]
     for wrong, error, words in [
-        ([files[0], files[2], "--html", files[3]], UsageError, "the first ends after 3 tokens"),
+        (
+            [files[0], files[2], "--html", files[3]],
+            UsageError,
+            "token 3 of sample 0: the first has ended",
+        ),
         ([files[0], files[1]], UsageError, "--html"),
         ([files[0], tmp_path / "none", "--html", files[3]], UsageError, "none"),
         ([files[0], files[3], "--html", tmp_path / "x"], DataError, "line 1"),
