@@ -104,7 +104,7 @@ def test_the_embedding_trades_columns_for_rows_and_copies_no_activation_whole(ca
         )
 
         def objective(params, tokens):
-            x_BTD = bind(SPEC, params)._embedded(tokens)[0]
+            x_BTD = bind(SPEC, params).embedded(tokens)[0]
             return jnp.sum(jnp.square(x_BTD))
 
         params = {
