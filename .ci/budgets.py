@@ -1,8 +1,8 @@
-"""Prints how many lines of code there are, and fails above a ceiling.
+"""Prints how many lines of code there are, and fails above a budget.
 
     python .ci/budgets.py [--files]
 
-A line of code holds a token that is neither a comment nor part of a docstring. Ceilings keep the
+A line of code holds a token that is neither a comment nor part of a docstring. Budgets keep the
 code small enough to read: the core is what train.py and sample.py need (docs/design.md).
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 # The six rooms of the core, and the files at the top that all of them stand on.
 CORE = ("config", "text", "model", "training", "run", "inference")
 CORE += ("errors", "files", "faults", "runtime")
-# (the ceiling that .ci/run holds today, the goal): lower a ceiling whenever lines go.
-BUDGETS = {"core": (7_600, 6_800), "planning": (900, 900), "llm": (13_850, 12_000)}
-LARGEST_FILE = (450, 400)
+# Whoever adds a capability may raise a budget, and says by how much and for what.
+BUDGETS = {"core": 6_800, "planning": 900, "llm": 12_000}
+LARGEST_FILE = 400
 LARGEST_FUNCTION = 60
 
 IGNORED = {
@@ -84,17 +84,17 @@ def main() -> int:
     if "--files" in sys.argv:
         for path, size in sorted(sizes.items(), key=lambda item: -item[1]):
             print(f"{size:7,}  {path}")
-    for name, (ceiling, goal) in BUDGETS.items():
-        print(f"{name}: {totals[name]:,} lines of code, ceiling {ceiling:,}, goal {goal:,}")
-    large_files = [(size, str(path)) for path, size in sizes.items() if size > LARGEST_FILE[0]]
+    for name, budget in BUDGETS.items():
+        print(f"{name}: {totals[name]:,} lines of code, at most {budget:,}")
+    large_files = [(size, str(path)) for path, size in sizes.items() if size > LARGEST_FILE]
     large_functions = [item for item in functions if item[0] > LARGEST_FUNCTION]
-    print(f"largest file: {max(sizes.values())}, ceiling {LARGEST_FILE[0]}, goal {LARGEST_FILE[1]}")
-    print(f"largest function: {max(functions)[0]}, ceiling {LARGEST_FUNCTION}")
+    print(f"largest file: {max(sizes.values())}, at most {LARGEST_FILE}")
+    print(f"largest function: {max(functions)[0]}, at most {LARGEST_FUNCTION}")
 
     problems = [
-        f"{name} has {totals[name]:,} lines of code, {totals[name] - ceiling:,} above its ceiling"
-        for name, (ceiling, _) in BUDGETS.items()
-        if totals[name] > ceiling
+        f"{name} has {totals[name]:,} lines of code, {totals[name] - budget:,} above its budget"
+        for name, budget in BUDGETS.items()
+        if totals[name] > budget
     ]
     problems += [f"{where} has {size} lines of code" for size, where in large_files]
     problems += [f"{where} has {size} lines of code" for size, where in large_functions]
