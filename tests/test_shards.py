@@ -143,7 +143,7 @@ def test_gpt2_in_parallel_is_gpt2_of_the_whole_text(make, monkeypatch, name, wor
     encoding = tiktoken.get_encoding("gpt2")
     text = (SHARED / "data" / name).read_text("utf-8")
     assert ids(prepared.train) == [*encoding.encode_ordinary(text), encoding.eot_token]
-    assert len(prepared.streams[0].manifest.shards) > 5
+    assert len(prepared.train.stream.manifest.shards) > 5
 
 
 def test_a_trained_vocabulary_encodes_its_corpus(make, corpus):
@@ -202,7 +202,7 @@ def test_tokens_are_stored_in_as_few_bytes_as_the_vocabulary_needs(
     if vocab_size == 70_000:
         monkeypatch.setattr(tokenizer, "ByteTokenizer", Wide)
     prepared = make(corpus, validation="none")
-    assert prepared.streams[0].manifest.dtype == dtype
+    assert prepared.train.stream.manifest.dtype == dtype
     assert ids(prepared.train) == joined(texts(corpus))
 
 
@@ -390,7 +390,7 @@ def test_large_shards_are_verified_on_request_and_their_ids_as_they_are_read(
     path.write_bytes(np.full(len(prepared.train), 999, "<u2").tobytes())
     opened = make(corpus, validation="none")
     with pytest.raises(DataError, match="has changed"):
-        opened.streams[0].verify()
+        opened.train.stream.verify()
     with pytest.raises(DataError, match="token id 999; expected ids below the vocabulary's 257"):
         TrainingBatches(opened.train, context_length=8, batch_size=2, seed=0)[0]
     with pytest.raises(DataError, match="token id 999"):
@@ -562,7 +562,7 @@ def test_memory_does_not_grow_with_the_corpus(make, corpus, tmp_path, monkeypatc
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(prepared.streams[0]) > 23_000_000
+    assert len(prepared.train.stream) > 23_000_000
     assert peak < 8_000_000, peak
 
 

@@ -77,7 +77,6 @@ class TokenizedCorpus:
       origins: the files, with sizes and hashes.
       notes: what a person should know, one sentence each.
       reused: whether the shards existed before.
-      streams: the streams that `train` and `validation` are parts of.
     """
 
     tokenizer: Tokenizer
@@ -91,7 +90,6 @@ class TokenizedCorpus:
     origins: tuple[Origin, ...]
     notes: tuple[str, ...]
     reused: bool
-    streams: tuple[TokenStream, ...]
 
 
 def prepare(
@@ -131,7 +129,7 @@ def prepare(
             f"{encoder.vocab_size}"
         )
     return TokenizedCorpus(
-        **_opened(folder, header, encoder),
+        **_open_splits(folder, header, encoder.vocab_size),
         tokenizer=encoder,
         fingerprint=fingerprint,
         folder=folder,
@@ -145,24 +143,23 @@ def prepare(
     )
 
 
-def _opened(folder: Path, header: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The streams and splits of a corpus, as `TokenizedCorpus` takes them.
+def _open_splits(folder: Path, header: dict[str, Any], vocab_size: int) -> dict[str, TokenSplit]:
+    """The splits of a corpus by their names.
 
     Raises:
       DataError: a file is not as the header says; the message says what was expected and found.
     """
     manifests = TypeAdapter(dict[str, StreamManifest]).validate_python(header["streams"])
-    stored = sum(shard.bytes for manifest in manifests.values() for shard in manifest.shards)
+    stored = sum(file.bytes for manifest in manifests.values() for file in manifest.files)
     hashed = stored <= VERIFY_ON_OPEN_BYTES
     streams = {
-        name: TokenStream(folder, manifest, tokenizer.vocab_size, hashed=hashed)
+        name: TokenStream(folder, manifest, vocab_size, hashed=hashed)
         for name, manifest in manifests.items()
     }
-    splits = {
+    return {
         name: TokenSplit(streams[split["stream"]], split["start"], split["stop"])
         for name, split in header["splits"].items()
     }
-    return {**splits, "streams": tuple(streams.values())}
 
 
 def _tokenizer_for(

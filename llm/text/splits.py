@@ -22,14 +22,14 @@ class TokenSplit:
     """The tokens [start, stop) of a stream."""
 
     def __init__(self, stream: TokenStream, start: int, stop: int):
-        self._stream, self.start, self.stop = stream, start, stop
+        self.stream, self.start, self.stop = stream, start, stop
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     @property
     def vocab_size(self) -> int:
-        return self._stream.vocab_size
+        return self.stream.vocab_size
 
     def read(self, start: int, count: int) -> Ids:
         """int32 [count]: the tokens from `start` on, which must exist."""
@@ -37,8 +37,8 @@ class TokenSplit:
             raise IndexError(f"tokens [{start}, {start + count}) of a split of {len(self)}")
         out = np.empty(count, np.int32)
         if count:
-            self._stream.read_into(out, self.start + start)
-        self._stream.check_ids(out)
+            self.stream.read_into(out, self.start + start)
+        self.stream.check_ids(out)
         return out
 
     def windows(self, starts: np.ndarray, length: int) -> Ids:
@@ -52,18 +52,18 @@ class TokenSplit:
         for row, start in zip(out, starts.tolist(), strict=True):
             before_end = len(self) - start
             if before_end >= length:
-                self._stream.read_into(row, self.start + start)
+                self.stream.read_into(row, self.start + start)
             else:
-                self._stream.read_into(row[:before_end], self.start + start)
-                self._stream.read_into(row[before_end:], self.start)
-        self._stream.check_ids(out)
+                self.stream.read_into(row[:before_end], self.start + start)
+                self.stream.read_into(row[before_end:], self.start)
+        self.stream.check_ids(out)
         return out
 
     def document_at(self, position: int) -> tuple[str, int]:
         """The name of the document that holds the split's token, and the token's place in it."""
         if not 0 <= position < len(self):
             raise IndexError(f"token {position} of a split of {len(self)}")
-        return self._stream.document_at(self.start + position)
+        return self.stream.document_at(self.start + position)
 
 
 def is_held_out(document_sha256: str, fraction: float) -> bool:
