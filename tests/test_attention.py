@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from llm.model.attention import (
+    CAUSAL,
     Places,
     attend,
     attention_scores,
     drop,
+    in_view,
     rotate,
     segment_positions,
     visible,
@@ -131,6 +133,12 @@ def test_a_position_sees_itself_and_what_is_before_it():
     seen = np.asarray(visible(Places(positions), Places(positions)))
     assert seen.shape == (1, 6, 6)
     assert all(seen[0, t, s] == (s <= t) for t in range(6) for s in range(6))
+
+
+def test_cudnns_own_mask_is_the_rule_as_long_as_causal_says_so():
+    places = np.arange(300)
+    rule = in_view(places[:, None], places[None, :])
+    assert np.array_equal(rule, np.tril(np.ones((300, 300), bool))) == CAUSAL
 
 
 def test_who_sees_whom_does_not_depend_on_the_order_that_positions_stand_in():

@@ -10,7 +10,7 @@ Transformer Decoding" (multi-query) and Ainslie et al. 2023, "GQA" (grouped-quer
     N = K G query heads  H head size
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,26 @@ class Places(NamedTuple):
     segments_BT: jax.Array | None = None
 
 
-def visible(queries: Places, keys: Places) -> jax.Array:
-    """Who sees whom: bool [B, T, S], True where the query at t may look at the key at s.
+def in_view(query_at: Any, key_at: Any) -> Any:
+    """Whether a query may look at a key, by their positions alone: at itself and what is before.
 
-    A position sees itself and what is before it, in its own segment alone. Training, the key/value
-    cache, the kernels and the attention maps all ask this function.
+    Elementwise, on NumPy arrays, JAX arrays and inside kernels: `visible` and splash compute it.
+    cuDNN has its own causal mask, which is the same rule as long as CAUSAL says so.
     """
-    seen_BTS = keys.positions_BT[:, None, :] <= queries.positions_BT[:, :, None]
+    return query_at >= key_at
+
+
+# Whether `in_view` is the causal rule and nothing else, so that cuDNN's own mask will do.
+CAUSAL = True
+
+
+def visible(queries: Places, keys: Places) -> jax.Array:
+    """Who sees whom: bool [B, T, S], True if the query at t may look at the key at s.
+
+    A key has to be `in_view`, and in the query's own segment. Plain attention, the key/value cache
+    and the attention maps ask this function; so does cuDNN if its own mask does not say it all.
+    """
+    seen_BTS = in_view(queries.positions_BT[:, :, None], keys.positions_BT[:, None, :])
     if queries.segments_BT is None or keys.segments_BT is None:
         return seen_BTS
     return seen_BTS & (keys.segments_BT[:, None, :] == queries.segments_BT[:, :, None])

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llm.config import ModelConfig
 from llm.errors import UsageError
-from llm.model.attention import Places, attend, visible
+from llm.model.attention import CAUSAL, Places, attend, in_view, visible
 from llm.model.context import gathered, positions_on_devices
 from llm.model.sharding import chunks_of, constrain, is_divided, partition_of, per_device, shares
 
@@ -174,7 +174,7 @@ def cudnn_attention(
 
     def attention(query_at_T, query_BTNH, segments_BT, key_BSKH, value_BSKH, segments_BS):
         mask_B1TS = None
-        if parts > 1 or segments_BT is not None:
+        if parts > 1 or segments_BT is not None or not CAUSAL:
             queries = Places(query_at_T[None], segments_BT)
             keys = Places(jnp.arange(key_BSKH.shape[1])[None], segments_BS)
             mask_B1TS = visible(queries, keys)[:, None]
@@ -258,7 +258,7 @@ def _splash_kernel(length: int, heads: int, parts: int, interpret: bool) -> Any:
         block_kv_dq=keys,
     )
     mask = splash.CausalMask((length, length), shard_count=parts)
-    mask.q_sequence = positions_on_devices(length, parts)
+    mask.q_sequence, mask.mask_function = positions_on_devices(length, parts), in_view
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,

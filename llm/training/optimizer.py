@@ -26,8 +26,8 @@ def learning_rate_factor(config: OptimizerConfig, steps: int, step: jax.Array) -
     wsd        1 until the last decay_fraction of the steps, then linear to m
     constant   1
 
-    and the smaller of the two if wsd begins to decay before its warmup ends, so that the rate never
-    jumps; with m = min_learning_rate / learning_rate.
+    with m = min_learning_rate / learning_rate. The factor is the smaller of warmup's and decay's,
+    so that the rate never jumps, even if wsd begins to decay before its warmup ends.
     """
     floor = config.min_learning_rate / config.learning_rate
     warmup = config.warmup_steps
