@@ -245,6 +245,20 @@ def test_a_gpt2_variant_is_refused_by_name(gpt2_folder, settings, named):
         from_hf(gpt2_folder)
 
 
+@pytest.mark.parametrize("size", [None, 0, -1, "257", 2**31, 1e12, [257]])
+def test_a_vocabulary_that_is_no_number_of_tokens_is_refused_by_name(llama_folder, size):
+    change_description(llama_folder, vocab_size=size)
+    with pytest.raises(UsageError, match=r"vocab_size = .*expected the number of tokens"):
+        from_hf(llama_folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "null", "[" * 100_000])
+def test_a_config_json_that_describes_no_model_is_refused(llama_folder, content):
+    (llama_folder / "config.json").write_text(content)
+    with pytest.raises(UsageError, match=r"config\.json"):
+        from_hf(llama_folder)
+
+
 @pytest.mark.parametrize("name", ["attention_bias", "mlp_bias"])
 def test_a_key_that_a_family_does_not_have_is_refused_by_name(tmp_path, name):
     """Mixtral has no biases, so a file that asks for them is of another model."""

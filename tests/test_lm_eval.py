@@ -36,7 +36,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from llm.interop.hf import to_hf
-from llm.interop.lm_eval import HarnessModel, evaluate, load_tasks, request_of
+from llm.interop.lm_eval import HarnessModel, load_tasks, request_of, run_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = 32
@@ -582,7 +582,7 @@ def test_whole_results_equal_those_of_the_harness_own_model(model, hugging_face,
     found = []
     for one in (adapter(model), hugging_face):
         loaded = load_tasks(["choices", "rolling", "writing"], [str(tasks)])
-        found.append(evaluate(one, loaded, num_fewshot=1))
+        found.append(run_tasks(one, loaded, num_fewshot=1))
     (ours, our_rows), (theirs, their_rows) = found
     for task, metrics in theirs["results"].items():
         for name, value in metrics.items():

@@ -99,7 +99,7 @@ def main(arguments: list[str]) -> int:
         name = f"{opened.params_sha256[:16]}-{opened.tokenizer.sha256[:16]}"
         seed = "" if options.seed is None else f"-seed{options.seed}"
         cache = str(Path(options.cache, f"{name}-{opened.spec.compute_dtype}{seed}"))
-    results, documents = harness.evaluate(
+    results, documents = harness.run_tasks(
         harness.HarnessModel(
             opened.spec, opened.params, opened.tokenizer, options.batch_size, options.seed
         ),

@@ -51,7 +51,13 @@ def from_hf(folder: str | Path) -> tuple[ModelConfig, int, Arrays]:
             f"{', '.join(FAMILIES)}"
         )
     config = _read_config(family, described, folder / "config.json")
-    spec = ModelSpec(config, int(described["vocab_size"]))
+    vocab_size = described.get("vocab_size")
+    if not isinstance(vocab_size, int) or not 0 < vocab_size < 2**31:
+        raise UsageError(
+            f"{folder / 'config.json'}: vocab_size = {vocab_size!r}: expected the number of "
+            "tokens, below 2^31"
+        )
+    spec = ModelSpec(config, vocab_size)
     tensors = {
         name.removeprefix(family.prefix): array for name, array in _read_tensors(folder).items()
     }
@@ -131,8 +137,12 @@ def _read_description(folder: Path) -> Description:
             f"{folder} holds no config.json; expected the folder of a Hugging Face model, with "
             f"config.json and *.safetensors"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    if not isinstance(described, dict):
+        raise UsageError(
+            f"{folder / 'config.json'} is not a JSON object; expected a model's settings"
+        )
     for name in ("rope_scaling", "rope_parameters"):
         for key, value in (described.get(name) or {}).items():
             described["rope_type" if key == "type" else key] = value

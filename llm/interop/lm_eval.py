@@ -425,7 +425,7 @@ def check_tasks(
                 raise UsageError(f"task {name}: {error}") from None
 
 
-def evaluate(
+def run_tasks(
     model: HarnessModel, tasks: Tasks, seed: int | None = None, **settings: Any
 ) -> tuple[Results, Results]:
     """(results in the harness's own shape, task -> one record of each of its documents).
