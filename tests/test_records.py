@@ -288,10 +288,12 @@ def test_the_numbers_of_a_token_come_from_the_arrays_of_the_device():
     [numbers] = to_host(described, np.float32([-0.0]), 2, (256, 65), spellings)
     assert numbers == NUMBERS and math.copysign(1.0, numbers[3]) == 1.0
     assert to_host(described, None, 0, (), spellings) == [(-1.5, 3, 2.0, None, 0.75, 2, ())]
-    for field in ("logprob", "entropy"):
-        broken = dataclasses.replace(described, **{field: np.float32([np.nan])})
-        with pytest.raises(NonFiniteError):
-            to_host(broken, None, 0, (), spellings)
+    for field in ("logprob", "entropy", "top_logprobs", "watch_logprobs"):
+        for bad in (np.nan, -np.inf):
+            values = getattr(described, field) * 0 + np.float32(bad)
+            broken = dataclasses.replace(described, **{field: values})
+            with pytest.raises(NonFiniteError):
+                to_host(broken, None, 1, (256,), spellings)
 
 
 def test_the_end_record_sums_what_was_generated_or_scored():

@@ -171,8 +171,9 @@ def to_host(
     Raises:
       NonFiniteError: the model gives no probabilities.
     """
-    if not (np.isfinite(described.logprob).all() and np.isfinite(described.entropy).all()):
-        raise NonFiniteError(NOT_FINITE)
+    listed = (described.top_logprobs[:, :top], described.watch_logprobs[:, : len(watch)])
+    if not all(np.isfinite(x).all() for x in (described.logprob, described.entropy, *listed)):
+        raise NonFiniteError(NOT_FINITE)  # JSON has no infinity
     nothing = [None] * len(described.logprob)
     return list(
         zip(
