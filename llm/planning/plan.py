@@ -54,19 +54,10 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(spec, optimizer, mesh, stacked=training.scan_layers)
     windows = (training.batch_size, config.model.context_length + 1)
+    batch = Batch(jax.ShapeDtypeStruct(windows, jnp.int32))
     started = time.monotonic()
-    step = make_train_step(compiled_spec, config.optimizer, training, mesh)
-    lowered = step.lower(state, Batch(jax.ShapeDtypeStruct(windows, jnp.int32)))
-    text, limit = None, available_memory(target, memory_fraction)
-    temporaries, code = None, 0
-    try:
-        compiled = lowered.compile()
-        temporaries, code, needed = _compiled_memory(compiled, arithmetic, target)
-        text = program_text(lowered, compiled)
-    except jax.errors.JaxRuntimeError as error:
-        needed, most = refused_memory(str(error))
-        limit = min(most, limit or most)
-    spare = None if limit is None else limit - needed
+    lowered = make_train_step(compiled_spec, config.optimizer, training, mesh).lower(state, batch)
+    memory, text = _compile(lowered, arithmetic, target, available_memory(target, memory_fraction))
     return {
         "estimate": True,
         "target": target.name,
@@ -81,20 +72,40 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
         "compute_dtype": spec.compute_dtype,
         "attention": spec.attention,
         "parameters": parameter_count(spec),
-        "memory": {
-            "weights_bytes": arithmetic.state.weights,
-            "optimizer_bytes": arithmetic.state.optimizer,
-            "other_state_bytes": arithmetic.state.other,
-            "temporaries_bytes": temporaries,
-            "temporaries_from": "arithmetic" if target.stands_in and text else "compiler",
-            "program_bytes": code,
-            "needed_bytes": needed,
-            "available_bytes": limit,
-            "fits": None if spare is None else spare >= 0,
-            "spare_bytes": spare,
-        },
+        "memory": memory,
         **_work_and_time(arithmetic, target, list(mesh.devices.flat), text),
     }
+
+
+def _compile(
+    lowered: Any, arithmetic: Arithmetic, target: Target, limit: float | None
+) -> tuple[Facts, str | None]:
+    """What the step needs of one device's memory, and the compiled program as text.
+
+    A program that the compiler refuses for its memory has no text; the compiler's own limit counts.
+    """
+    text, temporaries, code = None, None, 0
+    try:
+        compiled = lowered.compile()
+        temporaries, code, needed = _compiled_memory(compiled, arithmetic, target)
+        text = program_text(lowered, compiled)
+    except jax.errors.JaxRuntimeError as error:
+        needed, most = refused_memory(str(error))
+        limit = min(most, limit or most)
+    spare = None if limit is None else limit - needed
+    memory = {
+        "weights_bytes": arithmetic.state.weights,
+        "optimizer_bytes": arithmetic.state.optimizer,
+        "other_state_bytes": arithmetic.state.other,
+        "temporaries_bytes": temporaries,
+        "temporaries_from": "arithmetic" if target.stands_in and text else "compiler",
+        "program_bytes": code,
+        "needed_bytes": needed,
+        "available_bytes": limit,
+        "fits": None if spare is None else spare >= 0,
+        "spare_bytes": spare,
+    }
+    return memory, text
 
 
 def _compiled_memory(
