@@ -206,8 +206,6 @@ def _alternatives(
             ranked = sorted({(rank, id_, x) for rank, x, id_ in zip(*watched, watch, strict=False)})
             entries += [entry for entry in ranked if entry[0] > top]
         yield tuple(
-            [
-                Alternative(id_, *spellings[id_], logprob, rank <= kept, rank)
-                for rank, id_, logprob in entries
-            ]
+            Alternative(id_, *spellings[id_], logprob, rank <= kept, rank)
+            for rank, id_, logprob in entries
         )
