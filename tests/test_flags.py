@@ -15,8 +15,9 @@ import pytest
 from llm.__main__ import COMMANDS
 from llm.commands import run_command
 from llm.commands.flags import CommandLine, Flag, OutputFile, flags_of, parse
-from llm.config import Config, nearest, setting
+from llm.config import Config, setting
 from llm.errors import UsageError
+from llm.names import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {

@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from llm.api.results import Call, Floats, Generation, Results, Score
-from llm.config import SamplingConfig, nearest
+from llm.config import SamplingConfig
 from llm.errors import UsageError
 from llm.inference import samples
 from llm.inference.decode import Decoder, Request
@@ -30,6 +30,7 @@ from llm.inference.numerics import decoding_numerics, numerics_of
 from llm.inference.records import DEFAULT_TOP, Numerics, RunRecord, Sampling, TokenRecord
 from llm.inference.score import Scorer
 from llm.model.flops import parameter_count
+from llm.names import nearest
 from llm.pages.attention import attention_of
 from llm.run.open import OpenedModel, open_model
 from llm.text.tokenizer import Ids

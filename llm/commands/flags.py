@@ -26,8 +26,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, g
 import pydantic
 from pydantic.fields import FieldInfo
 
-from llm.config import Config, Section, expected, known_files, load_config, nearest, setting
+from llm.config import Config, Section, expected, known_files, load_config, setting
 from llm.errors import UsageError
+from llm.names import nearest
 
 WIDEST_HELP = 100  # columns; longer lines are harder to read
 

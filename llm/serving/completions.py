@@ -40,7 +40,7 @@ import pydantic
 from msgspec.structs import replace
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from llm.config import Section, expected, nearest
+from llm.config import Section, expected
 from llm.inference.decode import NewTokens, Request, TokenIds, encode_prompt
 from llm.inference.records import (
     DEFAULT_TOP,
@@ -53,6 +53,7 @@ from llm.inference.records import (
     TokenRecord,
     as_json,
 )
+from llm.names import nearest
 from llm.serving.limits import Limits
 from llm.text.tokenizer import Tokenizer
 
