@@ -224,10 +224,15 @@ class OptimizerConfig(Section):
     learning_rate: PositiveFloat = setting(6e-4, "peak learning rate of adamw")
     min_learning_rate: NonNegativeFloat = setting(6e-5, "learning rate at the end of decay")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
-        "cosine", "decay after warmup: to the end, never, or in the last steps (wsd)"
+        "cosine", "decay after warmup: to decay_steps, never, or in the last of them (wsd)"
     )
     warmup_steps: NonNegativeInt = setting(100, "steps from zero to the peak")
-    decay_fraction: Probability = setting(0.2, "last fraction of the steps in which wsd decays")
+    decay_steps: NonNegativeInt = setting(
+        0, "steps until the decay ends, after which the rate is held; 0: training.steps"
+    )
+    decay_fraction: Probability = setting(
+        0.2, "wsd: last fraction of these steps, in which the rate decays"
+    )
     weight_decay: NonNegativeFloat = setting(0.1, "decoupled; on matrices only")
     beta1: DropoutRate = setting(0.9, "adamw: decay of the first moment")
     beta2: DropoutRate = setting(0.95, "adamw: decay of the second moment")

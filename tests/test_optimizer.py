@@ -55,6 +55,18 @@ def test_a_warmup_that_reaches_into_the_decay_makes_no_jump():
     np.testing.assert_allclose(wsd, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_a_decay_with_a_length_of_its_own_ends_there_and_is_held(schedule):
+    whole, shorter = factors(schedule=schedule), factors(schedule=schedule, decay_steps=50)
+    np.testing.assert_allclose(shorter[50:], 0.1, rtol=1e-6)
+    assert shorter[49] > 0.1
+    longer = factors(schedule=schedule, decay_steps=400)
+    assert np.all(longer >= whole - 1e-6) and longer[-1] > 0.79
+    if schedule == "cosine":
+        expected = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (np.arange(10, 51) - 10) / 40))
+        np.testing.assert_allclose(shorter[10:51], expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
 def test_no_warmup_starts_at_the_peak(schedule):
     assert factors(schedule=schedule, warmup_steps=0)[0] == 1.0

@@ -89,9 +89,26 @@ def test_resume_after_a_crash_is_bitwise(unbroken, tmp_path, monkeypatch, place)
     assert params_sha256(tmp_path / "run") == params_sha256(unbroken / "run")
 
 
+def test_more_steps_can_hold_the_rate_at_the_end_of_its_decay(unbroken, copy, capsys):
+    train(unbroken / "config.toml")
+    [hold] = re.findall(r"Train on: --training.steps N (\S+ \d+)", capsys.readouterr().err)
+    assert hold == f"--optimizer.decay-steps {STEPS}"
+    train(copy / "config.toml", "--training.steps", "14", *hold.split())
+    assert "learning rate" not in capsys.readouterr().err
+    rows = map(json.loads, (copy / "run" / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in rows if row["kind"] == "train"][-2:]
+    np.testing.assert_allclose([row["learning_rate"] for row in rows], 1e-3, rtol=1e-6)
+    with pytest.raises(UsageError, match=r"decay_steps.*12.*13.*\n.*--run.allow-change"):
+        train(copy / "config.toml", "--training.steps", "14", "--optimizer.decay-steps", "13")
+
+
 @pytest.mark.thorough
-def test_a_run_that_is_lengthened_goes_on_and_records_it(copy):
+def test_a_run_that_is_lengthened_goes_on_and_records_it(copy, capsys):
     train(copy / "config.toml", "--training.steps", "14")
+    # nanoGPT's cosine after 2 of 14 steps, at update 13: 0.001 + 0.009 (1 + cos(pi 10 / 12)) / 2.
+    said = capsys.readouterr().err
+    assert "the learning rate of step 13 is 0.0016, and was to be 0.001;" in said
+    assert "--optimizer.decay-steps 12" in said
     assert losses(copy / "run")[-1][1] == 14
     start = json.loads((copy / "run" / "run.json").read_text())["starts"][-1]
     assert start["from_step"] == STEPS

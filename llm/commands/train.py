@@ -78,6 +78,7 @@ def _train(
     from llm.run.start import begin, record_end, record_start
     from llm.run.trackers import check_trackers, make_trackers
     from llm.training.loop import Outputs, restore_or_create, train
+    from llm.training.optimizer import jump_of_rate
 
     if hosts.is_first:
         check_trackers(config.logging)
@@ -101,6 +102,8 @@ def _train(
         if not hosts.is_first:
             metrics.remember(rows, step)
         _say_what_starts(job, run, step, display)
+        if step and (jump := jump_of_rate(config, changed, step)):
+            display.say(jump)
         stop.check("nothing was trained yet")
         with hosts.collective():
             try:

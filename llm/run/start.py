@@ -172,6 +172,8 @@ def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]
     if "auto" in changed.get("training.compute_dtype", ()):
         # What "auto" stands for is compared once the devices are known: provenance.py.
         refused.discard("training.compute_dtype")
+    if (before.optimizer.decay_steps or before.training.steps) == now_.optimizer.decay_steps:
+        refused.discard("optimizer.decay_steps")  # written out, it is the schedule that the run has
     may_be_allowed = {
         name for name in refused if name.split(".")[0] in ALLOWED_SECTIONS and name not in NEVER
     }
@@ -209,9 +211,12 @@ def is_finished(run: RunDirectory, config: Config, display: Display) -> bool:
         return False  # opening it says what is wrong, and finds the one before
     row = evaluated.get(config.training.steps)
     loss = f", validation loss {row['loss']:.4f}" if row else ""
+    # With more steps alone the rate would rise again from the end of its decay.
+    decays = config.optimizer.schedule != "constant" and not config.optimizer.decay_steps
+    hold = f" --optimizer.decay-steps {config.training.steps}" * decays
     display.say(
         f"{run.path} is finished: step {steps[-1]} of {config.training.steps}{loss}. "
-        f"Sample from it: python sample.py {run.path}. Train on: --training.steps N"
+        f"Sample from it: python sample.py {run.path}. Train on: --training.steps N{hold}"
     )
     return True
 

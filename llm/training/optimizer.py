@@ -5,13 +5,13 @@ https://kellerjordan.github.io/posts/muon/. Warmup-stable-decay: Hu et al. 2024,
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from llm.config import OptimizerConfig
+from llm.config import Config, OptimizerConfig
 
 # How far below its final value Muon's momentum begins, when it is warmed up.
 MOMENTUM_WARMUP = 0.1
@@ -21,18 +21,19 @@ def learning_rate_factor(config: OptimizerConfig, steps: int, step: jax.Array) -
     """Learning rate of update `step` (from 0) as a fraction of its peak, in [0, 1].
 
     warmup     (step + 1) / (warmup_steps + 1), as nanoGPT
-    cosine     m + (1 - m) (1 + cos(pi p)) / 2,   p = progress from the end of warmup to `steps`
+    cosine     m + (1 - m) (1 + cos(pi p)) / 2,   p = progress from the end of warmup to `end`
     linear     1 - (1 - m) p
-    wsd        1 until the last decay_fraction of the steps, then linear to m
+    wsd        1 until the last decay_fraction of the steps to `end`, then linear to m
     constant   1
 
-    with m = min_learning_rate / learning_rate. The factor is the smaller of warmup's and decay's,
+    with m = min_learning_rate / learning_rate and end = decay_steps, or `steps` without it. From
+    `end` on the rate is held at m. The factor is the smaller of warmup's and decay's,
     so that the rate never jumps, even if wsd begins to decay before its warmup ends.
     """
     floor = config.min_learning_rate / config.learning_rate
-    warmup = config.warmup_steps
-    begin = steps * (1.0 - config.decay_fraction) if config.schedule == "wsd" else warmup
-    progress = jnp.clip((step - begin) / max(steps - begin, 1.0), 0.0, 1.0)
+    warmup, end = config.warmup_steps, config.decay_steps or steps
+    begin = end * (1.0 - config.decay_fraction) if config.schedule == "wsd" else warmup
+    progress = jnp.clip((step - begin) / max(end - begin, 1.0), 0.0, 1.0)
     match config.schedule:
         case "cosine":
             decayed = floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
@@ -40,7 +41,35 @@ def learning_rate_factor(config: OptimizerConfig, steps: int, step: jax.Array) -
             decayed = 1.0 - (1.0 - floor) * progress
         case "constant":
             decayed = jnp.ones_like(progress)
+        case _:
+            assert_never(config.schedule)
     return jnp.minimum((step + 1) / (warmup + 1), decayed)
+
+
+def jump_of_rate(config: Config, changed: Mapping[str, tuple[Any, Any]], step: int) -> str | None:
+    """What a person must know if update `step` gets another learning rate than it would have had.
+
+    Args:
+      changed: `section.key` -> (before, now) of the settings that a resumed run changes.
+    """
+    before = config.optimizer.model_copy(
+        update={
+            name.removeprefix("optimizer."): values[0]
+            for name, values in changed.items()
+            if name.startswith("optimizer.")
+        }
+    )
+    steps, now = changed.get("training.steps", (config.training.steps,))[0], config.optimizer
+    at = jnp.float32(step)
+    old = before.learning_rate * float(learning_rate_factor(before, steps, at))
+    new = now.learning_rate * float(learning_rate_factor(now, config.training.steps, at))
+    if abs(new - old) <= 1e-3 * old:
+        return None
+    end = before.decay_steps or steps
+    hold = f"; to keep the old schedule: --optimizer.decay-steps {end}"
+    return f"the learning rate of step {step + 1} is {new:.3g}, and was to be {old:.3g}" + hold * (
+        "training.steps" in changed and not now.decay_steps
+    )
 
 
 def muon_momentum(config: OptimizerConfig, step: jax.Array) -> jax.Array | float:
