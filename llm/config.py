@@ -108,7 +108,9 @@ class TokenizerConfig(Section):
         "'bytes' (256 and an end of text), 'characters' (of the corpus), 'bpe' (trained on the "
         "corpus), or the name of a tiktoken encoding: gpt2, cl100k_base, o200k_base",
     )
-    vocab_size: PositiveInt = setting(4096, "tokens of a 'bpe' vocabulary; others have their own")
+    vocab_size: Annotated[int, Field(gt=0, le=2**22)] = setting(
+        4096, "tokens of a 'bpe' vocabulary, up to 2^22; others have their own"
+    )
 
 
 class ModelConfig(Section):

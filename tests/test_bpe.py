@@ -1,13 +1,14 @@
 """A vocabulary trained here is the one that the textbook algorithm gives."""
 
 import itertools
+import random
 from collections import Counter
 
 import pytest
 import regex
 
-from llm.errors import UsageError
-from llm.text.bpe import PATTERN, _first, train_bpe
+from llm.errors import StoppedError, UsageError
+from llm.text.bpe import LONGEST_WORD, PATTERN, UNBROKEN, _first, train_bpe
 
 CORPUS = [
     "low lower lowest newer newest wider widest, the quick brown fox\n" * 8,
@@ -96,4 +97,39 @@ def test_a_vocabulary_without_all_bytes_is_refused():
 
 
 def test_only_the_first_characters_are_counted():
-    assert "".join(_first(iter(["abc", "def", "ghi"]), 5)) == "abcde"
+    assert "".join(_first(iter(["a c", "d f", "g i"]), 5)) == "a cd "
+
+
+def test_text_without_word_breaks_counts_more():
+    """Its words hardly repeat, and each distinct word is kept in memory."""
+    unbroken = ["a" * 50] * 100
+    assert len(list(_first(iter(unbroken), 5000))) == -(-100 // UNBROKEN)
+    assert len(list(_first(iter(["a word or two " * 4] * 100), 5600))) == 100
+
+
+@pytest.mark.parametrize("text", ["a" * 5000, "學而" * 2000, "acgt" * 1000 + "\n"])
+def test_no_word_is_longer_than_a_merge_can_afford(text):
+    """Otherwise time grows with the square of a text without word breaks."""
+    longest = max(map(len, train_bpe([text], 400).token_table))
+    assert longest <= LONGEST_WORD * len(text[0].encode())
+
+
+def test_choosing_merges_is_said_and_can_be_stopped(monkeypatch):
+    monkeypatch.setattr("llm.text.bpe.POLL_SECONDS", 1e-3)
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=2**16)
+
+    def stop(what, done, total):
+        assert (what, total) == ("choosing merges", None)
+        raise StoppedError("stopped")
+
+    with pytest.raises(StoppedError):
+        train_bpe(["".join(letters)], 4096, stop)
+
+
+def test_what_stops_the_reading_of_text_stops_the_training():
+    def texts():
+        yield "some text"
+        raise TimeoutError("the network is gone")
+
+    with pytest.raises(TimeoutError, match="the network is gone"):
+        train_bpe(texts(), 300)

@@ -1,7 +1,9 @@
 """Text to ids and back: nothing is lost, and every id knows its bytes."""
 
+import base64
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from llm.text.tokenizer import (
     characters_of,
     check_kind,
     load_tokenizer,
+    sha256_of_json,
     tiktoken_tokenizer,
 )
 
@@ -214,6 +217,70 @@ def test_a_damaged_tokenizer_is_refused(damage, tmp_path):
     with pytest.raises(CheckpointError, match=FILE_NAME) as caught:
         load_tokenizer(tmp_path)
     assert caught.value.exit_code == 4
+
+
+def save_byte_pairs(folder, **changed):
+    """A byte-pair tokenizer in a run that somebody else gave, its hash in order."""
+    ranks = {base64.b64encode(bytes([b])).decode(): b for b in range(256)}
+    definition = {
+        "kind": "byte_pairs",
+        "name": "given",
+        "pattern": r"\S+|\s+",
+        "special_tokens": {"<|endoftext|>": 256},
+        "ranks": ranks | changed.pop("more", {}),
+        **changed,
+    }
+    saved = {"sha256": sha256_of_json(definition), "definition": definition}
+    (folder / FILE_NAME).write_text(json.dumps(saved))
+
+
+def test_a_given_encoding_opens(tmp_path):
+    save_byte_pairs(tmp_path, more={"YWI=": 257})
+    assert load_tokenizer(tmp_path).encode("ab c").tolist() == [257, 32, 99]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"more": {"YWI=": "257"}}, "Expected `int`, got `str`"),
+        ({"more": {"YWI=": 97}}, "two tokens have the same id"),
+        ({"more": {"YWI=": 256}}, "two tokens have the same id"),
+        ({"more": {"not base64": 257}}, "Invalid base64"),
+        ({"more": {"": 257}}, "length >= 1"),
+        ({"more": {"YWI=": 10**12}}, "<= 4194303"),
+        ({"more": {"YWI=": 10**30}}, "<= 4194303"),
+        ({"more": {"YWI=": -1}}, ">= 0"),
+        ({"special_tokens": {"<s>": 10**12}}, "<= 4194303"),
+        ({"special_tokens": ["<s>"]}, "Expected `object`"),
+        ({"ranks": {}}, "the byte 0 has no token"),
+        ({"ranks": [1]}, "Expected `object`"),
+        ({"pattern": "(["}, "Parsing error"),
+        ({"pattern": 3}, "Expected `str`"),
+        ({"pattern": "(?:" * 5000 + "a" + ")" * 5000}, "too deeply nested"),
+        ({"pattern": r"(?:\p{L}{500}){500}"}, "Error compiling"),
+        ({"kind": "characters", "characters": ""}, "length >= 1"),
+        ({"kind": "characters", "characters": "a\ud800"}, "surrogates not allowed"),
+        ({"kind": ["bytes"]}, "kind"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_is_refused_in_one_sentence(changed, said, tmp_path):
+    save_byte_pairs(tmp_path, **changed)
+    with pytest.raises(CheckpointError, match=re.escape(said)) as caught:
+        load_tokenizer(tmp_path)
+    assert FILE_NAME in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_nested_for_ever_is_refused(tmp_path):
+    (tmp_path / FILE_NAME).write_text("[" * 10**5)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", [r"\d+", "", r"(?=(a|a|aa)+$)x|\s", r"[a-z]"])
+def test_a_pattern_that_does_not_cut_the_text_is_named(pattern, tmp_path):
+    save_byte_pairs(tmp_path, pattern=pattern)
+    with pytest.raises(UsageError, match="the split pattern of the tokenizer"):
+        load_tokenizer(tmp_path).encode("a" * 60 + "B")
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):

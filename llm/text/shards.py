@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 from llm.config import DataConfig, TokenizerConfig
 from llm.errors import CheckpointError, DataError, UsageError
 from llm.files import is_disk_full
-from llm.text.bpe import PATTERN, TRAINING_CHARACTERS, train_bpe
+from llm.text.bpe import LONGEST_WORD, PATTERN, TRAINING_CHARACTERS, UNBROKEN, train_bpe
 from llm.text.cache import OnProgress, built_once, cache_root, no_room, silent
 from llm.text.documents import KINDS, Document, Origin, Reader
 from llm.text.sources import Found, find_origins
@@ -43,6 +43,7 @@ from llm.text.tokenizer import (
     load_tokenizer,
     named_tokenizer,
     sha256_of_json,
+    utf8_length,
 )
 
 # Increase it when the same settings and content would give other tokens or another layout.
@@ -175,14 +176,14 @@ def _tokenizer_for(
         recipe |= {
             "vocab_size": config.vocab_size,
             "pattern": PATTERN,
-            "training_characters": TRAINING_CHARACTERS,
+            "training_characters": [TRAINING_CHARACTERS, UNBROKEN, LONGEST_WORD],
         }
     folder = root / "tokenizers" / sha256_of_json(recipe)[:32]
     with built_once(folder, on_progress) as partial:
         if partial is not None:
             texts = _all_text(data, found, on_progress)
             if config.kind == "bpe":
-                made: Tokenizer = train_bpe(texts, config.vocab_size)
+                made: Tokenizer = train_bpe(texts, config.vocab_size, on_progress)
             else:
                 made = CharacterTokenizer(characters_of(texts))
             made.save(partial)
@@ -198,7 +199,7 @@ def _all_text(data: DataConfig, found: Found, on_progress: OnProgress) -> Iterat
         for text in document.pieces:
             on_progress("reading the vocabulary", done, total)
             yield text
-            done += _utf8_length(text)
+            done += utf8_length(text)
     if not done:
         raise DataError(_NO_TEXT)
 
@@ -296,7 +297,7 @@ def _encoded(
     def encode(piece: _Piece) -> tuple[_Piece, Ids, int]:
         ids = encoder.encode(piece.text)
         ids = np.concatenate([ids, end_ids]) if piece.ends else ids
-        return piece, ids, _utf8_length(piece.text)
+        return piece, ids, utf8_length(piece.text)
 
     tasks = _in_order(lambda task: [encode(piece) for piece in task], _grouped(pieces), workers)
     return itertools.chain.from_iterable(tasks)
@@ -341,10 +342,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _utf8_length(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _splits(validation: str, manifests: dict[str, StreamManifest]) -> dict[str, dict[str, Any]]:

@@ -17,8 +17,9 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -29,6 +30,10 @@ Ids = npt.NDArray[np.int32]
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
+
+# A file may claim any id, and each costs memory. The largest vocabularies have a million tokens
+# (Liang et al. 2023, "XLM-V").
+LARGEST_VOCABULARY = 2**22
 
 # Kinds of tokenizers whose vocabulary the corpus decides (llm/text/shards.py makes them). Every
 # other kind is a name that `named_tokenizer` knows.
@@ -172,6 +177,8 @@ class BytePairTokenizer(Tokenizer):
       pattern: regular expression of the pre-tokens; no merge crosses their borders.
       ranks: token -> id, which is also the order of merges.
       special_tokens: spelling -> id.
+    Raises:
+      ValueError: a byte without a token, two tokens of one id, or a pattern that does not compile.
     """
 
     def __init__(
@@ -179,10 +186,15 @@ class BytePairTokenizer(Tokenizer):
     ):
         import tiktoken
 
-        last = max(max(ranks.values()), max(special_tokens.values(), default=0))
-        table = [b""] * (last + 1)
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing:
+            raise ValueError(f"the byte {missing[0]} has no token; expected one for each byte")
+        ids = [*ranks.values(), *special_tokens.values()]
+        table = [b""] * (max(ids) + 1)
         for token, rank in ranks.items():
             table[rank] = token
+        if len(set(ids)) != len(ids):
+            raise ValueError("two tokens have the same id")
         super().__init__(name, table, special_tokens)
         self.pattern = pattern
         self._encoding = tiktoken.Encoding(
@@ -194,10 +206,28 @@ class BytePairTokenizer(Tokenizer):
 
     def encode(self, text: str) -> Ids:
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
         except UnicodeEncodeError as error:
             raise _unseen(text, error.start, _SURROGATE) from None
-        return ids.astype(np.int32)
+        except BaseException as error:
+            # tiktoken gives up a pattern that backtracks too long, and panics on an empty match.
+            if isinstance(error, ValueError) or type(error).__name__ == "PanicException":
+                raise UsageError(f"{self._unusable_pattern} ({error})") from None
+            raise
+        if int(self._lengths[ids].sum()) != utf8_length(text):
+            raise UsageError(self._unusable_pattern)
+        return ids
+
+    @cached_property
+    def _lengths(self) -> Ids:
+        return self.byte_lengths()
+
+    @property
+    def _unusable_pattern(self) -> str:
+        return (
+            f"the split pattern of the tokenizer, {self.pattern[:200]!r}, does not cut this text "
+            "into words; expected a pattern that matches every character once"
+        )
 
     def definition(self) -> dict[str, Any]:
         ranks = {base64.b64encode(t).decode(): id_ for id_, t in enumerate(self.token_table) if t}
@@ -287,11 +317,36 @@ def check_kind(kind: str) -> None:
         )
 
 
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=LARGEST_VOCABULARY)]
+
+
+class _Bytes(msgspec.Struct, tag_field="kind", tag="bytes"):
+    def open(self) -> Tokenizer:
+        return ByteTokenizer()
+
+
+class _Characters(msgspec.Struct, tag_field="kind", tag="characters"):
+    characters: Annotated[str, msgspec.Meta(min_length=1)]
+
+    def open(self) -> Tokenizer:
+        return CharacterTokenizer(self.characters)
+
+
+class _BytePairs(msgspec.Struct, tag_field="kind", tag="byte_pairs"):
+    name: str
+    pattern: str
+    special_tokens: dict[str, _Id]
+    ranks: dict[Annotated[bytes, msgspec.Meta(min_length=1)], _Id]
+
+    def open(self) -> Tokenizer:
+        return BytePairTokenizer(self.name, self.pattern, self.ranks, self.special_tokens)
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that `save` wrote.
 
     Raises:
-      CheckpointError: the file is missing or is not what was saved.
+      CheckpointError: the file is missing, is not what was saved, or describes no tokenizer.
     """
     path = Path(directory) / FILE_NAME
     try:
@@ -300,21 +355,21 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         whole = saved["sha256"] == sha256_of_json(definition)
     except OSError as error:
         raise CheckpointError(f"no tokenizer at {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise CheckpointError(f"{path} is not a saved tokenizer: it is damaged")
-    match definition["kind"]:
-        case "bytes":
-            return ByteTokenizer()
-        case "characters":
-            return CharacterTokenizer(definition["characters"])
-        case "byte_pairs":
-            ranks = {base64.b64decode(t): rank for t, rank in definition["ranks"].items()}
-            return BytePairTokenizer(
-                definition["name"], definition["pattern"], ranks, definition["special_tokens"]
-            )
-    raise CheckpointError(f"a tokenizer of kind {definition['kind']!r} needs a newer version")
+    try:
+        return msgspec.convert(definition, _Bytes | _Characters | _BytePairs).open()
+    except (msgspec.ValidationError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} describes no tokenizer that this version can use: {error}"
+        ) from None
+
+
+def utf8_length(text: str) -> int:
+    """The bytes of a text; half of a surrogate pair counts as three."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:
