@@ -1,12 +1,78 @@
-"""Files that a crash leaves with their old or their new content, never half; room on disk; time."""
+"""Files that a crash leaves with their old or their new content, never half; files that somebody
+else gave; room on disk; time."""
 
 import contextlib
 import datetime
 import errno
+import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
+
+# The most that is read of one description, such as a manifest or a tokenizer. The longest that a
+# run writes is the manifest of some million files, at 150 bytes each.
+MOST_BYTES = 1 << 30
+
+
+def check_regular(path: Path) -> os.stat_result:
+    """The status of a file, once it is known that opening and reading it ends.
+
+    Raises:
+      OSError: there is no such file, or it is a folder, a pipe, a socket or a device.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, expected a file", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        what = "it is a pipe, a socket or a device, expected a file"
+        raise OSError(errno.EINVAL, what, str(path))
+    return status
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a file of a folder that somebody else may have given: a run, a model, a cache.
+
+    Raises:
+      OSError: as `check_regular`, or the file cannot be opened.
+    """
+    check_regular(path)
+    # Another file may have taken its place since: opening a pipe would wait for its writer.
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def read_regular(path: Path, most_bytes: int = MOST_BYTES) -> bytes:
+    """The content of such a file.
+
+    Raises:
+      OSError: as `open_regular`, or the file is larger than `most_bytes`.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size > most_bytes:
+            what = f"it is larger than {readable_bytes(most_bytes)}, expected less"
+            raise OSError(errno.EINVAL, what, str(path))
+        return file.read()
+
+
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """The value that such a file holds.
+
+    Raises:
+      OSError: as `read_regular`.
+      ValueError: it is not JSON, or its values are nested too deeply to be read.
+    """
+    try:
+        return json.loads(read_regular(path, most_bytes))
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
+def why(error: Exception) -> str:
+    """The reason that an error gives, without the number and the path of an OSError."""
+    return str(getattr(error, "strerror", None) or error)
 
 
 def write_atomic(path: Path, content: bytes) -> None:

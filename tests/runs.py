@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from llm.files import MOST_BYTES
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
@@ -136,3 +139,28 @@ def identity_of(arrays: dict[str, np.ndarray]) -> str:
     held = {name: np.asarray(array) for name, array in arrays.items()}
     pieces = [Piece(name, array.shape, (0,) * array.ndim, array) for name, array in held.items()]
     return identity(element_sums(pieces))
+
+
+def make_strange(kind, path):
+    """A file that is not what its name says, in place of what is there."""
+    path.unlink(missing_ok=True)
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "socket":
+            listening = socket.socket(socket.AF_UNIX)
+            folder = os.open(path.parent, os.O_PATH)  # its own path may be too long for a socket
+            listening.bind(f"/proc/self/fd/{folder}/{path.name}")
+            os.close(folder)
+            listening.close()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path.name)
+        case "huge":
+            with open(path, "wb") as file:
+                file.truncate(MOST_BYTES << 10)
+        case "deep":
+            path.write_text("[" * 100_000)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -15,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import identity_of
+from runs import identity_of, make_strange
 
 from llm.config import MeshConfig
 from llm.errors import CheckpointError, UsageError
 from llm.model.sharding import make_mesh, sharding_of
-from llm.run.arrays import element_sums, identity, own_pieces
+from llm.run.arrays import describe_file, element_sums, identity, own_pieces
 from llm.run.checkpoint import (
     Checkpoints,
     DamageError,
@@ -121,11 +122,82 @@ def test_a_file_truncated_or_missing_is_found_and_named(copy):
         path.write_bytes(content)
 
 
-def test_a_file_that_the_manifest_does_not_list_is_nobodys_damage(copy):
-    for folder in (copy, copy / "params", copy / "training"):
-        (folder / ".DS_Store").write_text("x")
+@pytest.mark.parametrize("stray", [".DS_Store", ".nfs000000000f3e2a", "manifest.json~", "0.1", "7"])
+def test_a_file_that_the_manifest_does_not_list_is_nobodys_damage(copy, stray):
+    """An indexer's file, what NFS leaves of an open file, an editor's backup; in every folder."""
+    for folder in [copy.parent, *(path for path in [copy, *copy.rglob("*")] if path.is_dir())]:
+        (folder / stray).write_text("x")
     verify_files(copy)
-    assert read_step(copy, opened()).step == 5
+    assert read_step(copy, opened(("params", "training"))).step == 5
+    assert restore(copy.parent, opened(), "set aside", say=pytest.fail).step == 5
+    assert saved_steps(copy.parent) == [5] and (copy.parent / stray).exists()
+
+
+def write_manifest(folder, groups_):
+    """A manifest that agrees with itself, as somebody can write who gives a run."""
+    sha256 = hashlib.sha256(json.dumps(groups_, sort_keys=True).encode()).hexdigest()
+    manifest = {"schema": 3, "groups": groups_, "sha256": sha256}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "folder", "loop", "huge"])
+@pytest.mark.parametrize(
+    "part",
+    ["manifest.json", "receipt.json", "params/w0/.zarray", "params/w1/0.0", "training/step/0"],
+)
+def test_a_part_that_is_not_a_file_is_damage_and_is_not_waited_for(copy, part, kind):
+    make_strange(kind, copy / part)
+    wanted = opened(("params", "training"))
+    for look in (lambda: verify_files(copy), lambda: read_step(copy, wanted)):
+        with pytest.raises(DamageError, match=re.escape(str(copy / part))):
+            look()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "params/../../secret", "../5/receipt.json", "params/w0/\0", "params/w0/x/y"],
+)
+def test_a_manifest_that_names_what_lies_elsewhere_is_refused(copy, name):
+    listed = json.loads((copy / "manifest.json").read_text())["groups"]
+    listed["params"][name] = {"bytes": 1, "sha256": ""}
+    write_manifest(copy, listed)
+    with pytest.raises(DamageError, match=r"manifest.json is not the manifest that was saved"):
+        verify_files(copy)
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 10_000, "[" * 900 + "]" * 900, "null", '{"schema": 3}', "9" * 5000, "\0" * 9]
+)
+@pytest.mark.parametrize(
+    ("name", "look"), [("manifest.json", verify_files), ("receipt.json", read_receipt)]
+)
+def test_json_that_is_not_what_was_saved_is_damage(copy, name, look, content):
+    (copy / name).write_text(content)
+    with pytest.raises(DamageError, match=f"{name} is"):
+        look(copy)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"chunks": [4, 4]},  # tensorstore would look for files that are not listed
+        {"chunks": [8, 1 << 40]},
+        {"shape": [1 << 40, 1 << 20], "chunks": [1, 1]},
+        {"dimension_separator": "/"},
+        {"compressor": {"id": "zlib", "level": 1}},
+        {"attributes": [*range(20_000)]},
+    ],
+)
+def test_an_array_of_other_pieces_than_are_listed_is_not_read(copy, change):
+    """A forged description, with a manifest that agrees."""
+    described = copy / "params" / "w0" / ".zarray"
+    described.write_text(json.dumps(json.loads(described.read_text()) | change))
+    listed = json.loads((copy / "manifest.json").read_text())["groups"]
+    listed["params"]["params/w0/.zarray"] = describe_file(described)
+    write_manifest(copy, listed)
+    os.mkfifo(copy / "params" / "w0" / "0.1")
+    with pytest.raises(CheckpointError, match="cannot be read: "):
+        read_step(copy, opened())
 
 
 def test_a_flipped_byte_is_named_or_changes_nothing_that_is_read(copy):

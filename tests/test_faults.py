@@ -33,6 +33,7 @@ from llm.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from llm.run.checkpoint import GROUPS, Checkpoints, read_receipt, saved_steps, verify_files
 from llm.run.metrics import MetricsFile, read_metrics
 from llm.run.open import open_model
+from llm.run.receipt import check_receipt
 
 
 @pytest.fixture
@@ -304,6 +305,26 @@ def test_weights_that_are_not_those_saved_disagree_with_the_receipt(copy, change
         open_model(copy / "run")
     with pytest.raises(CheckpointError, match=both_numbers):
         train(copy / "config.toml", "--training.steps", "14")
+
+
+def test_a_receipt_of_values_that_no_model_wrote_is_refused(unbroken):
+    opened = open_model(unbroken / "run")
+    receipt = read_receipt(unbroken / "run" / "checkpoints" / str(STEPS))
+    [tokens, _], [logprobs, _] = receipt["tokens"], receipt["logprobs"]
+    for change in (
+        {"tokens": [tokens, tokens[:-1]]},
+        {"tokens": [tokens, ["a"] * len(tokens)]},
+        {"tokens": [tokens, [10**30] * len(tokens)]},
+        {"tokens": [tokens, [-1] * len(tokens)]},
+        {"tokens": [tokens * 9] * 2, "logprobs": [(logprobs * 10)[: 9 * len(tokens) - 1]] * 2},
+        {"tokens": [], "logprobs": None},
+        {"logprobs": [logprobs, [{}] * len(logprobs)]},
+        {"logprobs": [logprobs] * 3},
+    ):
+        with pytest.raises(CheckpointError, match="of the step has a receipt that is damaged"):
+            check_receipt(
+                opened.spec, opened.params, receipt | change, opened.tokenizer.sha256, "of the step"
+            )
 
 
 @pytest.mark.parametrize("replaced", [0, 1], ids=["larger", "of the same size"])

@@ -16,8 +16,10 @@ Source: the zarr storage specification, version 2.
 """
 
 import asyncio
+import collections
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+
+from llm.files import check_regular, open_regular
 
 
 class Piece(NamedTuple):
@@ -89,18 +93,43 @@ def write_pieces(folder: Path, group: str, pieces: Sequence[Piece]) -> dict[str,
 
 def describe_file(path: Path) -> dict[str, Any]:
     """What the manifest says of a file: {"bytes", "sha256"}."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": sha256}
 
 
-def stored_arrays(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+# The most bytes of a .zarray; those that are written have a few hundred.
+_DESCRIBED = 1 << 16
+
+
+def stored_arrays(folder: Path, files: Mapping[str, int]) -> dict[str, Any]:
     """Arrays of a group as tensorstore.TensorStore, which have a shape and a dtype.
 
+    Tensorstore reads only the files that are named here, and never more bytes than an array has.
+
+    Args:
+      files: NAME/PIECE of every file that makes them up -> its bytes.
     Raises:
-      ValueError: one of them is not there, or is damaged.
+      OSError, ValueError: a file cannot be read, or is not what `write_pieces` writes.
     """
-    return {name: _open(folder / name, open=True) for name in names}
+    sizes: dict[str, dict[str, int]] = collections.defaultdict(dict)
+    for file, size in files.items():
+        name, _, piece = file.partition("/")
+        sizes[name][piece] = size
+        too_large = piece == ".zarray" and size > _DESCRIBED
+        if too_large or check_regular(folder / file).st_size != size:
+            raise ValueError(f"{folder / file} is not of the size that was saved")
+    form = {"compressor": None, "filters": None, "dimension_separator": "."}
+    arrays = {name: _open(folder / name, open=True, metadata=form) for name in sizes}
+    for name, array in arrays.items():
+        extent = array.chunk_layout.write_chunk.shape or ()  # None: it has no axes
+        counts = [-(-size // step) for size, step in zip(array.shape, extent, strict=True)]
+        places = np.ndindex(*counts) if math.prod(counts) < len(sizes[name]) else ()
+        of_piece = array.dtype.numpy_dtype.itemsize * math.prod(extent)
+        pieces = {".".join(map(str, place)) or "0": of_piece for place in places}
+        if pieces | {".zarray": sizes[name].get(".zarray")} != sizes[name]:
+            raise ValueError(f"{folder / name} does not have the pieces that its .zarray describes")
+    return arrays
 
 
 def read_arrays(

@@ -20,25 +20,30 @@ import functools
 import hashlib
 import itertools
 import json
+import re
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
 from llm.errors import CheckpointError, LLMError, UsageError
 from llm.faults import fault_point
 from llm.files import (
+    check_regular,
     disk_full_reason,
     flush_folder,
     free_bytes,
     partial_folder,
+    read_json,
     readable_bytes,
     whole_folder,
+    why,
 )
 from llm.run.arrays import (
     Piece,
@@ -59,6 +64,8 @@ RECEIPT = "receipt.json"
 SCHEMA = 3
 # Groups of arrays. "params" are apart, so that opening a model reads nothing else.
 GROUPS = ("params", "training")
+# What is read of a receipt; check_receipt looks at the values.
+RECEIPT_FIELDS = ("params_sha256", "tokenizer_sha256", "tokens", "logprobs")
 # A group of files: the receipt, which is read with every group of arrays.
 RECEIPT_GROUP = "receipt"
 
@@ -70,18 +77,41 @@ Abstract = Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
 MakeReceipt = Callable[[], Mapping[str, Any]]
 
 
+# Nothing outside the step's folder can be named.
+_Name = Annotated[
+    str, Field(pattern=r"^((params|training)/[^./\x00][^/\x00]*/[^/\x00]+|receipt\.json)$")
+]
+
+
+class _File(BaseModel):
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _Groups(BaseModel):
+    """What a manifest lists: the files of each group."""
+
+    params: dict[_Name, _File]
+    training: dict[_Name, _File]
+    receipt: dict[_Name, _File]
+
+
 class DamageError(CheckpointError):
     """A step's files are not those that were saved."""
 
 
 def saved_steps(root: Path) -> list[int]:
     """Complete steps, ascending. They are not verified: see `verify_files`."""
-    return sorted(int(path.name) for path in root.glob("*") if path.name.isdecimal())
+    names = (path.name for path in root.glob("*") if path.is_dir())
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
     """receipt.json of one step."""
-    return _read_json(folder / RECEIPT)
+    receipt = _read_json(folder / RECEIPT)
+    if not isinstance(receipt, dict) or not receipt.keys() >= set(RECEIPT_FIELDS):
+        raise DamageError(f"{folder / RECEIPT} is not one: expected {', '.join(RECEIPT_FIELDS)}")
+    return receipt
 
 
 def verify_files(
@@ -108,13 +138,13 @@ def verify_files(
 def _problem(path: Path, expected: Mapping[str, Any]) -> str:
     """What is wrong with a file, or ""."""
     try:
+        if (size := check_regular(path).st_size) != expected["bytes"]:
+            return f"{path}: expected {expected['bytes']} bytes, found {size}"
         found = describe_file(path)
     except FileNotFoundError:
         return f"{path} is missing; expected {expected['bytes']} bytes"
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
-    if found["bytes"] != expected["bytes"]:
-        return f"{path}: expected {expected['bytes']} bytes, found {found['bytes']}"
     if found != expected:
         sha256, now = expected["sha256"], found["sha256"]
         return f"{path} has changed: expected sha256 {sha256}, found {now}"
@@ -199,8 +229,11 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts = ALONE) -> Restored:
     problem = ""
     try:
         for group, abstract in wanted.items():
-            names = {str(Path(file).parent.relative_to(group)) for file in manifest[group]}
-            stored = stored_arrays(folder / group, names)
+            files = {
+                file.removeprefix(f"{group}/"): said["bytes"]
+                for file, said in manifest[group].items()
+            }
+            stored = stored_arrays(folder / group, files)
             _check_shapes(folder, stored, abstract)
             groups[group] = read_arrays(
                 folder / group, {name: leaf.sharding for name, leaf in abstract.items()}
@@ -426,7 +459,13 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
             "again in another run.dir"
         )
     groups = manifest.get("groups", {})
-    if (manifest.get("schema"), manifest.get("sha256")) != (SCHEMA, _sha256_of_json(groups)):
+    try:
+        _Groups.model_validate(groups)
+        said = (manifest.get("schema"), manifest.get("sha256"))
+        whole = said == (SCHEMA, _sha256_of_json(groups))
+    except (ValidationError, RecursionError):
+        whole = False
+    if not whole:
         raise DamageError(f"{folder / MANIFEST} is not the manifest that was saved: it is damaged")
     return groups
 
@@ -435,8 +474,8 @@ def _sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise DamageError(f"{path} is damaged or cannot be read: {error}") from None
+        raise DamageError(f"{path} is damaged or cannot be read: {why(error)}") from None

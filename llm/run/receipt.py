@@ -84,7 +84,19 @@ def check_receipt(
             f"{where} was trained with the tokenizer {receipt['tokenizer_sha256']}; the run "
             f"directory holds {tokenizer_sha256}: tokenizer/ and the checkpoint are not of one run"
         )
-    tokens_BT, saved = np.asarray(receipt["tokens"], np.int32), np.asarray(receipt["logprobs"])
+    try:
+        tokens_BT = np.array(receipt["tokens"], np.int32)
+        saved = np.array(receipt["logprobs"], float)
+        rows, length = tokens_BT.shape
+        whole = rows == ROWS and 1 < length <= 1 + min(LENGTH, spec.config.context_length)
+        whole = whole and saved.shape == (rows, length - 1) and tokens_BT.min() >= 0
+    except (TypeError, ValueError, OverflowError):  # unequal rows, words, a number of many digits
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"{where} has a receipt that is damaged: expected {ROWS} rows of at most {LENGTH + 1} "
+            "tokens, and the log-probability of each but the first; restore it from a copy"
+        )
     found = np.full_like(saved, np.nan)  # if the model does not have the receipt's tokens
     if tokens_BT.max() < spec.vocab_size:
         found = np.asarray(receipt_logprobs(spec, params, tokens_BT), np.float64)
