@@ -25,6 +25,10 @@ from llm.names import nearest
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 AxisSize = Annotated[int, Field(ge=-1)]
+# Others write -1 for all tokens.
+TopK = Annotated[
+    NonNegativeInt, pydantic.BeforeValidator(lambda value: 0 if value == -1 else value)
+]
 # JAX takes the lowest 32 bits of a seed: two that are equal in them would initialise alike.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -357,7 +361,7 @@ class SamplingConfig(Section):
     max_new_tokens: NonNegativeInt = setting(200, "tokens to write after the prompt")
     num_samples: PositiveInt = setting(1, "samples of each prompt")
     temperature: NonNegativeFloat = setting(0.8, "divides the logits; 0: greedy")
-    top_k: NonNegativeInt = setting(0, "keep the k likeliest tokens; 0: all")
+    top_k: TopK = setting(0, "keep the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = setting(
         1.0, "keep the likeliest tokens whose probabilities sum to this"
     )

@@ -185,23 +185,23 @@ WORDS = st.lists(st.text(alphabet="ab", min_size=0, max_size=4), min_size=1, max
 def test_stop_strings_cut_where_the_first_one_begins(words, stops):
     tokenizer = TableTokenizer([word.encode() for word in words])
     transcript, filter_ = Transcript(Spellings(tokenizer)), StopStrings(stops)
-    out, stopped = [], False
+    out, stopped = [], None
     transcript.add(0, "prompt")  # what was given does not count
     shown = ""
     for id_ in range(len(words)):
         released, stopped = filter_.add(transcript.add(id_, "generated"))
         out += released
         shown = "".join(token.text for token in out)
-        if stopped:
+        if stopped is not None:
             break
         assert not any(stop in shown for stop in stops)
-    if not stopped:
+    if stopped is None:
         out += filter_.release()
 
     # The first token after which a stop string is there decides; of those there, the first place.
     prefixes = ["".join(words[: n + 1]) for n in range(len(words))]
     completing = next((n for n, p in enumerate(prefixes) if any(s in p for s in stops)), None)
-    assert stopped == (completing is not None)
+    assert (stopped is not None) == (completing is not None)
     assert [token.id for token in out] == list(range(len(out)))
     if completing is None:
         expected = prefixes[-1]
@@ -209,6 +209,7 @@ def test_stop_strings_cut_where_the_first_one_begins(words, stops):
     else:
         text = prefixes[completing]
         expected = text[: min(text.find(stop) for stop in stops if stop in text)]
+        assert (expected + stopped) == text[: len(expected + stopped)]
         assert len(out) == completing + 1
     assert "".join(token.text for token in out) == expected
     place = len(words[0])
@@ -282,7 +283,9 @@ def test_the_numbers_of_a_token_come_from_the_arrays_of_the_device():
         logprob=np.float32([-1.5]), rank=np.int32([3]), entropy=np.float32([2.0]),
         kept_mass=np.float32([0.75]), kept_tokens=np.int32([2]),
         top_ids=np.int32([[65, 0xE6, 66]]), top_logprobs=np.float32([[-0.5, -1.0, -1.5]]),
+        top_kept=np.array([[True, True, False]]),
         watch_logprobs=np.float32([[-9.0, -0.5, 0.0]]), watch_ranks=np.int32([[200, 1, 1]]),
+        watch_kept=np.array([[False, True, True]]),
     )  # fmt: skip
     spellings = Spellings(ByteTokenizer())
     [numbers] = to_host(described, np.float32([-0.0]), 2, (256, 65), spellings)

@@ -2,6 +2,7 @@
 what bad requests, clients that leave and signals do."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -29,16 +30,24 @@ from llm.inference.numerics import numerics_of  # noqa: E402
 from llm.inference.records import RunRecord, Sampling, read_records  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
-from llm.serving.completions import Served, parse  # noqa: E402
+from llm.serving.completions import Served  # noqa: E402
 from llm.serving.engine import Engine  # noqa: E402
 from llm.serving.limits import Limits  # noqa: E402
+from llm.serving.requests import parse  # noqa: E402
 from llm.serving.server import Server, Site, listen, make_app, run, url_of  # noqa: E402
 from llm.text.tokenizer import ByteTokenizer  # noqa: E402
 
 CONTEXT = 96
 MODEL = ModelConfig(n_layer=1, n_head=2, d_model=32, context_length=CONTEXT)
 LIMITS = Limits(
-    max_batch=4, max_queue=12, max_body=20_000, max_prompts=8, max_n=8, max_tokens=500, max_top=12
+    max_batch=4,
+    max_queue=12,
+    max_body=20_000,
+    max_prompts=8,
+    max_n=8,
+    max_tokens=500,
+    max_top=12,
+    max_prompt=400,
 )
 CHECKPOINT = {"run": "mine", "step": 7, "params_sha256": "ab" * 32}
 SITE = Site(("localhost", "127.0.0.1", "::1"), guests=())
@@ -47,17 +56,17 @@ SITE = Site(("localhost", "127.0.0.1", "::1"), guests=())
 class Running:
     """A server in a thread, with the model it serves."""
 
-    def __init__(self):
-        spec = ModelSpec(MODEL, 257)
+    def __init__(self, tokenizer):
+        spec = ModelSpec(MODEL, tokenizer.vocab_size)
         params = jax.jit(initialise, static_argnums=0)(spec, jax.random.key(0))
         self.params = {name: 6.0 * w if w.ndim > 1 else w for name, w in params.items()}
         self.spec = spec
-        self.decoder = Decoder.create(spec, self.params, ByteTokenizer())
+        self.decoder = Decoder.create(spec, self.params, tokenizer)
         self.engine = Engine(self.decoder, LIMITS)
         self.served = Served(
             name="mine",
             run=RunRecord.of(
-                CHECKPOINT, ByteTokenizer(), None, numerics_of(spec, params, "cached"), top=12
+                CHECKPOINT, tokenizer, None, numerics_of(spec, params, "cached"), top=12
             ),
             created=0,
             page="<!doctype html><p>the live page",
@@ -95,16 +104,22 @@ class Running:
         return [t for progress in self.decoder.generate([request]) for t in progress.tokens]
 
 
-@pytest.fixture(scope="module")
-def running():
+@contextlib.contextmanager
+def serving(tokenizer):
     with pytest.MonkeyPatch.context() as patch:
         # Few shapes: what takes the time is compilation.
         patch.setattr("llm.inference.decode.PIECE", 16)
         patch.setattr("llm.serving.engine._piece", lambda length: 16)
         patch.setattr("llm.serving.engine.LEAST_PREFILL", 128)
-        running = Running()
+        running = Running(tokenizer)
         yield running
         running.stop()
+
+
+@pytest.fixture(scope="module")
+def running():
+    with serving(ByteTokenizer()) as running:
+        yield running
 
 
 def events_of(response):
@@ -345,7 +360,23 @@ BAD = [
     ({"prompt": "a", "stream": True, "stream_options": {"x": 1}}, "stream_options.x", ["unknown"]),
     ({"prompt": "a", "best_of": 3}, "best_of", ["3", "n"]),
     ({"prompt": "a", "suffix": "b"}, "suffix", ["leave it out"]),
-    ({"prompt": "a", "logit_bias": {"5": 1}}, "logit_bias", ["leave it out"]),
+    ({"prompt": "a", "repetition_penalty": 1.2}, "repetition_penalty", ["1.2", "leave", "1.0"]),
+    ({"prompt": "a", "top_k": -2}, "top_k", ["-2", "greater than or equal to 0"]),
+    ({"prompt": "a", "logit_bias": {"5": 101}}, "logit_bias.5", ["101", "100"]),
+    ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias.x.[key]", ["x", "integer"]),
+    ({"prompt": "a", "logit_bias": {"257": 1}}, "logit_bias", ["257", "256"]),
+    ({"prompt": "a", "logit_bias": [5]}, "logit_bias", ["[5]", "object"]),
+    ({"prompt": "a", "stop_token_ids": [-1]}, "stop_token_ids", ["-1", "0 to 256"]),
+    ({"prompt": "a", "stop_token_ids": ["5"]}, "stop_token_ids.0", ["5", "integer"]),
+    ({"prompt": "a", "min_tokens": 17}, "min_tokens", ["17", "16", "max_tokens"]),
+    ({"prompt": "a", "prompt_logprobs": 13}, "prompt_logprobs", ["13", "--max-top"]),
+    ({"prompt": "a", "logprob_token_ids": [5]}, "logprob_token_ids", ["give logprobs"]),
+    ({"prompt": "", "logprob_token_ids": [5] * 13, "logprobs": 1}, "logprob_token_ids", ["13"]),
+    ({"prompt": [1, None]}, "prompt", ["list of token ids"]),
+    ({"prompt": "x" * 500, "max_tokens": 0}, "prompt", ["500", "400", "--max-prompt"]),
+    ({"prompt": "x" * 97}, "prompt", ["97", "max_tokens = 0"]),
+    ({"prompt": "a", "until": "b"}, "until", ["did you mean stop?"]),
+    ({"prompt": "a", "max_new_tokens": 2}, "max_new_tokens", ["did you mean max_tokens?"]),
     ({"prompt": "a", "presence_penalty": 0.5}, "presence_penalty", ["0.5", "0.0"]),
     ({"prompt": "a", "frequency_penalty": 1}, "frequency_penalty", ["leave it out"]),
 ]  # fmt: skip

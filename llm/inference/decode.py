@@ -13,13 +13,14 @@ programs are compiled.
 A sample ends, in this order, by
     stop          a stop string is complete (found on the host, see transcript.py)
     end_of_text   the tokenizer's end of text was drawn; that token has its record and no text
+    stop          a token of stop_ids was drawn
     length        max_new_tokens are drawn
     context       prompt and drawn tokens fill context_length
 
 What it is not: a server. It runs one batch from beginning to end; engine.py lets rows join and
 leave, with the same programs and the same Row.
 
-    B rows, rounded up  T prompt position  W watched ids
+    B rows, rounded up  T prompt position  W watched ids  E ids that end a row
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ import numpy as np
 
 from llm.errors import NonFiniteError, UsageError
 from llm.inference.distribution import NOT_FINITE, Described, to_host
-from llm.inference.filters import RowSettings
+from llm.inference.filters import RowSettings, Steering
 from llm.inference.programs import (
     CHUNK,
     DecodeState,
@@ -56,6 +57,8 @@ PIECE = 256
 # A chunk grows while it takes less than this, so that text streams at a steady pace whatever the
 # speed of the model, and little is wasted when the host finds a stop string.
 CHUNK_SECONDS = 0.1
+# Ids that end a row, as many as the device knows; others are found on the host like stop strings.
+ENDS = 8
 
 TokenIds = Sequence[int] | Ids
 
@@ -69,7 +72,11 @@ class Request:
     Attributes:
       prompt: token ids, at least one and at most context_length.
       index: the i of "sample i is a function of seed and i".
-      stop: strings that end the sample; they are cut from its text.
+      stop: strings that end the sample; they are cut from its text. The first `min_tokens` of the
+        sampling are not searched.
+      stop_ids: ids that end the sample; the token has its record and no text.
+      keep_stop: the stop string, or the text of the token in stop_ids, is part of the text.
+      ignore_end: an end of text does not end the sample.
       top: how many alternatives each record lists; None: no probabilities, which is faster.
       watch: ids that each record lists whatever their rank.
       sample: the number that its records carry.
@@ -80,6 +87,9 @@ class Request:
     index: int = 0
     max_new_tokens: int = 200
     stop: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    keep_stop: bool = False
+    ignore_end: bool = False
     top: int | None = None
     watch: Sequence[int] = ()
     sample: int = 0
@@ -88,24 +98,33 @@ class Request:
 @dataclass(frozen=True)
 class NewTokens:
     """Tokens of one row that are final now. The first ones of a row hold its whole prompt; the last
-    ones have a `finish`: "stop", "end_of_text", "length" or "context"."""
+    ones have a `finish`: "stop", "end_of_text", "length" or "context".
+
+    Attributes:
+      stop: what stopped it: one of the request's `stop` or `stop_ids`.
+    """
 
     row: int
     tokens: list[TokenRecord]
     finish: str | None
+    stop: str | int | None = None
 
 
 class RequestArrays(NamedTuple):
     """A batch of requests as arrays, its sizes rounded up.
 
-    tokens_BT: the prompts, zeros on the right; T is a multiple of the piece.
+    tokens_BU: the prompts, zeros on the right. U = T + 1, and T is a multiple of the piece. Of a
+      prompt that is one token longer than the context, the last is predicted and not read.
+    lengths_B: how many tokens of each are read.
     """
 
-    tokens_BT: np.ndarray
+    tokens_BU: np.ndarray
     lengths_B: np.ndarray
     left_B: np.ndarray
     settings: RowSettings
     watch_BW: np.ndarray
+    ends_BE: np.ndarray
+    steering: Steering | None
     top: int | None
 
 
@@ -130,9 +149,13 @@ class Decoder:
         """Of the tokens met so far."""
         return Spellings(self.tokenizer)
 
-    def check(self, request: Request) -> None:
-        """Raise a UsageError for a request that cannot be served."""
-        length, limit = len(request.prompt), self.spec.config.context_length
+    def check(self, request: Request, longest: int = 0) -> None:
+        """Raise a UsageError for a request that cannot be served.
+
+        Args:
+          longest: tokens of a prompt at the most; 0: the context.
+        """
+        length, limit = len(request.prompt), longest or self.spec.config.context_length
         if not length:
             raise UsageError("a prompt needs at least one token")
         if length > limit:
@@ -142,13 +165,26 @@ class Decoder:
             )
         if "" in request.stop:
             raise UsageError("a stop string is empty: it would stop before the first token")
-        for name, ids in (("prompt", request.prompt), ("watch", request.watch)):
+        bias = request.sampling.logit_bias or {}
+        for name, ids in (
+            ("prompt", request.prompt),
+            ("watch", request.watch),
+            ("stop_ids", request.stop_ids),
+            ("logit_bias", bias),
+        ):
             outside = [int(id_) for id_ in ids if not 0 <= id_ < self.spec.vocab_size]
             if outside:
                 raise UsageError(
                     f"{name} has the token id {outside[0]}; ids go from 0 to "
                     f"{self.spec.vocab_size - 1}"
                 )
+        if request.sampling.min_tokens and len(self.ends(request)) >= self.spec.vocab_size:
+            raise UsageError("min_tokens forbids every token: each of them ends the sample")
+
+    def ends(self, request: Request) -> tuple[int, ...]:
+        """The ids that end a request's sample, each once."""
+        ends = () if request.ignore_end else ends_of_text(self.tokenizer)
+        return tuple(dict.fromkeys((*ends, *request.stop_ids)))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[NewTokens]:
         """Continue all requests together; each row's tokens come in order as they are final.
@@ -172,33 +208,57 @@ class Decoder:
                 if new is not None:
                     yield new
 
-    def batch(self, requests: Sequence[Request], at_least: int = 16) -> RequestArrays:
+    def batch(
+        self, requests: Sequence[Request], at_least: int = 16, listed: int = 0
+    ) -> RequestArrays:
         """The requests as arrays.
 
         Args:
           at_least: positions of the narrowest array of prompts, a power of two.
+          listed: columns of alternatives, of watched and of steered ids at the least, so that
+            requests with fewer of them share a program; 0: as many as these requests need.
         """
         B = round_up(len(requests))
         padding = [Request([0], max_new_tokens=0)] * (B - len(requests))
         rows = [*requests, *padding]
         context = self.spec.config.context_length
-        lengths_B = np.array([len(row.prompt) for row in rows], np.int32)
+        lengths_B = np.array([min(len(row.prompt), context) for row in rows], np.int32)
         width = round_up(int(lengths_B.max()), at_least)
-        tokens_BT = np.zeros((B, width), np.int32)
-        watched = round_up(max(len(row.watch) for row in rows), at_least=4)
-        watch_BW = np.zeros((B, watched), np.int32)
+        tokens_BU = np.zeros((B, width + 1), np.int32)
+        watched = round_up(max(len(row.watch) for row in rows), at_least=max(4, listed))
+        watch_BW = np.full((B, watched), -1, np.int32)
+        ends_BE = np.full((B, ENDS), -1, np.int32)
         for b, row in enumerate(rows):
-            tokens_BT[b, : lengths_B[b]] = row.prompt
+            tokens_BU[b, : len(row.prompt)] = row.prompt
             watch_BW[b, : len(row.watch)] = row.watch
+            ends = self.ends(row)[:ENDS]
+            ends_BE[b, : len(ends)] = ends
+        left_B = np.array([min(row.max_new_tokens, context) for row in rows], np.int32)
+        steered = [self._steered(row, left) for row, left in zip(rows, left_B, strict=True)]
         tops = [row.top for row in requests if row.top is not None]
         return RequestArrays(
-            tokens_BT=tokens_BT,
+            tokens_BU=tokens_BU,
             lengths_B=lengths_B,
-            left_B=np.array([min(row.max_new_tokens, context) for row in rows], np.int32),
+            left_B=left_B,
             settings=RowSettings.stack([row.sampling for row in rows], [row.index for row in rows]),
             watch_BW=watch_BW,
-            top=min(self.spec.vocab_size, round_up(max(tops), at_least=16)) if tops else None,
+            ends_BE=ends_BE,
+            steering=Steering.stack(steered, at_least=2 * listed),
+            top=self.columns(max(tops), listed) if tops else None,
         )
+
+    def columns(self, top: int, listed: int) -> int:
+        """How many alternatives a program computes if `top` are asked for."""
+        return min(self.spec.vocab_size, round_up(top, at_least=max(16, listed)))
+
+    def _steered(self, request: Request, left: int) -> list[tuple[int, float, int]]:
+        """The (id, value, floor) of Steering: `left` tokens may be drawn at first."""
+        bias, least = request.sampling.logit_bias or {}, request.sampling.min_tokens or 0
+        forbidden = self.ends(request) if least else ()
+        return [
+            *((id_, value, -1) for id_, value in bias.items()),
+            *((id_, -np.inf, left - least) for id_ in forbidden),
+        ]
 
     def prefill(self, batch: RequestArrays, capacity: int, piece: int = 0) -> Prefill:
         """Run all prompts into a new cache, piece by piece; yields while the device computes each.
@@ -209,15 +269,14 @@ class Decoder:
         Returns:
           the state after the prompts, and what the model says of their tokens: [B, T, ...].
         """
-        B, T = batch.tokens_BT.shape
+        B, T = len(batch.tokens_BU), batch.tokens_BU.shape[1] - 1
         piece = piece or min(T, PIECE)
         state = empty(self.spec, self.params, B, max(capacity, T))
         cache, hidden_BD = state.cache, state.hidden_BD
         described = []
         for start in range(0, int(batch.lengths_B.max()), piece):
-            inputs_BP = batch.tokens_BT[:, start : start + piece]
-            targets_BP = batch.tokens_BT[:, start + 1 : start + piece + 1]
-            targets_BP = np.pad(targets_BP, ((0, 0), (0, piece - targets_BP.shape[1])))
+            inputs_BP = batch.tokens_BU[:, start : start + piece]
+            targets_BP = batch.tokens_BU[:, start + 1 : start + piece + 1]
             cache, hidden_BD, part = prefill_piece(
                 self.spec,
                 self.params,
@@ -252,7 +311,8 @@ class Decoder:
             batch.watch_BW,
             alive_B,
             steps,
-            _end_of_text(self.tokenizer),
+            batch.ends_BE,
+            batch.steering,
             top=batch.top,
         )
 
@@ -286,8 +346,10 @@ class Row:
         self.finish: str | None = None
         self._spellings = decoder.spellings
         self._transcript = Transcript(decoder.spellings, request.sample)
-        self._stops = StopStrings(request.stop)
-        self._end_of_text = _end_of_text(decoder.tokenizer)
+        self._stops = StopStrings(request.stop, request.keep_stop)
+        self._ends = decoder.ends(request)
+        self._least = request.sampling.min_tokens or 0
+        self._stopped: str | int | None = None
         self._room = decoder.spec.config.context_length - len(request.prompt)
         self._drawn = 0
 
@@ -320,27 +382,35 @@ class Row:
             tokens += self._add(id_, said)
             if self.finish is not None:
                 break
-        return NewTokens(row, tokens, self.finish) if tokens or self.finish else None
+        if not tokens and not self.finish:
+            return None
+        return NewTokens(row, tokens, self.finish, self._stopped)
 
     def _steps_of(self, ids: np.ndarray) -> int:
         """How many of a chunk's ids were drawn before this row ended; the rest is noise."""
         steps = min(len(ids), self.request.max_new_tokens - self._drawn, self._room - self._drawn)
-        ends = np.flatnonzero(ids[:steps] == self._end_of_text)
+        ends = np.flatnonzero(np.isin(ids[:steps], self._ends))
         return int(ends[0]) + 1 if ends.size else steps
 
     def _add(self, id_: int, numbers: Numbers) -> list[TokenRecord]:
         self._drawn += 1
-        token = self._transcript.add(id_, "generated", numbers)
-        released, stopped = self._stops.add(token)
-        self.finish = "stop" if stopped else self._end(id_)
-        if self.finish is not None and not stopped:
+        self.finish = self._end(id_)
+        silent = self.finish == "stop" and not self.request.keep_stop
+        token = self._transcript.add(id_, "generated", numbers, silent)
+        searched = self._drawn > self._least
+        released, stop = self._stops.add(token) if searched else ([token], None)
+        if self.finish == "stop":
+            self._stopped = id_
+        if stop is not None:
+            self.finish, self._stopped = "stop", stop
+        elif self.finish is not None:
             released += self._stops.release()
             released[-1] = self._transcript.close(released[-1])
         return released
 
     def _end(self, id_: int | None) -> str | None:
-        if id_ == self._end_of_text:
-            return "end_of_text"
+        if id_ in self._ends:
+            return "stop" if id_ in self.request.stop_ids else "end_of_text"
         if self._drawn == self.request.max_new_tokens:
             return "length"
         return "context" if self._drawn == self._room else None
@@ -386,9 +456,9 @@ def round_up(size: int, at_least: int = 1) -> int:
     return max(at_least, 1 << (size - 1).bit_length()) if size else 0
 
 
-def _end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the end of text, or one that no token has."""
-    return -1 if tokenizer.end_of_text is None else tokenizer.end_of_text
+def ends_of_text(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a text, if the tokenizer has any."""
+    return () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
 
 
 def of_row(described: Described | None, row: int) -> Described | None:

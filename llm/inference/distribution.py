@@ -42,9 +42,9 @@ class Described:
     """Arrays over tokens, of any leading shape [...]; float32 in nats, or int32.
 
     kept_mass, kept_tokens: what sampling keeps at this place (1 and V if nothing is drawn).
-      A token is kept if its rank is at most kept_tokens.
-    top_ids, top_logprobs: [..., N], the likeliest in rank order.
-    watch_logprobs, watch_ranks: [..., W], of the ids that the caller asked for.
+    top_ids, top_logprobs, top_kept: [..., N], the likeliest in rank order, and whether sampling
+      keeps each.
+    watch_logprobs, watch_ranks, watch_kept: [..., W], of the ids that the caller asked for.
     """
 
     logprob: jax.Array
@@ -54,8 +54,10 @@ class Described:
     kept_tokens: jax.Array
     top_ids: jax.Array
     top_logprobs: jax.Array
+    top_kept: jax.Array
     watch_logprobs: jax.Array
     watch_ranks: jax.Array
+    watch_kept: jax.Array
 
 
 def log_probabilities(model: GPT, hidden: jax.Array) -> jax.Array:
@@ -76,6 +78,7 @@ def describe(
     Args:
       logprobs_RV: from `log_probabilities`.
       ids_R: the tokens that stand there, in [0, V).
+      watch_RW: ids, and behind them -1 in the columns that nobody asked for, which cost nothing.
       top: N, at most the number of candidates.
       filtered: what the row draws from; None if nothing is drawn.
     """
@@ -85,15 +88,25 @@ def describe(
         kept_tokens_R = jnp.full(ids_R.shape, V, jnp.int32)
     else:
         kept_mass_R, kept_tokens_R = filtered.kept_mass_R, filtered.kept_tokens_R
+
+    def kept(ids: jax.Array) -> jax.Array:
+        if filtered is None:
+            return jnp.ones(ids.shape, bool)
+        return jnp.take_along_axis(filtered.kept_RV, ids, axis=-1)
+
     logprob_R = jnp.take_along_axis(logprobs_RV, ids_R[:, None], axis=-1)[:, 0]
     # exp(-inf) * -inf would be NaN; a logit 1e38 below the others can underflow so far.
     probabilities_RV = jnp.exp(logprobs_RV)
     plogp_RV = jnp.where(probabilities_RV > 0.0, probabilities_RV * logprobs_RV, 0.0)
-    watched = [_logprob_and_rank(logprobs_RV, ids_R) for ids_R in watch_RW.T]
-    nothing = (jnp.zeros((len(ids_R), 0)), jnp.zeros((len(ids_R), 0), jnp.int32))
-    watch_logprobs, watch_ranks = (
-        (jnp.stack(part, axis=-1) for part in zip(*watched, strict=True)) if watched else nothing
-    )
+
+    def watch(column: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        numbers = _logprob_and_rank(logprobs_RV, jnp.maximum(watch_RW[:, column], 0))
+        return tuple(all_.at[:, column].set(one) for all_, one in zip(found, numbers, strict=True))
+
+    watched = jnp.sum(jnp.any(watch_RW >= 0, axis=0))
+    nothing = jnp.zeros(watch_RW.shape), jnp.zeros(watch_RW.shape, jnp.int32)
+    found = jax.lax.fori_loop(0, watched, watch, nothing) if watch_RW.size else nothing
+    watch_logprobs, watch_ranks = found
     return Described(
         logprob=logprob_R,
         rank=_logprob_and_rank(logprobs_RV, ids_R)[1],
@@ -102,8 +115,10 @@ def describe(
         kept_tokens=kept_tokens_R,
         top_ids=candidates.ids_RC[:, :top],
         top_logprobs=candidates.logprobs_RC[:, :top],
+        top_kept=kept(candidates.ids_RC[:, :top]),
         watch_logprobs=watch_logprobs,
         watch_ranks=watch_ranks,
+        watch_kept=kept(jnp.maximum(watch_RW, 0)),
     )
 
 
@@ -194,18 +209,18 @@ def _alternatives(
     described: Described, top: int, watch: Sequence[int], spellings: Spellings
 ) -> Iterator[tuple[Alternative, ...]]:
     """For each token the likeliest, then the watched ones that are not among them, by rank."""
-    kept_tokens_T = described.kept_tokens.tolist()
-    likeliest_T = zip(
-        described.top_ids[:, :top].tolist(), described.top_logprobs[:, :top].tolist(), strict=True
-    )
-    watched_T = zip(described.watch_ranks.tolist(), described.watch_logprobs.tolist(), strict=True)
-    for kept, likeliest, watched in zip(kept_tokens_T, likeliest_T, watched_T, strict=True):
+    of_top = described.top_ids, described.top_logprobs, described.top_kept
+    of_watch = described.watch_ranks, described.watch_logprobs, described.watch_kept
+    likeliest_T = zip(*(part[:, :top].tolist() for part in of_top), strict=True)
+    # Padded columns lie beyond len(watch).
+    watched_T = zip(*(part[:, : len(watch)].tolist() for part in of_watch), strict=True)
+    for likeliest, watched in zip(likeliest_T, watched_T, strict=True):
         entries = list(zip(itertools.count(1), *likeliest, strict=False))
         if watch:
-            # Padded columns lie beyond len(watch): zip ends before them.
-            ranked = sorted({(rank, id_, x) for rank, x, id_ in zip(*watched, watch, strict=False)})
+            ranks, *rest = watched
+            ranked = sorted(set(zip(ranks, watch, *rest, strict=True)))
             entries += [entry for entry in ranked if entry[0] > top]
         yield tuple(
-            Alternative(id_, *spellings[id_], logprob, rank <= kept, rank)
-            for rank, id_, logprob in entries
+            Alternative(id_, *spellings[id_], logprob, kept, rank)
+            for rank, id_, logprob, kept in entries
         )

@@ -11,6 +11,9 @@ order and with the definitions of Hugging Face `transformers` (generation/logits
     top_p        the fewest of what top_k left whose share of its mass reaches p; at least one
     min_p        those at least min_p times as likely as the likeliest (both after temperature)
 
+Before all of them stands the steering: what a request adds to the logits of single tokens
+(logit_bias), and tokens that cannot be drawn yet (min_tokens).
+
 Every number is an array over rows: requests with different settings share one compiled program.
 
 What it is not: it never touches the log-probabilities that are reported.
@@ -18,7 +21,7 @@ What it is not: it never touches the log-probabilities that are reported.
 Sources: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text
 Degeneration" (top-p); Nguyen et al. 2024, "Turning Up the Heat: Min-p Sampling" (min-p).
 
-    R rows  V vocabulary  C candidates  M blocks of the vocabulary
+    R rows  V vocabulary  C candidates  M blocks of the vocabulary  K steered tokens
 """
 
 import dataclasses
@@ -39,6 +42,36 @@ CANDIDATES = 256
 # values instead of V.
 BLOCK = 256
 _TINY = float(np.finfo(np.float32).tiny)
+
+
+class Steering(NamedTuple):
+    """What is added to the log-probabilities of single tokens before the filters: all [R, K].
+
+    ids_RK: int32; any beyond the vocabulary stands for no token.
+    values_RK: float32 nats; -inf: the token cannot be drawn.
+    floors_RK: int32; it counts while more than so many tokens may still be drawn.
+    """
+
+    ids_RK: np.ndarray
+    values_RK: np.ndarray
+    floors_RK: np.ndarray
+
+    @classmethod
+    def stack(
+        cls, rows: Sequence[Sequence[tuple[int, float, int]]], at_least: int = 0
+    ) -> "Steering | None":
+        """The (id, value, floor) of each row; None if there are none and no columns are asked for.
+
+        Args:
+          at_least: columns, so that batches with other tokens share a program.
+        """
+        K = max(at_least, *map(len, rows))
+        nothing = (2**31 - 1, 0.0, 0)
+        padded = [[*row, *[nothing] * (K - len(row))] for row in rows]
+        table_RK3 = np.array(padded, np.float64).reshape(len(rows), K, 3)
+        ids_RK, values_RK, floors_RK = np.moveaxis(table_RK3, -1, 0)
+        steering = ids_RK.astype(np.int32), values_RK.astype(np.float32), floors_RK.astype(np.int32)
+        return cls(*steering) if K else None
 
 
 @jax.tree_util.register_dataclass
@@ -100,13 +133,15 @@ class Filtered(NamedTuple):
     weights_RV: (p_v / p_likeliest)^(1/temperature), 0 if v is cut; the likeliest has 1.
     total_R: their sum.
     log_weights_RV: their logarithms, of the cut ones too.
-    kept_tokens_R: int32, how many are kept, from the first in rank order.
+    kept_RV: which are kept: the first in rank order, as the steering left it.
+    kept_tokens_R: int32, how many they are.
     kept_mass_R: what the model itself, untempered, gives to the kept tokens together.
     """
 
     weights_RV: jax.Array
     total_R: jax.Array
     log_weights_RV: jax.Array
+    kept_RV: jax.Array
     kept_tokens_R: jax.Array
     kept_mass_R: jax.Array
 
@@ -116,15 +151,45 @@ class Filtered(NamedTuple):
         return chosen_R - jnp.log(self.total_R)
 
 
+def steer(
+    logprobs_RV: jax.Array, candidates: Candidates, steering: Steering, left_R: jax.Array
+) -> tuple[jax.Array, Candidates]:
+    """The log-probabilities that rows draw from, and their candidates.
+
+    Rows without steering keep theirs to the bit. If no row has any, nothing is computed.
+
+    Args:
+      candidates: Candidates.of(logprobs_RV).
+      left_R: int32, how many tokens each row may still draw.
+    """
+    R, V = logprobs_RV.shape
+    counts_RK = (left_R[:, None] > steering.floors_RK) & (steering.ids_RK < V)
+
+    def steered() -> tuple[jax.Array, Candidates]:
+        places = jnp.arange(R)[:, None], steering.ids_RK
+        values_RK = jnp.where(counts_RK, steering.values_RK, 0.0)
+        scores_RV = logprobs_RV.at[places].add(values_RK, mode="drop")
+        scores_RV = jax.nn.log_softmax(scores_RV, axis=-1)
+        scores_RV = jnp.where(counts_RK.any(-1, keepdims=True), scores_RV, logprobs_RV)
+        return scores_RV, Candidates.of(scores_RV, candidates.ids_RC.shape[-1])
+
+    return jax.lax.cond(jnp.any(counts_RK), steered, lambda: (logprobs_RV, candidates))
+
+
 def apply_filters(
-    logprobs_RV: jax.Array, candidates: Candidates, settings: RowSettings
+    logprobs_RV: jax.Array,
+    candidates: Candidates,
+    settings: RowSettings,
+    reported_RV: jax.Array | None = None,
 ) -> Filtered:
     """The distribution that each row draws from.
 
     Args:
-      logprobs_RV: float32 log-softmax of the raw logits, all finite.
+      logprobs_RV: float32 log-softmax of the raw logits or of steered ones; -inf is never kept.
       candidates: Candidates.of(logprobs_RV), of any count but 0.
+      reported_RV: that of the raw logits, if it is another.
     """
+    reported_RV = logprobs_RV if reported_RV is None else reported_RV
     # How far v is below the likeliest: >= 0, and 0 for the likeliest and its ties at any
     # temperature. Rounding can give two neighbouring log-probabilities the same gap, so ranks are
     # taken from the log-probabilities themselves.
@@ -132,15 +197,16 @@ def apply_filters(
     log_weights_RV = 0.0 - gap_RV / settings.temperature_R[:, None]
     weights_RV = jnp.exp(log_weights_RV)
     kept_RV = _within_top_k_and_top_p(logprobs_RV, weights_RV, candidates, settings)
-    kept_RV &= weights_RV >= settings.min_p_R[:, None]
+    kept_RV &= (weights_RV >= settings.min_p_R[:, None]) & (logprobs_RV > -jnp.inf)
     kept_weights_RV = jnp.where(kept_RV, weights_RV, 0.0)
     kept_tokens_R = jnp.sum(kept_RV, axis=-1, dtype=jnp.int32)
-    kept_mass_R = jnp.sum(jnp.where(kept_RV, jnp.exp(logprobs_RV), 0.0), axis=-1)
+    kept_mass_R = jnp.sum(jnp.where(kept_RV, jnp.exp(reported_RV), 0.0), axis=-1)
     everything_R = kept_tokens_R == logprobs_RV.shape[-1]
     return Filtered(
         weights_RV=kept_weights_RV,
         total_R=jnp.sum(kept_weights_RV, axis=-1),
         log_weights_RV=log_weights_RV,
+        kept_RV=kept_RV,
         kept_tokens_R=kept_tokens_R,
         # The sum of all is 1 up to rounding, and part of it may be rounded to 1 + 1e-7.
         kept_mass_R=jnp.where(everything_R, 1.0, jnp.minimum(kept_mass_R, 1.0)),

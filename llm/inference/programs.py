@@ -6,7 +6,7 @@ place and nothing sent to the host in between, and returns early when all rows h
 
 What it is not: texts, stop strings or requests, which live on the host: decode.py.
 
-    B rows  P positions of a piece  D model width  V vocabulary  W watched ids
+    B rows  P positions of a piece  D model width  V vocabulary  W watched ids  E ids that end a row
 """
 
 import dataclasses
@@ -24,7 +24,15 @@ from llm.inference.distribution import (
     describe_positions,
     log_probabilities,
 )
-from llm.inference.filters import CANDIDATES, Candidates, RowSettings, apply_filters, draw
+from llm.inference.filters import (
+    CANDIDATES,
+    Candidates,
+    RowSettings,
+    Steering,
+    apply_filters,
+    draw,
+    steer,
+)
 from llm.model.gpt import KVCache, ModelSpec, Params, bind
 
 # Steps of the largest chunk: the size of its buffers on the device.
@@ -190,11 +198,14 @@ def decode_chunk(
     watch_BW: jax.Array,
     alive_B: jax.Array,
     steps: jax.Array,
-    end_of_text: jax.Array,
+    ends_BE: jax.Array,
+    steering: Steering | None = None,
     *,
     top: int | None,
 ) -> tuple[DecodeState, Drawn, jax.Array]:
     """Draw up to `steps` <= CHUNK tokens of every row; fewer if no row is left.
+
+    The numbers are those of the raw logits, whatever the steering makes of them.
 
     Returns:
       the state; what was drawn, [CHUNK, B, ...], noise in rows that have ended; the steps done.
@@ -204,7 +215,10 @@ def decode_chunk(
     def step(state: DecodeState) -> tuple[DecodeState, Drawn]:
         logprobs_BV = log_probabilities(model, state.hidden_BD)
         candidates = Candidates.of(logprobs_BV, max(CANDIDATES, top or 0))
-        filtered = apply_filters(logprobs_BV, candidates, settings)
+        drawn_from = logprobs_BV, candidates
+        if steering is not None:
+            drawn_from = steer(*drawn_from, steering, state.left_B)
+        filtered = apply_filters(*drawn_from, settings, logprobs_BV)
         lengths_B = state.cache.length_B
         ids_B = draw(filtered, settings, lengths_B)
         described = None
@@ -217,10 +231,11 @@ def decode_chunk(
         hidden_B1D, cache = model.extend(ids_B[:, None], state.cache)
         lengths_B = jnp.where(state.active_B, lengths_B + 1, lengths_B)
         has_room_B = (left_B > 0) & (lengths_B < spec.config.context_length)
+        ended_B = jnp.any(ids_B[:, None] == ends_BE, axis=1)
         return DecodeState(
             cache=dataclasses.replace(cache, length_B=lengths_B),
             hidden_BD=hidden_B1D[:, 0],
-            active_B=state.active_B & (ids_B != end_of_text) & has_room_B,
+            active_B=state.active_B & ~ended_B & has_room_B,
             left_B=left_B,
         )
 

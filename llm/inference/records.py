@@ -18,7 +18,8 @@ Promises beside those of the fields:
   (a character that the sample's end left open is flushed by its last token), cut where a stop
   string begins: the tokens that spell it have their records, with the `text` that stays.
 - `top` holds the run's `top` likeliest tokens, then watched ones that are not among them, all in
-  rank order. Sampling keeps a token if its rank is at most `kept_tokens`.
+  rank order. Sampling keeps a token if its rank is at most `kept_tokens`, unless `logit_bias` or
+  `min_tokens` changed the ranking that it draws from; `kept` says it of each token in `top`.
 - An empty prompt appears as the end of text that stands in its place: token 0 of the prompt, with
   its name, `bytes` [] and `text` "". The first token of a sample has nothing before it: its numbers
   are null and its `top` is empty.
@@ -77,13 +78,20 @@ class TokenizerIdentity(Struct, frozen=True):
 
 
 class Sampling(Struct, frozen=True):
-    """How one sample's tokens are drawn; llm.config.SamplingConfig checks the ranges."""
+    """How one sample's tokens are drawn; llm.config.SamplingConfig checks the ranges.
+
+    Attributes:
+      logit_bias: token id -> nats added to its logit before the temperature; if any is.
+      min_tokens: how many tokens must be drawn before one that ends the sample can be; if any.
+    """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    logit_bias: dict[int, float] | UnsetType = UNSET
+    min_tokens: int | UnsetType = UNSET
 
     @classmethod
     def of(cls, config: SamplingConfig) -> "Sampling":
@@ -109,8 +117,8 @@ class RunRecord(Struct, frozen=True, tag_field="type", tag="run"):
       schema: 1
       checkpoint: {`run`, `step`, `params_sha256`}
       tokenizer: {`name`, `sha256`, `vocab_size`}
-      sampling: {`temperature`, `top_k`, `top_p`, `min_p`, `seed`}; null if text was given and
-        nothing was drawn
+      sampling: {`temperature`, `top_k`, `top_p`, `min_p`, `seed`}, and `logit_bias` and
+        `min_tokens` if a request has them; null if text was given and nothing was drawn
       numerics: {`path`: "cached" or "teacher_forced", `param_dtype`, `compute_dtype`,
         `platform`, `jax`}; when decoding not in float32 also `cached_minus_full_nats`, how far
         cached decoding was from one whole pass on this machine
@@ -202,7 +210,8 @@ class TokenRecord(_Spelled, frozen=True, tag_field="type", tag="token"):
         0 when greedy; null for prompt tokens
       kept_mass: probability, by the model, of all tokens that the filters kept; 1 if nothing is
         drawn
-      kept_tokens: how many they kept, the likeliest; the vocabulary if nothing is drawn
+      kept_tokens: how many they kept, the likeliest (with `logit_bias`, by the biased ranking);
+        the vocabulary if nothing is drawn
       top: the likeliest tokens in rank order, then watched ones that are not among them, each
         {`id`, `token`, `bytes`, `logprob`, `kept`, `rank`}; the token itself may be absent
     """

@@ -18,6 +18,32 @@ if TYPE_CHECKING:  # `--help` must not cost the import of JAX
 
 # Rows of one batch; more samples take several. 32 full contexts of GPT-2 124M need 2.4 GB of cache.
 MAX_ROWS = 32
+# Settings of other decoders, and the value at which each changes nothing, so that it is taken.
+NEUTRAL: Mapping[str, Any] = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_beam_search": False,
+    "repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "early_stopping": False,
+    "use_cache": True,
+    "bad_words": [],
+}
+
+
+def without_neutral(
+    given: Mapping[str, Any], neutral: Mapping[str, Any] = NEUTRAL
+) -> dict[str, Any]:
+    """What changes something: without None, which is as good as absent, and without `neutral`."""
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (name in neutral and value == neutral[name])
+    }
 
 
 def overlay(section: SamplingConfig, given: Mapping[str, Any], where: str) -> SamplingConfig:

@@ -31,10 +31,16 @@ class Transcript:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._position = self._characters = self._bytes = 0
 
-    def add(self, id_: int, phase: Phase, numbers: Numbers = NO_NUMBERS) -> TokenRecord:
-        """The next token."""
+    def add(
+        self, id_: int, phase: Phase, numbers: Numbers = NO_NUMBERS, silent: bool = False
+    ) -> TokenRecord:
+        """The next token.
+
+        Args:
+          silent: it adds nothing to the text, as a stop string adds nothing.
+        """
         name, values = self._spellings[id_]
-        data = bytes(values)
+        data = b"" if silent else bytes(values)
         waiting = self._decoder.getstate()[0]
         text = self._decoder.decode(data)
         if "\ufffd" in text and not _is_utf8_so_far(waiting + data):
@@ -56,7 +62,7 @@ class Transcript:
         )
         self._position += 1
         self._characters += len(text)
-        self._bytes += len(data)
+        self._bytes += len(values)
         return token
 
     def close(self, last: TokenRecord) -> TokenRecord:
@@ -73,31 +79,36 @@ class StopStrings:
     out is final: streamed text never shows part of a stop string. The tokens up to and including
     the one that completes it all come out; their `text` is cut where the stop string begins, and
     their `bytes` stay what the model said.
+
+    Args:
+      kept: the text is cut behind the stop string instead, which is then part of it.
     """
 
-    def __init__(self, stops: Sequence[str]):
-        self._matches = [Match(stop) for stop in stops]
+    def __init__(self, stops: Sequence[str], kept: bool = False):
+        self._matches = {stop: Match(stop) for stop in stops}
+        self._kept = kept
         self._withheld: list[TokenRecord] = []
 
-    def add(self, token: TokenRecord) -> tuple[list[TokenRecord], bool]:
-        """The tokens that are final now, and whether a stop string was completed."""
+    def add(self, token: TokenRecord) -> tuple[list[TokenRecord], str | None]:
+        """The tokens that are final now, and the stop string if one was completed."""
         if not self._matches:
-            return [token], False
+            return [token], None
         self._withheld.append(token)
-        starts = [match.read(token.text) for match in self._matches]
-        found = [start for start in starts if start is not None]
+        starts = {stop: match.read(token.text) for stop, match in self._matches.items()}
+        found = {stop: start for stop, start in starts.items() if start is not None}
         if found:
-            cut = token.text_offset + min(found)
-            return [_cut(token, cut) for token in self.release()], True
+            stop = min(found, key=found.__getitem__)
+            cut = token.text_offset + found[stop] + (len(stop) if self._kept else 0)
+            return [_cut(token, cut) for token in self.release()], stop
         end = token.text_offset + len(token.text)
-        safe = end - max(match.length for match in self._matches)
+        safe = end - max(match.length for match in self._matches.values())
         final = 0
         for token in self._withheld:
             if token.text_offset + len(token.text) > safe:
                 break
             final += 1
         released, self._withheld = self._withheld[:final], self._withheld[final:]
-        return released, False
+        return released, None
 
     def release(self) -> list[TokenRecord]:
         """What is withheld, when no more will come."""

@@ -32,7 +32,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -54,12 +54,11 @@ from llm.inference.decode import (
     round_up,
 )
 from llm.inference.distribution import Described
+from llm.inference.filters import CANDIDATES
 from llm.inference.programs import CHUNK, DecodeState, Drawn, empty, place_rows
+from llm.inference.score import Scorer, Window
 from llm.serving.limits import Limits
 
-# Every batch describes its tokens with at least this many alternatives, asked for or not, so that
-# one program serves all: to compile a second one would interrupt a stream for seconds.
-LEAST_TOP = 16
 # Prompts computed together, if that many similar ones wait; else one alone. No other numbers, so
 # that nothing is padded and few programs are compiled: a CPU gains nothing from a larger group.
 GROUP = 4
@@ -87,6 +86,7 @@ class Ticket:
         with an exception, after which nothing follows; it must be quick.
       describe_prompt: whether the prompt's tokens have numbers too, if request.top asks.
       row: from `submit` on.
+      unread: the windows of a text longer than the context that are still to be read.
     """
 
     request: Request
@@ -94,6 +94,8 @@ class Ticket:
     describe_prompt: bool = True
     row: Row = field(init=False)
     ended: bool = field(default=False, init=False)
+    unread: list[Window] = field(default_factory=list, init=False)
+    _read: list[Described | None] = field(default_factory=list, init=False)
 
     def cancel(self) -> None:
         """Stop: its row is free from the next chunk on. From any thread."""
@@ -105,10 +107,27 @@ class Ticket:
         return self.describe_prompt and self.request.top is not None
 
     @property
+    def prompt(self) -> Request:
+        """What the next prefill reads: the request, with a window of a text too long for it."""
+        return replace(self.request, prompt=self.unread[0].tokens) if self.unread else self.request
+
+    @property
     def kind(self) -> tuple[int, int, bool]:
         """Tickets of one kind share a prefill: size and number of pieces, and `describes`."""
-        length = len(self.request.prompt)
+        length = len(self.prompt.prompt)
         return _piece(length), -(-length // _piece(length)), self.describes
+
+    def begin(self, described: Described | None) -> NewTokens | None:
+        """The prompt's tokens, from the numbers of a prefill; None if windows are left."""
+        if self.unread:
+            window = self.unread.pop(0)
+            end = len(window.tokens) - 1
+            predicted = slice(end - window.predicted, end)
+            self._read.append(jax.tree.map(lambda x: x[predicted], described))
+            if self.unread:
+                return None
+            described = jax.tree.map(lambda *parts: np.concatenate(parts), *self._read)
+        return NewTokens(0, self.row.begin(described), self.row.finish)
 
     def give(self, make: Callable[[], NewTokens | None]) -> None:
         """Deliver what `make` returns, unless it is None. A failure ends this ticket alone."""
@@ -147,6 +166,10 @@ class Engine:
     def __init__(self, decoder: Decoder, limits: Limits):
         self.decoder = decoder
         self.limits = limits.model_copy(update={"max_batch": round_up(limits.max_batch)})
+        # Every batch has columns for so many alternatives, watched and steered ids, asked for or
+        # not, so that one program serves all: to compile a second one would interrupt streams for
+        # seconds. It computes CANDIDATES in any case.
+        self._listed = min(round_up(limits.max_top), CANDIDATES)
         self._changed = threading.Condition()
         # A ticket that has not ended is in _waiting, in _group or in _rows, or in two while it
         # moves: whatever fails, _drop_everything finds it and tells it.
@@ -174,8 +197,15 @@ class Engine:
           ClosedError: `stop` was called.
         """
         for ticket in tickets:
-            self.decoder.check(ticket.request)
-            ticket.row = Row(ticket.request, self.decoder)
+            request, decoder = ticket.request, self.decoder
+            context = decoder.spec.config.context_length
+            longest = context if request.max_new_tokens else max(context, self.limits.max_prompt)
+            decoder.check(request, longest)
+            ticket.row = Row(request, decoder)
+            if len(request.prompt) > context:
+                scorer = Scorer(decoder.spec, decoder.params, decoder.tokenizer)
+                windows = [*scorer.windows(np.asarray(request.prompt, np.int32))]
+                ticket.unread = windows if ticket.describes else windows[:1]
         with self._changed:
             if self._stopping:
                 raise ClosedError("the server is shutting down")
@@ -194,20 +224,23 @@ class Engine:
         Call it before `start`.
 
         Args:
-          every_size: also what any number of users with short texts need.
+          every_size: also what any number of users with short texts need, and those who ask for
+            as many alternatives as they may.
         """
         exponents = range(self.limits.max_batch.bit_length() if every_size else 1)
         sizes, groups = [2**n for n in exponents], (1, GROUP) if every_size else (1,)
         capacity, context = self._capacity([]), self.decoder.spec.config.context_length
         states = {rows: self._empty(rows, capacity) for rows in sizes}
-        for rows, length, top in itertools.product(groups, (1, 17), (None, 1)):
+        tops = {1, self.limits.max_top if every_size else 1}
+        for rows, length, top in itertools.product(groups, (1, 17), (None, *tops)):
             request = Request([0] * min(length, context), max_new_tokens=0, top=top)
             source, _ = exhaust(self._pieces_of([Ticket(request, print)] * rows))
             for size in sizes:
                 states[size] = place_rows(states[size], source, np.full(rows, size, np.int32))
-        for size in sizes:
-            batch = self._stack([_NOTHING] * size)
+        for size, top in itertools.product(sizes, tops):
+            batch = self._stack([replace(_NOTHING, top=top)] * size)
             states[size] = self.decoder.chunk(batch, states[size], np.zeros(size, bool), 1)[0]
+        for size in sizes:
             for other in {*sizes} - {size}:
                 target = self._empty(other, capacity)
                 place_rows(target, states[size], np.full(size, other, np.int32))
@@ -275,8 +308,8 @@ class Engine:
 
     def _pieces_of(self, group: Sequence[Ticket]) -> Prefill:
         """The generator of a prefill. Whatever fails in it, fails in `_compute_piece`."""
-        batch = self._stack([ticket.request for ticket in group], group[0].describes)
-        piece = _piece(len(group[0].request.prompt))
+        batch = self._stack([ticket.prompt for ticket in group], group[0].describes)
+        piece = _piece(len(group[0].prompt.prompt))
         context = round_up(self.decoder.spec.config.context_length, at_least=64)
         return (yield from self.decoder.prefill(batch, min(LEAST_PREFILL, context), piece))
 
@@ -292,13 +325,16 @@ class Engine:
             return
         for row, ticket in enumerate(self._group):
             if not ticket.ended:
-                ticket.give(functools.partial(_first, ticket.row, of_row(described, row)))
+                ticket.give(functools.partial(ticket.begin, of_row(described, row)))
+        with self._changed:  # others come first, so that a long text does not hold them up
+            self._waiting.extend(t for t in self._group if t.unread and not t.ended)
         self._join(state)
         self._group = []
 
     def _join(self, state: DecodeState) -> None:
         """Place the rows of the group's prefilled state into free rows of the batch."""
-        joining = {row: ticket for row, ticket in enumerate(self._group) if not ticket.ended}
+        group = enumerate(self._group)
+        joining = {row: t for row, t in group if not (t.ended or t.unread)}
         if not joining:
             return
         self._resize(joining.values())
@@ -357,8 +393,9 @@ class Engine:
     def _stack(self, requests: Sequence[Request], describes: bool = True) -> RequestArrays:
         """The requests as arrays of few shapes."""
         longest = max(len(request.prompt) for request in requests)
-        batch = self.decoder.batch(requests, at_least=_piece(longest))
-        top = batch.top or min(self.decoder.spec.vocab_size, LEAST_TOP)
+        batch = self.decoder.batch(requests, _piece(longest), self._listed)
+        few, most = (self.decoder.columns(n, self._listed) for n in (0, self.limits.max_top))
+        top = few if (batch.top or 0) <= few else most
         return batch._replace(top=top if describes else None)
 
     def _capacity(self, tickets: Sequence[Ticket]) -> int:
@@ -407,11 +444,6 @@ class Pace:
 
 
 _NOTHING = Request([0], max_new_tokens=0)
-
-
-def _first(row: Row, described: Described | None) -> NewTokens:
-    """The prompt's tokens."""
-    return NewTokens(0, row.begin(described), row.finish)
 
 
 def _piece(length: int) -> int:

@@ -12,6 +12,9 @@ class Limits(Section):
     max_queue: PositiveInt = setting(256, "samples that may wait; more are answered with 429")
     max_body: PositiveInt = setting(2**20, "bytes of a request")
     max_prompts: PositiveInt = setting(64, "prompts of a request")
+    max_prompt: PositiveInt = setting(
+        2**15, "tokens of a prompt that is only scored, which may exceed the context"
+    )
     max_n: PositiveInt = setting(16, "samples of a prompt")
     max_tokens: NonNegativeInt = setting(4096, "tokens that a request may ask for")
     max_top: NonNegativeInt = setting(100, "alternatives that a request may ask for")

@@ -1,4 +1,4 @@
-"""HTTP: OpenAI's /v1/completions and /v1/models, /health, and the live page at /.
+"""HTTP: OpenAI's /v1/completions and /v1/models, the tokenizer, /health, and the live page at /.
 
     app = make_app(served, engine, site)
     run(Server(app, engine, grace, ready), listen(host, port))     until SIGTERM or Ctrl-C
@@ -27,8 +27,10 @@ from urllib.parse import urlsplit
 
 from llm.errors import LLMError, UsageError
 from llm.inference.decode import NewTokens
-from llm.serving.completions import Answer, APIError, Served, parse, prompt_ids
+from llm.serving.completions import Answer, Served
 from llm.serving.engine import ClosedError, Delivery, Engine, QueueFullError, Ticket
+from llm.serving.requests import APIError, parse, prompt_ids, read
+from llm.serving.tokenization import ASKED, tokenizer_info
 
 try:
     import uvicorn
@@ -84,6 +86,8 @@ def make_app(served: Served, engine: Engine, site: Site) -> ASGIApp:
             Route("/v1/models", api.models),
             Route("/v1/models/{name:path}", api.model),
             Route("/v1/completions", api.completions, methods=["POST"]),
+            Route("/tokenizer_info", api.tokenizer_info),
+            *(Route(path, api.tokens, methods=["POST"]) for path in ASKED),
         ],
         exception_handlers=dict.fromkeys(errors, answer_error),
     )
@@ -136,12 +140,28 @@ class Api:
             )
         return await exchange.whole(request)
 
+    async def tokenizer_info(self, request: Request) -> Response:
+        decoder = self.engine.decoder
+        return _json(tokenizer_info(decoder.tokenizer, decoder.spec.config.context_length))
+
+    async def tokens(self, request: Request) -> Response:
+        """/tokenize and /detokenize."""
+        body = await read_body(request, self.engine.limits.max_body)
+        decoder = self.engine.decoder
+
+        def answer() -> Response:
+            asked = read(ASKED[request.url.path], body, self.engine.limits)
+            self._model(asked.model)
+            return _json(asked.answer(decoder.tokenizer, decoder.spec.config.context_length))
+
+        return await run_in_threadpool(answer)  # a long text takes a while
+
     def _prepare(self, body: bytes) -> Answer:
         """Runs in a thread, because encoding a long prompt takes a while."""
-        request, decoder = parse(body, self.engine.limits), self.engine.decoder
+        limits, decoder = self.engine.limits, self.engine.decoder
+        request, context = parse(body, limits), decoder.spec.config.context_length
         self._model(request.model)
-        context = decoder.spec.config.context_length
-        return Answer(request, prompt_ids(request, decoder.tokenizer, context), self.served)
+        return Answer(request, prompt_ids(request, decoder.tokenizer, context, limits), self.served)
 
     def _model(self, name: str | None) -> dict[str, Any]:
         """The one model.
@@ -161,6 +181,7 @@ class Api:
             "object": "model",
             "created": self.served.created,
             "owned_by": "glassbox-gpt",
+            "max_model_len": self.engine.decoder.spec.config.context_length,
         }
 
 
@@ -181,7 +202,7 @@ class Exchange:
             loop.call_soon_threadsafe(self._deliveries.put_nowait, (index, delivery))
 
         self.tickets = [
-            Ticket(wanted, partial(deliver, index), describe_prompt=answer.request.echo)
+            Ticket(wanted, partial(deliver, index), answer.request.describes_prompt)
             for index, wanted in enumerate(answer.requests)
         ]
 
@@ -304,7 +325,8 @@ def answer_error(request: Request, error: Exception) -> Response:
         return _error(as_api_error(error))
     message = (
         f"{request.method} {request.url.path}: {error.detail.lower()}; POST /v1/completions, "
-        "GET /v1/models, GET /health and the page at / are here"
+        "GET /v1/models, GET /tokenizer_info, POST /tokenize, POST /detokenize, GET /health and "
+        "the page at / are here"
     )
     code = "not_found" if error.status_code == 404 else None
     response = _error(APIError(error.status_code, message, code=code))
