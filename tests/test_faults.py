@@ -31,7 +31,7 @@ from runs import (
 import llm.training.loop
 from llm.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from llm.run.checkpoint import GROUPS, Checkpoints, read_receipt, saved_steps, verify_files
-from llm.run.metrics import MetricsFile, read_metrics
+from llm.run.metrics import MetricsFile, newest_rows
 from llm.run.open import open_model
 from llm.run.receipt import check_receipt
 
@@ -234,7 +234,7 @@ def test_skipped_updates_are_counted_and_too_many_in_a_row_end_the_run(
     with pytest.raises(NonFiniteError, match=r"step 8: loss nan.*the last 3 updates were skipped"):
         train(config)
     assert capsys.readouterr().err.count("this update was skipped") == 4
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rows = list(newest_rows(tmp_path / "run" / "metrics.jsonl"))[::-1]
     rows = {row["step"]: row for row in rows if row["kind"] == "train"}
     assert [step for step, row in rows.items() if row.get("finite") is False] == [3, 4, 6, 7, 8]
     assert rows[3]["loss"] is None
@@ -248,7 +248,7 @@ def test_a_loss_spike_is_skipped_and_the_run_goes_on(tmp_path, monkeypatch, caps
     spoiled_step(monkeypatch, {5}, spike=True)
     assert train(config) == 0
     assert "step 5: loss" in capsys.readouterr().err
-    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rows = list(newest_rows(tmp_path / "run" / "metrics.jsonl"))[::-1]
     assert [row["step"] for row in rows if row.get("spike")] == [5]
 
 

@@ -285,13 +285,6 @@ def test_what_devices_cannot_do_is_refused_before_the_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_folder_that_is_not_a_run_is_left_alone(unbroken, tmp_path):
-    (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UsageError, match=r"not a run .*thesis.tex"):
-        train(unbroken / "config.toml", "--run.dir", str(tmp_path))
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 @pytest.mark.thorough
 def test_a_start_that_fails_before_it_is_a_run_leaves_room_for_the_same_command(
     tmp_path, monkeypatch

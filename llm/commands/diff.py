@@ -18,7 +18,7 @@ from llm.files import write_output
 from llm.inference.records import read_records
 from llm.pages.view import diff_page
 from llm.run.directory import RunDirectory
-from llm.run.metrics import read_metrics
+from llm.run.metrics import newest_rows
 
 # The place of a run does not change what it computes.
 IGNORED = ("run.dir", "data.cache_dir")
@@ -65,7 +65,7 @@ def compare(*runs: RunDirectory) -> dict[str, Any]:
     for run in runs:
         check_trained(run)
     losses = [
-        {row["step"]: row["loss"] for row in read_metrics(run.metrics) if row["kind"] == "train"}
+        {row["step"]: row["loss"] for row in newest_rows(run.metrics) if row["kind"] == "train"}
         for run in runs
     ]
     common = sorted(losses[0].keys() & losses[1].keys())

@@ -69,11 +69,11 @@ def main(arguments: list[str]) -> int:
 def check_step(run: "RunDirectory", step: int) -> None:
     """Raise a UsageError if the files of the run do not show that it has reached the step."""
     from llm.run.checkpoint import saved_steps
-    from llm.run.metrics import read_metrics
+    from llm.run.metrics import newest_rows
 
     # With logging.every not every step has a line, and a full disk may lose lines.
-    recorded = [row["step"] for row in read_metrics(run.metrics)]
-    last = max([0, *saved_steps(run.checkpoints), *recorded])
+    recorded = next((row["step"] for row in newest_rows(run.metrics)), 0)
+    last = max([recorded, *saved_steps(run.checkpoints)])
     if not 1 <= step <= last:
         reason = "step 1 is the first update" if step < 1 else "not trained yet"
         raise UsageError(

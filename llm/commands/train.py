@@ -83,24 +83,23 @@ def _train(
     if hosts.is_first:
         check_trackers(config.logging)
     job = _make_job(config, run, hosts, stop, display)
+    sampler = _make_sampler(job)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, hosts)
     if hosts.is_first:
-        # Write config.toml before anything else: a directory without it is treated as somebody
-        # else's.
+        # Write config.toml before anything is trained: steps without it belong to no run.
         begin(run, config, job.spec, job.corpus)
         checkpoints.clean()
     metrics = MetricsFile(run.metrics, hosts.is_first)
-    trackers = make_trackers(config, run) if hosts.is_first else []
-    outputs = Outputs(run, checkpoints, metrics, display, trackers)
+    outputs = Outputs(run, checkpoints, metrics, display, [])
     try:
         with hosts.collective():
             state = restore_or_create(job, checkpoints, display.say)
         step = int(state.step)
-        sampler = _make_sampler(job)
         record = partial(record_start, run, config, step, changed, job.mesh, job.spec.attention)
         rows = hosts.decide("the start", lambda: record(metrics, checkpoints))
         if not hosts.is_first:
             metrics.remember(rows, step)
+        outputs.trackers = make_trackers(config, run, step) if hosts.is_first else []
         _say_what_starts(job, run, step, display)
         if step and (jump := jump_of_rate(config, changed, step)):
             display.say(jump)

@@ -24,7 +24,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,8 +102,17 @@ class DamageError(CheckpointError):
 
 def saved_steps(root: Path) -> list[int]:
     """Complete steps, ascending. They are not verified: see `verify_files`."""
-    names = (path.name for path in root.glob("*") if path.is_dir())
+    names = (path.name for path in _folders(root))
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+
+
+def holds_steps(root: Path) -> bool:
+    """Whether anything is there that was trained, damaged or not."""
+    return any(re.fullmatch(r"\d+(\.deleting|\.damaged.*)?", path.name) for path in _folders(root))
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    return filter(Path.is_dir, root.glob("*"))
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
@@ -312,8 +321,9 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what a dead process left half-written or half-deleted. In process 0."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for path in [*self.root.glob("*.partial"), *self.root.glob("*.deleting")]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in _folders(self.root):
+            if re.fullmatch(r"\d+\.(partial|deleting)", path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:
         """Copy the arrays now, and write the copy in the background. Collective.

@@ -13,6 +13,7 @@ or a link.
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,17 @@ from pydantic import BaseModel, ValidationError
 
 from llm.config import Config, read_toml, to_toml, validate
 from llm.errors import CheckpointError, UsageError
-from llm.files import free_bytes, is_disk_full, write_atomic
+from llm.files import check_regular, free_bytes, is_disk_full, read_json, why, write_atomic
 
 
 class RunDirectory:
     """The files of a run."""
 
     def __init__(self, path: Path):
-        self.path, self.name = path, path.resolve().name
+        self.path = path
+        # A name whose bytes are not UTF-8 could not be written into records.
+        name = os.fsencode(os.path.basename(os.path.realpath(path)))
+        self.name = name.decode("utf-8", "backslashreplace")
         self.config = path / "config.toml"
         self.provenance = path / "run.json"
         self.tokenizer = path / "tokenizer"
@@ -37,8 +41,20 @@ class RunDirectory:
         self.lock = path / "run.lock"
 
     def exists(self) -> bool:
-        """Whether a run began here: config.toml is the last file that the beginning writes."""
-        return self.config.is_file()
+        """Whether a run began here: config.toml is the last file that the beginning writes.
+
+        Raises:
+          UsageError: nobody can tell, because the folder cannot be entered or named.
+        """
+        try:
+            os.lstat(self.config)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise UsageError(
+                f"{self.path} cannot be used as a run directory: {error.strerror}"
+            ) from None
+        return True
 
     def read_config(self) -> Config:
         """The settings of the run as they were resolved."""
@@ -47,6 +63,10 @@ class RunDirectory:
             runs = sorted(str(folder.parent) for folder in parent.glob("*/config.toml"))[:5]
             near = f"; there is {', '.join(runs)}" if runs else ""
             raise UsageError(f"{self.path} is not a run directory: it has no config.toml{near}")
+        try:
+            check_regular(self.config)
+        except OSError as error:
+            raise UsageError(f"{self.config} cannot be read: {error.strerror}") from None
         return validate(read_toml(self.config), where=str(self.config))
 
     def write_config(self, config: Config) -> None:
@@ -57,7 +77,7 @@ class RunDirectory:
     def read_provenance(self) -> dict[str, Any]:
         """run.json as it was written."""
         try:
-            record = json.loads(self.provenance.read_bytes())
+            record = read_json(self.provenance)
             _Provenance.model_validate(record)
             return record
         except ValidationError:
@@ -67,7 +87,7 @@ class RunDirectory:
                 f"{', '.join(_Start.model_fields)})"
             )
         except (OSError, ValueError) as error:
-            problem = f"cannot be read ({error})"
+            problem = f"cannot be read ({why(error)})"
         raise CheckpointError(
             f"{self.provenance} {problem}; restore it from a copy, or begin a new run with another "
             "run.dir"

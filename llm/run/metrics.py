@@ -8,52 +8,108 @@ Losses are nats per token. A number that is not finite is null, and its row has 
 """
 
 import collections
+import contextlib
 import errno
 import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, Required, TypedDict
+
+import msgspec
 
 from llm.errors import CheckpointError
 from llm.faults import fault_point
-from llm.files import write_atomic
+from llm.files import open_regular, why
 from llm.run.directory import explained
 
 # The newest rows of steps stay in memory, for llm/measure/training.py, which reads 200. Not all of
 # them stay, because a row is half a kilobyte, and runs have millions of steps.
 NEWEST_ROWS = 1000
 
+_BLOCK = 1 << 16
+_LONGEST_LINE = 1 << 20
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The row of every whole line, in order; a line that a crash cut off is left out.
+
+class _Row(TypedDict, total=False):
+    """What is read of a row."""
+
+    kind: Required[str]
+    step: Required[Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]]
+    loss: Required[float | None]
+    tokens: int
+    step_seconds: float
+    split: str
+    finite: bool
+    spike: bool
+
+
+_NEEDED = {"train": {"tokens", "step_seconds"}, "eval": {"split"}}
+_decode = msgspec.json.Decoder(_Row).decode
+
+
+def newest_rows(path: Path) -> Iterator[Any]:
+    """Every row, the newest first. Rows are read from the end of the file as they are asked for.
+
+    What a crash left of a line is passed over. No file means no rows.
 
     Raises:
-      CheckpointError: naming a line that is JSON, and not a row.
+      CheckpointError: the file cannot be read, or it names a line that is JSON and not a row.
     """
-    rows = []
+    for place, line in _newest_lines(path):
+        if (row := _parsed(path, place, line)) is not None:
+            yield row
+
+
+def _newest_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, line) of everything that ends with a newline, the last one first."""
     try:
-        content = path.read_text(errors="replace")
+        with open_regular(path) as file:
+            start, rest, is_whole = file.seek(0, os.SEEK_END), b"", False
+            while start:
+                end, start = start, max(0, start - _BLOCK)
+                file.seek(start)
+                content = file.read(end - start) + rest
+                rest, *lines = content.split(b"\n")
+                if len(rest) > _LONGEST_LINE:
+                    raise OSError(errno.EINVAL, "a line of it is longer than any row")
+                place = start + len(content)
+                for line in reversed(lines):
+                    place -= len(line)
+                    if is_whole:
+                        yield place, line
+                    place, is_whole = place - 1, True  # before the newline that ends another line
+            if is_whole:
+                yield start, rest
     except FileNotFoundError:
-        return []
-    for number, line in enumerate(content.split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        kinds = {"kind": str, "step": int, "loss": object}
-        if not isinstance(row, dict) or not all(
-            name in row and isinstance(row[name], kind) for name, kind in kinds.items()
-        ):
-            raise CheckpointError(
-                f"{path}, line {number}: expected an object with kind, step and loss, found "
-                f"{line[:80]}; remove the line, or restore the file"
-            )
-        rows.append(row)
-    return rows
+        return
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {why(error)}") from None
+
+
+def _parsed(path: Path, place: int, line: bytes) -> Any:
+    """The row of a line; None if the line is not JSON, as one that a crash cut off."""
+    try:
+        row = _decode(line)
+        missing = _NEEDED.get(row["kind"], set()) - row.keys()
+        if not missing:
+            return row
+        problem = f"no {', '.join(sorted(missing))}"
+    except (msgspec.ValidationError, RecursionError) as error:
+        problem = str(error)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    with open_regular(path) as file:
+        blocks = iter(lambda: file.read(min(_BLOCK, place - file.tell())), b"")
+        number = 1 + sum(block.count(b"\n") for block in blocks)
+    found = line[:80].decode(errors="replace")
+    raise CheckpointError(
+        f"{path}, line {number}: expected a row as a run writes it, found {found} ({problem}); "
+        "remove the line, or restore the file"
+    )
 
 
 class MetricsFile:
@@ -79,18 +135,27 @@ class MetricsFile:
         return [*self._evaluated, *self._trained]
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Keep the rows up to the step that training resumes from; returns the other rows."""
-        rows = read_metrics(self._path)
-        kept: dict[tuple[str, int], dict[str, Any]] = {}
-        for row in rows:
-            if row["step"] <= step:
-                kept.setdefault((row["kind"], row["step"]), row)
-        self.remember(kept.values(), step)
-        text = "".join(_line(row) for row in kept.values())
-        if self._path.exists() and text != self._path.read_text(errors="replace"):
-            with explained(self._path):
-                write_atomic(self._path, text.encode())
-        return [row for row in rows if row["step"] > step]
+        """Keep the rows up to the step that training resumes from; returns the other rows.
+
+        Of the rows that are kept, only the evaluations and the newest steps are parsed.
+        """
+        redone, kept, end, unread = [], [], 0, NEWEST_ROWS
+        for place, line in _newest_lines(self._path):
+            if unread <= 0 and b'"eval"' not in line:
+                continue
+            row = _parsed(self._path, place, line)
+            if row is not None and row["step"] > step:
+                redone.append(row)
+            elif row is not None:
+                end = end or place + len(line) + 1
+                kept.append(row)
+                # All that were refused in a row are read, however many they are.
+                unread -= row["kind"] == "train" and not _is_refused(row)
+        self.remember(reversed(kept), step)
+        with explained(self._path), contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(self._path) != end:
+                os.truncate(self._path, end)
+        return redone[::-1]
 
     def remember(self, rows: Iterable[dict[str, Any]], step: int) -> None:
         """Go on at a step from these rows: those of `rewind`, or another process's `memory`."""
@@ -99,7 +164,7 @@ class MetricsFile:
         self._evaluated = [row for row in rows if row["kind"] == "eval"]
         # A refused step always has a row, an applied one only each logging.every steps, so that
         # neighbours in the file need not be neighbours in the run.
-        refused = {row["step"] for row in trained if {"finite", "spike"} & set(row)}
+        refused = {row["step"] for row in trained if _is_refused(row)}
         self.skipped = next(n for n in itertools.count() if step - n not in refused)
         self._trained = collections.deque(trained, maxlen=max(NEWEST_ROWS, self.skipped + 1))
 
@@ -157,6 +222,11 @@ class MetricsFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _is_refused(row: Mapping[str, Any]) -> bool:
+    """Whether the update of a step was not applied."""
+    return "finite" in row or "spike" in row
 
 
 def _line(row: Mapping[str, Any]) -> str:

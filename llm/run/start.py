@@ -7,61 +7,77 @@ may go on with these settings. `begin` writes what a run needs to be opened late
 
 import contextlib
 import fcntl
+import itertools
 import os
 import socket
+from pathlib import Path
 from typing import IO, Any
 
 from jax.sharding import Mesh
 
 from llm.config import Config, differences
 from llm.errors import CheckpointError, RunLockedError, UsageError
-from llm.files import now
+from llm.files import check_regular, now, why
 from llm.model.gpt import ModelSpec
-from llm.run.checkpoint import Checkpoints, saved_steps, verify_files
+from llm.run.checkpoint import Checkpoints, holds_steps, saved_steps, verify_files
 from llm.run.directory import RunDirectory, explained
 from llm.run.display import Display
-from llm.run.metrics import MetricsFile, read_metrics
+from llm.run.metrics import MetricsFile, newest_rows
 from llm.run.provenance import check_trained, describe_run, describe_start
 from llm.text.shards import TokenizedCorpus
+from llm.text.tokenizer import FILE_NAME, load_tokenizer
 
 
 def claim(run: RunDirectory, config: Config, held: contextlib.ExitStack) -> dict[str, Any]:
     """Take the directory, and return the settings that this start changes.
 
+    A directory in which nothing was trained belongs to whoever starts, with any settings. Files
+    that a run does not have are left alone.
+
     Args:
       held: keeps the lock of the directory until it is closed.
     Raises:
-      UsageError: the directory is not a run, or the run has other settings.
+      UsageError: something is in the way of the run's files, or the run has other settings.
       RunLockedError: another process trains in it.
       CheckpointError: checkpoints are gone.
     """
-    check_is_ours(run)
-    changed: dict[str, Any] = {}
-    begins_again = False
-    if run.exists():
-        before, rows = run.read_config(), read_metrics(run.metrics)
-        # If nothing was trained with the former settings, this start may begin with others.
-        holds_steps = any(path.name[0].isdigit() for path in run.checkpoints.glob("*"))
-        begins_again = not rows and not holds_steps and bool(differences(before, config))
-        if not begins_again:
-            changed = changes_on_resume(before, config)
-            check_trained(run)
-            _check_steps(run, config)
-            if not holds_steps:
-                _check_checkpoints(run, before, rows)
+    _changes(run, config)  # what is refused is refused before anything is written
     held.enter_context(locked(run))
-    if begins_again:
-        run.config.unlink()
+    changed = _changes(run, config)  # another start may have trained until now
+    if changed is None:
+        run.config.unlink(missing_ok=True)
+    return changed or {}
+
+
+def _changes(run: RunDirectory, config: Config) -> dict[str, Any] | None:
+    """The settings that this start changes; None if nothing was trained here yet."""
+    begun = run.exists()
+    check_kinds(run)
+    newest, holds = next(newest_rows(run.metrics), None), holds_steps(run.checkpoints)
+    if newest is None and not holds:
+        check_is_ours(run)
+        return None
+    if not begun:
+        raise UsageError(
+            f"{run.path} is not a run (no config.toml), but holds what one has trained, in "
+            f"{'checkpoints' if holds else 'metrics.jsonl'}: put config.toml back, or set another "
+            "run.dir"
+        )
+    before = run.read_config()
+    changed = changes_on_resume(before, config)
+    check_trained(run)
+    _check_steps(run, config)
+    if newest is not None and not holds:
+        _check_checkpoints(run, before, newest)
     return changed
 
 
-def _check_checkpoints(run: RunDirectory, before: Config, rows: list[dict[str, Any]]) -> None:
+def _check_checkpoints(run: RunDirectory, before: Config, newest: dict[str, Any]) -> None:
     """Raise if the metrics go further than they could if nothing had ever been saved."""
-    last, every = max((row["step"] for row in rows), default=0), before.checkpoint.every
+    last, every = newest["step"], before.checkpoint.every
     # A save begins when the one before it is on disk, and the last evaluation after the last save.
-    was_saved = 0 < 2 * every < last or any(
-        row["kind"] == "eval" and row["step"] == before.training.steps for row in rows
-    )
+    was_evaluated = newest["kind"] == "eval" and last == before.training.steps
+    was_saved = 0 < 2 * every < last or was_evaluated
     if was_saved:
         raise CheckpointError(
             f"{run.metrics} goes to step {last}, and {run.checkpoints} holds no checkpoint: was it "
@@ -93,12 +109,13 @@ def locked(run: RunDirectory) -> IO[str]:
     """
     with explained(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        file = open(run.lock, "a+")  # noqa: SIM115 (held until the caller closes it)
+        # A link in its place would have another file emptied.
+        file = open(run.lock, "a+", opener=_no_link)  # noqa: SIM115 (held until it is closed)
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read().strip() or "another process"
+        holder = file.read(200).strip() or "another process"
         file.close()
         raise RunLockedError(
             f"{run.path} is in use by {holder}; wait for it, stop it, or set another run.dir"
@@ -109,28 +126,39 @@ def locked(run: RunDirectory) -> IO[str]:
     return file
 
 
-def check_is_ours(run: RunDirectory) -> None:
-    """Refuse a folder that holds other things than a run, before anything is written into it.
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
-    Raises:
-      UsageError: naming what was found.
-    """
-    for path in (run.path, run.checkpoints):
-        if path.exists() and not path.is_dir():
-            raise UsageError(
-                f"{path} is a file; expected a folder: move it away, or set another run.dir"
-            )
-    if run.exists() or not run.path.is_dir():
-        return
-    ours = {"run.lock", "run.json", "tokenizer", "metrics.jsonl"}
-    foreign = [
-        name for name in sorted(os.listdir(run.path)) if name not in ours and ".tmp" not in name
-    ]
-    if foreign:
-        raise UsageError(
-            f"{run.path} is not empty and is not a run (no config.toml): found "
-            f"{', '.join(foreign[:5])}; set run.dir to a new folder"
-        )
+
+def check_kinds(run: RunDirectory) -> None:
+    """Raise a UsageError that names what is not a file, or a folder, where a run has one."""
+    for path in (run.path, run.checkpoints, run.tokenizer):
+        if os.path.lexists(path) and not path.is_dir():
+            raise _in_the_way(path, "it is a file or leads nowhere, expected a folder")
+    for path in (run.config, run.provenance, run.metrics, run.lock, run.tokenizer / FILE_NAME):
+        try:
+            check_regular(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise _in_the_way(path, why(error)) from None
+
+
+def check_is_ours(run: RunDirectory) -> None:
+    """Raise a UsageError that names a file which a run would replace and no start has written."""
+    try:
+        path = run.tokenizer / FILE_NAME
+        if path.exists():
+            load_tokenizer(run.tokenizer)
+        path = run.provenance if run.provenance.exists() else run.config
+        if run.exists() or run.provenance.exists():
+            run.read_provenance()  # which a start writes before config.toml
+    except CheckpointError:
+        raise _in_the_way(path, "no run has written it, and a run would replace it") from None
+
+
+def _in_the_way(path: Path, why_: str) -> UsageError:
+    return UsageError(f"{path} is in the way: {why_}; move it away, or set another run.dir")
 
 
 # Settings that may differ when a run is resumed. Everything else decides which model results.
@@ -201,16 +229,15 @@ def is_finished(run: RunDirectory, config: Config, display: Display) -> bool:
     steps = saved_steps(run.checkpoints) if run.exists() else []
     if not steps or steps[-1] < config.training.steps:
         return False
-    rows = [row for row in read_metrics(run.metrics) if row["kind"] == "eval"]
-    evaluated = {row["step"]: row for row in rows}
-    if config.data.validation != "none" and config.training.steps not in evaluated:
+    rows = itertools.takewhile(lambda row: row["step"] >= steps[-1], newest_rows(run.metrics))
+    row = next((row for row in rows if row["kind"] == "eval"), None)
+    if config.data.validation != "none" and row is None:
         return False
     try:
         verify_files(run.checkpoints / str(steps[-1]))
     except CheckpointError:
         return False  # opening it says what is wrong, and finds the one before
-    row = evaluated.get(config.training.steps)
-    loss = f", validation loss {row['loss']:.4f}" if row else ""
+    loss = f", validation loss {row['loss']:.4f}" if row and row["loss"] is not None else ""
     # With more steps alone the rate would rise again from the end of its decay.
     decays = config.optimizer.schedule != "constant" and not config.optimizer.decay_steps
     hold = f" --optimizer.decay-steps {config.training.steps}" * decays
