@@ -110,11 +110,13 @@ class TokenizerConfig(Section):
     kind: str = setting(
         "bytes",
         "'bytes' (256 and an end of text), 'characters' (of the corpus), 'bpe' (trained on the "
-        "corpus), or the name of a tiktoken encoding: gpt2, cl100k_base, o200k_base",
+        "corpus), the name of a tiktoken encoding: gpt2, cl100k_base, o200k_base, or the path of a "
+        "tokenizer.json, a sentencepiece .model or a folder of Hugging Face",
     )
     vocab_size: Annotated[int, Field(gt=0, le=2**22)] = setting(
         4096, "tokens of a 'bpe' vocabulary, up to 2^22; others have their own"
     )
+    lossy: bool = setting(False, "take a tokenizer that loses text; its reports are of what stays")
 
 
 class ModelConfig(Section):

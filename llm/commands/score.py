@@ -35,6 +35,7 @@ from llm.inference.records import (
     TokenRecord,
     bits_per_byte,
     perplexity,
+    text_bytes,
 )
 
 if TYPE_CHECKING:
@@ -94,7 +95,8 @@ def main(arguments: list[str]) -> int:
     from llm.serving.completions import openai_completion
 
     tokenizer = opened.tokenizer
-    texts = [tokenizer.encode(as_text(data, tokenizer, name)) for name, data in sources]
+    read = [tokenizer.encode(as_text(data, tokenizer, name)) for name, data in sources]
+    texts = [tokenizer.begun(ids) for ids in read]
     if all(len(ids) < 2 for ids in texts):
         raise UsageError(
             "nothing to score: no text has two tokens, and the first token of a text has nothing "
@@ -107,14 +109,17 @@ def main(arguments: list[str]) -> int:
     if options.attention or options.attention_html:
         write_attention(options, opened, texts, [name for name, _ in sources])
     ends: list[EndRecord] = []
+    size = 0
     worst: list[dict[str, Any]] = []
 
     def records() -> Iterable[AnyRecord]:
+        nonlocal size
         numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
         yield RunRecord.of(opened.checkpoint, tokenizer, None, numerics, options.top)
         for sample, tokens in enumerate(scorer.score(texts)):
             yield from tokens
             ends.append(EndRecord.of(sample, tokens, "length", counted="prompt"))
+            size += sum(map(text_bytes, tokens[1:]))
             worst.extend(worst_of(tokens))
             yield ends[-1]
 
@@ -129,8 +134,6 @@ def main(arguments: list[str]) -> int:
     )
     if options.full:
         write_arrays(options.full, "logprobs", texts, map(scorer.distributions, texts))
-    lengths = tokenizer.byte_lengths()
-    size = sum(int(lengths[ids[1:]].sum()) for ids in texts)
     report = opened.checkpoint | summary(ends, size, worst)
     if options.as_json:
         print(json.dumps(report, allow_nan=False))

@@ -183,7 +183,7 @@ class Decoder:
 
     def ends(self, request: Request) -> tuple[int, ...]:
         """The ids that end a request's sample, each once."""
-        ends = () if request.ignore_end else ends_of_text(self.tokenizer)
+        ends = () if request.ignore_end else self.tokenizer.ends_of_text
         return tuple(dict.fromkeys((*ends, *request.stop_ids)))
 
     def generate(self, requests: Sequence[Request]) -> Iterator[NewTokens]:
@@ -432,14 +432,16 @@ class Row:
 def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:
     """The ids to continue from, at least one: a model predicts a token only from those before it.
 
-    An empty text becomes an end of text, as between two documents in training: token 0 of the
-    prompt, with its name, no bytes and no text. Without an end of text it becomes a newline.
+    The beginning of text that the model was trained with comes first. An empty text is that alone,
+    or an end of text, as between two documents in training: token 0 of the prompt, with its name,
+    no bytes and no text. Without an end of text it becomes a newline.
 
     Raises:
       UsageError: the text is empty and the tokenizer has neither.
     """
-    if text:
-        return tokenizer.encode(text)
+    ids = tokenizer.begun(tokenizer.encode(text))
+    if len(ids):
+        return ids
     if tokenizer.end_of_text is not None:
         return np.array([tokenizer.end_of_text], np.int32)
     try:
@@ -454,11 +456,6 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:
 def round_up(size: int, at_least: int = 1) -> int:
     """The next power of two, and at least `at_least`; 0 stays 0."""
     return max(at_least, 1 << (size - 1).bit_length()) if size else 0
-
-
-def ends_of_text(tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The ids that end a text, if the tokenizer has any."""
-    return () if tokenizer.end_of_text is None else (tokenizer.end_of_text,)
 
 
 def of_row(described: Described | None, row: int) -> Described | None:

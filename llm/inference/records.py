@@ -14,15 +14,16 @@ splitting lines will do. Numbers are the model's own, not rounded.
 Promises beside those of the fields:
 
 - Concatenating `bytes` gives the bytes of all the sample's tokens; concatenating `text` gives the
-  end record's `text`. That is the text of all those bytes, U+FFFD standing for what is not UTF-8
+  end record's `text`. That is the text of all those bytes, less the one space that some imported
+  tokenizers put before a document, which no offset counts; U+FFFD stands for what is not UTF-8
   (a character that the sample's end left open is flushed by its last token), cut where a stop
   string begins: the tokens that spell it have their records, with the `text` that stays.
 - `top` holds the run's `top` likeliest tokens, then watched ones that are not among them, all in
   rank order. Sampling keeps a token if its rank is at most `kept_tokens`, unless `logit_bias` or
   `min_tokens` changed the ranking that it draws from; `kept` says it of each token in `top`.
-- An empty prompt appears as the end of text that stands in its place: token 0 of the prompt, with
-  its name, `bytes` [] and `text` "". The first token of a sample has nothing before it: its numbers
-  are null and its `top` is empty.
+- A beginning of text, if the model was trained with one, is token 0 of every text, with its name,
+  `bytes` [] and `text` "". Otherwise an empty prompt appears as the end of text, in the same way.
+  The first token of a sample has nothing before it: its numbers are null and its `top` is empty.
 - If nothing is drawn (`sampling` null), all is kept: kept_mass 1, kept_tokens the vocabulary.
 - The end record counts the generated tokens of a sample, and of a scored text all tokens but the
   first: `tokens`, `sum_logprob`, `perplexity` = exp(-sum_logprob / tokens) and `bits_per_byte` =
@@ -284,7 +285,7 @@ class EndRecord(Struct, frozen=True, tag_field="type", tag="end"):
             tokens=len(summed),
             sum_logprob=total,
             perplexity=perplexity(-total, len(summed)),
-            bits_per_byte=bits_per_byte(-total, sum(len(t.byte_values) for t in summed)),
+            bits_per_byte=bits_per_byte(-total, sum(map(text_bytes, summed))),
             text="".join(token.text for token in tokens),
         )
 
@@ -310,12 +311,18 @@ class Spellings(dict[int, tuple[str, tuple[int, ...]]]):
 
     def __init__(self, tokenizer: "Tokenizer"):
         super().__init__()
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
 
     def __missing__(self, id_: int) -> tuple[str, tuple[int, ...]]:
-        spelling = self._tokenizer.token_name(id_), tuple(self._tokenizer.token_bytes(id_))
+        spelling = self.tokenizer.token_name(id_), tuple(self.tokenizer.token_bytes(id_))
         self[id_] = spelling
         return spelling
+
+
+def text_bytes(token: TokenRecord) -> int:
+    """How many bytes of the text a token is: all but the space that its tokenizer put before it."""
+    first = not token.text_offset and token.byte_values[:1] == (32,)
+    return len(token.byte_values) - (first and not token.text.startswith(" "))
 
 
 def perplexity(total_nats: float, tokens: int) -> float | None:

@@ -2,7 +2,7 @@
 
 A token may end inside a character, so text comes from an incremental UTF-8 decoder: a token's
 `text` is what the decoder emits when the token's bytes arrive. Concatenated, the `text` of all
-tokens is the text of all their bytes.
+tokens is the text of all their bytes, less the space that a tokenizer may put before a document.
 
     utf8        before the token       after it
     ok          between characters     between characters
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from llm.inference.records import NO_NUMBERS, Numbers, Phase, Spellings, TokenRecord, Utf8
+from llm.text.tokenizer import TextBytes
 
 
 class Transcript:
@@ -27,6 +28,7 @@ class Transcript:
 
     def __init__(self, spellings: Spellings, sample: int = 0):
         self._spellings = spellings
+        self._text_bytes = TextBytes(spellings.tokenizer)
         self._sample = sample
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._position = self._characters = self._bytes = 0
@@ -40,7 +42,8 @@ class Transcript:
           silent: it adds nothing to the text, as a stop string adds nothing.
         """
         name, values = self._spellings[id_]
-        data = b"" if silent else bytes(values)
+        adds = self._text_bytes(id_)
+        data = b"" if silent else adds
         waiting = self._decoder.getstate()[0]
         text = self._decoder.decode(data)
         if "\ufffd" in text and not _is_utf8_so_far(waiting + data):
@@ -62,7 +65,7 @@ class Transcript:
         )
         self._position += 1
         self._characters += len(text)
-        self._bytes += len(values)
+        self._bytes += len(adds)
         return token
 
     def close(self, last: TokenRecord) -> TokenRecord:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 
 from llm.errors import UsageError
 from llm.text.cache import OnProgress, silent
-from llm.text.tokenizer import END_OF_TEXT, BytePairTokenizer
+from llm.text.tokenizer import END_OF_TEXT, BytePairTokenizer, byte_of_symbol
 
 # GPT-4's pattern with numbers of at most two digits instead of three, as in nanochat's
 # tokenizer.py: a small vocabulary then wastes fewer tokens on numbers.
@@ -114,12 +114,3 @@ def _stoppable(
         if all_read.is_set():
             on_progress("choosing merges", 0, None)
     done.result()
-
-
-def byte_of_symbol() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte -> the byte (its encoder.py, bytes_to_unicode)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + n): byte for n, byte in enumerate(others)
-    }

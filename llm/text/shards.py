@@ -170,7 +170,7 @@ def _tokenizer_for(
     nanoGPT.
     """
     if config.kind not in MADE_FROM_CORPUS:
-        return named_tokenizer(config.kind)
+        return named_tokenizer(config.kind, lossy=config.lossy)
     recipe = {"format": FORMAT, "kind": config.kind, **_content(data, found.origins)}
     if config.kind == "bpe":
         recipe |= {
@@ -230,26 +230,32 @@ def _tokenise(
 ) -> dict[str, Any]:
     """Write the streams of the corpus, and return the header that describes them."""
     reader = Reader(data.errors, data.text_field)
-    pieces = _marked_pieces(reader.documents(found.origins), data.validation)
+    pieces = _marked_pieces(reader.documents(found.origins), data.validation, encoder)
     names = ("train", "validation") if data.validation.startswith("documents:") else ("text",)
     dtype = smallest_dtype(encoder.vocab_size)
-    text_bytes, total = 0, found.text_bytes
+    text_bytes, changed, total = 0, 0, found.text_bytes
     with contextlib.ExitStack() as files:
         writers = {
             name: files.enter_context(StreamWriter(folder, name, dtype, SHARD_TOKENS))
             for name in names
         }
-        for piece, ids, size in _encoded(pieces, encoder, data.workers or _cores()):
+        for piece, ids, size, differs in _encoded(pieces, encoder, data.workers or _cores()):
             on_progress("tokenising", text_bytes, total)
             if piece.begins:
                 writers[piece.stream].begin_document(piece.document)
             writers[piece.stream].add(ids)
             text_bytes += size
+            changed += differs
         manifests = {name: writer.finish() for name, writer in writers.items()}
     notes = list(found.notes)
     if reader.replaced:
         count = reader.replaced
         notes.append(f"bytes that are not UTF-8 were replaced by {count} characters U+FFFD")
+    if changed:
+        notes.append(
+            f"the tokenizer {encoder.name!r} reads text in NFC, which spells {changed} bytes of it "
+            "in another way: the text is as NFC has it"
+        )
     return {
         "tokenizer": {"name": encoder.name, "sha256": encoder.sha256},
         "streams": {name: asdict(manifest) for name, manifest in manifests.items()},
@@ -272,7 +278,9 @@ class _Piece(NamedTuple):
     ends: bool
 
 
-def _marked_pieces(documents: Iterable[Document], validation: str) -> Iterator[_Piece]:
+def _marked_pieces(
+    documents: Iterable[Document], validation: str, encoder: Tokenizer
+) -> Iterator[_Piece]:
     kind, _, fraction = validation.partition(":")
     stream = "text"
     for document in documents:
@@ -280,24 +288,39 @@ def _marked_pieces(documents: Iterable[Document], validation: str) -> Iterator[_
             held_out = is_held_out(document.sha256, float(fraction))
             stream = "validation" if held_out else "train"
         begins = True
-        for text, following in itertools.pairwise(itertools.chain(document.pieces, [""])):
+        pieces = _encodable(document.pieces, encoder)
+        for text, following in itertools.pairwise(itertools.chain(pieces, [""])):
             yield _Piece(stream, document.name, text, begins, ends=not following)
             begins = False
 
 
+def _encodable(pieces: Iterable[str], encoder: Tokenizer) -> Iterator[str]:
+    """The same text in pieces that the tokenizer may encode one by one."""
+    held: list[str] = []
+    for piece in pieces:
+        cut = encoder.last_cut(piece)
+        held.append(piece[:cut] if cut else piece)
+        if cut:
+            yield "".join(held)
+            held = [piece[cut:]] if cut < len(piece) else []
+    if held:
+        yield "".join(held)
+
+
 def _encoded(
     pieces: Iterable[_Piece], encoder: Tokenizer, workers: int
-) -> Iterator[tuple[_Piece, Ids, int]]:
-    """Each piece in order, its ids, and its size in bytes. An end of text, if the tokenizer has
-    one, follows each document.
+) -> Iterator[tuple[_Piece, Ids, int, int]]:
+    """Each piece in order, its ids, and its size in bytes. A beginning and an end of text, if the
+    tokenizer has them, stand before and behind each document.
     """
     end = [] if encoder.end_of_text is None else [encoder.end_of_text]
     end_ids = np.array(end, np.int32)
 
-    def encode(piece: _Piece) -> tuple[_Piece, Ids, int]:
-        ids = encoder.encode(piece.text)
+    def encode(piece: _Piece) -> tuple[_Piece, Ids, int, int]:
+        ids = encoder.encode(piece.text, continues=not piece.begins)
+        ids = encoder.begun(ids) if piece.begins else ids
         ids = np.concatenate([ids, end_ids]) if piece.ends else ids
-        return piece, ids, utf8_length(piece.text)
+        return piece, ids, utf8_length(piece.text), encoder.changed(piece.text)
 
     tasks = _in_order(lambda task: [encode(piece) for piece in task], _grouped(pieces), workers)
     return itertools.chain.from_iterable(tasks)

@@ -10,12 +10,14 @@ data/shakespeare_char/prepare.py. Training a vocabulary is llm/text/bpe.py.
 
 import abc
 import base64
+import contextlib
 import difflib
 import hashlib
 import json
+import re
 import sys
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import CheckpointError, DataError, UsageError
-from llm.files import write_atomic
+from llm.files import read_json, why, write_atomic
 
 Ids = npt.NDArray[np.int32]
 
@@ -53,8 +55,17 @@ class Tokenizer(abc.ABC):
       name: "bytes", "characters", "bpe" or the name of a tiktoken encoding.
       special_tokens: spelling -> id of tokens that stand for no text.
       end_of_text: the id that ends a document; None if there is none.
+      other_ends: more ids that end a text, where generation stops too.
+      begin_of_text: the id that stands before a document; None if nothing does.
+      prefix: the bytes of a document's tokens that are before its text: a space, or nothing.
+      lossy: the bytes of a text's tokens may be other than the text's.
       token_table: the bytes of each id; b"" for special tokens and unassigned ids.
     """
+
+    begin_of_text: int | None = None
+    other_ends: tuple[int, ...] = ()
+    prefix = b""
+    lossy = False
 
     def __init__(self, name: str, token_table: list[bytes], special_tokens: Mapping[str, int]):
         self.name = name
@@ -63,17 +74,55 @@ class Tokenizer(abc.ABC):
         self.end_of_text = self.special_tokens.get(END_OF_TEXT)
         self._special_names = {id_: spelling for spelling, id_ in special_tokens.items()}
 
-    @abc.abstractmethod
-    def encode(self, text: str) -> Ids:
-        """int32 [n]. The spelling of a special token is ordinary text.
+    def encode(self, text: str, *, special: bool = False, continues: bool = False) -> Ids:
+        """int32 [n], without a beginning and an end of text.
 
+        Args:
+          special: the spelling of a special token becomes its id; otherwise it is ordinary text.
+          continues: the text goes on with a document, so that nothing is put before it.
         Raises:
           UsageError: a character without a token, or a lone surrogate; with its place in the text.
         """
+        special = special and bool(self.special_tokens)
+        return (self._encode_special if special else self._encode)(text, continues)
+
+    def _encode(self, text: str, continues: bool) -> Ids:
+        raise NotImplementedError
+
+    def _encode_special(self, text: str, continues: bool) -> Ids:
+        spellings = sorted(self.special_tokens, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, spellings))})", text)
+        ids = [
+            [self.special_tokens[part]] if n % 2 else self._encode(part, continues)
+            for n, part in enumerate(parts)
+        ]
+        return np.concatenate(ids).astype(np.int32)
+
+    def begun(self, ids: Ids) -> Ids:
+        """The ids of a document with the beginning of text before them, unless they have it."""
+        if self.begin_of_text is None or ids[:1].tolist() == [self.begin_of_text]:
+            return ids
+        return np.concatenate([np.array([self.begin_of_text], np.int32), ids])
+
+    def last_cut(self, text: str) -> int:
+        """How much of a piece of a document may be encoded by itself: an index, the last one.
+
+        A piece ends where no byte-level pattern's token goes on (llm/text/documents.py).
+        """
+        return len(text)
+
+    def changed(self, text: str) -> int:
+        """How many bytes of a text are spelled in another way by its tokens, as NFC does."""
+        return 0
 
     @abc.abstractmethod
     def definition(self) -> dict[str, Any]:
         """Everything needed to build an equal tokenizer, as JSON."""
+
+    @property
+    def ends_of_text(self) -> tuple[int, ...]:
+        """Every id that ends a text."""
+        return () if self.end_of_text is None else (self.end_of_text, *self.other_ends)
 
     @property
     def vocab_size(self) -> int:
@@ -96,16 +145,27 @@ class Tokenizer(abc.ABC):
         return shown or self._special_names.get(token_id, f"<|unassigned {token_id}|>")
 
     def byte_lengths(self) -> Ids:
-        """int32 [vocab_size]: the number of bytes of each token."""
-        return np.fromiter(map(len, self.token_table), np.int32, self.vocab_size)
+        """int32 [vocab_size]: the bytes of text in each token, summed over whole documents: what
+        stands before or behind a document takes away the bytes that are put before its text.
+        """
+        lengths = np.fromiter(map(len, self.token_table), np.int32, self.vocab_size)
+        border = self.end_of_text if self.begin_of_text is None else self.begin_of_text
+        if border is not None:
+            lengths[border] -= len(self.prefix)
+        return lengths
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of all tokens, one after the other."""
-        return b"".join(self.token_bytes(int(token_id)) for token_id in ids)
+    def decode_bytes(self, ids: Iterable[int], *, continues: bool = False) -> bytes:
+        """The bytes of a text's tokens, less those that are put before a document.
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of all tokens; bytes that are not UTF-8 become U+FFFD."""
-        return self.decode_bytes(ids).decode("utf-8", "replace")
+        Args:
+          continues: the first token is not the first of a document.
+        """
+        read = TextBytes(self, continues)
+        return b"".join(read(int(token_id)) for token_id in ids)
+
+    def decode(self, ids: Iterable[int], *, continues: bool = False) -> str:
+        """The text of tokens, as `decode_bytes`; bytes that are not UTF-8 become U+FFFD."""
+        return self.decode_bytes(ids, continues=continues).decode("utf-8", "replace")
 
     def save(self, directory: Path) -> None:
         """Write DIRECTORY/tokenizer.json unless it exists; all that `load_tokenizer` needs."""
@@ -116,18 +176,38 @@ class Tokenizer(abc.ABC):
             write_atomic(path, content)
 
 
+class TextBytes:
+    """The bytes that each token of a growing text adds to it: the token's bytes, less those that
+    the tokenizer puts before a document.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, continues: bool = False):
+        self._tokenizer = tokenizer
+        self._borders = {tokenizer.begin_of_text, *tokenizer.ends_of_text}
+        self._begins = bool(tokenizer.prefix) and not continues
+
+    def __call__(self, token_id: int) -> bytes:
+        """The next token's."""
+        data = self._tokenizer.token_bytes(token_id)
+        if self._begins and data:
+            self._begins, data = False, data.removeprefix(self._tokenizer.prefix)
+        elif token_id in self._borders:
+            self._begins = bool(self._tokenizer.prefix)
+        return data
+
+
 class ByteTokenizer(Tokenizer):
     """256 bytes and an end of text: encodes any text without training."""
 
     def __init__(self) -> None:
         super().__init__("bytes", [bytes([b]) for b in range(256)] + [b""], {END_OF_TEXT: 256})
 
-    def encode(self, text: str) -> Ids:
+    def _encode(self, text: str, continues: bool) -> Ids:
         """As `Tokenizer.encode`. Bytes decoded with surrogateescape become the same bytes again."""
         try:
             encoded = text.encode("utf-8", "surrogateescape")
         except UnicodeEncodeError as error:
-            raise _unseen(text, error.start, _SURROGATE) from None
+            raise unseen(text, error.start, SURROGATE) from None
         return np.frombuffer(encoded, np.uint8).astype(np.int32)
 
     def definition(self) -> dict[str, Any]:
@@ -144,17 +224,17 @@ class CharacterTokenizer(Tokenizer):
         self._id_of = np.full(codes.max() + 2, -1, np.int32)
         self._id_of[codes] = np.arange(len(codes))
 
-    def encode(self, text: str) -> Ids:
+    def _encode(self, text: str, continues: bool) -> Ids:
         # Code points beyond the end of the table use its last entry, which is always -1.
         ids = self._id_of[np.minimum(_code_points(text), len(self._id_of) - 1)]
-        unseen = np.flatnonzero(ids < 0)
-        if unseen.size:
-            why = (
+        missing = np.flatnonzero(ids < 0)
+        if missing.size:
+            reason = (
                 f"is not one of the {self.vocab_size} characters that this tokenizer was built "
                 "from; leave it out, or train with a corpus that has it or with tokenizer.kind = "
                 "'bytes'"
             )
-            raise _unseen(text, int(unseen[0]), why)
+            raise unseen(text, int(missing[0]), reason)
         return ids
 
     def definition(self) -> dict[str, Any]:
@@ -204,16 +284,14 @@ class BytePairTokenizer(Tokenizer):
             special_tokens=dict(special_tokens),
         )
 
-    def encode(self, text: str) -> Ids:
+    def _encode(self, text: str, continues: bool) -> Ids:
         try:
-            ids = self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
+            with panics_as(self._unusable_pattern):
+                ids = self._encoding.encode_to_numpy(text, disallowed_special=()).astype(np.int32)
         except UnicodeEncodeError as error:
-            raise _unseen(text, error.start, _SURROGATE) from None
-        except BaseException as error:
-            # tiktoken gives up a pattern that backtracks too long, and panics on an empty match.
-            if isinstance(error, ValueError) or type(error).__name__ == "PanicException":
-                raise UsageError(f"{self._unusable_pattern} ({error})") from None
-            raise
+            raise unseen(text, error.start, SURROGATE) from None
+        except ValueError as error:  # tiktoken gives up a pattern that backtracks too long
+            raise UsageError(f"{self._unusable_pattern} ({error})") from None
         if int(self._lengths[ids].sum()) != utf8_length(text):
             raise UsageError(self._unusable_pattern)
         return ids
@@ -240,15 +318,38 @@ class BytePairTokenizer(Tokenizer):
         }
 
 
-_SURROGATE = "is half of a surrogate pair, which is not a character"
+SURROGATE = "is half of a surrogate pair, which is not a character"
 
 
-def named_tokenizer(kind: str) -> Tokenizer:
-    """A tokenizer that needs no corpus: "bytes", or the name of a tiktoken encoding."""
+@contextlib.contextmanager
+def panics_as(message: str, error: type[Exception] = UsageError) -> Iterator[None]:
+    """Raise an error if a library written in Rust panics, which is no Exception."""
+    try:
+        yield
+    except BaseException as panic:
+        if type(panic).__name__ != "PanicException":
+            raise
+        raise error(f"{message} ({panic})") from None
+
+
+def named_tokenizer(kind: str, *, lossy: bool = False) -> Tokenizer:
+    """A tokenizer that needs no corpus: "bytes", the name of a tiktoken encoding, or a path."""
+    if is_path(kind):
+        from llm.text.folder import open_tokenizer
+
+        return open_tokenizer(Path(kind), lossy=lossy)
     return ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind)
 
 
-def _unseen(text: str, index: int, why: str) -> UsageError:
+def is_path(kind: str) -> bool:
+    """Whether a kind of tokenizer is a file or a folder, and not a name."""
+    import tiktoken
+
+    named = ("bytes", *MADE_FROM_CORPUS, *tiktoken.list_encoding_names())
+    return kind not in named and ("/" in kind or Path(kind).exists())
+
+
+def unseen(text: str, index: int, why: str) -> UsageError:
     """The error for a character without a token, with its place in the text."""
     character = text[index]
     shown = f", {character}" if character.isprintable() else ""
@@ -303,7 +404,7 @@ def known_vocab_size(kind: str) -> int | None:
 
 def check_kind(kind: str) -> None:
     """Raise a UsageError that lists the known kinds, unless `kind` is one of them."""
-    if kind in ("bytes", *MADE_FROM_CORPUS):
+    if kind in ("bytes", *MADE_FROM_CORPUS) or is_path(kind):
         return
     import tiktoken
 
@@ -313,7 +414,8 @@ def check_kind(kind: str) -> None:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
             f"tokenizer.kind = {kind!r}: no such tokenizer; {hint}expected one of "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}, or the path of a tokenizer.json, a sentencepiece .model or a "
+            "folder of Hugging Face"
         )
 
 
@@ -342,6 +444,20 @@ class _BytePairs(msgspec.Struct, tag_field="kind", tag="byte_pairs"):
         return BytePairTokenizer(self.name, self.pattern, self.ranks, self.special_tokens)
 
 
+class _Imported(msgspec.Struct, tag_field="kind", tag="imported"):
+    name: str
+    file: str
+    vocab_size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_VOCABULARY)]
+    begin: _Id | None
+    ends: tuple[_Id, ...]
+    lossy: bool
+
+    def open(self) -> Tokenizer:
+        from llm.text.imported import ImportedTokenizer
+
+        return ImportedTokenizer(*msgspec.structs.astuple(self))
+
+
 def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer that `save` wrote.
 
@@ -350,17 +466,17 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """
     path = Path(directory) / FILE_NAME
     try:
-        saved = json.loads(path.read_bytes())
+        saved = read_json(path)
         definition = saved["definition"]
         whole = saved["sha256"] == sha256_of_json(definition)
     except OSError as error:
-        raise CheckpointError(f"no tokenizer at {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        raise CheckpointError(f"no tokenizer at {path}: {why(error)}") from None
+    except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
         raise CheckpointError(f"{path} is not a saved tokenizer: it is damaged")
     try:
-        return msgspec.convert(definition, _Bytes | _Characters | _BytePairs).open()
+        return msgspec.convert(definition, _Bytes | _Characters | _BytePairs | _Imported).open()
     except (msgspec.ValidationError, ValueError) as error:
         raise CheckpointError(
             f"{path} describes no tokenizer that this version can use: {error}"
@@ -370,6 +486,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def utf8_length(text: str) -> int:
     """The bytes of a text; half of a surrogate pair counts as three."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+@cache
+def byte_of_symbol() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte -> the byte (its encoder.py, bytes_to_unicode)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + n): byte for n, byte in enumerate(others)
+    }
 
 
 def _code_points(text: str) -> npt.NDArray[np.uint32]:

@@ -1,0 +1,293 @@
+"""Tokenizers that others made: their ids are the library's, and their bytes are the text's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.config import DataConfig, TokenizerConfig
+from llm.errors import UsageError
+from llm.text.described import PREPEND, REPLACE
+from llm.text.folder import open_tokenizer
+from llm.text.shards import prepare
+from llm.text.tokenizer import load_tokenizer
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
+FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, and then  the dog sleeps\n" * 9,
+    "def f(x):\n    return {'a': x ** 2, \"b\": [1, 22, 333]}\n\n" * 7,
+    "學而時習之，不亦說乎？學而不思則罔，思而不學則殆。\n" * 7,
+    f"naïve café don't I'LL 1234567 {FAMILY}\t\r\n" * 5,
+]
+TEXTS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")),
+    st.text("ab the\n\t \r'12學é" + FAMILY, max_size=40),
+    st.lists(st.sampled_from(["the", " quick", "\n", "  ", "def", "學", "é", "<s>", "1"])).map(
+        "".join
+    ),
+    st.binary(max_size=30).map(lambda data: data.decode("latin-1")),
+)
+
+# What public tokenizers cut text by.
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN = LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+def byte_level(split, nfc=False, prefix=False):
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    library = Tokenizer(models.BPE())
+    library.normalizer = normalizers.NFC() if nfc else None
+    parts = [pre_tokenizers.Split(Regex(split), "isolated")] if split else []
+    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not split)
+    library.pre_tokenizer = pre_tokenizers.Sequence([*parts, level])
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|begin|>", "<|endoftext|>"],
+        show_progress=False,
+    )
+    library.train_from_iterator(CORPUS, trainer)
+    return json.loads(library.to_str())
+
+
+def byte_fallback(normalizers, pre_tokenizer=None):
+    """A BPE of characters with <0xNN> for the rest, as sentencepiece's are written down."""
+    from tokenizers import Tokenizer, models, trainers
+    from tokenizers.normalizers import Replace
+
+    library = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    library.normalizer = Replace(" ", "\u2581")
+    special = ["<unk>", "<s>", "</s>", *map("<0x{:02X}>".format, range(256))]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=special, limit_alphabet=60, show_progress=False
+    )
+    words = [word for text in CORPUS for word in text.replace(" ", " \u2581").split(" ")]
+    library.train_from_iterator(words, trainer)
+    file = json.loads(library.to_str())
+    file["added_tokens"] = file["added_tokens"][:3]
+    return file | {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": pre_tokenizer,
+    }
+
+
+METASPACE = {
+    "type": "Metaspace",
+    "replacement": "\u2581",
+    "prepend_scheme": "first",
+    "split": False,
+}
+FILES = {
+    "gpt2": lambda: byte_level(None),
+    "llama3": lambda: byte_level(LLAMA_3),
+    "qwen": lambda: byte_level(QWEN, nfc=True),
+    "llama2": lambda: byte_fallback([PREPEND, REPLACE]),
+    "gemma": lambda: byte_fallback([REPLACE]),
+    "metaspace": lambda: byte_fallback([], METASPACE),
+}
+
+
+@pytest.fixture(scope="module", params=FILES)
+def made(request, tmp_path_factory):
+    """The library's tokenizer and ours, of one file."""
+    from tokenizers import Tokenizer
+
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    path.write_text(json.dumps(FILES[request.param]()))
+    library = Tokenizer.from_file(str(path))
+    library.encode_special_tokens = True
+    return library, open_tokenizer(path)
+
+
+def assert_same(made, text):
+    library, tokenizer = made
+    expected = library.encode(text, add_special_tokens=False).ids
+    if tokenizer.prefix and text[:1] == " " and "Metaspace" in library.to_str():
+        with pytest.raises(UsageError, match=r"the character ' ' .* is lost"):
+            tokenizer.encode(text)
+        return
+    ids = tokenizer.encode(text)
+    normal = library.normalizer.normalize_str(text) if "NFC" in library.to_str() else text
+    assert ids.tolist() == expected
+    assert tokenizer.decode(ids) == normal
+    prefix = tokenizer.prefix if text else b""
+    assert b"".join(map(tokenizer.token_bytes, ids.tolist())) == prefix + normal.encode()
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_ids_are_the_librarys_and_bytes_are_the_texts(made, text):
+    assert_same(made, text)
+
+
+@pytest.mark.parametrize("text", [*CORPUS, "", " ", "\u2028\x00\x7f\ufeff", "e\u0301", "a  b   c"])
+def test_hard_texts_are_the_librarys(made, text):
+    assert_same(made, text)
+
+
+@settings(deadline=None)
+@given(text=TEXTS)
+def test_a_text_may_be_cut_where_the_tokenizer_says(made, text):
+    """Documents are encoded in pieces; the reader's pieces of byte-level texts end well."""
+    _, tokenizer = made
+    cut = tokenizer.last_cut(text)
+    if 0 < cut < len(text) and not text.startswith(" "):
+        parts = [tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:], continues=True)]
+        assert np.concatenate(parts).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_a_cut_is_found_in_every_line(made):
+    _, tokenizer = made
+    assert tokenizer.last_cut(CORPUS[0] + "the dog") > len(CORPUS[0]) // 2
+
+
+def test_special_tokens_are_text_unless_asked_for(made):
+    library, tokenizer = made
+    for spelling, id_ in tokenizer.special_tokens.items():
+        text = f"a{spelling}b"
+        assert id_ not in tokenizer.encode(text).tolist()
+        library.encode_special_tokens = False
+        expected = library.encode(text, add_special_tokens=False).ids
+        library.encode_special_tokens = True
+        assert tokenizer.encode(text, special=True).tolist() == expected
+        assert id_ in expected
+        assert tokenizer.token_bytes(id_) == b"" and tokenizer.token_name(id_) == spelling
+
+
+def test_a_saved_tokenizer_is_its_file(made, tmp_path):
+    _, tokenizer = made
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.sha256 == tokenizer.sha256
+    assert loaded.token_table == tokenizer.token_table
+    assert loaded.definition()["file"] == tokenizer.definition()["file"]
+    assert loaded.encode(CORPUS[1]).tolist() == tokenizer.encode(CORPUS[1]).tolist()
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma"])
+def test_what_stands_for_a_space_is_no_text(name, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(FILES[name]()))
+    with pytest.raises(UsageError, match=r"U\+2581.* at index 5 \(line 2, column 3\) is lost"):
+        open_tokenizer(path).encode("ab\ncd\u2581e")
+    with pytest.raises(UsageError, match=r"U\+D83D.*index 1"):
+        open_tokenizer(path).encode("a\ud83d")
+
+
+def folder_of(path, name, **settings):
+    """A folder of Hugging Face with a tokenizer and what its other files say."""
+    path.mkdir()
+    (path / "tokenizer.json").write_text(json.dumps(FILES[name]()))
+    for file, values in settings.items():
+        (path / f"{file}.json").write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize("name", ["llama2", "llama3", "metaspace"])
+def test_a_corpus_has_each_document_whole_between_its_beginning_and_end(
+    name, tmp_path, monkeypatch
+):
+    """However many pieces a document is read in."""
+    monkeypatch.setattr("llm.text.documents.PIECE_BYTES", 100)
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    if name == "llama3":
+        names = {"bos_token": "<|begin|>", "eos_token": {"content": "<|endoftext|>"}}
+    folder = folder_of(tmp_path / "model", name, tokenizer_config=names | {"add_bos_token": True})
+    rows = [{"text": text} for text in CORPUS]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataConfig(
+        source=str(tmp_path / "rows.jsonl"), cache_dir=str(tmp_path / "cache"), validation="none"
+    )
+    corpus = prepare(data, TokenizerConfig(kind=str(folder)))
+    tokenizer = corpus.tokenizer
+    documents = [
+        [tokenizer.begin_of_text, *tokenizer.encode(text).tolist(), tokenizer.end_of_text]
+        for text in CORPUS
+    ]
+    ids = corpus.train.read(0, len(corpus.train))
+    assert ids.tolist() == [id_ for document in documents for id_ in document]
+    assert tokenizer.token_name(tokenizer.begin_of_text) == names["bos_token"]
+    assert corpus.text_bytes == tokenizer.byte_lengths()[ids].sum()
+    assert tokenizer.decode(ids) == "".join(CORPUS)
+    assert tokenizer.sha256 in (corpus.folder / "header.json").read_text()
+
+
+def test_bytes_that_nfc_changes_are_counted_and_said(tmp_path):
+    folder = folder_of(tmp_path / "model", "qwen")
+    (tmp_path / "text").write_text("plain cafe\u0301 naïve e\u0301", encoding="utf-8")
+    data = DataConfig(
+        source=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache"), validation="none"
+    )
+    corpus = prepare(data, TokenizerConfig(kind=str(folder)))
+    [note] = [note for note in corpus.notes if "NFC" in note]
+    assert "9 bytes" in note
+    ids = corpus.train.read(0, len(corpus.train))
+    assert corpus.tokenizer.decode(ids) == "plain café naïve é"
+
+
+def test_another_tokenizer_has_other_shards(tmp_path):
+    """A token cache that went by the name alone would be of the tokenizer before."""
+    (tmp_path / "text").write_text(CORPUS[0])
+    data = DataConfig(
+        source=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache"), validation="none"
+    )
+    folder = folder_of(tmp_path / "model", "llama2")
+    first = prepare(data, TokenizerConfig(kind=str(folder)))
+    (folder / "tokenizer.json").write_text(json.dumps(FILES["gemma"]()))
+    second = prepare(data, TokenizerConfig(kind=str(folder)))
+    assert first.fingerprint != second.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("settings_", "begin", "ends"),
+    [
+        ({}, None, (2,)),
+        ({"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"}}, None, (2,)),
+        ({"tokenizer_config": {"bos_token": "<s>", "add_bos_token": True}}, 1, (2,)),
+        ({"tokenizer_config": {"bos_token": "<s>", "add_bos_token": False}}, None, (2,)),
+        ({"generation_config": {"eos_token_id": [5, 2]}}, None, (5, 2)),
+        ({"config": {"eos_token_id": 7}, "generation_config": {}}, None, (7,)),
+        (
+            {
+                "tokenizer_config": {"eos_token": "</s>"},
+                "generation_config": {"eos_token_id": [5, 2]},
+                "config": {"eos_token_id": 7},
+            },
+            None,
+            (2, 5),
+        ),
+    ],
+)
+def test_a_folder_says_where_texts_begin_and_end(settings_, begin, ends, tmp_path):
+    tokenizer = open_tokenizer(folder_of(tmp_path / "model", "llama2", **settings_))
+    assert tokenizer.begin_of_text == begin
+    assert tokenizer.ends_of_text == ends and tokenizer.end_of_text == ends[0]
+
+
+def test_a_beginning_stands_before_a_text_once(tmp_path):
+    settings_ = {"tokenizer_config": {"bos_token": "<s>", "add_bos_token": True}}
+    tokenizer = open_tokenizer(folder_of(tmp_path / "model", "llama2", **settings_))
+    ids = tokenizer.begun(tokenizer.encode("the fox"))
+    assert ids[0] == 1 and tokenizer.begun(ids).tolist() == ids.tolist()
+    assert tokenizer.decode(ids) == "the fox"
+    assert tokenizer.byte_lengths()[ids].sum() == len("the fox")
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="no shared models")
+def test_stories260k_is_read_as_transformers_reads_it():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(STORIES))
+    ours = open_tokenizer(STORIES)
+    for text in [*CORPUS, "Once upon a time", "", " a"]:
+        expected = theirs(text)["input_ids"]
+        assert ours.begun(ours.encode(text)).tolist() == expected
+        assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True) == text
+    assert (ours.name, ours.vocab_size, ours.ends_of_text) == ("stories260k", 512, (2,))
