@@ -11,24 +11,26 @@ else. This file imports no JAX, so `--help` is quick.
 import contextlib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import tomli_w
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from llm.errors import UsageError
 from llm.names import nearest
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
-AxisSize = Annotated[int, Field(ge=-1)]
+# Devices count in 32 bits. What is made one by one (layers, samples) has a bound of its own, since
+# more would never end; and so have widths, since the compiler dies of weights of 2^63 bytes.
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+AxisSize = Annotated[int, Field(ge=-1, lt=2**31)]
 # Others write -1 for all tokens.
-TopK = Annotated[
-    NonNegativeInt, pydantic.BeforeValidator(lambda value: 0 if value == -1 else value)
-]
+TopK = Annotated[Count, pydantic.BeforeValidator(lambda value: 0 if value == -1 else value)]
 # JAX takes the lowest 32 bits of a seed: two that are equal in them would initialise alike.
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -92,7 +94,7 @@ class DataConfig(Section):
     cache_dir: str = setting(
         "", "token shards, downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
-    workers: NonNegativeInt = setting(0, "threads that tokenise; 0: one for each core")
+    workers: Count = setting(0, "threads that tokenise; 0: one for each core")
 
     @pydantic.field_validator("validation")
     @classmethod
@@ -122,17 +124,17 @@ class TokenizerConfig(Section):
 class ModelConfig(Section):
     """One GPT whose parts are switches. The defaults are GPT-2's block."""
 
-    n_layer: PositiveInt = setting(6, "blocks")
-    n_head: PositiveInt = setting(6, "attention heads")
-    n_kv_head: NonNegativeInt = setting(
+    n_layer: Annotated[Positive, Field(le=1024)] = setting(6, "blocks")
+    n_head: Positive = setting(6, "attention heads")
+    n_kv_head: Count = setting(
         0, "key/value heads: n_head is multi-head, fewer grouped-query, 1 multi-query; 0: n_head"
     )
-    d_model: PositiveInt = setting(384, "width of the residual stream")
-    d_ff: NonNegativeInt = setting(
+    d_model: Annotated[Positive, Field(le=2**20)] = setting(384, "width of the residual stream")
+    d_ff: Annotated[Count, Field(le=2**24)] = setting(
         0,
         "width of the MLP or of each expert; 0: 4 d_model, for swiglu 8/3 d_model rounded up to 64",
     )
-    context_length: PositiveInt = setting(256, "tokens that the model sees at once")
+    context_length: Positive = setting(256, "tokens that the model sees at once")
     positions: Literal["learned", "rotary", "none"] = setting("learned", "how positions enter")
     rope_theta: PositiveFloat = setting(10000.0, "base of the rotary frequencies")
     norm: Literal["layernorm", "rmsnorm"] = setting(
@@ -143,8 +145,10 @@ class ModelConfig(Section):
     activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"] = setting(
         "gelu_tanh", "non-linearity of the MLP; gelu_tanh is GPT-2's approximation of gelu"
     )
-    n_expert: PositiveInt = setting(1, "MLPs that a block's router chooses from; 1: a dense model")
-    n_expert_active: NonNegativeInt = setting(
+    n_expert: Annotated[Positive, Field(le=2**16)] = setting(
+        1, "MLPs that a block's router chooses from; 1: a dense model"
+    )
+    n_expert_active: Count = setting(
         0, "experts that a token goes through (top-k); 0: two, or the one of a dense model"
     )
     normalize_gates: bool = setting(
@@ -160,7 +164,7 @@ class ModelConfig(Section):
     zero_init_projections: bool = setting(
         False, "start each residual projection at zero instead of init_std / sqrt(2 n_layer)"
     )
-    vocab_multiple: PositiveInt = setting(
+    vocab_multiple: Annotated[Positive, Field(le=2**20)] = setting(
         64, "pad the vocabulary to a multiple of this; padding is never predicted"
     )
 
@@ -234,8 +238,8 @@ class OptimizerConfig(Section):
     schedule: Literal["cosine", "linear", "constant", "wsd"] = setting(
         "cosine", "decay after warmup: to decay_steps, never, or in the last of them (wsd)"
     )
-    warmup_steps: NonNegativeInt = setting(100, "steps from zero to the peak")
-    decay_steps: NonNegativeInt = setting(
+    warmup_steps: Count = setting(100, "steps from zero to the peak")
+    decay_steps: Count = setting(
         0, "steps until the decay ends, after which the rate is held; 0: training.steps"
     )
     decay_fraction: Probability = setting(
@@ -248,23 +252,25 @@ class OptimizerConfig(Section):
     grad_clip: NonNegativeFloat = setting(1.0, "clip gradients to this global norm; 0: off")
     muon_learning_rate: PositiveFloat = setting(0.02, "muon: peak learning rate of hidden matrices")
     muon_momentum: DropoutRate = setting(0.95, "muon: Nesterov momentum")
-    muon_momentum_warmup_steps: NonNegativeInt = setting(
+    muon_momentum_warmup_steps: Count = setting(
         0, "muon: steps in which the momentum rises to muon_momentum, from 0.1 below it"
     )
-    muon_iterations: PositiveInt = setting(5, "muon: Newton-Schulz iterations; fewer cost less")
+    muon_iterations: Annotated[Positive, Field(le=100)] = setting(
+        5, "muon: Newton-Schulz iterations; fewer cost less"
+    )
 
 
 class TrainingConfig(Section):
     """The step and the loop around it."""
 
-    steps: PositiveInt = setting(5000, "optimizer steps in the whole run")
-    batch_size: PositiveInt = setting(64, "sequences per step, over all devices")
-    micro_batch_size: NonNegativeInt = setting(
+    steps: Positive = setting(5000, "optimizer steps in the whole run")
+    batch_size: Positive = setting(64, "sequences per step, over all devices")
+    micro_batch_size: Count = setting(
         0,
         "sequences per forward pass, over all devices; fewer accumulate gradients; 0: batch_size",
     )
-    eval_every: NonNegativeInt = setting(250, "steps between evaluations; 0: only at the end")
-    eval_batch_size: NonNegativeInt = setting(
+    eval_every: Count = setting(250, "steps between evaluations; 0: only at the end")
+    eval_batch_size: Count = setting(
         0, "sequences per evaluation batch; 0: micro_batch_size, or batch_size without one"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
@@ -281,7 +287,7 @@ class TrainingConfig(Section):
         0.01, "experts: weight of the loss that is smallest if all are chosen equally often"
     )
     router_z_loss: NonNegativeFloat = setting(0.001, "experts: weight of the router's log(Z)^2")
-    loss_chunk: NonNegativeInt = setting(
+    loss_chunk: Count = setting(
         0, "positions whose logits the loss holds at once; 0: chosen by vocabulary and batch"
     )
     scan_layers: bool = setting(
@@ -300,7 +306,7 @@ class TrainingConfig(Section):
     spike_zscore: NonNegativeFloat = setting(
         0.0, "skip an update whose loss is this many standard deviations above recent ones; 0: off"
     )
-    max_skipped: PositiveInt = setting(10, "skipped updates in a row after which to stop")
+    max_skipped: Positive = setting(10, "skipped updates in a row after which to stop")
 
     @property
     def accumulation(self) -> int:
@@ -340,15 +346,15 @@ class MeshConfig(Section):
 class CheckpointConfig(Section):
     """When the state is saved, and which saves are kept."""
 
-    every: NonNegativeInt = setting(250, "steps between checkpoints; 0: only at the end")
-    keep: PositiveInt = setting(2, "newest checkpoints to keep")
+    every: Count = setting(250, "steps between checkpoints; 0: only at the end")
+    keep: Positive = setting(2, "newest checkpoints to keep")
     keep_best: bool = setting(True, "also save and keep the step with the lowest validation loss")
 
 
 class LoggingConfig(Section):
     """Where progress is written besides RUN/metrics.jsonl."""
 
-    every: PositiveInt = setting(1, "steps between lines of metrics.jsonl")
+    every: Positive = setting(1, "steps between lines of metrics.jsonl")
     progress: Literal["auto", "bar", "plain", "none"] = setting(
         "auto", "progress on the terminal; auto: a bar on a terminal, plain lines elsewhere"
     )
@@ -360,8 +366,8 @@ class SamplingConfig(Section):
     """How the next token is drawn: in evaluations, and by default in sample.py."""
 
     prompt: str = setting("", "text to continue; empty: start from an end of text")
-    max_new_tokens: NonNegativeInt = setting(200, "tokens to write after the prompt")
-    num_samples: PositiveInt = setting(1, "samples of each prompt")
+    max_new_tokens: Count = setting(200, "tokens to write after the prompt")
+    num_samples: Annotated[Positive, Field(le=100_000)] = setting(1, "samples of each prompt")
     temperature: NonNegativeFloat = setting(0.8, "divides the logits; 0: greedy")
     top_k: TopK = setting(0, "keep the k likeliest tokens; 0: all")
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = setting(
@@ -378,9 +384,9 @@ class DistributedConfig(Section):
     """The processes of one run. On known clusters JAX finds them if nothing is set."""
 
     coordinator: str = setting("", "host:port of process 0")
-    num_processes: NonNegativeInt = setting(0, "number of processes")
+    num_processes: Count = setting(0, "number of processes")
     process_id: AxisSize = setting(-1, "number of this process, from 0")
-    timeout: PositiveInt = setting(
+    timeout: Positive = setting(
         300,
         "seconds without a sign of life after which a process counts as lost and the others end; "
         "longer than any compilation",
@@ -430,7 +436,7 @@ def load_config(path: str | Path, flags: Mapping[str, Any] | None = None) -> Con
     for name, value in (flags or {}).items():
         section, key = name.split(".")
         values[section] = {**values.get(section, {}), key: value}
-    return validate(values, where="the flags") if flags else config
+    return validate(values, "the flags", flags) if flags else config
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -457,12 +463,17 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json"))
 
 
-def validate(values: Mapping[str, Any], where: str) -> Config:
-    """Nested dictionaries to a Config; one UsageError names every wrong setting."""
+def validate(values: Mapping[str, Any], where: str, flags: Collection[str] = frozenset()) -> Config:
+    """Nested dictionaries to a Config; one UsageError names every wrong setting.
+
+    Args:
+      where: what holds the values.
+      flags: `section.key` of those that were given as flags; a message spells them so.
+    """
     try:
         return Config.model_validate(values)
     except pydantic.ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, flags) for problem in error.errors()]
         raise UsageError(f"in {where}: " + "\n  ".join(lines)) from None
 
 
@@ -481,7 +492,7 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, flags: Collection[str]) -> str:
     """What is wrong with one setting."""
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path[:2])
@@ -493,7 +504,9 @@ def _explain(problem: Any) -> str:
         )
     if len(path) < 2 and problem["type"] == "value_error":
         return expected(problem)
-    return f"{name} = {problem['input']!r}: {expected(problem)}"
+    if name in flags:
+        return f"--{name.replace('_', '-')} {problem['input']!s:.80}: {expected(problem)}"
+    return f"{name} = {problem['input']!r:.80}: {expected(problem)}"
 
 
 def expected(problem: Any) -> str:

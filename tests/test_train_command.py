@@ -285,6 +285,20 @@ def test_what_devices_cannot_do_is_refused_before_the_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize(
+    ("platforms", "reason"), [("cuda", "it finds none"), ("abacus", "Unable to initialize")]
+)
+def test_devices_that_are_not_there_are_said_in_a_sentence(
+    tmp_path, monkeypatch, platforms, reason
+):
+    if platforms == "cuda" and importlib.util.find_spec("jax_cuda13_plugin"):
+        pytest.skip("JAX has a plugin for GPUs here")
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    code, output = run_process(write_config(tmp_path))
+    assert code == 2 and "Traceback" not in output
+    assert reason in output and f"JAX_PLATFORMS is '{platforms}'" in output
+
+
 @pytest.mark.thorough
 def test_a_start_that_fails_before_it_is_a_run_leaves_room_for_the_same_command(
     tmp_path, monkeypatch
@@ -375,9 +389,15 @@ def test_a_model_that_gives_no_probabilities_is_not_saved_and_said_to_have_diver
     ("flags", "code", "words"),
     [
         (["--model.n-head", "3"], 2, ["model.d_model = 32", "model.n_head = 3", "nearest"]),
-        (["--sample.top-p", "1.5"], 2, ["sample.top_p = 1.5", "less than or equal to 1"]),
+        (["--sample.top-p", "1.5"], 2, ["--sample.top-p 1.5:", "less than or equal to 1"]),
         (["--model.context-length", "100000"], 2, ["model.context_length = 100000"]),
         (["--training.batch-size", "9"], 2, ["batch_size", "9", "8 or 16"]),
+        (
+            ["--model.d-model", "1048576"],
+            2,
+            ["26,388,392,312,832 parameters", "need at least 39,58"],
+        ),
+        (["--training.batch-size", "2000000000"], 2, ["2,000,000,000 sequences", "need at least"]),
         (["--tokenizer.kind", "gpt3"], 2, ["tokenizer.kind", "gpt3"]),
         (["--data.source", "no/such/file"], 3, ["no/such/file"]),
     ],

@@ -30,6 +30,7 @@ from llm.inference.numerics import decoding_numerics, numerics_of
 from llm.inference.records import DEFAULT_TOP, Numerics, RunRecord, Sampling, TokenRecord
 from llm.inference.score import Scorer
 from llm.model.flops import parameter_count
+from llm.model.sharding import local_devices
 from llm.names import nearest
 from llm.pages.attention import attention_of
 from llm.run.open import OpenedModel, open_model
@@ -363,7 +364,7 @@ def _devices(devices: Any) -> Sequence[jax.Device] | None:
     """The given devices, or the first N of this machine if a number is given."""
     if devices is None:
         return None
-    there = jax.local_devices()
+    there = local_devices()
     count = _plain(devices)
     if type(count) is int and 1 <= count <= len(there):
         return there[:count]

@@ -127,6 +127,7 @@ def _make_job(
     from llm.run.setup import choose_kernels, make_setup
     from llm.text.splits import check_held_out, check_window
     from llm.training.loop import Job
+    from llm.training.state import check_room
 
     mesh = make_mesh(config.mesh)
     dtype, _ = choose_kernels(config, mesh)
@@ -138,6 +139,7 @@ def _make_job(
     check_window(corpus.train, config.model.context_length)
     check_held_out(corpus.validation, config.data.validation)
     spec = make_setup(config, corpus.tokenizer.vocab_size, mesh).spec
+    check_room(spec, mesh, config.training.micro_batch_size or config.training.batch_size)
     return Job(config, spec, mesh, corpus, hosts)
 
 

@@ -13,6 +13,7 @@ settings and not code. XLA inserts the collectives (GSPMD, Xu et al. 2021).
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -56,6 +57,23 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
+def local_devices() -> list[jax.Device]:
+    """The devices of this process.
+
+    Raises:
+      UsageError: JAX finds none of the kind that $JAX_PLATFORMS names.
+    """
+    try:
+        return jax.local_devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts for a kind without its plugin
+        reason = str(error).split("\n")[0] or "it finds none"
+        raise UsageError(
+            f"JAX cannot use its devices ({reason}), and JAX_PLATFORMS is "
+            f"{os.environ.get('JAX_PLATFORMS', '')!r}: unset it to take what this machine has; "
+            "GPUs and TPUs need pip install 'jax[cuda13]' or 'jax[tpu]'"
+        ) from None
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The devices arranged as data x fsdp x expert x tensor x context (placement.py).
 
@@ -63,7 +81,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UsageError: the sizes do not multiply to the number of devices, or cannot be divided over
         their slices or machines.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    if devices is None:
+        local_devices()
+        devices = jax.devices()
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):

@@ -91,12 +91,14 @@ def find_target(topology_: str, device: str, count: int | None) -> Target:
     """
     import jax
 
+    from llm.model.sharding import local_devices
     from llm.planning.devices import find_kind
 
     if topology_:
         return topology(topology_)
     if count is not None:
         return simulated("cpu" if device == "cpu" else find_kind(device), count)
+    local_devices()
     devices = tuple(jax.devices())
     kind = devices[0].device_kind
     return Target(f"{len(devices)} x {kind}", kind, devices)

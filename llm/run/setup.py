@@ -15,7 +15,7 @@ from llm.config import Config, MeshConfig
 from llm.model.gpt import ModelSpec
 from llm.model.kernels import Kernel, choose_attention
 from llm.model.remat import check_remat
-from llm.model.sharding import Mesh, check_divisible, make_mesh
+from llm.model.sharding import Mesh, check_divisible, local_devices, make_mesh
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def setup_to_predict(
         CPU "devices" of a test share one memory).
     """
     if devices is None:
-        own = jax.local_devices()
+        own = local_devices()
         devices = own[:1] if own[0].platform == "cpu" else own
     dtype = compute_dtype(config.training.compute_dtype, devices[0])
     spec = ModelSpec(config.model, vocab_size, dtype)

@@ -9,6 +9,8 @@ With `training.scan_layers` the blocks' weights are stacked (llm/model/stack.py)
 
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from llm.model.gpt import ModelSpec, Params, initialise, logical_axes
+from llm.errors import UsageError
+from llm.model.gpt import ModelSpec, Params, abstract_params, initialise, logical_axes
 from llm.model.sharding import replicated, tree_shardings
 from llm.model.stack import stack_layers, unstack_layers
 
@@ -52,6 +55,35 @@ HISTORY = 64
 
 # What a checkpoint holds: "params" apart, so that a sampler reads nothing else.
 Groups = dict[str, dict[str, Any]]
+
+
+def check_room(spec: ModelSpec, mesh: Mesh, rows: int) -> None:
+    """Refuse a model that the devices cannot hold, before its text is read and compiling begins.
+
+    What counts is the least that a step keeps, spread evenly: weights, gradients or a moment, and
+    another moment in float32, and once the residual stream of a micro-batch. A step takes more, and
+    `python -m llm plan` says how much.
+
+    Args:
+      rows: sequences of a forward pass, over all devices.
+    Raises:
+      UsageError: with both sizes.
+    """
+    config = spec.config
+    weights = sum(math.prod(weight.shape) for weight in abstract_params(spec).values())
+    stream = 2 * rows * config.context_length * config.d_model
+    least = (12 * weights + stream) / mesh.size
+    device = mesh.local_devices[0]
+    room = (device.memory_stats() or {}).get("bytes_limit")
+    if room is None and device.platform == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = memory / len(mesh.local_devices)
+    if room is not None and least > room:
+        raise UsageError(
+            f"{weights:,} parameters and {rows:,} sequences at once need at least "
+            f"{least / 1e9:,.1f} GB on each of {mesh.size} devices, which have {room / 1e9:,.1f} GB"
+            ": take a smaller model or training.micro_batch_size, or more devices"
+        )
 
 
 def create_state(
