@@ -314,8 +314,15 @@ def test_warming_up_leaves_nothing_to_compile_for_a_short_request(model):
         lambda name, *_, **__: compiled.append(name) if "backend_compile" in name else None
     )
     answers = queue.Queue()
-    for length, top in ((2, None), (40, 10), (9, 10)):
-        engine.submit([Ticket(Request([1] * length, max_new_tokens=50, top=top), answers.put)])
+    more = Request([1] * 9, max_new_tokens=9, top=100, watch=range(90), stop_ids=range(2, 40))
+    steered = Sampling(logit_bias=dict.fromkeys(range(100), -5.0), min_tokens=3)
+    for request in (
+        Request([1] * 2, max_new_tokens=50),
+        Request([1] * 40, max_new_tokens=50, top=10),
+        # The first of its kind, too: streams would wait for seconds.
+        dataclasses.replace(more, sampling=steered),
+    ):
+        engine.submit([Ticket(request, answers.put)])
         while answers.get(timeout=60.0).finish is None:
             pass
     assert engine.stop(timeout=60.0)

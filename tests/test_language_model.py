@@ -325,6 +325,33 @@ def test_distribution_and_attention_are_the_models_own(lm):
     assert lm.attention("x" * CONTEXT).shape == (1, 4, CONTEXT, CONTEXT)
 
 
+def test_token_ids_are_taken_for_texts(lm):
+    ids = lm.encode("The cat")
+    few = {"max_new_tokens": 3, "seed": 4, "top": 2}
+    for one in (ids, ids.tolist(), tuple(ids.tolist())):
+        assert lm.score(one).records() == lm.score("The cat").records()
+        assert lm.generate(one, **few).records() == lm.generate("The cat", **few).records()
+    both = lm.score([ids, "ab", [0xC3]])
+    assert [score.text for score in both] == ["The cat", "ab", "\ufffd"]
+    assert lm.score(np.stack([ids, ids])).records() == lm.score(["The cat"] * 2).records()
+    assert len(lm.generate([ids, [65]], num_samples=2, **few)) == 4
+    assert [token.id for token in lm.stream(ids, **few)] == [
+        token.id for token in lm.generate(ids, **few).new_tokens
+    ]
+    np.testing.assert_array_equal(lm.distribution(ids), lm.distribution("The cat"))
+    np.testing.assert_array_equal(lm.attention(ids), lm.attention("The cat"))
+
+
+def test_what_changes_nothing_is_as_good_as_not_given(lm):
+    few = {"max_new_tokens": 4, "temperature": 0.9}
+    plain = lm.generate("ab", **few, top_k=0).records()
+    neutral = {"seed": None, "top_p": None, "stop": None, "watch": None, "greedy": None}
+    other = {"repetition_penalty": 1.0, "num_beams": 1, "top_k": -1}
+    assert lm.generate("ab", **few, **neutral, **other).records() == plain
+    assert lm.score("ab", top=None, stride=None).records() == lm.score("ab").records()
+    assert lm.generate("ab", **few, stop=[], top_k=0).records() == plain
+
+
 def test_text_to_ids_and_back(lm):
     assert lm.encode("h\u00e9").tolist() == [104, 0xC3, 0xA9]
     assert lm.decode(lm.encode("h\u00e9")) == lm.decode([104, 0xC3, 0xA9]) == "h\u00e9"
@@ -344,6 +371,13 @@ def test_text_to_ids_and_back(lm):
         (lambda lm: lm.generate("x" * 65), ["65", "64"]),
         (lambda lm: lm.generate(b"a"), ["prompt", "bytes", "str"]),
         (lambda lm: lm.generate(["a", 3]), ["prompt[1]", "int"]),
+        (lambda lm: lm.generate("a", repetition_penalty=1.1), ["repetition_penalty", "it takes"]),
+        (lambda lm: lm.generate("a", top_k=-2), ["top_k", "-2"]),
+        (lambda lm: lm.generate([1, 257]), ["prompt", "257", "256"]),
+        (lambda lm: lm.score([[1], [-1]]), ["text[1]", "-1"]),
+        (lambda lm: lm.score([[1], []]), ["text[1]", "list"]),
+        (lambda lm: lm.score([1.5]), ["text[0]", "float"]),
+        (lambda lm: lm.score([True]), ["text[0]", "bool"]),
         (lambda lm: lm.generate("a", stop=""), ["stop", "empty"]),
         (lambda lm: lm.generate("a", stop=[b"x"]), ["stop[0]", "bytes"]),
         (lambda lm: lm.generate("a", greedy=True, temperature=0.5), ["greedy", "temperature"]),

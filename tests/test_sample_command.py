@@ -122,7 +122,7 @@ def test_each_prompt_gets_the_samples_that_it_would_get_alone(capsys):
 @pytest.mark.thorough
 def test_flags_overrule_the_runs_section_and_greedy_is_temperature_zero(tmp_path, capsys):
     path = tmp_path / "out.jsonl"
-    flags = ("--greedy", "--max-new-tokens", 3, "--top_k", 0, "--watch", 5, 6, "--probs", path)
+    flags = ("--greedy", "--max-new-tokens", 3, "--top_k", -1, "--watch", 5, 6, "--probs", path)
     assert sample("--prompt", "q", *flags) == 0
     run, *tokens, end = read_records(path)
     assert run["sampling"]["temperature"] == 0.0 and run["sampling"]["top_k"] == 0

@@ -13,7 +13,7 @@ What it is not: a server of requests that come one by one (server.py).
 """
 
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
@@ -36,6 +36,9 @@ from llm.pages.attention import attention_of
 from llm.run.open import OpenedModel, open_model
 from llm.text.tokenizer import Ids
 
+# A text, or its token ids.
+Text = str | Sequence[int] | Ids
+
 
 class RecordArguments(TypedDict, total=False):
     """Which alternatives the results list.
@@ -45,8 +48,8 @@ class RecordArguments(TypedDict, total=False):
       watch: token ids that are always listed, whatever their rank.
     """
 
-    top: int
-    watch: Iterable[int]
+    top: int | None
+    watch: Iterable[int] | None
 
 
 class ScoringArguments(RecordArguments, total=False):
@@ -57,26 +60,26 @@ class ScoringArguments(RecordArguments, total=False):
         default. A smaller stride gives tokens more context and takes longer.
     """
 
-    stride: int
+    stride: int | None
 
 
 class SamplingArguments(RecordArguments, total=False):
-    """The arguments of `generate` and `stream`. Omitted arguments default to the run's `sample`
-    section; `llm.config.SamplingConfig` says what they mean.
+    """The arguments of `generate` and `stream`. Omitted arguments, and those that are None, default
+    to the run's `sample` section; `llm.config.SamplingConfig` says what they mean.
 
     Attributes:
       greedy: always take the likeliest token, as temperature 0 does.
       stop: a text, or several; a sample ends where one of them begins.
     """
 
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    greedy: bool
-    stop: str | Iterable[str]
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    seed: int | None
+    greedy: bool | None
+    stop: str | Iterable[str] | None
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -127,44 +130,47 @@ class LanguageModel(OpenedModel):
 
     @overload
     def score(  # type: ignore[overload-overlap]  # a str is an Iterable[str] too
-        self, text: str, **arguments: Unpack[ScoringArguments]
+        self, text: Text, **arguments: Unpack[ScoringArguments]
     ) -> Score: ...
 
     @overload
     def score(
-        self, text: Iterable[str], **arguments: Unpack[ScoringArguments]
+        self, text: Iterable[Text], **arguments: Unpack[ScoringArguments]
     ) -> Results[Score]: ...
 
     def score(
-        self, text: str | Iterable[str], **arguments: Unpack[ScoringArguments]
+        self, text: Text | Iterable[Text], **arguments: Unpack[ScoringArguments]
     ) -> Score | Results[Score]:
         """The probability of every token of a text, or of each of several.
 
         The arguments are those of ScoringArguments: top, watch, stride. A text longer than the
-        context is read through windows, and each of its tokens is predicted once.
+        context is read through windows, and each of its tokens is predicted once. A text may be
+        given as its token ids.
 
         Raises:
           UsageError: the message says what was found and what was expected.
           NonFiniteError: the model gives no probabilities.
         """
-        listed = self._listed("score", arguments, ScoringArguments)
-        ids = [self.tokenizer.encode(one) for one in _texts("text", text)]
-        stride = _integer("stride", arguments.get("stride", 0), at_least=0)
+        given = _given("score", arguments, ScoringArguments)
+        listed = self._listed(given)
+        texts, is_one = self._inputs("text", text)
+        ids = [self._encoded("text", one) for one in texts]
+        stride = _integer("stride", given.get("stride", 0), at_least=0)
         scorer = Scorer(self.spec, self.params, self.tokenizer, **listed, stride=stride)
         numerics = functools.partial(numerics_of, self.spec, self.params, "teacher_forced")
         call = self._call("Scored by", None, numerics, listed["top"])
         results = Results(Score("length", call, tuple(tokens)) for tokens in scorer.score(ids))
-        return results[0] if isinstance(text, str) else results
+        return results[0] if is_one else results
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self, prompt: str | None = None, **arguments: Unpack[SamplingArguments]
+        self, prompt: Text | None = None, **arguments: Unpack[SamplingArguments]
     ) -> Generation: ...
 
     @overload
     def generate(
         self,
-        prompt: str | Iterable[str] | None = None,
+        prompt: Text | Iterable[Text] | None = None,
         *,
         num_samples: int | None = None,
         **arguments: Unpack[SamplingArguments],
@@ -172,7 +178,7 @@ class LanguageModel(OpenedModel):
 
     def generate(
         self,
-        prompt: str | Iterable[str] | None = None,
+        prompt: Text | Iterable[Text] | None = None,
         *,
         num_samples: int | None = None,
         **arguments: Unpack[SamplingArguments],
@@ -183,8 +189,8 @@ class LanguageModel(OpenedModel):
         top_p, min_p, seed, stop, top, watch.
 
         Args:
-          prompt: None means the prompt of the run's `sample` section. An empty prompt starts from
-            an end of text.
+          prompt: a text or its token ids. None means the prompt of the run's `sample` section. An
+            empty prompt starts from an end of text.
           num_samples: how many samples of each prompt, which come as a list. Without it one prompt
             gives one result, whatever the run's section says.
         Raises:
@@ -192,13 +198,13 @@ class LanguageModel(OpenedModel):
           NonFiniteError: the model gives no probabilities.
         """
         count = 1 if num_samples is None else num_samples
-        drawn = self._drawn(*self._requests("generate", prompt, arguments, count))
+        prompts, is_one = self._prompts(prompt)
+        drawn = self._drawn(*self._requests("generate", prompts, arguments, count))
         results = Results(one for one in drawn if isinstance(one, Generation))
-        one = num_samples is None and (prompt is None or isinstance(prompt, str))
-        return results[0] if one else results
+        return results[0] if is_one and num_samples is None else results
 
     def stream(
-        self, prompt: str | None = None, **arguments: Unpack[SamplingArguments]
+        self, prompt: Text | None = None, **arguments: Unpack[SamplingArguments]
     ) -> Generator[TokenRecord, None, Generation]:
         """The drawn tokens of `generate`, each as soon as it is final.
 
@@ -210,8 +216,8 @@ class LanguageModel(OpenedModel):
         (`result = yield from lm.stream(...)`).
         """
         if prompt is not None:
-            _text("prompt", prompt)
-        drawn = self._drawn(*self._requests("stream", prompt, arguments, 1))
+            prompt = self._input("prompt", prompt)
+        drawn = self._drawn(*self._requests("stream", self._prompts(prompt)[0], arguments, 1))
 
         def generated() -> Generator[TokenRecord, None, Generation]:
             while not isinstance(one := next(drawn), Generation):
@@ -221,7 +227,7 @@ class LanguageModel(OpenedModel):
 
         return generated()
 
-    def distribution(self, text: str) -> Floats:
+    def distribution(self, text: Text) -> Floats:
         """The log-probabilities of all tokens at every place of a text but the first.
 
         Returns:
@@ -229,9 +235,9 @@ class LanguageModel(OpenedModel):
           text longer than the context is read through windows, as `score` reads it.
         """
         scorer = Scorer(self.spec, self.params, self.tokenizer)
-        return scorer.distributions(self.encode(text))
+        return scorer.distributions(self._encoded("text", text))
 
-    def attention(self, text: str) -> Floats:
+    def attention(self, text: Text) -> Floats:
         """Where each head looks: the weights of one pass over a text.
 
         Returns:
@@ -240,7 +246,7 @@ class LanguageModel(OpenedModel):
         Raises:
           UsageError: the text is longer than the context, or the weights are too many to be held.
         """
-        return attention_of(self.spec, self.params, self.encode(text))
+        return attention_of(self.spec, self.params, self._encoded("text", text))
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
@@ -258,15 +264,16 @@ class LanguageModel(OpenedModel):
     def _requests(
         self,
         method: str,
-        prompt: str | Iterable[str] | None,
+        prompts: Sequence[Text],
         arguments: SamplingArguments,
         num_samples: int,
     ) -> tuple[list[Request], Call]:
         """The arguments of `generate` or `stream`, checked, as requests."""
-        listed = self._listed(method, arguments, SamplingArguments)
+        told = _given(method, arguments, SamplingArguments)
+        listed = self._listed(told)
         settable = SamplingConfig.model_fields
-        given = {name: _plain(value) for name, value in arguments.items() if name in settable}
-        greedy = arguments.get("greedy", False)
+        given = {name: _plain(value) for name, value in told.items() if name in settable}
+        greedy = told.get("greedy", False)
         if not isinstance(greedy, bool):
             raise UsageError(f"greedy = {greedy!r}: expected True or False")
         if greedy and "temperature" in given:
@@ -276,10 +283,9 @@ class LanguageModel(OpenedModel):
         if greedy:
             given["temperature"] = 0.0
         given["num_samples"] = _integer("num_samples", num_samples, at_least=1)
-        section = self.config.sample
-        settings = samples.overlay(section, given, where=f"the arguments of {method}")
-        prompts = _texts("prompt", section.prompt if prompt is None else prompt)
-        stop = _texts("stop", arguments.get("stop", ()))
+        where = f"the arguments of {method}"
+        settings = samples.overlay(self.config.sample, given, where)
+        stop = _texts("stop", told.get("stop", ()))
         requests = samples.make_requests(settings, prompts, self.tokenizer, stop=stop, **listed)
         for request in requests:
             self._decoder.check(request)
@@ -299,22 +305,37 @@ class LanguageModel(OpenedModel):
                 yield Generation(progress.finish, call, tuple(tokens))
                 tokens = []
 
-    def _listed(self, method: str, arguments: RecordArguments, known: type) -> dict[str, Any]:
-        """`top` and `watch`, checked, after a check that the method has these arguments."""
-        names = [*known.__annotations__, *(["num_samples"] if method == "generate" else [])]
-        for name in arguments:
-            if name not in names:
-                near = nearest(name, names)
-                hint = f"did you mean {near}? " if near else ""
-                raise UsageError(
-                    f"{method} has no argument {name!r}; {hint}it takes {', '.join(names)}"
-                )
+    def _prompts(self, prompt: Any) -> tuple[list[str | tuple[int, ...]], bool]:
+        """`_inputs` of a prompt, or of that of the run's section."""
+        return self._inputs("prompt", self.config.sample.prompt if prompt is None else prompt)
+
+    def _inputs(self, name: str, value: Any) -> tuple[list[str | tuple[int, ...]], bool]:
+        """One text or several, as `_input` gives each, and whether it is one."""
+        if not _is_list(value):
+            return [_text(name, value)], True
+        items = list(map(_plain, value))
+        if items and all(type(item) is int for item in items):
+            return [self._ids(name, items)], True
+        return [self._input(f"{name}[{index}]", item) for index, item in enumerate(items)], False
+
+    def _input(self, name: str, value: Any) -> str | tuple[int, ...]:
+        """A text, or token ids, checked."""
+        inputs, is_one = self._inputs(name, value) if _is_list(value) else ([], False)
+        return inputs[0] if is_one else _text(name, value)
+
+    def _encoded(self, name: str, value: Any) -> Ids:
+        """The token ids of `_input`."""
+        given = self._input(name, value)
+        return self.tokenizer.encode(given) if isinstance(given, str) else np.array(given, np.int32)
+
+    def _listed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """`top` and `watch`, checked."""
         top = _integer("top", arguments.get("top", DEFAULT_TOP), at_least=0)
         return {"top": top, "watch": self._ids("watch", arguments.get("watch", ()))}
 
     def _ids(self, name: str, ids: Iterable[int]) -> tuple[int, ...]:
         """Token ids as plain integers, checked to be in the vocabulary."""
-        if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        if not _is_list(ids):
             raise UsageError(f"{name} = {ids!r}: expected a list of token ids")
         plain = tuple(map(_plain, ids))
         for id_ in plain:
@@ -322,6 +343,20 @@ class LanguageModel(OpenedModel):
                 last = self.spec.vocab_size - 1
                 raise UsageError(f"{name} has the token id {id_!r}; ids go from 0 to {last}")
         return plain
+
+
+def _given(method: str, arguments: Mapping[str, Any], known: type) -> dict[str, Any]:
+    """The arguments that say something, all of which the method has."""
+    names = [*known.__annotations__, *(["num_samples"] if method == "generate" else [])]
+    given = samples.without_neutral(arguments)
+    for name in given:
+        if name not in names:
+            near = nearest(name, names)
+            hint = f"did you mean {near}? " if near else ""
+            raise UsageError(
+                f"{method} has no argument {name!r}; {hint}it takes {', '.join(names)}"
+            )
+    return given
 
 
 def _plain(value: Any) -> Any:
@@ -355,9 +390,13 @@ _DECODE = (
 
 def _texts(name: str, value: Any) -> list[str]:
     """One text or several, as a list."""
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray):
+    if _is_list(value):
         return [_text(f"{name}[{index}]", one) for index, one in enumerate(value)]
     return [_text(name, value)]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray)
 
 
 def _devices(devices: Any) -> Sequence[jax.Device] | None:

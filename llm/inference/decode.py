@@ -225,7 +225,7 @@ class Decoder:
         lengths_B = np.array([min(len(row.prompt), context) for row in rows], np.int32)
         width = round_up(int(lengths_B.max()), at_least)
         tokens_BU = np.zeros((B, width + 1), np.int32)
-        watched = round_up(max(len(row.watch) for row in rows), at_least=max(4, listed))
+        watched = max(listed, round_up(max(len(row.watch) for row in rows), at_least=4))
         watch_BW = np.full((B, watched), -1, np.int32)
         ends_BE = np.full((B, ENDS), -1, np.int32)
         for b, row in enumerate(rows):

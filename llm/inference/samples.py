@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llm.config import SamplingConfig, validate
 
 if TYPE_CHECKING:  # `--help` must not cost the import of JAX
-    from llm.inference.decode import Decoder, NewTokens, Request
+    from llm.inference.decode import Decoder, NewTokens, Request, TokenIds
     from llm.text.tokenizer import Tokenizer
 
 # Rows of one batch; more samples take several. 32 full contexts of GPT-2 124M need 2.4 GB of cache.
@@ -57,7 +57,7 @@ def overlay(section: SamplingConfig, given: Mapping[str, Any], where: str) -> Sa
 
 def make_requests(
     settings: SamplingConfig,
-    prompts: Sequence[str],
+    prompts: "Sequence[str | TokenIds]",
     tokenizer: "Tokenizer",
     *,
     stop: Sequence[str] = (),
@@ -67,6 +67,7 @@ def make_requests(
     """num_samples requests for each prompt; sample j of any prompt draws with noise (seed, j).
 
     Args:
+      prompts: texts or token ids.
       stop, top, watch: as in Request.
     """
     from llm.inference.decode import Request, encode_prompt
@@ -84,7 +85,7 @@ def make_requests(
             sample=number * settings.num_samples + index,
         )
         for number, prompt in enumerate(prompts)
-        for ids in [encode_prompt(tokenizer, prompt)]
+        for ids in [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt]
         for index in range(settings.num_samples)
     ]
 

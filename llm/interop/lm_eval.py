@@ -50,6 +50,7 @@ from llm.config import validate
 from llm.errors import DataError, UsageError
 from llm.inference.decode import Decoder, Request, encode_prompt
 from llm.inference.records import Sampling, TokenRecord
+from llm.inference.samples import NEUTRAL, without_neutral
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, Params
 from llm.text.tokenizer import Tokenizer
@@ -59,19 +60,6 @@ from llm.text.tokenizer import Tokenizer
 GENERATION_BATCH = 16
 # The harness's own default for a task that does not say how much to write.
 MAX_GEN_TOKS = 256
-
-# Settings of other decoders, and the value at which each does nothing.
-_WITHOUT_EFFECT: Mapping[str, Any] = {
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "repetition_penalty": 1,
-    "length_penalty": 1,
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
-    "typical_p": 1,
-    "early_stopping": False,
-    "use_cache": True,
-}
 
 # The parts of the harness's results that a person or a program wants; the rest describes the
 # machine.
@@ -139,21 +127,19 @@ def request_of(given: Mapping[str, Any], context_length: int, seed: int) -> Requ
     temperature = kwargs.pop("temperature", 1.0)
     sample: dict[str, Any] = {
         "temperature": temperature if kwargs.pop("do_sample") else 0.0,
-        # vLLM's -1 keeps all tokens, as 0 does here.
-        "top_k": max(0, kwargs.pop("top_k", 0)),
+        "top_k": kwargs.pop("top_k", 0),
         "seed": seed,
         **{name: kwargs.pop(name) for name in ("top_p", "min_p") if name in kwargs},
     }
-    for name, value in kwargs.items():
-        if name not in _WITHOUT_EFFECT or value != _WITHOUT_EFFECT[name]:
-            remedy = "leave it out"
-            if name in _WITHOUT_EFFECT:
-                remedy = f"set --gen-kwargs {name}={_WITHOUT_EFFECT[name]}"
-            raise UsageError(
-                f"the task asks for {name} = {value!r}, which this decoder does not have (it has "
-                f"until, max_gen_toks, do_sample, temperature, top_k, top_p and min_p); {remedy}, "
-                "knowing that the result then compares with no other"
-            )
+    for name, value in without_neutral(kwargs).items():
+        remedy = "leave it out"
+        if name in NEUTRAL:
+            remedy = f"set --gen-kwargs {name}={NEUTRAL[name]}"
+        raise UsageError(
+            f"the task asks for {name} = {value!r}, which this decoder does not have (it has "
+            f"until, max_gen_toks, do_sample, temperature, top_k, top_p and min_p); {remedy}, "
+            "knowing that the result then compares with no other"
+        )
     return Request(
         prompt=(),
         sampling=Sampling.of(validate({"sample": sample}, where="generation_kwargs").sample),

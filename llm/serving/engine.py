@@ -394,7 +394,7 @@ class Engine:
         """The requests as arrays of few shapes."""
         longest = max(len(request.prompt) for request in requests)
         batch = self.decoder.batch(requests, _piece(longest), self._listed)
-        few, most = (self.decoder.columns(n, self._listed) for n in (0, self.limits.max_top))
+        few, most = (self.decoder.columns(n, self._listed) for n in (1, self.limits.max_top))
         top = few if (batch.top or 0) <= few else most
         return batch._replace(top=top if describes else None)
 
