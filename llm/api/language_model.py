@@ -233,6 +233,8 @@ class LanguageModel(OpenedModel):
         Returns:
           float32 [T - 1, V], nats: row t predicts the token at t + 1 from the tokens up to t. A
           text longer than the context is read through windows, as `score` reads it.
+        Raises:
+          NonFiniteError: the model gives no probabilities.
         """
         scorer = Scorer(self.spec, self.params, self.tokenizer)
         return scorer.distributions(self._encoded("text", text))
@@ -245,6 +247,7 @@ class LanguageModel(OpenedModel):
           it computes its output for token t. Rows sum to one, and are zero for s > t.
         Raises:
           UsageError: the text is longer than the context, or the weights are too many to be held.
+          NonFiniteError: the model is not finite.
         """
         return attention_of(self.spec, self.params, self._encoded("text", text))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm.commands.flags import CommandLine, OutputFile, argument, parse
+from llm.commands.flags import CommandLine, InputFile, OutputFile, argument, parse
 from llm.commands.shared import counted
 from llm.config import differences, setting
 from llm.errors import UsageError
@@ -27,8 +27,8 @@ IGNORED = ("run.dir", "data.cache_dir")
 class Options(CommandLine):
     """The command line."""
 
-    a: str = argument("A", "run directory, or a file of token records")
-    b: str = argument("B", "another of the same kind")
+    a: InputFile = argument("A", "run directory, or a file of token records")
+    b: InputFile = argument("B", "another of the same kind")
     as_json: bool = setting(False, "of runs: print one JSON object", flag="json")
     html: OutputFile = setting(None, "of files of records: write the page", "FILE")
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from llm.commands.flags import CommandLine, argument, parse
 from llm.config import setting
 from llm.errors import LLMError, UsageError
-from llm.files import disk_full_reason, free_bytes, readable_bytes, whole_folder
+from llm.files import disk_full_reason, free_bytes, partial_folder, readable_bytes, whole_folder
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     config, vocab_size, params = from_hf(folder)
     tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size)
     spec = ModelSpec(config, vocab_size)
-    with new_folder(Path(options.run)) as partial:
+    with new_folder(Path(options.run), folder) as partial:
         sha256 = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
     if options.as_json:
@@ -63,14 +63,22 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, source: Path) -> Iterator[Path]:
     """A folder to write into. It becomes `path` when all is written, or is removed.
 
+    Args:
+      source: the folder that is read meanwhile.
     Raises:
-      UsageError: `path` exists already, it cannot be written, or there is no room.
+      UsageError: `path` exists already, it cannot be written, or there is no room; or the folder to
+        write into, which is cleared first, holds `source`.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} exists already; give the name of a new folder")
+    unfinished = partial_folder(path)
+    if unfinished.exists() and any(map(unfinished.samefile, (source, *source.resolve().parents))):
+        raise UsageError(
+            f"{path} is written in {unfinished}, where {source} lies; give another name"
+        )
     try:
         with whole_folder(path) as partial:
             yield partial
