@@ -91,7 +91,9 @@ def parse(options: type[Options], words: Sequence[str]) -> Options:
     usage, _, description = (sys.modules[options.__module__].__doc__ or "").partition(": ")
     usage = f"usage: {' '.join(usage.split())}"
     given = _read(flags, words, usage)
-    changes = {name: given.pop(name) for name in [*given] if "." in name}
+    changes = {}
+    if "settings" in options.model_fields:
+        changes = {name: given.pop(name) for name in [*given] if "." in name}
     if "config" in given:
         given["settings"] = load_config(given["config"], changes)
     if given.get("help"):

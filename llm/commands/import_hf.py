@@ -1,4 +1,4 @@
-"""python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model, GPT-2, Llama or Mixtral.
+"""python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model: GPT-2, Llama, Qwen, ...
 
 FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. The new
 run has one checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was
@@ -34,6 +34,11 @@ class Options(CommandLine):
     folder: str = argument("FOLDER", "Hugging Face model")
     run: str = argument("RUN", "run directory to make")
     tokenizer: str | None = setting(None, '"bytes", or a tiktoken encoding such as gpt2', "NAME")
+    context_length: int | None = setting(
+        None,
+        "tokens that the model sees at once; as many as it can, by default",
+        flag="model.context_length",
+    )
     as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
 
 
@@ -46,7 +51,7 @@ def main(arguments: list[str]) -> int:
     from llm.model.gpt import ModelSpec
 
     folder = Path(options.folder)
-    config, vocab_size, params = from_hf(folder)
+    config, vocab_size, params = from_hf(folder, options.context_length)
     tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size)
     spec = ModelSpec(config, vocab_size)
     with new_folder(Path(options.run), folder) as partial:
