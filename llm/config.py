@@ -90,7 +90,14 @@ class DataConfig(Section):
     errors: Literal["strict", "replace"] = setting(
         "strict", "bytes that are not UTF-8: stop and say where, or replace and count them"
     )
-    text_field: str = setting("text", "name of the text field in json, jsonl, parquet and hub data")
+    text_field: str = setting(
+        "text",
+        "name of the text field in json, jsonl, parquet, Arrow and hub data; 'meta.text' is the "
+        "field text of the field meta",
+    )
+    bad_rows: Literal["error", "skip"] = setting(
+        "error", "rows without text: stop and name the row, or leave them out and count them"
+    )
     cache_dir: str = setting(
         "", "token shards, downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
