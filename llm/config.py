@@ -454,9 +454,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"no configuration file at {path}{known_files()}") from None
     except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; expected a TOML configuration file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
+        raise UsageError(f"{Path(path)} is a folder; expected a TOML configuration file") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        # What Python adds about numbers of thousands of digits is for programmers.
+        raise UsageError(f"{path} is not valid TOML: {str(error).split(';')[0]}") from None
 
 
 def known_files() -> str:
