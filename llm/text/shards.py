@@ -40,7 +40,9 @@ from llm.text.tokenizer import (
     Tokenizer,
     characters_of,
     check_kind,
+    known_kinds,
     load_tokenizer,
+    lossy_note,
     named_tokenizer,
     sha256_of_json,
     utf8_length,
@@ -94,11 +96,17 @@ class TokenizedCorpus:
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, *, on_progress: OnProgress = silent
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    of_run: Path | None = None,
+    on_progress: OnProgress = silent,
 ) -> TokenizedCorpus:
     """The corpus of the settings, tokenised: from the cache, or made now.
 
     Args:
+      of_run: the folder of a run's own tokenizer, which is taken if the settings name a file: the
+        file may have changed since, or be gone.
       on_progress: called with (what, bytes done, bytes in all or None), often enough for a progress
         bar. An exception from it stops the preparation, which leaves nothing behind.
     Raises:
@@ -107,11 +115,14 @@ def prepare(
         surrogate pair in the text.
     """
     root = cache_root(data.cache_dir)
-    check_kind(tokenizer.kind)
+    saved = of_run is not None and tokenizer.kind not in known_kinds()
+    own = load_tokenizer(of_run) if saved and of_run else None
+    if own is None:
+        check_kind(tokenizer.kind)
     found = Found((), ())
     try:
         found = find_origins(data.source, root, on_progress)
-        encoder = _tokenizer_for(tokenizer, data, found, root, on_progress)
+        encoder = own or _tokenizer_for(tokenizer, data, found, root, on_progress)
         fingerprint = _fingerprint(data, found.origins, encoder)
         folder = root / "shards" / fingerprint[:32]
         with built_once(folder, on_progress) as partial:
@@ -127,7 +138,8 @@ def prepare(
             "set data.cache_dir to a folder that can be written"
         ) from None
     header = _read_header(folder, fingerprint)
-    notes = [*found.notes, *_notes(header)]
+    lossy = [lossy_note(encoder)] if encoder.lossy else []
+    notes = [*found.notes, *_notes(header), *lossy]
     if tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size:
         notes.append(
             f"the corpus is too small for {tokenizer.vocab_size} bpe tokens; it gave "
