@@ -10,6 +10,7 @@ else. This file imports no JAX, so `--help` is quick.
 
 import contextlib
 import os
+import reprlib
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -42,8 +43,17 @@ def _sources(value: Any) -> Any:
     return value[0] if len(value) == 1 else tuple(value)
 
 
-# The shell expands no ~ in a file, or after the = of a flag.
-Folder = Annotated[str, pydantic.AfterValidator(os.path.expanduser)]
+def _folder(value: str) -> str:
+    """A path with ~ in place: the shell expands none in a file, or after the = of a flag."""
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        raise ValueError(f"expected a user whose home is known after ~, or ./{path} for that name")
+    if "\0" in path or path != path.encode(errors="ignore").decode():
+        raise ValueError("expected a path of UTF-8 characters and no zero byte: rename the folder")
+    return path
+
+
+Folder = Annotated[str, pydantic.AfterValidator(_folder)]
 Sources = Annotated[str | tuple[str, ...], pydantic.BeforeValidator(_sources)]
 
 
@@ -90,14 +100,7 @@ class DataConfig(Section):
     errors: Literal["strict", "replace"] = setting(
         "strict", "bytes that are not UTF-8: stop and say where, or replace and count them"
     )
-    text_field: str = setting(
-        "text",
-        "name of the text field in json, jsonl, parquet, Arrow and hub data; 'meta.text' is the "
-        "field text of the field meta",
-    )
-    bad_rows: Literal["error", "skip"] = setting(
-        "error", "rows without text: stop and name the row, or leave them out and count them"
-    )
+    text_field: str = setting("text", "name of the text field in json, jsonl, parquet and hub data")
     cache_dir: str = setting(
         "", "token shards, downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
@@ -446,20 +449,27 @@ def load_config(path: str | Path, flags: Mapping[str, Any] | None = None) -> Con
     return validate(values, "the flags", flags) if flags else config
 
 
+# Of a configuration: a source for each of 100,000 files is a tenth of it.
+_MOST_BYTES = 1 << 24
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file as nested dictionaries."""
     try:
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise UsageError(f"{path} is larger than 16 MiB; expected a TOML configuration file")
         # Some editors begin a file with a byte order mark, which TOML does not know.
-        return tomllib.loads(Path(path).read_bytes().decode("utf-8-sig"))
+        return tomllib.loads(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise UsageError(f"no configuration file at {path}{known_files()}") from None
     except IsADirectoryError:
-        raise UsageError(f"{Path(path)} is a folder; expected a TOML configuration file") from None
+        raise UsageError(f"{path} is a folder; expected a TOML configuration file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        # What Python adds about numbers of thousands of digits is for programmers.
-        raise UsageError(f"{path} is not valid TOML: {str(error).split(';')[0]}") from None
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def known_files() -> str:
@@ -502,6 +512,11 @@ def flatten(config: Config) -> dict[str, Any]:
     }
 
 
+# Values in messages: tables ten thousand deep have no other representation.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
 def _explain(problem: Any, flags: Collection[str]) -> str:
     """What is wrong with one setting."""
     path = [str(part) for part in problem["loc"]]
@@ -516,7 +531,7 @@ def _explain(problem: Any, flags: Collection[str]) -> str:
         return expected(problem)
     if name in flags:
         return f"--{name.replace('_', '-')} {problem['input']!s:.80}: {expected(problem)}"
-    return f"{name} = {problem['input']!r:.80}: {expected(problem)}"
+    return f"{name} = {_SHORT.repr(problem['input'])}: {expected(problem)}"
 
 
 def expected(problem: Any) -> str:

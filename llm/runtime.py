@@ -4,6 +4,7 @@ This is the one place for settings of the machine below the program. A command c
 `prepare_process` first.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -31,7 +32,8 @@ def prepare_process(deterministic: bool = False) -> None:
     if deterministic:
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = " ".join([flags, *_DETERMINISTIC]).strip()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
+    with contextlib.suppress(RuntimeError):  # no home: compiled programs are not kept
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     # Cached programs for the CPU log a harmless difference between two lists of CPU features.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -55,6 +57,10 @@ def keep_freed_memory() -> None:
 
 def cache_dir(configured: str = "") -> Path:
     """The folder of shards, downloads and compiled programs: the setting, $LLM_CACHE_DIR, or
-    ~/.cache/llm."""
+    ~/.cache/llm.
+
+    Raises:
+      RuntimeError: it begins with ~, and there is no such user or no home.
+    """
     chosen = configured or os.environ.get("LLM_CACHE_DIR") or "~/.cache/llm"
     return Path(chosen).expanduser()

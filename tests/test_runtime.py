@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from llm.commands import run_command
+from llm.errors import UsageError
 from llm.runtime import _DETERMINISTIC, cache_dir, keep_freed_memory, prepare_process
+from llm.text.cache import cache_root
 
 VARIABLES = (
     "JAX_COMPILATION_CACHE_DIR",
@@ -44,6 +46,22 @@ def test_compiled_programs_are_kept_in_the_cache(environment, tmp_path):
     prepare_process()
     assert Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) == tmp_path / "xla"
     assert float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]) < 1.0
+
+
+def test_without_a_home_compiled_programs_are_not_kept_and_a_cache_has_to_be_named(
+    environment,
+):
+    """A container's user that no file of users knows."""
+    environment.delenv("LLM_CACHE_DIR", raising=False)
+    environment.delenv("HOME")
+    environment.setattr(os, "getuid", lambda: 4_000_000)
+    prepare_process()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    with pytest.raises(UsageError, match=r"home directory .* not known.*set data.cache_dir"):
+        cache_root("")
+    environment.setenv("LLM_CACHE_DIR", "~nobodyknown/x")
+    with pytest.raises(UsageError, match=r"set data.cache_dir"):
+        cache_root("")
 
 
 def test_what_the_user_set_stays(environment):

@@ -16,7 +16,11 @@ from llm.text.tokenizer import ByteTokenizer
 
 CONFIG = Config.model_validate(SETTINGS).resolved()
 OTHER = CONFIG.model_copy(update={"run": CONFIG.run.model_copy(update={"seed": 3})})
-PROVENANCE = {"data": {"fingerprint": "", "origins": []}, "starts": []}
+PROVENANCE = {
+    "model": {"compute_dtype": "float32"},
+    "data": {"fingerprint": "", "origins": []},
+    "starts": [],
+}
 ROW = {"kind": "train", "step": 1, "loss": 1.0, "tokens": 8, "step_seconds": 0.1}
 
 

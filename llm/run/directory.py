@@ -16,9 +16,9 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, PositiveInt, Strict, ValidationError
 
 from llm.config import Config, read_toml, to_toml, validate
 from llm.errors import CheckpointError, UsageError
@@ -80,11 +80,12 @@ class RunDirectory:
             record = read_json(self.provenance)
             _Provenance.model_validate(record)
             return record
-        except ValidationError:
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            place = ".".join(map(str, wrong["loc"])) or "the whole"
             problem = (
-                "is not what a run writes: expected an object with data "
-                f"({', '.join(_Data.model_fields)}) and starts (each with "
-                f"{', '.join(_Start.model_fields)})"
+                "is not what a run writes: expected an object with "
+                f"{', '.join(_Provenance.model_fields)}; {place}: {wrong['msg']}"
             )
         except (OSError, ValueError) as error:
             problem = f"cannot be read ({why(error)})"
@@ -99,9 +100,28 @@ class RunDirectory:
             write_atomic(self.provenance, json.dumps(record, indent=1).encode() + b"\n")
 
 
+class _Model(BaseModel):
+    compute_dtype: str
+
+
+class _Origin(BaseModel):
+    name: str
+    bytes: int | None
+    sha256: str
+
+
 class _Data(BaseModel):
     fingerprint: str
-    origins: list[Any]
+    origins: list[_Origin]
+
+
+_Count = Annotated[PositiveInt, Strict()]
+
+
+class _Changed(BaseModel):
+    """A batch size decides which windows a step had; the other changes are for people."""
+
+    batch_size: tuple[_Count, _Count] = Field((1, 1), alias="training.batch_size")
 
 
 class _Start(BaseModel):
@@ -110,14 +130,20 @@ class _Start(BaseModel):
     versions: dict[str, Any]
     devices: dict[str, Any]
     mesh: dict[str, Any]
-    changed: dict[str, Any]
+    changed: _Changed
+
+
+class _Imported(BaseModel):
+    source: str = Field(alias="from")
 
 
 class _Provenance(BaseModel):
     """The fields of run.json that are read; provenance.py writes more."""
 
+    model: _Model
     data: _Data
     starts: list[_Start]
+    imported: _Imported | None = None
 
 
 @contextlib.contextmanager

@@ -84,7 +84,7 @@ def _newest_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     place, is_whole = place - 1, True  # before the newline that ends another line
             if is_whole:
                 yield start, rest
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {why(error)}") from None

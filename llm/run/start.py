@@ -138,7 +138,7 @@ def check_kinds(run: RunDirectory) -> None:
     for path in (run.config, run.provenance, run.metrics, run.lock, run.tokenizer / FILE_NAME):
         try:
             check_regular(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
             raise _in_the_way(path, why(error)) from None

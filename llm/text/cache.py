@@ -17,8 +17,6 @@ from llm.errors import DataError, UsageError
 from llm.files import whole_folder
 from llm.runtime import cache_dir
 
-CACHE_TAG = "CACHEDIR.TAG"
-
 # Called with (what is being done, bytes done, bytes in all or None). An exception from it stops
 # the work, and nothing half-made stays.
 OnProgress = Callable[[str, int, int | None], None]
@@ -30,17 +28,19 @@ def silent(_what: str, _done: int, _total: int | None) -> None:
 
 def cache_root(setting: str) -> Path:
     """`data.cache_dir`, else $LLM_CACHE_DIR, else ~/.cache/llm; created when it is missing."""
-    root = cache_dir(setting)
     try:
+        root = cache_dir(setting)
         root.mkdir(parents=True, exist_ok=True)
+    except RuntimeError:
+        raise UsageError(
+            "the home directory of this user is not known, so there is no ~/.cache/llm; set "
+            "data.cache_dir, or LLM_CACHE_DIR in the environment"
+        ) from None
     except OSError as error:
         raise UsageError(
             f"the cache folder {root} cannot be created ({error.strerror}); set data.cache_dir to "
             "a folder that can be written"
         ) from None
-    # Backups, and we ourselves, know by it that a folder is a cache: https://bford.info/cachedir/
-    with contextlib.suppress(OSError), open(root / CACHE_TAG, "x") as tag:
-        tag.write("Signature: 8a477f597d28d172789f06886806bc55\n")
     return root
 
 
