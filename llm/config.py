@@ -100,7 +100,14 @@ class DataConfig(Section):
     errors: Literal["strict", "replace"] = setting(
         "strict", "bytes that are not UTF-8: stop and say where, or replace and count them"
     )
-    text_field: str = setting("text", "name of the text field in json, jsonl, parquet and hub data")
+    text_field: str = setting(
+        "text",
+        "name of the text field in json, jsonl, parquet, Arrow and hub data; 'meta.text' is the "
+        "field text of the field meta",
+    )
+    bad_rows: Literal["error", "skip"] = setting(
+        "error", "rows without text: stop and name the row, or leave them out and count them"
+    )
     cache_dir: str = setting(
         "", "token shards, downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
@@ -466,10 +473,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"no configuration file at {path}{known_files()}") from None
     except IsADirectoryError:
         raise UsageError(f"{path} is a folder; expected a TOML configuration file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        # What Python adds about numbers of thousands of digits is for programmers.
+        raise UsageError(f"{path} is not valid TOML: {str(error).split(';')[0]}") from None
 
 
 def known_files() -> str:

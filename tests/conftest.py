@@ -26,8 +26,8 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 LONGEST = ("hosts", "train_command", "faults", "kills", "decode", "surfaces", "serve")
 # Files that `make test` leaves out: comparisons with other programs, and of many compiled programs.
 THOROUGH = (
-    "bench", "collectives", "compiler", "context", "engine", "experts", "hf", "kernels", "lm_eval",
-    "plan", "remat", "scan",
+    "bench", "collectives", "compiler", "context", "engine", "experts", "families", "hf", "kernels",
+    "lm_eval", "plan", "remat", "scan",
 )  # fmt: skip
 
 

@@ -470,6 +470,53 @@ def test_a_diff_page_says_which_facts_differ(open_page):
     assert ends == [f"÷ {factor}", "same", f"× {factor}"]
 
 
+def test_a_diff_page_sums_up_before_after_and_the_difference(open_page):
+    texts = (DIFF_TEXT, DIFF_TEXT[:20])
+    dumps = []
+    for doubt in (30.0, 0.5):
+        one, other = (scored(text, doubt=doubt) for text in texts)
+        dumps.append([*one, *({**record, "sample": 1} for record in other[1:])])
+    browser = open_page("sums", diff_page(*dumps, title="t"))
+    ends = [end.text for end in find_all(browser, ".end")]
+    counted = [[[-t["logprob"] for t in tokens_of(dump, sample)[1:]] for sample in (0, 1)]
+               for dump in dumps]  # fmt: skip
+    for line, samples in zip(ends, ([0, 1], [0], [1]), strict=True):
+        sums = [sum(map(sum, (dump[n] for n in samples))) for dump in counted]
+        count = sum(len(counted[0][n]) for n in samples)
+        was, now = (math.exp(total / count) for total in sums)
+        assert f"{count} tokens predicted" in line
+        pairs = [("perplexity", was, now, ""), ("log-probabilities", -sums[0], -sums[1], " nats")]
+        for name, old, new, unit in pairs:
+            said = f"{name} {old:,.2f} → {new:,.2f} ({new - old:+,.2f}){unit}"
+            assert said.replace("-", "−").replace("log−", "log-") in line
+
+
+def test_records_say_the_rank_of_a_listed_token(open_page):
+    records = scored("def f(x)")
+    for record in records[2:-1]:
+        record["top"] = [
+            {**one, "rank": rank} for one, rank in zip(record["top"][:3], (1, 2, 77), strict=True)
+        ]
+    browser = open_page("ranks", page([records[0] | {"top": 2}, *records[1:]], title="t"))
+    hover(browser, "#s0t1")
+    assert "77" in [rank.text for rank in find_all(browser, ".alternatives .rank")]
+
+
+def test_bars_know_the_bias_that_tokens_were_drawn_with(open_page, records):
+    token = dict(next(t for t in records if t.get("phase") == "generated"))
+    first, second = token["top"][:2]
+    token |= {"id": first["id"], "logprob": first["logprob"], "sampling_logprob": -3.0, "rank": 1,
+              "sample": 0, "top": [first | {"kept": True}, second | {"kept": True}]}  # fmt: skip
+    bias = {str(second["id"]): 2.5}
+    run = records[0] | {"sampling": SAMPLING | {"temperature": 0.5, "logit_bias": bias}}
+    browser = open_page("bias", page([run, token], title="t"))
+    assert f'logit-bias {{"{second["id"]}":2.5}}' in find(browser, "#run").text
+    hover(browser, ".t")
+    title = find_all(browser, ".alternatives li")[1].get_attribute("title")
+    expected = math.exp(-3.0 + (second["logprob"] + 2.5 - first["logprob"]) / 0.5)
+    assert percentage(title.split("drawn with")[1]) == pytest.approx(min(expected, 1.0), rel=0.02)
+
+
 def test_tokens_that_share_a_character_are_bracketed_under_it(open_page):
     browser = open_page("split", page(given(SPLIT), title="t"))
     cells = find_all(browser, "#samples .cell")

@@ -2,6 +2,7 @@
 the tokenizer's paths; texts longer than the context."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -20,8 +21,8 @@ from llm.inference.records import Sampling
 from llm.inference.score import Scorer
 from llm.model.gpt import bind
 from llm.serving.limits import Limits
-from llm.serving.requests import parse, prompt_ids
-from llm.serving.tokenization import tokenizer_info
+from llm.serving.requests import APIError, CompletionRequest, parse, prompt_ids
+from llm.serving.tokenization import Tokenize, tokenizer_info
 from llm.text.bpe import train_bpe
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
 
@@ -313,6 +314,42 @@ def test_wrong_texts_and_ids_are_told_what_is_wrong(running, path, body, param, 
     error = answer.json()["error"]
     assert answer.status_code in (400, 404) and error["param"] == param
     assert all(word in error["message"] for word in words), error["message"]
+
+
+def test_a_beginning_of_text_stands_before_a_text_unless_it_is_refused():
+    tokenizer = ByteTokenizer()
+    tokenizer.begin_of_text = END
+    for special, begin in ((True, [END]), (False, [])):
+        asked = Tokenize(prompt="ab", add_special_tokens=special)
+        assert asked.answer(tokenizer, 8)["tokens"] == [*begin, 97, 98]
+
+
+@pytest.mark.parametrize(
+    "name", ["max_token", "topk", "min_token", "stop_token", "prompt_logprob", "logit_biases",
+             "until", "max_new_tokens", "watch", "top_logprobs", "num_samples", "ignore_eos_token"],
+)  # fmt: skip
+def test_hints_name_what_is_there(name):
+    with pytest.raises(APIError, match="did you mean") as raised:
+        parse(json.dumps({"prompt": "a", name: 1}).encode(), Limits())
+    meant = re.search(r"did you mean (\w+)\?", raised.value.message)[1]
+    assert meant in CompletionRequest.model_fields
+    values = {"logit_bias": {"5": 1}, "stop": "a", "stop_token_ids": [1], "ignore_eos": True}
+    values |= {"logprob_token_ids": [1]}
+    extra = {"logprobs": 1} if meant == "logprob_token_ids" else {}
+    assert parse(
+        json.dumps({"prompt": "a", meant: values.get(meant, 1), **extra}).encode(), Limits()
+    )
+
+
+def test_openais_client_asks_for_it_all(running):
+    answer = running.create(
+        prompt="abc", max_tokens=4, logit_bias={"65": 100}, logprobs=0,
+        extra_body={"return_token_ids": True, "prompt_logprobs": 1, "logprob_token_ids": [7]},
+    )  # fmt: skip
+    [choice] = answer.choices
+    assert choice.text == "AAAA" and choice.token_ids == [65] * 4
+    assert choice.prompt_token_ids == [97, 98, 99] and len(choice.prompt_logprobs) == 3
+    assert all("\x07" in top for top in choice.logprobs.top_logprobs)
 
 
 def test_a_tokenizer_without_an_end_of_text_begins_with_a_newline():

@@ -217,6 +217,12 @@ def test_resolved_writes_out_the_sizes_that_follow():
         ("[optimizer]\nlearning_rate = nan", ["optimizer.learning_rate = nan", "finite"]),
         ("[optimizer]\nkind = 'sgd'", ["optimizer.kind = 'sgd'", "'adamw' or 'muon'"]),
         ("[sample]\ntop_p = 1.5", ["sample.top_p = 1.5", "less than or equal to 1"]),
+        ("a = " + "[" * 10_000 + "]" * 10_000, ["is not valid TOML", "recursion"]),
+        ("[model]\nn_layer = " + "9" * 5000, ["is not valid TOML", "5000 digits"]),
+        ("[model]\nbackend = 'jax'", ["unknown setting model.backend; the sections are"]),
+        ("[training]\nema = 0.9", ["unknown setting training.ema; the sections are"]),
+        ("[model]\nn_embd = 3", ["did you mean model.d_model?"]),
+        ("[training]\nlog_interval = 3", ["did you mean logging.every?"]),
         ("[data]\nvalidation = '0.1'", ["data.validation = '0.1'", "documents:F"]),
         ("[data]\nvalidation = 'tail:1.5'", ["data.validation = 'tail:1.5'", "0 < F < 1"]),
     ],
@@ -318,6 +324,8 @@ def test_a_byte_order_mark_is_passed_over(tmp_path):
 
 def test_a_file_that_cannot_be_read_is_named(write, tmp_path):
     assert "no configuration file" in message(tmp_path / "missing.toml")
+    assert "File name too long" in message(tmp_path / ("x" * 300))
+    assert "Not a directory" in message(write("") / "x")
     assert "is a folder" in message(tmp_path)
     assert "not valid TOML" in message(write("[model\n"))
     path = tmp_path / "latin1.toml"

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from llm.config import Config, flatten, load_config, to_toml, validate
+from llm.errors import UsageError
+from llm.interop.description import describe
 from llm.model.flops import parameter_count
 from llm.model.gpt import ModelSpec
 
@@ -47,6 +49,16 @@ def test_the_recipes_of_the_readme_are_there():
 def test_a_config_survives_being_written_and_read(path):
     config = load_config(path)
     assert validate(tomllib.loads(to_toml(config)), where="test") == config
+
+
+def test_a_config_is_exported_to_hugging_face_or_says_why_not(path):
+    """The settings alone; tests/test_families.py compares what is written."""
+    try:
+        describe(load_config(path).model.resolved(), lambda family, described: "")
+    except UsageError:
+        assert "export-hf does not write it" in opening(path)
+    else:
+        assert "export-hf does not write it" not in opening(path)
 
 
 def test_a_config_opens_with_its_command_and_its_figures(path):

@@ -141,9 +141,19 @@ def test_a_character_cut_off_by_the_end_has_a_place(write, monkeypatch):
         read([write("a.txt", b"abc" + "學".encode()[:1])])
 
 
-def test_utf16_is_recognised(write):
-    with pytest.raises(DataError, match=r"at offset 0 .it begins like UTF-16."):
-        read([write("a.txt", "text".encode("utf-16"))])
+def test_only_stray_bytes_are_advised_to_be_replaced(write):
+    """Replacing what is no UTF-8 at all would train on noise, so then the advice is to convert."""
+    stray = write("stray.txt", "Straße".encode("latin-1") + b" of many words" * 9)
+    with pytest.raises(DataError, match=r"convert the file .*, or set data.errors = 'replace'"):
+        read([stray])
+    for name, text, encoding in [
+        ("a.txt", "學而時習之，不亦說乎？", "gb18030"),
+        ("b.txt", "Привет, мир", "cp1251"),
+        ("c.txt", "吾輩は猫である", "shift-jis"),
+    ]:
+        with pytest.raises(DataError, match=r"convert the file \(iconv") as caught:
+            read([write(name, text.encode(encoding))])
+        assert "replace" not in str(caught.value)
 
 
 @settings(deadline=None)
@@ -228,9 +238,9 @@ def test_a_list_of_bare_texts_is_a_column(write):
 
 
 def test_a_row_that_cannot_be_text_is_an_error_of_the_data(write):
-    with pytest.raises(DataError, match="has a row that is int; expected one JSON object a line"):
+    with pytest.raises(DataError, match="row 1 is int; expected one JSON object a line"):
         read([write("rows.jsonl", '{"text": "x"}\n3\n', "json")])
-    with pytest.raises(DataError, match=r"rows.jsonl#0 has half of a surrogate pair, '\\ud83d'"):
+    with pytest.raises(DataError, match=r"row 0 has half of a surrogate pair, '\\ud83d'"):
         read([write("rows.jsonl", '{"text": "x\\ud83d"}\n', "json")])
 
 

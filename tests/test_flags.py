@@ -229,7 +229,7 @@ class Writer(CommandLine):
         ("--other-one .", "cannot write .: it is a folder; expected a file's name"),
         ("--one x --other-one ./x", "--one and --other-one both name ./x; give each a file"),
         ("--one x --other-one y", ""),
-        ("--one - --other-one -", ""),
+        ("--one -", "--one -: expected the name of a file, not standard output"),
     ],
 )
 def test_files_that_cannot_be_written_are_refused_before_a_command_runs(

@@ -1,19 +1,26 @@
 """Tokenizers that others made: their ids are the library's, and their bytes are the text's."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import train, write_config
 
-from llm.config import DataConfig, TokenizerConfig
+from llm.commands import import_hf, run_command, sample, score
+from llm.config import DataConfig, ModelConfig, TokenizerConfig
 from llm.errors import UsageError
+from llm.inference.records import Numerics, RunRecord, as_json, read_records
+from llm.run.open import open_model
+from llm.text.bpe import train_bpe
 from llm.text.described import PREPEND, REPLACE
 from llm.text.folder import open_tokenizer
 from llm.text.shards import prepare
-from llm.text.tokenizer import load_tokenizer
+from llm.text.tokenizer import BytePairTokenizer, load_tokenizer, named_tokenizer
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -291,3 +298,177 @@ def test_stories260k_is_read_as_transformers_reads_it():
         assert ours.begun(ours.encode(text)).tolist() == expected
         assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=True) == text
     assert (ours.name, ours.vocab_size, ours.ends_of_text) == ("stories260k", 512, (2,))
+
+
+@pytest.mark.parametrize("make", ["imported", "byte pairs"])
+def test_ids_without_a_token_are_neither_drawn_nor_listed(make, tmp_path):
+    """The model gives them probabilities, and here they are the likeliest of all."""
+    import jax
+
+    from llm.inference.decode import Decoder, Request
+    from llm.inference.records import Sampling
+    from llm.inference.score import Scorer
+    from llm.model.gpt import ModelSpec, initialise
+
+    size, ids = 640, [5, 6, 7]
+    if make == "imported":
+        tokenizer = open_tokenizer(folder_of(tmp_path / "model", "llama3"), size)
+    else:
+        tokenizer = train_bpe(CORPUS, 400)
+        tokenizer = BytePairTokenizer(
+            "bpe",
+            tokenizer.pattern,
+            {token: id_ for id_, token in enumerate(tokenizer.token_table) if token},
+            {"<|endoftext|>": 512},
+            size,
+        )
+    tokenizer.save(tmp_path / "saved")
+    tokenizer = load_tokenizer(tmp_path / "saved")
+    taken = {id_ for id_, data in enumerate(tokenizer.token_table) if data}
+    taken |= set(tokenizer.special_tokens.values())
+    spans = [range(*span) for span in tokenizer.unassigned]
+    assert {id_ for span in spans for id_ in span} == set(range(size)) - taken != set()
+
+    config = ModelConfig(n_layer=1, n_head=2, d_model=16, context_length=32, tie_embeddings=False)
+    spec = ModelSpec(config, size, unassigned=tokenizer.unassigned)
+    params = jax.jit(initialise, static_argnums=0)(spec, jax.random.key(0))
+    boost = np.ones(spec.padded_vocab_size, np.float32)
+    boost[[id_ for span in spans for id_ in span]] = 50
+    params["head.weight"] = params["head.weight"] * boost[None]
+    logprobs = Scorer(spec, params, tokenizer).distributions(ids)
+    assert logprobs.shape[-1] == size
+    assert not set(logprobs.argmax(-1).tolist()) & taken
+    np.testing.assert_allclose(np.exp(logprobs).sum(-1), 1, rtol=1e-5)
+
+    scored, drawn = [], []
+    [records] = Scorer(spec, params, tokenizer, top=size).score([ids])
+    scored += records[1:]
+    decoder = Decoder.create(spec, params, tokenizer)
+    for sampling in (Sampling(), Sampling(temperature=0.0), Sampling(top_k=300, top_p=0.9)):
+        request = Request(ids, sampling, max_new_tokens=8, top=size)
+        for part in decoder.generate([request]):
+            drawn += [token for token in part.tokens if token.phase == "generated"]
+    assert {token.id for token in drawn} <= taken
+    for token in scored + drawn:
+        assert {one.id for one in token.top} == taken
+        ranks = {one.id: one.rank for one in token.top}
+        assert sorted(ranks.values()) == list(range(1, len(taken) + 1))
+        assert token.rank == ranks[token.id]
+    for token, row in zip(scored, logprobs, strict=True):
+        assert token.logprob == pytest.approx(float(row[token.id]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, REPLACE]}}, "NFKC"),
+        ({"pre_tokenizer": {"type": "WhitespaceSplit"}}, "WhitespaceSplit"),
+        ({"model": {"byte_fallback": False}}, "BPE without a token for each byte"),
+    ],
+)
+def test_a_tokenizer_that_loses_text_is_refused_by_name_or_said(change, named, tmp_path):
+    folder = folder_of(tmp_path / "model", "gemma")
+    file = json.loads((folder / "tokenizer.json").read_text())
+    file["model"] |= change.pop("model", {})
+    (folder / "tokenizer.json").write_text(json.dumps(file | change))
+    with pytest.raises(UsageError, match=f"loses text: {named}; .* tokenizer.lossy = true"):
+        named_tokenizer(str(folder))
+    tokenizer = named_tokenizer(str(folder), lossy=True)
+    assert tokenizer.lossy and len(tokenizer.encode("The Quick\u2581 \uff21 fox"))
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").lossy
+    identity = RunRecord.of(
+        {"run": "r", "step": 1, "params_sha256": ""}, tokenizer, None, Numerics("cached"), 0
+    )
+    assert as_json(identity)["tokenizer"]["lossy"] is True
+    (tmp_path / "text").write_text("the Fox")
+    data = DataConfig(
+        source=str(tmp_path / "text"), cache_dir=str(tmp_path / "cache"), validation="none"
+    )
+    corpus = prepare(data, TokenizerConfig(kind=str(folder), lossy=True))
+    assert any("loses text" in note for note in corpus.notes)
+
+
+def test_a_run_goes_on_with_its_own_copy_of_the_tokenizer(tmp_path, capsys):
+    folder = folder_of(
+        tmp_path / "model",
+        "llama2",
+        tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True},
+    )
+    config = write_config(tmp_path, tokenizer={"kind": str(folder)})
+    assert train(config, "--training.steps", "4") == 0
+    ids = np.concatenate([open_tokenizer(folder).encode("the cat"), [1]])
+    shutil.rmtree(folder)
+    assert train(config, "--training.steps", "6") == 0
+    opened = open_model(tmp_path / "run")
+    assert opened.step == 6
+    assert opened.tokenizer.encode("the cat").tolist() == ids[:-1].tolist()
+    capsys.readouterr()
+    arguments = ["score", str(tmp_path / "run"), "--text", "the cat", "--json", "--probs"]
+    assert run_command(score.main, [*arguments[1:], str(tmp_path / "probs")]) == 0
+    report = json.loads(capsys.readouterr().out)
+    run, first, *tokens, end = read_records(tmp_path / "probs")
+    assert (first["token"], first["bytes"], first["text"]) == ("<s>", [], "")
+    assert first["logprob"] is None and all(token["logprob"] for token in tokens)
+    assert bytes(byte for token in tokens for byte in token["bytes"]) == b" the cat"
+    assert end["text"] == "".join(token["text"] for token in tokens) == "the cat"
+    assert [token["byte_offset"] for token in tokens][:1] == [0]
+    nats = -sum(token["logprob"] for token in tokens)
+    expected = nats / np.log(2) / len("the cat")
+    assert report["bits_per_byte"] == pytest.approx(expected)
+    assert end["bits_per_byte"] == pytest.approx(expected)
+    assert run["tokenizer"]["vocab_size"] == opened.spec.vocab_size
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", "[" * 10**5, '{"model": {"type": "BPE"}}', '{"added_tokens": [3]}', "\udcff"],
+)
+def test_what_is_no_tokenizer_is_refused_in_one_sentence(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(UsageError, match=r"tokenizer\.json") as caught:
+        open_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "deep"])
+def test_strange_paths_are_refused_at_once(kind, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "deep":
+        path.write_text('{"model":' * 10**5)
+    with pytest.raises(UsageError, match=r"expected a tokenizer.json, a sentencepiece .model"):
+        named_tokenizer(str(path))
+
+
+@pytest.mark.parametrize(
+    ("settings_", "said"),
+    [
+        ({"config": {"vocab_size": 10**12}}, "expected at most"),
+        ({"config": {"vocab_size": 20}}, "has only 20 tokens"),
+        ({"generation_config": {"eos_token_id": [10**9]}}, "expected an id below"),
+        ({"generation_config": {"eos_token_id": "</s>"}}, "expected an id below"),
+        ({"config": [1]}, "is not a tokenizer"),
+        ({"tokenizer_config": {"eos_token": 3}}, "is not a tokenizer"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused(settings_, said, tmp_path):
+    with pytest.raises(UsageError, match=said):
+        open_tokenizer(folder_of(tmp_path / "model", "llama2", **settings_))
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="no shared models")
+def test_stories260k_writes_its_published_text(tmp_path, capsys):
+    assert run_command(import_hf.main, [str(STORIES), str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    flags = ["--greedy", "--prompt", "", "--max-new-tokens", "200"]
+    assert run_command(sample.main, [str(tmp_path / "run"), *flags]) == 0
+    written = capsys.readouterr().out
+    published = (STORIES / "README.md").read_text().split("gives\n\n")[1].split("\n\nIts")[0]
+    lines = [line.strip() for line in published.splitlines()]
+    assert "\n".join(lines).startswith(written.strip())
+    assert len(written) > 400

@@ -23,7 +23,7 @@ import llm.commands.shared
 import llm.run.open
 from llm.api import results
 from llm.config import Config, ModelConfig, SamplingConfig
-from llm.errors import UsageError
+from llm.errors import NonFiniteError, UsageError
 from llm.inference import samples
 from llm.inference.decode import Decoder, Request, exhaust
 from llm.inference.programs import decode_chunk
@@ -350,6 +350,20 @@ def test_what_changes_nothing_is_as_good_as_not_given(lm):
     assert lm.generate("ab", **few, **neutral, **other).records() == plain
     assert lm.score("ab", top=None, stride=None).records() == lm.score("ab").records()
     assert lm.generate("ab", **few, stop=[], top_k=0).records() == plain
+
+
+def test_a_model_that_is_not_finite_gives_no_number_anywhere(lm):
+    text, name = "the clocks were " * 9, "blocks.0.attention.query.weight"
+    weight = lm.params[name].at[3, 5].set(np.nan)
+    broken = dataclasses.replace(lm, params={**lm.params, name: weight})
+    for call in (broken.distribution, broken.score):
+        for given in (text, text[:9]):
+            with pytest.raises(NonFiniteError, match="not finite"):
+                call(given)
+    for call in (broken.generate, broken.attention):
+        with pytest.raises(NonFiniteError, match="not finite"):
+            call(text[:9])
+    assert broken.distribution("t").shape == (0, lm.spec.vocab_size)
 
 
 def test_text_to_ids_and_back(lm):

@@ -56,7 +56,9 @@ def test_a_file_is_one_origin_with_its_hash(corpus, cache):
 def test_a_folder_is_its_files_in_a_fixed_order(corpus, cache):
     found = find_origins(str(corpus), cache)
     assert names(found) == ["b.txt", "sub/a.md"]
-    assert found.notes == (f"{corpus}: 1 binary files were left out",)
+    assert found.notes == (
+        f"{corpus}: left out .hidden (hidden); picture.png (a picture, sound or film)",
+    )
 
 
 def test_the_order_is_that_of_the_names_not_of_the_disk(tmp_path, cache):

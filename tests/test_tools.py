@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import math
 import re
 import shutil
 
@@ -275,13 +276,42 @@ def test_diff_of_two_dumps_of_a_text_is_a_page_of_what_changed(tmp_path, capsys)
             UsageError,
             "token 3 of sample 0: the first has ended",
         ),
-        ([files[0], files[1]], UsageError, "--html"),
+        ([files[0], tmp_path], UsageError, "cannot read the records"),
         ([files[0], tmp_path / "none", "--html", files[3]], UsageError, "none"),
         ([files[0], files[3], "--html", tmp_path / "x"], DataError, "line 1"),
         ([files[0], files[1], "--html", tmp_path / "no" / "x"], UsageError, "no folder"),
     ]:
         with pytest.raises(error, match=words):
             diff.main([*map(str, wrong)])
+
+
+def test_diff_of_two_dumps_sums_up_before_after_and_the_difference(tmp_path, capsys):
+    files = [str(tmp_path / name) for name in ("4.jsonl", "8.jsonl", "page.html")]
+    dump(tmp_path / "4.jsonl", 4, [-3.0, -1.0])
+    dump(tmp_path / "8.jsonl", 8, [-1.0, -1.5])
+    report = printed(capsys, diff, *files[:2], "--json")
+    sums = ("sum_logprob", "perplexity", "bits_per_byte")
+    before, after = (math.exp(2.0), 2 / math.log(2)), (math.exp(1.25), 1.25 / math.log(2))
+    for name, total, (perplexity, bits) in (("before", -4.0, before), ("after", -2.5, after)):
+        expected = pytest.approx([total, perplexity, bits], rel=1e-12)
+        assert [report[name][key] for key in sums] == expected
+    assert (report["tokens"], report["before"]["step"], report["after"]["step"]) == (2, 4, 8)
+    assert report["difference"] == {k: report["after"][k] - report["before"][k] for k in sums}
+    assert diff.main([*files[:2], "--html", files[2]]) == 0
+    said = capsys.readouterr().out
+    lines = ["From mine, step 4 to mine, step 8: 2 tokens", "before", "after", "difference"]
+    assert [
+        line[: len(start)] for line, start in zip(said.splitlines(), lines, strict=True)
+    ] == lines
+    assert re.findall(r"log-likelihood +(\S+) nats", said) == ["-4.0000", "-2.5000", "1.5000"]
+    assert re.findall(r"perplexity +(\S+),", said) == ["7.3891", "3.4903", "-3.8987"]
+    dump(tmp_path / "4.jsonl", 4, [])
+    assert printed(capsys, diff, files[0], files[0], "--json")["difference"]["perplexity"] is None
+    dump(tmp_path / "4.jsonl", 4, [-1e6])
+    assert (
+        diff.main([files[0], files[0]]) == 0
+        and "perplexity            -," in capsys.readouterr().out
+    )
 
 
 @pytest.mark.thorough

@@ -117,12 +117,12 @@ class LanguageModel(OpenedModel):
         )
 
     def encode(self, text: str) -> Ids:
-        """int32 [T] token ids.
+        """int32 [T] token ids, after a beginning of text if the tokenizer has one.
 
         Raises:
           UsageError: the tokenizer has no token for a character.
         """
-        return self.tokenizer.encode(_text("text", text))
+        return self.tokenizer.begun(self.tokenizer.encode(_text("text", text)))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -233,6 +233,8 @@ class LanguageModel(OpenedModel):
         Returns:
           float32 [T - 1, V], nats: row t predicts the token at t + 1 from the tokens up to t. A
           text longer than the context is read through windows, as `score` reads it.
+        Raises:
+          NonFiniteError: the model gives no probabilities.
         """
         scorer = Scorer(self.spec, self.params, self.tokenizer)
         return scorer.distributions(self._encoded("text", text))
@@ -245,6 +247,7 @@ class LanguageModel(OpenedModel):
           it computes its output for token t. Rows sum to one, and are zero for s > t.
         Raises:
           UsageError: the text is longer than the context, or the weights are too many to be held.
+          NonFiniteError: the model is not finite.
         """
         return attention_of(self.spec, self.params, self._encoded("text", text))
 
@@ -326,7 +329,7 @@ class LanguageModel(OpenedModel):
     def _encoded(self, name: str, value: Any) -> Ids:
         """The token ids of `_input`."""
         given = self._input(name, value)
-        return self.tokenizer.encode(given) if isinstance(given, str) else np.array(given, np.int32)
+        return self.encode(given) if isinstance(given, str) else np.array(given, np.int32)
 
     def _listed(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """`top` and `watch`, checked."""

@@ -1,8 +1,8 @@
 """python -m llm diff A B: where do two runs part, or how do two dumps of one text differ?
 
 For two run directories, the report says where their losses part and what differs between the runs.
-For two files that `score --probs` wrote of the same text, --html FILE writes a page that compares
-the probabilities that the two checkpoints give to each token.
+For two files that `score --probs` wrote of the same text, it says how well the two checkpoints
+predict the text; --html FILE writes a page that compares the probabilities of each token.
 """
 
 import json
@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm.commands.flags import CommandLine, OutputFile, argument, parse
+from llm.commands.flags import CommandLine, InputFile, OutputFile, argument, parse
 from llm.commands.shared import counted
 from llm.config import differences, setting
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference.records import read_records
-from llm.pages.view import diff_page
+from llm.inference.records import Record, read_records
+from llm.pages.spelling import escaped
+from llm.pages.view import compared, diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import newest_rows
 
@@ -27,27 +28,48 @@ IGNORED = ("run.dir", "data.cache_dir")
 class Options(CommandLine):
     """The command line."""
 
-    a: str = argument("A", "run directory, or a file of token records")
-    b: str = argument("B", "another of the same kind")
-    as_json: bool = setting(False, "of runs: print one JSON object", flag="json")
+    a: InputFile = argument("A", "run directory, or a file of token records")
+    b: InputFile = argument("B", "another of the same kind")
+    as_json: bool = setting(False, "print one JSON object", flag="json")
     html: OutputFile = setting(None, "of files of records: write the page", "FILE")
 
 
 def main(arguments: list[str]) -> int:
-    """Print a report, or one JSON object with --json. The exit code is 0 if the runs differ too."""
+    """Print a report, or one JSON object with --json. The exit code is 0 if they differ too."""
     chosen = parse(Options, arguments)
-    if chosen.html is not None:
-        one, other = read_records(chosen.a), read_records(chosen.b)
-        checkpoints = [records[0]["checkpoint"] for records in (one, other)]
-        before, after = (f"{of['run']}, step {of['step']}" for of in checkpoints)
-        page = diff_page(one, other, title=f"From {before} to {after}")
-        write_output(chosen.html, page.encode(), UsageError)
-        return 0
-    if Path(chosen.a).is_file():
-        raise UsageError(f"{chosen.a} is a file; what changed between two dumps needs --html FILE")
-    report = compare(RunDirectory(Path(chosen.a)), RunDirectory(Path(chosen.b)))
-    print(json.dumps(report) if chosen.as_json else for_people(report))
+    if chosen.html is not None or Path(chosen.a).is_file():
+        report, lines = compare_dumps(read_records(chosen.a), read_records(chosen.b), chosen.html)
+    else:
+        report = compare(RunDirectory(Path(chosen.a)), RunDirectory(Path(chosen.b)))
+        lines = for_people(report)
+    print(json.dumps(report) if chosen.as_json else lines)
     return 0
+
+
+def compare_dumps(
+    one: list[Record], other: list[Record], html: str | None
+) -> tuple[dict[str, Any], str]:
+    """How well two checkpoints predict one text, as an object and as lines; the page is written.
+
+    Keys: tokens, those that both predict; before and after, each a checkpoint with the sums of an
+    end record; and the difference of these sums.
+    """
+    end = compared(one, other)[-1]
+    before, after = (records[0]["checkpoint"] for records in (one, other))
+    title = f"From {before['run']}, step {before['step']} to {after['run']}, step {after['step']}"
+    if html is not None:
+        write_output(html, diff_page(one, other, title=title).encode(), UsageError)
+    lines = [f"{escaped(title)}: {counted(end['tokens'], 'token')}"]
+    for name in ("before", "after", "difference"):
+        values = ("-" if value is None else f"{value:,.4f}" for value in end[name].values())
+        lines.append(
+            "{:10} log-likelihood {:>14} nats, perplexity {:>12}, {:>8} bits per byte".format(
+                name, *values
+            )
+        )
+    checkpoints = {"before": before | end["before"], "after": after | end["after"]}
+    report = {"tokens": end["tokens"], **checkpoints, "difference": end["difference"]}
+    return report, "\n".join(lines)
 
 
 def compare(*runs: RunDirectory) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFloat
 
-from llm.commands.flags import OutputFile, parse
+from llm.commands.flags import InputFiles, OutputFile, parse
 from llm.commands.shared import RunOptions
 from llm.config import setting
 from llm.errors import UsageError
@@ -49,7 +49,7 @@ def _settings(words: tuple[str, ...]) -> dict[str, Any]:
 class Options(RunOptions):
     """The command line."""
 
-    tasks: Annotated[tuple[str, ...], AfterValidator(_names)] = setting(
+    tasks: Annotated[InputFiles, AfterValidator(_names)] = setting(
         ..., "tasks to run, also separated by commas; `list` prints all names", "TASK"
     )
     include_path: tuple[str, ...] = setting(

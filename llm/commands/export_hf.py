@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     from llm.interop.hf import to_hf
 
     tokenizer = opened.tokenizer
-    with new_folder(Path(options.folder)) as partial:
+    with new_folder(Path(options.folder), Path(options.run)) as partial:
         spec, end_of_text = opened.spec, tokenizer.end_of_text
         model_type = to_hf(spec.config, spec.vocab_size, opened.params, partial, end_of_text)
         tokenizer.save(partial / "tokenizer")

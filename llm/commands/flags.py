@@ -20,12 +20,12 @@ import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin
 
 import pydantic
 from pydantic.fields import FieldInfo
 
+from llm.commands.outputs import check_outputs
 from llm.config import Config, Section, expected, known_files, load_config, setting
 from llm.errors import UsageError
 from llm.names import nearest
@@ -33,9 +33,13 @@ from llm.names import nearest
 WIDEST_HELP = 100  # columns; longer lines are harder to read
 
 
-# The type of a flag that names a file to write.
-_OUTPUT = "output"
+# Types of flags and arguments that name a file to write (or, as "-", standard output), and files or
+# runs to read.
+_OUTPUT, _INPUT, _STDOUT = "output", "input", "standard output"
 OutputFile = Annotated[str | None, _OUTPUT]
+OutputStream = Annotated[str | None, _OUTPUT, _STDOUT]
+InputFile = Annotated[str, _INPUT]
+InputFiles = Annotated[tuple[str, ...], _INPUT]
 
 
 class CommandLine(Section):
@@ -54,20 +58,18 @@ class CommandLine(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_outputs(self) -> Self:
-        """Refuse a file that cannot be written now, not after a model has run."""
-        taken: dict[Path, str] = {}
-        files = [name for name, info in type(self).model_fields.items() if _OUTPUT in info.metadata]
-        for name in files:
-            path = getattr(self, name)
-            if path in (None, "-"):
+        outputs, inputs = {}, {}
+        for name, info in type(self).model_fields.items():
+            value, flag = getattr(self, name), info.title if not info.repr else spelled(name)
+            if _INPUT in info.metadata:
+                inputs[flag or name] = [value] if isinstance(value, str) else value
+            if _OUTPUT not in info.metadata or value is None:
                 continue
-            if not Path(path).parent.is_dir():
-                raise UsageError(f"cannot write {path}: there is no folder {Path(path).parent}")
-            if Path(path).is_dir():
-                raise UsageError(f"cannot write {path}: it is a folder; expected a file's name")
-            one, other = spelled(name), taken.setdefault(Path(path).resolve(), spelled(name))
-            if one != other:
-                raise UsageError(f"{other} and {one} both name {path}; give each a file of its own")
+            if value != "-":
+                outputs[spelled(name)] = value
+            elif _STDOUT not in info.metadata:
+                raise UsageError(f"{flag} -: expected the name of a file, not standard output")
+        check_outputs(outputs, inputs)
         return self
 
 
@@ -89,7 +91,9 @@ def parse(options: type[Options], words: Sequence[str]) -> Options:
     usage, _, description = (sys.modules[options.__module__].__doc__ or "").partition(": ")
     usage = f"usage: {' '.join(usage.split())}"
     given = _read(flags, words, usage)
-    changes = {name: given.pop(name) for name in [*given] if "." in name}
+    changes = {}
+    if "settings" in options.model_fields:
+        changes = {name: given.pop(name) for name in [*given] if "." in name}
     if "config" in given:
         given["settings"] = load_config(given["config"], changes)
     if given.get("help"):

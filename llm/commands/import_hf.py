@@ -1,11 +1,10 @@
-"""python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model, GPT-2, Llama or Mixtral.
+"""python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model: GPT-2, Llama, Qwen, ...
 
 FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. The new
 run has one checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was
 not trained here, and train does not continue it.
 
-The tokenizer is the folder's if it is GPT-2's or was written by export-hf. Name any other
-tokenizer with --tokenizer.
+The tokenizer is the folder's (docs/text.md), or the one that --tokenizer names.
 """
 
 import json
@@ -18,7 +17,15 @@ from typing import TYPE_CHECKING
 from llm.commands.flags import CommandLine, argument, parse
 from llm.config import setting
 from llm.errors import LLMError, UsageError
-from llm.files import disk_full_reason, free_bytes, readable_bytes, whole_folder
+from llm.files import (
+    disk_full_reason,
+    free_bytes,
+    partial_folder,
+    read_json,
+    readable_bytes,
+    whole_folder,
+    why,
+)
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -33,7 +40,15 @@ class Options(CommandLine):
 
     folder: str = argument("FOLDER", "Hugging Face model")
     run: str = argument("RUN", "run directory to make")
-    tokenizer: str | None = setting(None, '"bytes", or a tiktoken encoding such as gpt2', "NAME")
+    tokenizer: str | None = setting(
+        None, "the tokenizer, if the folder has none: as tokenizer.kind, a name or a path", "KIND"
+    )
+    lossy: bool = setting(False, "take a tokenizer that loses text", flag="tokenizer.lossy")
+    context_length: int | None = setting(
+        None,
+        "tokens that the model sees at once; as many as it can, by default",
+        flag="model.context_length",
+    )
     as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
 
 
@@ -46,10 +61,10 @@ def main(arguments: list[str]) -> int:
     from llm.model.gpt import ModelSpec
 
     folder = Path(options.folder)
-    config, vocab_size, params = from_hf(folder)
-    tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size)
+    config, vocab_size, params = from_hf(folder, options.context_length)
+    tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size, options.lossy)
     spec = ModelSpec(config, vocab_size)
-    with new_folder(Path(options.run)) as partial:
+    with new_folder(Path(options.run), folder) as partial:
         sha256 = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
     if options.as_json:
@@ -63,14 +78,22 @@ def main(arguments: list[str]) -> int:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, source: Path) -> Iterator[Path]:
     """A folder to write into. It becomes `path` when all is written, or is removed.
 
+    Args:
+      source: the folder that is read meanwhile.
     Raises:
-      UsageError: `path` exists already, it cannot be written, or there is no room.
+      UsageError: `path` exists already, it cannot be written, or there is no room; or the folder to
+        write into, which is cleared first, holds `source`.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} exists already; give the name of a new folder")
+    unfinished = partial_folder(path)
+    if unfinished.exists() and any(map(unfinished.samefile, (source, *source.resolve().parents))):
+        raise UsageError(
+            f"{path} is written in {unfinished}, where {source} lies; give another name"
+        )
     try:
         with whole_folder(path) as partial:
             yield partial
@@ -89,26 +112,32 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def tokenizer_of(folder: Path, named: str | None, vocab_size: int) -> "Tokenizer":
-    """The tokenizer that a model was trained with.
+def tokenizer_of(
+    folder: Path, named: str | None, vocab_size: int, lossy: bool = False
+) -> "Tokenizer":
+    """The tokenizer that a model was trained with. Ids that it does not have are no tokens.
 
     Args:
-      named: its name, if the caller knows it; None: look into the folder.
+      named: its kind, if the caller knows it; None: look into the folder.
+      lossy: take one that loses text.
     Raises:
       UsageError: the folder does not tell, or the tokenizer has another number of tokens than the
         model.
       DataError: a tiktoken encoding that is not on this machine.
     """
+    from llm.text.folder import FILES, open_tokenizer
     from llm.text.tokenizer import FILE_NAME, MADE_FROM_CORPUS, load_tokenizer, named_tokenizer
 
     if named in MADE_FROM_CORPUS:
         raise UsageError(f"--tokenizer {named}: its tokens are those of a corpus, not of its name")
     if named:
-        tokenizer = named_tokenizer(named)
+        tokenizer = named_tokenizer(named, vocab_size, lossy=lossy)
     elif (folder / "tokenizer" / FILE_NAME).is_file():
         tokenizer = load_tokenizer(folder / "tokenizer")
+    elif any((folder / name).exists() for name in FILES):
+        tokenizer = open_tokenizer(folder, vocab_size, lossy=lossy)
     else:
-        tokenizer = _gpt2_tokenizer(folder)
+        tokenizer = _gpt2_tokenizer(folder, vocab_size)
     if tokenizer.vocab_size != vocab_size:
         raise UsageError(
             f"{folder} predicts {vocab_size} tokens and the tokenizer {tokenizer.name!r} has "
@@ -117,35 +146,33 @@ def tokenizer_of(folder: Path, named: str | None, vocab_size: int) -> "Tokenizer
     return tokenizer
 
 
-def _gpt2_tokenizer(folder: Path) -> "Tokenizer":
-    """GPT-2's tokenizer, if the folder's vocabulary is GPT-2's."""
-    from llm.text.bpe import byte_of_symbol
-    from llm.text.tokenizer import tiktoken_tokenizer
+def _gpt2_tokenizer(folder: Path, vocab_size: int) -> "Tokenizer":
+    """GPT-2's tokenizer, if the folder's vocab.json is GPT-2's."""
+    from llm.text.folder import FILES
+    from llm.text.tokenizer import byte_of_symbol, tiktoken_tokenizer
 
-    path = next(filter(Path.is_file, (folder / "vocab.json", folder / "tokenizer.json")), None)
-    if path is None:
+    path = folder / "vocab.json"
+    if not path.exists():
         raise UsageError(
-            f"{folder} holds no vocabulary (vocab.json or tokenizer.json); say which tokenizer the "
-            "model was trained with: --tokenizer NAME"
+            f"{folder} holds no tokenizer ({', '.join(FILES)}); say which one the model was "
+            "trained with: --tokenizer KIND"
         )
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        vocabulary = dict(read if path.name == "vocab.json" else read["model"]["vocab"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not a vocabulary: {error!r}") from None
-    tokenizer = tiktoken_tokenizer("gpt2")
+        vocabulary = dict(read_json(path))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not a vocabulary: {why(error)}") from None
+    tokenizer = tiktoken_tokenizer("gpt2", vocab_size)
     symbol_of = {byte: symbol for symbol, byte in byte_of_symbol().items()}
     expected = {
         "".join(symbol_of[byte] for byte in token): id_
         for id_, token in enumerate(tokenizer.token_table)
         if token  # the end of text has no bytes
     }
-    # tokenizer.json lists special tokens apart, vocab.json does not.
     if vocabulary not in (expected, expected | tokenizer.special_tokens):
         raise UsageError(
             f"the vocabulary of {folder}, of {len(vocabulary)} "
-            f"{'token' if len(vocabulary) == 1 else 'tokens'}, is not GPT-2's, the one that can be "
-            "imported; if it is another encoding of tiktoken, say which: --tokenizer NAME"
+            f"{'token' if len(vocabulary) == 1 else 'tokens'}, is not GPT-2's, the one that needs "
+            "no tokenizer.json; say which tokenizer it is: --tokenizer KIND"
         )
     return tokenizer
 
@@ -186,10 +213,13 @@ def write_run(
     checkpoints.clean()
     checkpoints.save(0, groups, lambda: make_receipt(tokens_BT, logprobs_BT, tokenizer.sha256))
     checkpoints.wait()
+    imported = tokenizer.definition()["kind"] == "imported"
     config = Config(
         run=RunConfig(dir=str(path)),
         model=spec.config,
-        tokenizer=TokenizerConfig(kind=tokenizer.name),
+        tokenizer=TokenizerConfig(
+            kind=str(folder.resolve()) if imported else tokenizer.name, lossy=tokenizer.lossy
+        ),
     )
     run.write_config(config.resolved())
     return read_receipt(run.checkpoints / "0")["params_sha256"]

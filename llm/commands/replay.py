@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     config = run.read_config()
     check_trained(run)
     check_step(run, chosen.step)
-    corpus = prepare(config.data, config.tokenizer)
+    corpus = prepare(config.data, config.tokenizer, of_run=run.tokenizer)
     check_corpus(run, corpus)
     batches = TrainingBatches(
         corpus.train,
@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         {
             "row": row,
             "ids": ids.tolist(),
-            "text": corpus.tokenizer.decode(ids),
+            "text": corpus.tokenizer.decode(ids, continues=True),
             "documents": list(documents(corpus.train, int(start), len(ids))),
         }
         for row, (start, ids) in enumerate(

@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 import pydantic
 
-from llm.commands.flags import argument, parse
+from llm.commands.flags import InputFiles, argument, parse
 from llm.commands.shared import RecordOptions, as_text, counted, read_file
 from llm.config import SamplingConfig, setting
 from llm.errors import UsageError
@@ -31,7 +31,7 @@ class Options(SamplingConfig, RecordOptions):
     prompt: tuple[str, ...] = setting(  # type: ignore[assignment]
         (), "texts to continue; empty: start from an end of text"
     )
-    prompt_file: tuple[str, ...] = setting(
+    prompt_file: InputFiles = setting(
         (), "files to continue; a newline at the end is part of the prompt", "FILE"
     )
     greedy: bool = setting(False, "always draw the likeliest token")

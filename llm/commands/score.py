@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import pydantic
 from pydantic import NonNegativeInt
 
-from llm.commands.flags import OutputFile, argument, parse
+from llm.commands.flags import InputFiles, OutputFile, argument, parse
 from llm.commands.shared import RecordOptions, as_text, counted, read_file, writing
 from llm.config import setting
 from llm.errors import UsageError
@@ -53,7 +53,7 @@ class Options(RecordOptions):
     """The command line."""
 
     stdin: Literal["-"] | None = argument("-", "score standard input", None)
-    file: tuple[str, ...] = setting((), "files to score, each a text of its own", "FILE")
+    file: InputFiles = setting((), "files to score, each a text of its own", "FILE")
     text: tuple[str, ...] = setting((), "texts to score")
     stride: NonNegativeInt = setting(
         0,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt
 
-from llm.commands.flags import CommandLine, OutputFile, argument
+from llm.commands.flags import CommandLine, InputFile, OutputFile, OutputStream, argument
 from llm.config import setting
 from llm.errors import UsageError
 from llm.files import write_output
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class RunOptions(CommandLine):
     """The run that a command reads, and its checkpoint."""
 
-    run: str = argument("RUN", "run directory")
+    run: InputFile = argument("RUN", "run directory")
     step: NonNegativeInt | None = setting(None, "checkpoint to use; by default the newest")
 
     def open(self) -> "OpenedModel":
@@ -48,7 +48,7 @@ class RunOptions(CommandLine):
 class RecordOptions(RunOptions):
     """What the records list, and where they go."""
 
-    probs: OutputFile = setting(
+    probs: OutputStream = setting(
         None, "write the record of every token as JSON lines; - for standard output", "FILE"
     )
     html: OutputFile = setting(None, "write the records as a page", "FILE")

@@ -6,6 +6,7 @@ Give the same command again to resume a run that has stopped. A finished run is 
 import contextlib
 import socket
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,8 @@ def _prepare_once(
         display.prepare(what, done, total)
 
     def prepared() -> "TokenizedCorpus":
-        return prepare(config.data, config.tokenizer, on_progress=on_progress)
+        of_run = run.tokenizer if run.exists() else None
+        return prepare(config.data, config.tokenizer, of_run=of_run, on_progress=on_progress)
 
     corpus = prepared() if hosts.is_first else None
     if corpus is not None and run.exists():
@@ -214,10 +216,11 @@ def _make_sampler(job: "Job") -> "Sampler":
         return lambda params: ""
     if not settings.max_new_tokens or not job.hosts.alone:
         return lambda params: ""
-    Decoder(job.spec, {}, tokenizer).check(request)
+    spec = replace(job.spec, unassigned=tokenizer.unassigned)
+    Decoder(spec, {}, tokenizer).check(request)
 
     def sample(params: Any) -> str:
-        decoder = Decoder.create(job.spec, params, tokenizer)
+        decoder = Decoder.create(spec, params, tokenizer)
         parts = [token.text for part in decoder.generate([request]) for token in part.tokens]
         return "\n".join("  | " + line for line in "".join(parts).splitlines() or [""])
 

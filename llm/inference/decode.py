@@ -28,7 +28,7 @@ import functools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -224,26 +224,17 @@ class Decoder:
         context = self.spec.config.context_length
         lengths_B = np.array([min(len(row.prompt), context) for row in rows], np.int32)
         width = round_up(int(lengths_B.max()), at_least)
-        tokens_BU = np.zeros((B, width + 1), np.int32)
         watched = max(listed, round_up(max(len(row.watch) for row in rows), at_least=4))
-        watch_BW = np.full((B, watched), -1, np.int32)
-        ends_BE = np.full((B, ENDS), -1, np.int32)
-        for b, row in enumerate(rows):
-            tokens_BU[b, : len(row.prompt)] = row.prompt
-            watch_BW[b, : len(row.watch)] = row.watch
-            ends = self.ends(row)[:ENDS]
-            ends_BE[b, : len(ends)] = ends
         left_B = np.array([min(row.max_new_tokens, context) for row in rows], np.int32)
-        steered = [self._steered(row, left) for row, left in zip(rows, left_B, strict=True)]
         tops = [row.top for row in requests if row.top is not None]
         return RequestArrays(
-            tokens_BU=tokens_BU,
+            tokens_BU=_padded([row.prompt for row in rows], width + 1, np.int32(0)),
             lengths_B=lengths_B,
             left_B=left_B,
             settings=RowSettings.stack([row.sampling for row in rows], [row.index for row in rows]),
-            watch_BW=watch_BW,
-            ends_BE=ends_BE,
-            steering=Steering.stack(steered, at_least=2 * listed),
+            watch_BW=_padded([row.watch for row in rows], watched, np.int32(-1)),
+            ends_BE=_padded([self.ends(row)[:ENDS] for row in rows], ENDS, np.int32(-1)),
+            steering=self._steering(rows, left_B, 2 * listed),
             top=self.columns(max(tops), listed) if tops else None,
         )
 
@@ -251,14 +242,20 @@ class Decoder:
         """How many alternatives a program computes if `top` are asked for."""
         return min(self.spec.vocab_size, round_up(top, at_least=max(16, listed)))
 
-    def _steered(self, request: Request, left: int) -> list[tuple[int, float, int]]:
-        """The (id, value, floor) of Steering: `left` tokens may be drawn at first."""
-        bias, least = request.sampling.logit_bias or {}, request.sampling.min_tokens or 0
-        forbidden = self.ends(request) if least else ()
-        return [
-            *((id_, value, -1) for id_, value in bias.items()),
-            *((id_, -np.inf, left - least) for id_ in forbidden),
-        ]
+    def _steering(
+        self, rows: Sequence[Request], left_B: np.ndarray, at_least: int
+    ) -> Steering | None:
+        """What steers each row; None if nothing does and no columns are asked for."""
+        entries: list[list[tuple[int, float, int]]] = []
+        for row, left in zip(rows, left_B.tolist(), strict=True):
+            bias, least = row.sampling.logit_bias or {}, row.sampling.min_tokens or 0
+            entries.append([(id_, value, -1) for id_, value in bias.items()])
+            entries[-1] += [(id_, -np.inf, left - least) for id_ in self.ends(row) if least]
+        K = max(at_least, *map(len, entries))
+        nothing = np.int32(2**31 - 1), np.float32(0), np.int32(0)
+        columns = ([[entry[part] for entry in row] for row in entries] for part in range(3))
+        arrays = (_padded(column, K, fill) for column, fill in zip(columns, nothing, strict=True))
+        return Steering(*arrays) if K else None
 
     def prefill(self, batch: RequestArrays, capacity: int, piece: int = 0) -> Prefill:
         """Run all prompts into a new cache, piece by piece; yields while the device computes each.
@@ -456,6 +453,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> Ids:
 def round_up(size: int, at_least: int = 1) -> int:
     """The next power of two, and at least `at_least`; 0 stays 0."""
     return max(at_least, 1 << (size - 1).bit_length()) if size else 0
+
+
+def _padded(rows: Sequence[Sequence[Any] | Ids], width: int, fill: np.generic) -> np.ndarray:
+    """The rows as one array, filled up on the right."""
+    array = np.full((len(rows), width), fill)
+    for place, row in zip(array, rows, strict=True):
+        place[: len(row)] = row
+    return array
 
 
 def of_row(described: Described | None, row: int) -> Described | None:

@@ -65,6 +65,14 @@ def log_probabilities(model: GPT, hidden: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(jax.nn.log_softmax(model.logits(hidden), axis=-1))
 
 
+def drawable(model: GPT, logprobs_RV: jax.Array) -> jax.Array:
+    """Log-probabilities, but -inf for ids that no token has: they are never drawn or listed."""
+    ids_V = jnp.arange(logprobs_RV.shape[-1])
+    for start, stop in model.spec.unassigned:
+        logprobs_RV = jnp.where((ids_V >= start) & (ids_V < stop), -jnp.inf, logprobs_RV)
+    return logprobs_RV
+
+
 def describe(
     logprobs_RV: jax.Array,
     ids_R: jax.Array,
@@ -72,6 +80,7 @@ def describe(
     top: int,
     candidates: Candidates,
     filtered: Filtered | None = None,
+    ranked_RV: jax.Array | None = None,
 ) -> Described:
     """The numbers of one token in each row.
 
@@ -81,7 +90,9 @@ def describe(
       watch_RW: ids, and behind them -1 in the columns that nobody asked for, which cost nothing.
       top: N, at most the number of candidates.
       filtered: what the row draws from; None if nothing is drawn.
+      ranked_RV: the log-probabilities of tokens that count in a rank, if not all do.
     """
+    ranked_RV = logprobs_RV if ranked_RV is None else ranked_RV
     V = logprobs_RV.shape[-1]
     if filtered is None:
         kept_mass_R = jnp.ones(ids_R.shape, jnp.float32)
@@ -100,7 +111,7 @@ def describe(
     plogp_RV = jnp.where(probabilities_RV > 0.0, probabilities_RV * logprobs_RV, 0.0)
 
     def watch(column: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        numbers = _logprob_and_rank(logprobs_RV, jnp.maximum(watch_RW[:, column], 0))
+        numbers = _logprob_and_rank(logprobs_RV, ranked_RV, jnp.maximum(watch_RW[:, column], 0))
         return tuple(all_.at[:, column].set(one) for all_, one in zip(found, numbers, strict=True))
 
     watched = jnp.sum(jnp.any(watch_RW >= 0, axis=0))
@@ -109,7 +120,7 @@ def describe(
     watch_logprobs, watch_ranks = found
     return Described(
         logprob=logprob_R,
-        rank=_logprob_and_rank(logprobs_RV, ids_R)[1],
+        rank=_logprob_and_rank(logprobs_RV, ranked_RV, ids_R)[1],
         entropy=-jnp.sum(plogp_RV, axis=-1),
         kept_mass=kept_mass_R,
         kept_tokens=kept_tokens_R,
@@ -122,12 +133,12 @@ def describe(
     )
 
 
-def _logprob_and_rank(logprobs_RV: jax.Array, ids_R: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _logprob_and_rank(
+    logprobs_RV: jax.Array, ranked_RV: jax.Array, ids_R: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     logprob_R1 = jnp.take_along_axis(logprobs_RV, ids_R[:, None], axis=-1)
     ids_1V = jnp.arange(logprobs_RV.shape[-1], dtype=jnp.int32)[None, :]
-    earlier_RV = (logprobs_RV > logprob_R1) | (
-        (logprobs_RV == logprob_R1) & (ids_1V < ids_R[:, None])
-    )
+    earlier_RV = (ranked_RV > logprob_R1) | ((ranked_RV == logprob_R1) & (ids_1V < ids_R[:, None]))
     return logprob_R1[:, 0], 1 + jnp.sum(earlier_RV, axis=-1, dtype=jnp.int32)
 
 
@@ -152,12 +163,13 @@ def describe_positions(
         hidden_BtD, targets_Bt = chunk
         logprobs_RV = log_probabilities(model, hidden_BtD.reshape(B * length, -1))
         count = top if settings is None else max(CANDIDATES, top)
-        candidates, filtered = Candidates.of(logprobs_RV, count), None
+        ranked_RV = drawable(model, logprobs_RV)
+        candidates, filtered = Candidates.of(ranked_RV, count), None
         if settings is not None:
-            filtered = apply_filters(logprobs_RV, candidates, settings.repeat(length))
+            filtered = apply_filters(ranked_RV, candidates, settings.repeat(length), logprobs_RV)
         watch_RW = jnp.repeat(watch_BW, length, axis=0)
         described = describe(
-            logprobs_RV, targets_Bt.reshape(-1), watch_RW, top, candidates, filtered
+            logprobs_RV, targets_Bt.reshape(-1), watch_RW, top, candidates, filtered, ranked_RV
         )
         return None, jax.tree.map(lambda x: x.reshape(B, length, *x.shape[1:]), described)
 
@@ -186,6 +198,8 @@ def to_host(
     Raises:
       NonFiniteError: the model gives no probabilities.
     """
+    missing = sum(stop - start for start, stop in spellings.tokenizer.unassigned)
+    top = min(top, spellings.tokenizer.vocab_size - missing)
     listed = (described.top_logprobs[:, :top], described.watch_logprobs[:, : len(watch)])
     if not all(np.isfinite(x).all() for x in (described.logprob, described.entropy, *listed)):
         raise NonFiniteError(NOT_FINITE)  # JSON has no infinity

@@ -56,23 +56,6 @@ class Steering(NamedTuple):
     values_RK: np.ndarray
     floors_RK: np.ndarray
 
-    @classmethod
-    def stack(
-        cls, rows: Sequence[Sequence[tuple[int, float, int]]], at_least: int = 0
-    ) -> "Steering | None":
-        """The (id, value, floor) of each row; None if there are none and no columns are asked for.
-
-        Args:
-          at_least: columns, so that batches with other tokens share a program.
-        """
-        K = max(at_least, *map(len, rows))
-        nothing = (2**31 - 1, 0.0, 0)
-        padded = [[*row, *[nothing] * (K - len(row))] for row in rows]
-        table_RK3 = np.array(padded, np.float64).reshape(len(rows), K, 3)
-        ids_RK, values_RK, floors_RK = np.moveaxis(table_RK3, -1, 0)
-        steering = ids_RK.astype(np.int32), values_RK.astype(np.float32), floors_RK.astype(np.int32)
-        return cls(*steering) if K else None
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ from llm.inference.distribution import (
     Described,
     describe,
     describe_positions,
+    drawable,
     log_probabilities,
 )
 from llm.inference.filters import (
@@ -214,8 +215,9 @@ def decode_chunk(
 
     def step(state: DecodeState) -> tuple[DecodeState, Drawn]:
         logprobs_BV = log_probabilities(model, state.hidden_BD)
-        candidates = Candidates.of(logprobs_BV, max(CANDIDATES, top or 0))
-        drawn_from = logprobs_BV, candidates
+        ranked_BV = drawable(model, logprobs_BV)
+        candidates = Candidates.of(ranked_BV, max(CANDIDATES, top or 0))
+        drawn_from = ranked_BV, candidates
         if steering is not None:
             drawn_from = steer(*drawn_from, steering, state.left_B)
         filtered = apply_filters(*drawn_from, settings, logprobs_BV)
@@ -223,7 +225,7 @@ def decode_chunk(
         ids_B = draw(filtered, settings, lengths_B)
         described = None
         if top is not None:
-            described = describe(logprobs_BV, ids_B, watch_BW, top, candidates, filtered)
+            described = describe(logprobs_BV, ids_B, watch_BW, top, candidates, filtered, ranked_BV)
         return _advance(state, ids_B), Drawn(ids_B, filtered.logprob(ids_B), described)
 
     def _advance(state: DecodeState, ids_B: jax.Array) -> DecodeState:

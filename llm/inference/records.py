@@ -70,12 +70,13 @@ class Checkpoint(Struct, frozen=True):
     params_sha256: str
 
 
-class TokenizerIdentity(Struct, frozen=True):
+class TokenizerIdentity(Struct, frozen=True, omit_defaults=True):
     """The tokenizer that token ids belong to."""
 
     name: str
     sha256: str
     vocab_size: Annotated[int, Meta(ge=1)]
+    lossy: bool = False
 
 
 class Sampling(Struct, frozen=True):
@@ -117,7 +118,7 @@ class RunRecord(Struct, frozen=True, tag_field="type", tag="run"):
     Attributes:
       schema: 1
       checkpoint: {`run`, `step`, `params_sha256`}
-      tokenizer: {`name`, `sha256`, `vocab_size`}
+      tokenizer: {`name`, `sha256`, `vocab_size`}, and `lossy` true if it loses text
       sampling: {`temperature`, `top_k`, `top_p`, `min_p`, `seed`}, and `logit_bias` and
         `min_tokens` if a request has them; null if text was given and nothing was drawn
       numerics: {`path`: "cached" or "teacher_forced", `param_dtype`, `compute_dtype`,
@@ -151,7 +152,9 @@ class RunRecord(Struct, frozen=True, tag_field="type", tag="run"):
         return cls(
             1,
             msgspec.convert(checkpoint, Checkpoint),
-            TokenizerIdentity(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size),
+            TokenizerIdentity(
+                tokenizer.name, tokenizer.sha256, tokenizer.vocab_size, tokenizer.lossy
+            ),
             sampling,
             numerics,
             min(top, tokenizer.vocab_size),

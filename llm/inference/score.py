@@ -27,9 +27,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from llm.errors import UsageError
+from llm.errors import NonFiniteError, UsageError
 from llm.inference.decode import round_up
 from llm.inference.distribution import (
+    NOT_FINITE,
     Described,
     chunk_length,
     describe_positions,
@@ -121,12 +122,16 @@ class Scorer:
 
         Returns:
           float32 [len(ids) - 1, V] log-probabilities; row t is of the token at t + 1.
+        Raises:
+          NonFiniteError: the model gives no probabilities.
         """
         parts = [np.zeros((0, self.spec.vocab_size), np.float32)]
         for window in self.windows(np.asarray(ids, np.int32)):
             inputs_BT, _ = pad([window])
             logprobs_KV = np.asarray(_whole(self.spec, self.params, inputs_BT, window.K))
             parts.append(logprobs_KV[predicted_slice(window)])
+            if not np.isfinite(parts[-1]).all():
+                raise NonFiniteError(NOT_FINITE)
         return np.concatenate(parts)
 
     @functools.cached_property

@@ -236,8 +236,8 @@ class HarnessModel(TemplateLM):
         before, after = self._encode_pair(context, continuation)
         if continuation and not after:
             # One token spans the continuation and the end of the context: encode them apart.
-            return self.tok_encode(context), self.tok_encode(continuation)
-        return before, after
+            before, after = self.tok_encode(context), self.tok_encode(continuation)
+        return self._tokenizer.begun(before).tolist(), after
 
     def _rolling_windows(self, text: str) -> list[Encoded]:
         ids = self.tok_encode(text)

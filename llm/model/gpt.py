@@ -77,12 +77,15 @@ class ModelSpec:
 
     attention: what computes the attention of whole texts; a kernel only if
       kernels.py:choose_attention found that it can be used.
+    unassigned: [start, stop) of ids that no token of the tokenizer has. The model gives them
+      probabilities, and no text is continued by them.
     """
 
     config: ModelConfig
     vocab_size: int
     compute_dtype: str = "float32"
     attention: Kernel = "plain"
+    unassigned: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", self.config.resolved())

@@ -319,7 +319,8 @@ class Sample {
   end(record) {
     const line = this.section.querySelector(".end");
     if (line.hasChildNodes()) return;
-    const generated = this.tokens.some((token) => token.phase === "generated");
+    // A diff counts all tokens, whoever wrote them.
+    const generated = !record.before && this.tokens.some((token) => token.phase === "generated");
     line.append(...endLine(record, generated ? "generated" : "predicted"));
   }
 
@@ -374,21 +375,27 @@ function tooltip(token, kind) {
 const summary = (token) => `${escaped(token.token)}, ${percent(token.logprob)}`
   + (token.rank === null ? "" : `, rank ${token.rank}`);
 
+/** The sums of an end record; in a diff, before and after with their difference in brackets. */
 function endLine(end, counted) {
-  const decimal = (value) => (Math.abs(value) < 1e6 ? grouped(value, 2) : value.toExponential(2));
+  const decimal = (value) => value === null || value === undefined ? "–"
+    : (Math.abs(value) < 1e6 ? grouped(value, 2) : value.toExponential(2)).replace("-", "−");
+  const { before, after = end, difference } = end;
+  const sign = (value) => (value > 0 ? "+" : "") + decimal(value);
+  const number = (key) => (!before ? decimal(after[key])
+    : `${decimal(before[key])} → ${decimal(after[key])} (${sign(difference[key])})`);
   const parts = [["", grouped(end.tokens), ` tokens ${counted}`]];
-  parts.push(["finish: ", escaped(end.finish), ""]);
-  if (end.perplexity !== null) parts.push(["perplexity ", decimal(end.perplexity), ""]);
-  if (end.bits_per_byte !== null) parts.push(["bits per byte ", decimal(end.bits_per_byte), ""]);
-  parts.push(["sum of log-probabilities ", decimal(end.sum_logprob), " nats"]);
+  if (end.finish) parts.push(["finish: ", escaped(end.finish), ""]);
+  if (after.perplexity !== null) parts.push(["perplexity ", number("perplexity"), ""]);
+  if (after.bits_per_byte !== null) parts.push(["bits per byte ", number("bits_per_byte"), ""]);
+  parts.push(["sum of log-probabilities ", number("sum_logprob"), " nats"]);
   return parts.map(([before, value, after]) => el("span", "", before, el("b", "", value), after));
 }
 
 /** The run record as pairs of term and value. */
 function facts(run) {
   const { checkpoint = {}, tokenizer = {}, numerics = {}, sampling } = run;
-  const short = (value) =>
-    typeof value !== "number" || Number.isInteger(value) ? value : Number(value.toPrecision(6));
+  const short = (value) => (typeof value === "object" ? JSON.stringify(value)
+    : typeof value !== "number" || Number.isInteger(value) ? value : Number(value.toPrecision(6)));
   const settings = Object.entries(sampling ?? {}).filter(([, value]) => value !== null)
     .map(([key, value]) => `${key.replaceAll("_", "-")} ${short(value)}`);
   const computed = { teacher_forced: "in one teacher-forced pass", cached: "by cached decoding" };
@@ -544,17 +551,20 @@ function bars(row, full) {
   return box;
 }
 
+/** The listed tokens, and among them the token itself, by rank. Older records do not say the rank of
+    a listed token; there the watched ones come after the likeliest, at unknown ranks. */
 function rowsOf(token, run) {
   const row = (entry, rank) => {
     const chosen = entry.id === token.id;
-    return { ...entry, rank: chosen ? token.rank : rank, chosen, cut: entry.kept === false,
-             second: drawnWith(entry, token, run) };
+    return { ...entry, rank: chosen ? token.rank : entry.rank ?? rank, chosen,
+             cut: entry.kept === false, second: drawnWith(entry, token, run) };
   };
-  // Watched ids come after the likeliest tokens; the record does not say their rank.
   const rows = token.top.map((entry, i) => row(entry, i < (run?.top ?? Infinity) ? i + 1 : null));
   if (!rows.some((entry) => entry.chosen) && token.logprob !== null) {
-    const { id, bytes, logprob, rank, kept_tokens } = token;
-    const kept = kept_tokens === null ? null : rank <= kept_tokens;
+    const { id, bytes, logprob, rank, kept_tokens, sampling_logprob } = token;
+    const { logit_bias, min_tokens } = run?.sampling ?? {};
+    const kept = sampling_logprob !== null ? true  // it was drawn
+      : kept_tokens === null || logit_bias || min_tokens ? null : rank <= kept_tokens;
     const own = row({ id, token: token.token, bytes, logprob, kept }, rank);
     const behind = rows.findIndex((one) =>
       one.rank === null ? one.logprob < logprob : one.rank > rank);
@@ -566,11 +576,12 @@ function rowsOf(token, run) {
 /** The log-probability that an alternative was drawn with: it has the same temperature and the same
     normaliser as the token that was drawn. null if it is not known. */
 function drawnWith(entry, token, run) {
-  const temperature = run?.sampling?.temperature;
+  const { temperature, logit_bias = {} } = run?.sampling ?? {};
   if (token.sampling_logprob === null || !entry.kept) return null;
   if (entry.id === token.id) return token.sampling_logprob;
   if (!temperature) return null;
-  return Math.min(0, token.sampling_logprob + (entry.logprob - token.logprob) / temperature);
+  const score = ({ id, logprob }) => (logprob + (logit_bias[id] ?? 0)) / temperature;
+  return Math.min(0, token.sampling_logprob + score(entry) - score(token));
 }
 
 function rowsOfBoth(token, run) {
@@ -722,6 +733,7 @@ class TokenPage {
 
   addRecord(record) {
     if (record.type === "run") return this.setRun(record);
+    if (record.sample === null) return this.endAll(record);
     let sample = this.samples.get(record.sample);
     if (!sample) this.samples.set(record.sample, (sample = new Sample(this, record.sample)));
     if (record.type === "token") sample.add(record);
@@ -733,6 +745,13 @@ class TokenPage {
     this.run = run;
     if (!byId("run").hasChildNodes()) byId("run").append(...factNodes(run, pageData.before));
     this.sayBlind();
+  }
+
+  /** The sums over all samples, if there are several. */
+  endAll(record) {
+    if (this.samples.size < 2) return;
+    byId("samples").prepend(el("p", "end all", el("span", "", `${this.samples.size} samples`),
+      ...endLine(record, "predicted")));
   }
 
   /** What a blind guess costs, in the legends. */

@@ -11,12 +11,13 @@ record comes from strangers, so it is escaped wherever it is written.
 import base64
 import gzip
 import json
-from collections.abc import Sequence
-from itertools import chain, zip_longest
+import math
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from llm.errors import UsageError
-from llm.inference.records import Record
+from llm.inference.records import Record, bits_per_byte, perplexity
 from llm.pages.document import document, escape, plain_text
 
 
@@ -39,6 +40,18 @@ def diff_page(records_a: Sequence[Record], records_b: Sequence[Record], *, title
     Raises:
       UsageError: the dumps are not of the same tokens; the message says where they part.
     """
+    return _render(title, "diff", compared(records_a, records_b), before=records_a[0])
+
+
+def compared(records_a: Sequence[Record], records_b: Sequence[Record]) -> list[Record]:
+    """The records of `records_b`, with what `records_a` says as their `before`.
+
+    The end of a sample has `before`, `after` and their `difference`: the sums over the tokens that
+    both give a probability to. A last end, whose sample is None, has them for all samples.
+
+    Raises:
+      UsageError: as `diff_page`.
+    """
     samples_a, samples_b = _tokens_by_sample(records_a), _tokens_by_sample(records_b)
     one, other = (records[0]["tokenizer"] for records in (records_a, records_b))
     if one["sha256"] != other["sha256"]:
@@ -48,13 +61,35 @@ def diff_page(records_a: Sequence[Record], records_b: Sequence[Record], *, title
             "the same tokenizer can be compared token by token"
         )
     _check_same_tokens(samples_a, samples_b)
-    pairs = zip(chain(*samples_a.values()), chain(*samples_b.values()), strict=True)
-    compared = [{**new, "before": {key: old[key] for key in _COMPARED}} for old, new in pairs]
-    ends = [record for record in records_b if record["type"] == "end"]
-    return _render(title, "diff", [records_b[0], *compared, *ends], before=records_a[0])
+    records, every = [records_b[0]], []
+    for (sample, tokens), old in zip(samples_b.items(), samples_a.values(), strict=True):
+        pairs = zip(tokens, old, strict=True)
+        both = [{**new, "before": {key: was[key] for key in _COMPARED}} for new, was in pairs]
+        every += both
+        records += [*both, _end_of_both(sample, both)]
+    return [*records, _end_of_both(None, every)]
 
 
 _COMPARED = ("logprob", "rank", "entropy", "top")
+
+
+def _end_of_both(sample: Any, tokens: Sequence[Record]) -> Record:
+    counted = [t for t in tokens if None not in (t["logprob"], t["before"]["logprob"])]
+    size = sum(len(token["bytes"]) for token in counted)
+
+    def sums(records: Iterable[Record]) -> dict[str, float | None]:
+        total = math.fsum(record["logprob"] for record in records)
+        return {
+            "sum_logprob": total,
+            "perplexity": perplexity(-total, len(counted)),
+            "bits_per_byte": bits_per_byte(-total, size),
+        }
+
+    before, after = sums(token["before"] for token in counted), sums(counted)
+    pairs = {name: (before[name], after[name]) for name in after}
+    change = {n: None if a is None or b is None else b - a for n, (a, b) in pairs.items()}
+    end = {"type": "end", "sample": sample, "tokens": len(counted)}
+    return end | {"before": before, "after": after, "difference": change}
 
 
 def _tokens_by_sample(records: Sequence[Record]) -> dict[Any, list[Record]]:

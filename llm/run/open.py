@@ -5,6 +5,7 @@ A model is spread over the devices as it is read, so that it may be larger than 
 """
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llm.run.checkpoint import restore, saved_steps
 from llm.run.directory import RunDirectory
 from llm.run.receipt import check_receipt
 from llm.run.setup import setup_to_predict
-from llm.text.tokenizer import Tokenizer, load_tokenizer
+from llm.text.tokenizer import Tokenizer, load_tokenizer, lossy_note
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +46,8 @@ class OpenedModel:
     @property
     def checkpoint(self) -> dict[str, Any]:
         """What the record of a run says of the checkpoint."""
-        return {"run": self.run, "step": self.step, "params_sha256": self.params_sha256}
+        said = {"run": self.run, "step": self.step, "params_sha256": self.params_sha256}
+        return said | ({"lossy_tokenizer": True} if self.tokenizer.lossy else {})
 
 
 def open_model(
@@ -66,12 +68,15 @@ def open_model(
     run = RunDirectory(Path(run_dir))
     config = run.read_config()
     tokenizer = load_tokenizer(run.tokenizer)
+    if tokenizer.lossy:
+        warnings.warn(lossy_note(tokenizer), stacklevel=2)
     steps = saved_steps(run.checkpoints)
     if step is not None and step not in steps:
         there_are = ", ".join(map(str, steps)) or "none"
         raise UsageError(f"{run.path} has no checkpoint of step {step}; there are: {there_are}")
     setup = setup_to_predict(config, tokenizer.vocab_size, devices)
-    spec, shardings = setup.spec, tree_shardings(setup.mesh, logical_axes(setup.spec))
+    spec = dataclasses.replace(setup.spec, unassigned=tokenizer.unassigned)
+    shardings = tree_shardings(setup.mesh, logical_axes(setup.spec))
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
         for name, leaf in abstract_params(spec).items()

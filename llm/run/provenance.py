@@ -36,7 +36,7 @@ def describe_run(run: RunDirectory, spec: ModelSpec, corpus: TokenizedCorpus) ->
     """run.json of a run that has not been started yet."""
     data = {
         "fingerprint": corpus.fingerprint,
-        "tokenizer_sha256": corpus.tokenizer.sha256,
+        **_identity(corpus.tokenizer),
         "train_tokens": len(corpus.train),
         "validation_tokens": len(corpus.validation),
         "documents": corpus.documents,
@@ -55,11 +55,16 @@ def describe_import(
     # No corpus has this fingerprint, so that training on any corpus is refused.
     data = dict.fromkeys(counts, 0) | {
         "fingerprint": "none: imported from a Hugging Face model",
-        "tokenizer_sha256": tokenizer.sha256,
+        **_identity(tokenizer),
         "origins": [],
     }
     imported = {"from": str(source.resolve()), "versions": versions()}
     return _description(run, spec, data) | {"imported": imported}
+
+
+def _identity(tokenizer: Tokenizer) -> dict[str, Any]:
+    lossy = {"tokenizer_lossy": True} if tokenizer.lossy else {}
+    return {"tokenizer_sha256": tokenizer.sha256, **lossy}
 
 
 def _description(run: RunDirectory, spec: ModelSpec, data: dict[str, Any]) -> dict[str, Any]:

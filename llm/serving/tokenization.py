@@ -14,6 +14,8 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 import contextlib
 from typing import Any
 
+import numpy as np
+
 from llm.config import Section
 from llm.errors import UsageError
 from llm.inference.decode import encode_prompt
@@ -25,7 +27,7 @@ class Tokenize(Section):
     """A text to encode.
 
     Attributes:
-      add_special_tokens: changes nothing: no tokenizer here puts any before or behind a text.
+      add_special_tokens: the beginning of text stands before it, if the tokenizer has one.
     """
 
     prompt: str
@@ -40,7 +42,8 @@ class Tokenize(Section):
           UsageError: the tokenizer has no tokens for the text.
         """
         special = tokenizer.special_tokens.get(self.prompt)
-        ids = tokenizer.encode(self.prompt).tolist() if special is None else [special]
+        encoded = tokenizer.encode(self.prompt) if special is None else np.array([special])
+        ids = (tokenizer.begun(encoded) if self.add_special_tokens else encoded).tolist()
         names = {"token_strs": [*map(tokenizer.token_name, ids)]} if self.return_token_strs else {}
         return {"count": len(ids), "max_model_len": context_length, "tokens": ids, **names}
 

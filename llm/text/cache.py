@@ -17,6 +17,8 @@ from llm.errors import DataError, UsageError
 from llm.files import whole_folder
 from llm.runtime import cache_dir
 
+CACHE_TAG = "CACHEDIR.TAG"
+
 # Called with (what is being done, bytes done, bytes in all or None). An exception from it stops
 # the work, and nothing half-made stays.
 OnProgress = Callable[[str, int, int | None], None]
@@ -41,6 +43,9 @@ def cache_root(setting: str) -> Path:
             f"the cache folder {root} cannot be created ({error.strerror}); set data.cache_dir to "
             "a folder that can be written"
         ) from None
+    # Backups, and we ourselves, know by it that a folder is a cache: https://bford.info/cachedir/
+    with contextlib.suppress(OSError), open(root / CACHE_TAG, "x") as tag:
+        tag.write("Signature: 8a477f597d28d172789f06886806bc55\n")
     return root
 
 

@@ -9,9 +9,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from llm.errors import DataError
 
@@ -23,10 +24,17 @@ PIECE_BYTES = 2**18
 # The pattern is greedy, so it is matched from the end of a text: it finds the last such place.
 _SAFE_CUT = re.compile("(?s).*[^\\W_](?=[\\s\uff0c\u3002\u3001\uff1b\uff1a\uff01\uff1f])")
 
-_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# If more of a text cannot be read as UTF-8, replacing it would leave noise.
+_STRAY_SHARE = 0.2
+
+# Rows of a column file that are in memory at once.
+_BATCH_ROWS = 256
+
 _EXPECTED_JSON = "expected one JSON object a line, or a list of them"
 # Control characters inside of texts are let through.
 _JSON = json.JSONDecoder(strict=False)
+
+_SKIP = "or set data.bad_rows = 'skip' to leave out and count such rows"
 
 Row = dict[str, Any]
 
@@ -70,14 +78,23 @@ class Reader:
 
     Args:
       errors: what to do with bytes that are not UTF-8: raise, or replace and count them.
-      text_field: name of the field that holds the text of a row.
+      text_field: name of the field that holds the text of a row; "a.b" is field b of field a.
+      bad_rows: what to do with rows without such a text: raise, or leave out and count them.
     Attributes:
       replaced: how many replacement characters were inserted so far.
+      skipped: how many rows were left out so far.
+      first_skipped: which row was left out first, and why.
     """
 
-    def __init__(self, errors: Literal["strict", "replace"], text_field: str):
-        self.errors, self.text_field = errors, text_field
-        self.replaced = 0
+    def __init__(
+        self,
+        errors: Literal["strict", "replace"],
+        text_field: str,
+        bad_rows: Literal["error", "skip"] = "error",
+    ):
+        self.errors, self.text_field, self.bad_rows = errors, text_field, bad_rows
+        self.replaced = self.skipped = 0
+        self.first_skipped = ""
 
     def documents(self, origins: Iterable[Origin]) -> Iterator[Document]:
         """Every document that is not empty, in order.
@@ -88,6 +105,7 @@ class Reader:
         """
         for origin in origins:
             kind = KINDS[origin.kind]
+            assert kind.read is not None
             found = kind.read(self, origin)
             yield from self._row_documents(origin, found) if kind.has_rows else found
 
@@ -117,53 +135,82 @@ class Reader:
                 ) from None
             for row in value if isinstance(value, list) else [value]:
                 # A bare text is a row of one column, as in `datasets`.
-                row = {"text": row} if isinstance(row, str) else row
-                if not isinstance(row, dict):
-                    found = type(row).__name__
-                    raise DataError(f"{origin.name} has a row that is {found}; {_EXPECTED_JSON}")
-                yield row
+                yield {"text": row} if isinstance(row, str) else row
 
     def parquet_rows(self, origin: Origin) -> Iterator[Row]:
-        """The rows of a parquet file."""
-        if origin.bytes:
-            yield from _streamed(origin, "parquet", "train", data_files=[origin.location])
+        """The rows of a parquet file, with no other column than that of the text.
+
+        `datasets` does not read it: it would take a path as a pattern, and decode every column.
+        """
+        import pyarrow.parquet
+
+        with _opened(origin) as file:
+            table = pyarrow.parquet.ParquetFile(file)
+            wanted = self._columns(table.schema_arrow.names)
+            for batch in table.iter_batches(_BATCH_ROWS, columns=wanted):
+                yield from batch.to_pylist()
+
+    def arrow_rows(self, origin: Origin) -> Iterator[Row]:
+        """The rows of an Arrow file or stream, which `datasets.save_to_disk` writes."""
+        import pyarrow.ipc
+
+        with _opened(origin) as file:
+            is_file = file.read(6) == b"ARROW1"
+            file.seek(0)
+            if is_file:
+                table = pyarrow.ipc.open_file(file)
+                batches = (table.get_batch(n) for n in range(table.num_record_batches))
+            else:
+                batches = table = pyarrow.ipc.open_stream(file)
+            wanted = self._columns(table.schema.names)
+            for batch in batches:
+                for start in range(0, batch.num_rows, _BATCH_ROWS):
+                    yield from batch.select(wanted).slice(start, _BATCH_ROWS).to_pylist()
 
     def hub_rows(self, origin: Origin) -> Iterator[Row]:
         """The rows of a data set of the Hugging Face hub, at the origin's revision."""
-        name, config, split = [*origin.location.split(":"), "", ""][:3]
-        yield from _streamed(
-            origin, name, split or "train", name=config or None, revision=origin.sha256
-        )
+        import datasets
 
-    def _row_documents(self, origin: Origin, rows: Iterable[Row]) -> Iterator[Document]:
+        # `datasets` logs every error that it raises; the error is answered below.
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+        name, config, split = [*origin.location.split(":"), "", ""][:3]
+        with _explained(origin):
+            rows = datasets.load_dataset(
+                name,
+                name=config or None,
+                split=split or "train",
+                revision=origin.sha256,
+                streaming=True,
+            )
+            if rows.column_names:  # None if no row tells before it is read
+                rows = rows.select_columns(self._columns(rows.column_names))
+            yield from rows
+
+    def _columns(self, names: list[str]) -> list[str]:
+        """The column of the text; all of them if there is none, so that a message can list them."""
+        wanted = (self.text_field, self.text_field.partition(".")[0])
+        return next(([name] for name in wanted if name in names), names)
+
+    def _row_documents(self, origin: Origin, rows: Iterable[Any]) -> Iterator[Document]:
         """Each row with text as a document, named FILE#ROW."""
         for number, row in enumerate(rows):
-            if self.text_field not in row:
-                raise DataError(
-                    f"{origin.name}, row {number} has no field {self.text_field!r}; its fields are "
-                    f"{', '.join(row)}: set data.text_field to one of them"
-                )
-            text, name = row[self.text_field], f"{origin.name}#{number}"
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{origin.name}, row {number}: the field {self.text_field!r} is "
-                    f"{type(text).__name__}; expected text"
-                )
             try:
-                sha256 = hashlib.sha256(text.encode()).hexdigest()
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"{name} has half of a surrogate pair, {text[error.start]!a}, at character "
-                    f"{error.start}; expected text that can be UTF-8: mend or remove the row"
-                ) from None
+                text = _text_of(row, self.text_field)
+            except _BadRow as problem:
+                if self.bad_rows == "error":
+                    raise DataError(f"{origin.name}, row {number} {problem}, {_SKIP}") from None
+                self.first_skipped = self.first_skipped or f"{origin.name}, row {number} {problem}"
+                self.skipped += 1
+                continue
             if text:
-                yield Document(name, sha256, pieces(_slices(text)))
+                sha256 = hashlib.sha256(text.encode()).hexdigest()
+                yield Document(f"{origin.name}#{number}", sha256, pieces(_slices(text)))
 
     def _blocks(self, origin: Origin) -> Iterator[str]:
         """The decoded file, block by block. At its end, its hash is compared with the origin's."""
         decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
         digest, offset, tail, more = hashlib.sha256(), 0, b"", True
-        with open(origin.location, "rb") as file:
+        with _explained(origin), open(origin.location, "rb") as file:
             while more:
                 block = file.read(PIECE_BYTES)
                 more = bool(block)
@@ -173,11 +220,12 @@ class Reader:
                     text = decoder.decode(block, final=not more)
                 except UnicodeDecodeError as error:
                     place, found = offset - waiting + error.start, error.object[error.start]
-                    utf16 = place == 0 and error.object.startswith(_UTF16)
+                    shown = error.object.decode("utf-8", "replace")
+                    stray = shown.count("\ufffd") < _STRAY_SHARE * len(shown)
+                    replace = ", or set data.errors = 'replace'" if stray else ""
                     raise DataError(
-                        f"{origin.location} is not UTF-8: byte 0x{found:02x} at offset {place}"
-                        f"{' (it begins like UTF-16)' if utf16 else ''}; convert the file, or set "
-                        "data.errors = 'replace'"
+                        f"{origin.location} is not UTF-8: byte 0x{found:02x} at offset {place}; "
+                        f"convert the file (iconv -f ITS_ENCODING -t UTF-8){replace}"
                     ) from None
                 if self.errors == "replace":
                     # Do not count replacement characters that are in the file itself.
@@ -186,43 +234,181 @@ class Reader:
                     tail = (tail + block)[-2:]
                 offset += len(block)
                 yield text
-        if digest.hexdigest() != origin.sha256:
-            raise DataError(
-                f"{origin.location} changed while it was read: expected sha256 {origin.sha256}, "
-                f"found {digest.hexdigest()}; run the same command again when nothing writes to it"
-            )
+        _check_same(origin, digest.hexdigest())
 
 
 class Kind(NamedTuple):
-    """How origins of one kind become documents.
+    """A kind of files: how it is recognised, and how it becomes documents.
 
     Attributes:
-      read: an origin's documents; its rows, if it has rows.
+      read: an origin's documents; its rows, if it has rows; None if such files are not read.
       suffixes: of the names of such files, in lower case.
+      begins: a pattern of the first bytes. What a file begins with counts before its name.
       has_rows: each row that has a text is a document.
       is_text: the size of the file is the size of its text.
+      what, remedy: if such files are not read: what a file is, and what a person can do.
+      holds_text: such files are not read, but text may be in them.
     """
 
-    read: Callable[[Reader, Origin], Iterator[Any]]
+    read: Callable[[Reader, Origin], Iterator[Any]] | None = None
     suffixes: tuple[str, ...] = ()
+    begins: bytes = b"(?!)"
     has_rows: bool = False
     is_text: bool = True
+    what: str = ""
+    remedy: str = ""
+    holds_text: bool = False
 
+
+def _unread(what: str, suffixes: str, begins: bytes, remedy: str, holds_text: bool = True) -> Kind:
+    known_by = tuple(suffixes.split()), begins
+    return Kind(None, *known_by, is_text=False, what=what, remedy=remedy, holds_text=holds_text)
+
+
+_DECOMPRESS = "decompress it and name the file that comes out"
+_UNPACK = "unpack it and name the files or the folder that come out"
+_MADE_FROM = "name the text that it was made from"
 
 KINDS = {
-    "text": Kind(Reader.text),
+    "text": Kind(Reader.text, (".txt",)),
     # The standard library's source code, which is UTF-8 throughout (PEP 8).
     "python": Kind(Reader.text),
     "json": Kind(Reader.json_rows, (".json", ".jsonl", ".ndjson"), has_rows=True),
-    "parquet": Kind(Reader.parquet_rows, (".parquet",), has_rows=True, is_text=False),
+    "parquet": Kind(Reader.parquet_rows, (".parquet",), rb"PAR1", has_rows=True, is_text=False),
+    "arrow": Kind(
+        Reader.arrow_rows, (".arrow",), rb"ARROW1\0|\xff{4}.{3}\0", has_rows=True, is_text=False
+    ),
     "hub": Kind(Reader.hub_rows, has_rows=True, is_text=False),
+    "lfs": _unread(
+        "a pointer of Git LFS", "", rb"version https://git-lfs", "fetch its content: git lfs pull"
+    ),
+    "gzip": _unread("compressed by gzip", ".gz .tgz", rb"\x1f\x8b", _DECOMPRESS),
+    "bzip2": _unread("compressed by bzip2", ".bz2 .tbz2", rb"BZh[1-9]1AY", _DECOMPRESS),
+    "xz": _unread("compressed by xz", ".xz .lzma .txz", rb"\xfd7zXZ\0", _DECOMPRESS),
+    "zstd": _unread("compressed by zstd", ".zst .zstd", rb"\x28\xb5\x2f\xfd", _DECOMPRESS),
+    "lz4": _unread("compressed by lz4", ".lz4", rb"\x04\x22\x4d\x18", _DECOMPRESS),
+    "tar": _unread("a tar archive", ".tar", rb".{257}ustar", _UNPACK),
+    "zip": _unread("a zip archive", ".zip", rb"PK(?:\x03\x04|\x05\x06)", _UNPACK),
+    "7z": _unread("an archive", ".7z .rar", rb"7z\xbc\xaf|Rar!\x1a\x07", _UNPACK),
+    "utf16": _unread(
+        "UTF-16 or UTF-32", "", rb"\xff\xfe|\xfe\xff", "convert it: iconv -f UTF-16 -t UTF-8"
+    ),
+    "pdf": _unread("a PDF", ".pdf", rb"%PDF-", "name its text: pdftotext FILE.pdf"),
+    "numbers": _unread(
+        "arrays, weights or token ids",
+        ".npy .npz .safetensors .h5 .hdf5 .pkl .pickle .ckpt .gguf .tfrecord",
+        rb"\x93NUMPY|\x80[\x02-\x05]|\x89HDF|GGUF[\x01-\x05]",
+        _MADE_FROM,
+        holds_text=False,
+    ),
+    "media": _unread(
+        "a picture, sound or film",
+        ".png .jpg .jpeg .gif .webp .bmp .tif .tiff .ico .mp3 .wav .flac .ogg .mp4 .mkv .avi .mov",
+        rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF.{4}(?:WAVE|AVI |WEBP)|ID3[\x02-\x04]|fLaC",
+        "name text",
+        holds_text=False,
+    ),
+    # Git's rule for a binary file: a NUL among its first 8000 bytes.
+    "binary": _unread(
+        "not text: it has NUL bytes",
+        "",
+        rb"[^\0]*\0",
+        f"{_MADE_FROM}; if it is text with stray NUL bytes, remove them: tr -d '\\000'",
+        holds_text=False,
+    ),
 }
 
 
 def kind_of_file(path: Path) -> str:
-    """The kind of a file by the suffix of its name."""
+    """The kind of a file: by the bytes that it begins with, else by the suffix of its name."""
+    with open(path, "rb") as file:
+        begins = file.read(8000)
     suffix = path.suffix.lower()
-    return next((name for name, kind in KINDS.items() if suffix in kind.suffixes), "text")
+    by_name = next((name for name, kind in KINDS.items() if suffix in kind.suffixes), "text")
+    for name, kind in KINDS.items():
+        # Any number of kinds that are not text have NUL bytes; the name tells more about them.
+        unless_named = name == "binary" and not KINDS[by_name].is_text
+        if re.match(kind.begins, begins, re.DOTALL) and not unless_named:
+            return name
+    return by_name
+
+
+@contextmanager
+def _explained(origin: Origin) -> Iterator[None]:
+    """Turn what the system and libraries say while an origin is read into a DataError.
+
+    The body may yield: whoever consumes a generator does not raise inside of it.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except OSError as error:
+        if error.strerror is None:
+            raise DataError(f"{origin.name} cannot be read: {_first_line(error)}") from error
+        raise DataError(
+            f"{origin.location} cannot be read: {error.strerror}; it could be when the corpus was "
+            "listed: run the same command again when the file is there and nothing writes to it"
+        ) from None
+    except Exception as error:
+        # The readers of columns raise errors of pyarrow, `datasets`, fsspec and HTTP libraries.
+        raise DataError(f"{origin.name} cannot be read: {_first_line(error)}") from error
+
+
+@contextmanager
+def _opened(origin: Origin) -> Iterator[BinaryIO]:
+    """The file of an origin for a library that reads it; its hash is compared at the end."""
+    with _explained(origin), open(origin.location, "rb") as file:
+        yield file
+        file.seek(0)
+        _check_same(origin, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:300] or type(error).__name__
+
+
+def _check_same(origin: Origin, sha256: str) -> None:
+    if sha256 != origin.sha256:
+        raise DataError(
+            f"{origin.location} changed while it was read: expected sha256 {origin.sha256}, "
+            f"found {sha256}; run the same command again when nothing writes to it"
+        )
+
+
+class _BadRow(ValueError):
+    """Why a row has no text, as the end of a sentence that begins with the row."""
+
+
+def _text_of(row: Any, name: str) -> str:
+    """The text of a row, which may be nested: "a.b" is field b of field a."""
+    if not isinstance(row, dict):
+        raise _BadRow(f"is {type(row).__name__}; {_EXPECTED_JSON}: mend or remove the row")
+    try:
+        text = _field(row, name)
+    except (KeyError, TypeError):
+        inner = [f"{key}.{k}" for key, v in row.items() if isinstance(v, dict) for k in v]
+        fields = ", ".join([*row, *inner][:20])
+        raise _BadRow(
+            f"has no field {name!r}; its fields are {fields}: set data.text_field to one of them"
+        ) from None
+    if not isinstance(text, str):
+        found = "null" if text is None else type(text).__name__
+        raise _BadRow(f"has no text: the field {name!r} is {found}; expected text: mend the row")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadRow(
+            f"has half of a surrogate pair, {text[error.start]!a}, at character {error.start}; "
+            "expected text that can be UTF-8: mend the row"
+        ) from None
+    return text
+
+
+def _field(row: Any, name: str) -> Any:
+    """row["a"]["b"] for "a.b", unless a field has that very name."""
+    first, _, rest = name.partition(".")
+    return row[name] if name in row or not rest else _field(row[first], rest)
 
 
 def pieces(blocks: Iterable[str]) -> Iterator[str]:
@@ -262,17 +448,3 @@ def _lines(blocks: Iterable[str]) -> Iterator[str]:
             yield from rest[:-1]
             parts = [rest[-1]]
     yield "".join(parts)
-
-
-def _streamed(origin: Origin, path: str, split: str, **options: Any) -> Iterator[Row]:
-    """The rows that `datasets.load_dataset` streams."""
-    import datasets
-
-    # `datasets` logs every error that it raises; the error is answered below.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        yield from datasets.load_dataset(path, split=split, streaming=True, **options)
-    except Exception as error:
-        # Its readers raise errors of pyarrow, pandas, fsspec and of HTTP libraries.
-        reason = str(error).split("\n")[0][:300] or type(error).__name__
-        raise DataError(f"{origin.name} cannot be read by `datasets`: {reason}") from error

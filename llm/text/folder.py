@@ -19,6 +19,9 @@ from llm.files import read_json, read_regular, why
 from llm.text.described import parts_of
 from llm.text.imported import ImportedTokenizer
 
+# Files that are a tokenizer, the first one first.
+FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
+
 _EXPECTED = "expected a tokenizer.json, a sentencepiece .model, or a folder that has one of them"
 
 # Names of an end of text, for a tokenizer that comes without a folder.
@@ -27,13 +30,11 @@ _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
 _Json = dict[str, Any]
 
 
-def open_tokenizer(
-    path: Path, vocab_size: int | None = None, *, lossy: bool = False
-) -> ImportedTokenizer:
+def open_tokenizer(path: Path, vocab_size: int = 0, *, lossy: bool = False) -> ImportedTokenizer:
     """The tokenizer of a tokenizer.json, a sentencepiece model or a folder of Hugging Face.
 
     Args:
-      vocab_size: of the model that it is for; by default what config.json says, or as many as
+      vocab_size: of the model that it is for; 0: what config.json says, or as many as
         there are tokens.
       lossy: take a tokenizer that loses text.
     Raises:
@@ -41,8 +42,7 @@ def open_tokenizer(
     """
     file = path
     if path.is_dir():
-        names = ("tokenizer.json", "tokenizer.model", "spiece.model")
-        file = next((path / name for name in names if (path / name).exists()), path / names[0])
+        file = next((path / name for name in FILES if (path / name).exists()), path / FILES[0])
     try:
         content = read_regular(file)
         if file.suffix == ".model":

@@ -40,7 +40,9 @@ from llm.text.tokenizer import (
     Tokenizer,
     characters_of,
     check_kind,
+    known_kinds,
     load_tokenizer,
+    lossy_note,
     named_tokenizer,
     sha256_of_json,
     utf8_length,
@@ -94,11 +96,17 @@ class TokenizedCorpus:
 
 
 def prepare(
-    data: DataConfig, tokenizer: TokenizerConfig, *, on_progress: OnProgress = silent
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    of_run: Path | None = None,
+    on_progress: OnProgress = silent,
 ) -> TokenizedCorpus:
     """The corpus of the settings, tokenised: from the cache, or made now.
 
     Args:
+      of_run: the folder of a run's own tokenizer, which is taken if the settings name a file: the
+        file may have changed since, or be gone.
       on_progress: called with (what, bytes done, bytes in all or None), often enough for a progress
         bar. An exception from it stops the preparation, which leaves nothing behind.
     Raises:
@@ -107,11 +115,14 @@ def prepare(
         surrogate pair in the text.
     """
     root = cache_root(data.cache_dir)
-    check_kind(tokenizer.kind)
+    saved = of_run is not None and tokenizer.kind not in known_kinds()
+    own = load_tokenizer(of_run) if saved and of_run else None
+    if own is None:
+        check_kind(tokenizer.kind)
     found = Found((), ())
     try:
         found = find_origins(data.source, root, on_progress)
-        encoder = _tokenizer_for(tokenizer, data, found, root, on_progress)
+        encoder = own or _tokenizer_for(tokenizer, data, found, root, on_progress)
         fingerprint = _fingerprint(data, found.origins, encoder)
         folder = root / "shards" / fingerprint[:32]
         with built_once(folder, on_progress) as partial:
@@ -121,9 +132,14 @@ def prepare(
     except OSError as error:
         if is_disk_full(error):
             raise no_room("the token shards", root, _needed(found), error) from None
-        raise
+        # Errors of the sources are answered where they are read.
+        raise UsageError(
+            f"{error.filename or root}: {error.strerror}; this corpus has to be prepared first, so "
+            "set data.cache_dir to a folder that can be written"
+        ) from None
     header = _read_header(folder, fingerprint)
-    notes = header["notes"]
+    lossy = [lossy_note(encoder)] if encoder.lossy else []
+    notes = [*found.notes, *_notes(header), *lossy]
     if tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size:
         notes.append(
             f"the corpus is too small for {tokenizer.vocab_size} bpe tokens; it gave "
@@ -195,7 +211,8 @@ def _tokenizer_for(
 
 def _all_text(data: DataConfig, found: Found, on_progress: OnProgress) -> Iterator[str]:
     done, total = 0, found.text_bytes
-    for document in Reader(data.errors, data.text_field).documents(found.origins):
+    reader = Reader(data.errors, data.text_field, data.bad_rows)
+    for document in reader.documents(found.origins):
         for text in document.pieces:
             on_progress("reading the vocabulary", done, total)
             yield text
@@ -218,18 +235,20 @@ def _fingerprint(data: DataConfig, origins: Iterable[Origin], encoder: Tokenizer
 def _content(data: DataConfig, origins: Iterable[Origin]) -> dict[str, Any]:
     """Everything that decides the documents, names included: the shards hold them for `replay`."""
     rows = any(KINDS[origin.kind].has_rows for origin in origins)
-    return {
+    content = {
         "origins": [[origin.name, origin.kind, origin.sha256] for origin in origins],
         "errors": data.errors,
         "text_field": data.text_field if rows else None,
     }
+    # It is not there by default, so that shards from before the setting are found.
+    return content | ({"bad_rows": "skip"} if rows and data.bad_rows == "skip" else {})
 
 
 def _tokenise(
     folder: Path, data: DataConfig, found: Found, encoder: Tokenizer, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Write the streams of the corpus, and return the header that describes them."""
-    reader = Reader(data.errors, data.text_field)
+    reader = Reader(data.errors, data.text_field, data.bad_rows)
     pieces = _marked_pieces(reader.documents(found.origins), data.validation, encoder)
     names = ("train", "validation") if data.validation.startswith("documents:") else ("text",)
     dtype = smallest_dtype(encoder.vocab_size)
@@ -247,15 +266,6 @@ def _tokenise(
             text_bytes += size
             changed += differs
         manifests = {name: writer.finish() for name, writer in writers.items()}
-    notes = list(found.notes)
-    if reader.replaced:
-        count = reader.replaced
-        notes.append(f"bytes that are not UTF-8 were replaced by {count} characters U+FFFD")
-    if changed:
-        notes.append(
-            f"the tokenizer {encoder.name!r} reads text in NFC, which spells {changed} bytes of it "
-            "in another way: the text is as NFC has it"
-        )
     return {
         "tokenizer": {"name": encoder.name, "sha256": encoder.sha256},
         "streams": {name: asdict(manifest) for name, manifest in manifests.items()},
@@ -263,9 +273,24 @@ def _tokenise(
         "documents": sum(manifest.documents for manifest in manifests.values()),
         "text_bytes": text_bytes,
         "replaced": reader.replaced,
+        "skipped": reader.skipped,
+        "first_skipped": reader.first_skipped,
+        "normalised": changed,
         "origins": [asdict(origin) for origin in found.origins],
-        "notes": notes,
     }
+
+
+def _notes(header: dict[str, Any]) -> Iterator[str]:
+    """What a person should know of the tokens, wherever their text lies now."""
+    if count := header["replaced"]:
+        yield f"bytes that are not UTF-8 were replaced by {count} characters U+FFFD"
+    if count := header.get("skipped"):
+        yield f"left out {count} rows without text; the first: {header['first_skipped']}"
+    if count := header.get("normalised"):
+        yield (
+            f"the tokenizer {header['tokenizer']['name']!r} reads text in NFC, which spells "
+            f"{count} bytes of it in another way: the text is as NFC has it"
+        )
 
 
 class _Piece(NamedTuple):

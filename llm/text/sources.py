@@ -2,10 +2,11 @@
 
 A source is a word in `data.source`. Each source becomes a list of origins: files, or a hub data
 set, with the identity of their content, so that a change to the corpus is noticed and named. To add
-a source, add a branch to `_origins_of`; to add a kind of file, see llm/text/documents.py.
+a source, add a branch to `_origins_of`; to add a kind of folder or of file, see
+llm/text/folders.py and llm/text/documents.py.
 """
 
-import collections
+import contextlib
 import difflib
 import glob
 import hashlib
@@ -17,15 +18,17 @@ import sysconfig
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from llm.errors import DataError, UsageError
 from llm.files import is_disk_full, write_atomic
+from llm.runtime import cache_dir
 from llm.text.cache import OnProgress, built_once, no_room, silent
 from llm.text.documents import KINDS, Origin, kind_of_file
+from llm.text.folders import Tree, refused
 
 # These are not the library's source code: its tests, its manual as one string, other packages.
 STDLIB_WITHOUT = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}
@@ -68,7 +71,7 @@ def find_origins(
     try:
         for source in [sources] if isinstance(sources, str) else sources:
             found += _origins_of(source, cache, on_progress, notes)
-        origins = tuple(_identified(found, cache, on_progress))
+        origins = tuple(_identified(_once(found, notes), cache, on_progress))
     except OSError as error:
         if is_disk_full(error):
             raise
@@ -78,7 +81,8 @@ def find_origins(
             f"data.source: {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
         ) from None
     if not origins:
-        raise DataError(f"data.source = {sources!r} names no documents")
+        left = f": {'; '.join(notes)}" if notes else ""
+        raise DataError(f"data.source = {sources!r} names no documents{left}")
     return Found(origins, tuple(notes))
 
 
@@ -86,25 +90,62 @@ def _origins_of(
     source: str, cache: Path, on_progress: OnProgress, notes: list[str]
 ) -> Iterator[Origin]:
     """The origins of one source, in a fixed order. Files are not hashed yet."""
-    path = Path(source).expanduser()
     if not source:
         raise UsageError(f"data.source has an empty name; {_EXPECTED}")
+    path = _expanded(source)
     if source == "stdlib":
         root = Path(sysconfig.get_path("stdlib"))
-        files = (path for path in _walk(root, STDLIB_WITHOUT) if path.suffix == ".py")
+        files = (p for p in Tree(root, []).walk(root, STDLIB_WITHOUT) if p.suffix == ".py")
         yield from (_origin_of(path, path.relative_to(root), "python") for path in files)
     elif source.startswith("hf:"):
         yield _hub_origin(source.removeprefix("hf:"), cache)
-    elif source.startswith(("http://", "https://")):
+    elif source.lower().startswith(("http://", "https://")):
         yield _fetched(source, cache, on_progress)
-    elif path.is_dir():
-        yield from _folder(path, notes)
     elif path.is_file():
-        yield _origin_of(path, path.name, kind_of_file(path))
-    elif path.exists():
+        yield _named(path, path.name)
+    elif path.exists() and not path.is_dir():
         raise DataError(f"{path} is neither a file nor a folder")
     else:
-        yield from _matches(source, path)
+        root, parts = (path, ()) if path.exists() else _pattern(source, path)
+        tree = Tree(root, [cache, cache_dir()])
+        found = tree.matches(parts) if parts else tree.files()
+        if parts and not found and not tree.left:
+            raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
+        yield from (_origin_of(file, file.relative_to(root), kind) for file, kind in found)
+        notes += filter(None, [tree.note()])
+
+
+def _expanded(source: str) -> Path:
+    path = Path(source)
+    try:
+        return path if path.exists() else path.expanduser()
+    except RuntimeError:
+        raise UsageError(
+            f"data.source = {source!r}: the system knows no such user's home; {_EXPECTED}"
+        ) from None
+
+
+def _named(path: Path, name: str, sha256: str = "") -> Origin:
+    """A file that a person named; it must be of a kind that is read."""
+    kind = kind_of_file(path)
+    if KINDS[kind].read is None:
+        raise refused(path, kind)
+    return _origin_of(path, name, kind, sha256)
+
+
+def _once(origins: Iterable[Origin], notes: list[str]) -> list[Origin]:
+    """Each file once, however often and by whatever names it was reached."""
+    kept: dict[str, Origin] = {}
+    again: dict[str, None] = {}
+    for origin in origins:
+        place = origin.location if origin.kind == "hub" else os.path.realpath(origin.location)
+        if place in kept:
+            again[origin.location] = None
+        kept.setdefault(place, origin)
+    if again:
+        more = f" and {len(again) - 3} more" if len(again) > 3 else ""
+        notes.append(f"named more than once, and read once: {', '.join([*again][:3])}{more}")
+    return [*kept.values()]
 
 
 def check_unchanged(recorded: Sequence[dict], origins: Sequence[Origin]) -> None:
@@ -134,15 +175,17 @@ def _identified(
     origins: Sequence[Origin], cache: Path, on_progress: OnProgress
 ) -> Iterator[Origin]:
     """The same origins, each file hashed, with distinct names: "NAME", "NAME (2)" and so on."""
-    times: collections.Counter[str] = collections.Counter()
+    taken: set[str] = set()
     total, done = sum(origin.bytes for origin in origins), 0
     for origin in origins:
         on_progress("hashing", done, total)
         done += origin.bytes
-        times[origin.name] += 1
-        number = f" ({times[origin.name]})" if times[origin.name] > 1 else ""
-        sha256 = origin.sha256 or _sha256_of(Path(origin.location), cache)
-        yield replace(origin, name=origin.name + number, sha256=sha256)
+        numbered = (f"{origin.name} ({number})" for number in itertools.count(2))
+        name = next(n for n in itertools.chain([origin.name], numbered) if n not in taken)
+        taken.add(name)
+        yield replace(
+            origin, name=name, sha256=origin.sha256 or _sha256_of(Path(origin.location), cache)
+        )
 
 
 def _origin_of(path: Path, name: str | Path, kind: str, sha256: str = "") -> Origin:
@@ -151,50 +194,26 @@ def _origin_of(path: Path, name: str | Path, kind: str, sha256: str = "") -> Ori
     return Origin(shown, kind, str(path), path.stat().st_size, sha256)
 
 
-def _matches(source: str, path: Path) -> Iterator[Origin]:
-    """The files that a glob matches."""
-    if not glob.has_magic(source):
-        raise DataError(f"there is no file or folder {source}{_near_names(path)}")
-    files = sorted(filter(os.path.isfile, glob.glob(str(path), recursive=True)))
-    if not files:
-        raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
+def _pattern(source: str, path: Path) -> tuple[Path, tuple[str, ...]]:
+    """The folder that all matches of a pattern are below, and the rest of the pattern in parts."""
     root = _before_magic(path)
-    yield from (
-        _origin_of(file, file.relative_to(root), kind_of_file(file)) for file in map(Path, files)
-    )
-
-
-def _folder(root: Path, notes: list[str]) -> Iterator[Origin]:
-    """The files of a folder; binary files are left out and counted."""
-    skipped = 0
-    for path in _walk(root, set()):
-        kind = kind_of_file(path)
-        if KINDS[kind].is_text:
-            with open(path, "rb") as file:
-                # Git's rule for a binary file: a NUL among its first 8000 bytes.
-                if b"\0" in file.read(8000):
-                    skipped += 1
-                    continue
-        # A .json file in a folder is more often a document than a table of documents.
-        kind = "text" if path.suffix.lower() == ".json" else kind
-        yield _origin_of(path, path.relative_to(root), kind)
-    if skipped:
-        notes.append(f"{root}: {skipped} binary files were left out")
-
-
-def _walk(root: Path, without: set[str]) -> Iterator[Path]:
-    """Files below a folder in a fixed order, without hidden files and links to folders."""
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(s for s in subfolders if s not in without and s[0] != ".")
-        for file in sorted(files):
-            path = Path(folder, file)
-            if file[0] != "." and path.is_file():
-                yield path
+    if "://" in source:
+        raise UsageError(
+            f"data.source = {source!r}: files are fetched by http:// and https:// only"
+        )
+    if root == path:
+        raise DataError(f"there is no file or folder {source}{_near_names(path)}")
+    return root, path.relative_to(root).parts
 
 
 def _before_magic(path: Path) -> Path:
-    """The folder that all matches of a glob are below."""
-    return Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    """The start of a path up to the first pattern in it; a name that exists is no pattern."""
+    fixed = Path()
+    for part in path.parts:
+        if glob.has_magic(part) and not (fixed / part).exists():
+            break
+        fixed /= part
+    return fixed
 
 
 def _near_names(path: Path) -> str:
@@ -218,14 +237,21 @@ def _sha256_of(path: Path, cache: Path) -> str:
     place = os.fsencode(path.resolve())
     identity = [place.hex(), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     memory = cache / "hashes" / hashlib.sha256(place).hexdigest()
-    if memory.exists() and (known := json.loads(memory.read_text()))["identity"] == identity:
-        return known["sha256"]
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        if (known := json.loads(memory.read_bytes()))["identity"] == identity:
+            return known["sha256"]
     sha256 = _sha256_of_bytes(path)
     # A file written within the clock's grain of now could change again without a new time.
     if time.time() - status.st_ctime > 2:
-        memory.parent.mkdir(exist_ok=True)
-        write_atomic(memory, json.dumps({"identity": identity, "sha256": sha256}).encode())
+        _remember(memory, json.dumps({"identity": identity, "sha256": sha256}))
     return sha256
+
+
+def _remember(memory: Path, content: str) -> None:
+    """Write what saves time later; a cache that cannot be written serves without it."""
+    with contextlib.suppress(OSError):
+        memory.parent.mkdir(exist_ok=True)
+        write_atomic(memory, content.encode())
 
 
 def _sha256_of_bytes(path: Path) -> str:
@@ -235,15 +261,16 @@ def _sha256_of_bytes(path: Path) -> str:
 
 def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Origin:
     """The file at a URL, from the cache or fetched once; its sha256 is kept beside it."""
-    folder = cache / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:32]
+    folder = cache / "downloads" / hashlib.sha256(os.fsencode(url)).hexdigest()[:32]
     try:
+        address = _ascii_url(url)
         # The end of a name tells what kind of file it is; file systems allow 255 bytes.
-        name = Path(urllib.parse.urlparse(url).path).name[-64:] or "index"
+        name = Path(urllib.parse.urlsplit(address).path).name[-64:] or "index"
     except ValueError as error:
         raise UsageError(f"data.source = {url!r} is not a URL: {error}") from None
     with built_once(folder, on_progress) as partial:
         if partial is not None:
-            sha256 = _download(url, partial / name, on_progress)
+            sha256 = _download(address, partial / name, on_progress)
             (partial / f"{name}.sha256").write_text(sha256)
     path = folder / name
     expected = (folder / f"{name}.sha256").read_text()
@@ -253,7 +280,17 @@ def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Origin:
             f"{path}, fetched from {url}, has changed: expected sha256 {expected}, found {found}; "
             f"delete {folder} to fetch it again"
         )
-    return _origin_of(path, url, kind_of_file(path), found)
+    return _named(path, url, found)
+
+
+def _ascii_url(url: str) -> str:
+    """A URL as HTTP sends it: letters that are not ASCII are escaped, those of its host by IDNA."""
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    path, query = (
+        urllib.parse.quote(os.fsencode(part), "%/:=&?+!$,;'@()*[]~") for part in parts[2:4]
+    )
+    return urllib.parse.urlunsplit((parts.scheme, host, path, query, ""))
 
 
 def _download(url: str, path: Path, on_progress: OnProgress) -> str:
@@ -273,7 +310,7 @@ def _download(url: str, path: Path, on_progress: OnProgress) -> str:
                 on_progress("fetching", done, total)
             if response.length:
                 raise http.client.HTTPException(f"it ended after {done} of {total} bytes")
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, http.client.HTTPException, UnicodeError) as error:
         if isinstance(error, OSError) and is_disk_full(error):
             path.unlink(missing_ok=True)
             needed = f"it has {total or 'an unknown number of'} bytes"
@@ -292,9 +329,14 @@ def _unreachable(what: str, why: str) -> str:
 def _hub_origin(spec: str, cache: Path) -> Origin:
     """A hub data set at its newest revision, or the last one seen if the hub is out of reach."""
     name = spec.split(":")[0]
-    if not name:
+    if not name or spec.count(":") > 2:
         raise UsageError(
-            "data.source = 'hf:': expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"
+            f"data.source = 'hf:{spec}': expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLIT"
+        )
+    if os.path.exists(name):
+        raise UsageError(
+            f"data.source = 'hf:{spec}': {name} is here too, and `datasets` would read it in place "
+            f"of the hub's; set data.source = '{name}' to read it, or run in another folder"
         )
     memory = cache / "hub" / hashlib.sha256(name.encode()).hexdigest()
     try:
@@ -304,8 +346,7 @@ def _hub_origin(spec: str, cache: Path) -> Origin:
             raise DataError(_unreachable(f"the data set {name!r}", str(error))) from None
         revision = memory.read_text()
     else:
-        memory.parent.mkdir(exist_ok=True)
-        write_atomic(memory, revision.encode())
+        _remember(memory, revision)
     return Origin(f"hf:{spec}", "hub", spec, 0, revision)
 
 

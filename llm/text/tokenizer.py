@@ -13,10 +13,11 @@ import base64
 import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,8 +99,9 @@ class Tokenizer(abc.ABC):
         ]
         return np.concatenate(ids).astype(np.int32)
 
-    def begun(self, ids: Ids) -> Ids:
+    def begun(self, ids: Sequence[int] | Ids) -> Ids:
         """The ids of a document with the beginning of text before them, unless they have it."""
+        ids = np.asarray(ids, np.int32)
         if self.begin_of_text is None or ids[:1].tolist() == [self.begin_of_text]:
             return ids
         return np.concatenate([np.array([self.begin_of_text], np.int32), ids])
@@ -132,6 +134,15 @@ class Tokenizer(abc.ABC):
     def sha256(self) -> str:
         """Hash of the definition: equal tokenizers have equal hashes."""
         return sha256_of_json(self.definition())
+
+    @property
+    def unassigned(self) -> tuple[tuple[int, int], ...]:
+        """[start, stop) of ids that no token has."""
+        taken = (
+            id_ for id_, data in enumerate(self.token_table) if data or id_ in self._special_names
+        )
+        ids = [-1, *taken, self.vocab_size]
+        return tuple((a + 1, b) for a, b in itertools.pairwise(ids) if a + 1 < b)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token; b"" for special tokens and unassigned ids."""
@@ -258,12 +269,18 @@ class BytePairTokenizer(Tokenizer):
       pattern: regular expression of the pre-tokens; no merge crosses their borders.
       ranks: token -> id, which is also the order of merges.
       special_tokens: spelling -> id.
+      vocab_size: of the model that it is for, if that has more ids.
     Raises:
       ValueError: a byte without a token, two tokens of one id, or a pattern that does not compile.
     """
 
     def __init__(
-        self, name: str, pattern: str, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]
+        self,
+        name: str,
+        pattern: str,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        vocab_size: int = 0,
     ):
         import tiktoken
 
@@ -271,7 +288,8 @@ class BytePairTokenizer(Tokenizer):
         if missing:
             raise ValueError(f"the byte {missing[0]} has no token; expected one for each byte")
         ids = [*ranks.values(), *special_tokens.values()]
-        table = [b""] * (max(ids) + 1)
+        self._least_size = max(ids) + 1
+        table = [b""] * max(self._least_size, vocab_size)
         for token, rank in ranks.items():
             table[rank] = token
         if len(set(ids)) != len(ids):
@@ -316,7 +334,7 @@ class BytePairTokenizer(Tokenizer):
             "pattern": self.pattern,
             "special_tokens": self.special_tokens,
             "ranks": ranks,
-        }
+        } | ({"vocab_size": self.vocab_size} if self.vocab_size > self._least_size else {})
 
 
 SURROGATE = "is half of a surrogate pair, which is not a character"
@@ -333,21 +351,37 @@ def panics_as(message: str, error: type[Exception] = UsageError) -> Iterator[Non
         raise error(f"{message} ({panic})") from None
 
 
-def named_tokenizer(kind: str, *, lossy: bool = False) -> Tokenizer:
-    """A tokenizer that needs no corpus: "bytes", the name of a tiktoken encoding, or a path."""
+def lossy_note(tokenizer: Tokenizer) -> str:
+    """What every report of a model with such a tokenizer says."""
+    return (
+        f"the tokenizer {tokenizer.name!r} loses text (tokenizer.lossy): bytes, bits per byte and "
+        "offsets are of the text that its tokens spell"
+    )
+
+
+def named_tokenizer(kind: str, vocab_size: int = 0, *, lossy: bool = False) -> Tokenizer:
+    """A tokenizer that needs no corpus: "bytes", the name of a tiktoken encoding, or a path.
+
+    Args:
+      vocab_size: of the model that it is for; the ids beyond the tokenizer's are no tokens.
+    """
     if is_path(kind):
         from llm.text.folder import open_tokenizer
 
-        return open_tokenizer(Path(kind), lossy=lossy)
-    return ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind)
+        return open_tokenizer(Path(kind), vocab_size, lossy=lossy)
+    return ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind, vocab_size)
+
+
+def known_kinds() -> tuple[str, ...]:
+    """The kinds of tokenizers that are names; every other is a path."""
+    import tiktoken
+
+    return ("bytes", *MADE_FROM_CORPUS, *tiktoken.list_encoding_names())
 
 
 def is_path(kind: str) -> bool:
     """Whether a kind of tokenizer is a file or a folder, and not a name."""
-    import tiktoken
-
-    named = ("bytes", *MADE_FROM_CORPUS, *tiktoken.list_encoding_names())
-    return kind not in named and ("/" in kind or Path(kind).exists())
+    return kind not in known_kinds() and ("/" in kind or Path(kind).exists())
 
 
 def unseen(text: str, index: int, why: str) -> UsageError:
@@ -362,7 +396,7 @@ def unseen(text: str, index: int, why: str) -> UsageError:
     )
 
 
-def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
+def tiktoken_tokenizer(name: str, vocab_size: int = 0) -> BytePairTokenizer:
     """A public encoding by its name, from tiktoken's cache or the network.
 
     Raises:
@@ -383,7 +417,7 @@ def tiktoken_tokenizer(name: str) -> BytePairTokenizer:
             "set TIKTOKEN_CACHE_DIR to it"
         ) from None
     return BytePairTokenizer(
-        name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens
+        name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens, vocab_size
     )
 
 
@@ -404,13 +438,9 @@ def known_vocab_size(kind: str) -> int | None:
 
 
 def check_kind(kind: str) -> None:
-    """Raise a UsageError that lists the known kinds, unless `kind` is one of them."""
-    if kind in ("bytes", *MADE_FROM_CORPUS) or is_path(kind):
-        return
-    import tiktoken
-
-    known = ["bytes", *MADE_FROM_CORPUS, *tiktoken.list_encoding_names()]
-    if kind not in known:
+    """Raise a UsageError that lists the known kinds, unless `kind` is one of them or a path."""
+    known = known_kinds()
+    if kind not in known and not is_path(kind):
         near = difflib.get_close_matches(kind, known, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UsageError(
@@ -440,9 +470,12 @@ class _BytePairs(msgspec.Struct, tag_field="kind", tag="byte_pairs"):
     pattern: str
     special_tokens: dict[str, _Id]
     ranks: dict[Annotated[bytes, msgspec.Meta(min_length=1)], _Id]
+    vocab_size: Annotated[int, msgspec.Meta(ge=0, le=LARGEST_VOCABULARY)] = 0
 
     def open(self) -> Tokenizer:
-        return BytePairTokenizer(self.name, self.pattern, self.ranks, self.special_tokens)
+        return BytePairTokenizer(
+            self.name, self.pattern, self.ranks, self.special_tokens, self.vocab_size
+        )
 
 
 class _Imported(msgspec.Struct, tag_field="kind", tag="imported"):

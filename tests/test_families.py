@@ -1,0 +1,137 @@
+"""Each family of Hugging Face models: log-probabilities are transformers', token by token.
+
+The oracle is transformers with random weights, large enough for each part of a model to show. Every
+text is longer than any window of attention, and is read at once and with a key/value cache.
+"""
+
+import contextlib
+import io
+
+import jax
+import numpy as np
+import pytest
+from test_hf import torch_and_transformers
+
+from llm.interop.families import FAMILIES
+from llm.interop.hf import from_hf, to_hf
+from llm.model.gpt import KVCache, ModelSpec, bind
+
+VOCAB, LENGTH = 61, 24
+OLD = {"n_layer": 2, "n_head": 4, "n_embd": 16, "n_inner": 24, "n_positions": LENGTH}
+SIZES = {
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16,
+    "intermediate_size": 24, "max_position_embeddings": LENGTH,
+}  # fmt: skip
+NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+# (family, settings of its own): what people use, and each switch both ways.
+CASES = {
+    "gpt2": ("gpt2", {**OLD}),
+    "gpt_bigcode": ("gpt_bigcode", {**OLD}),
+    "gpt_bigcode-gelu": ("gpt_bigcode", {**OLD, "activation_function": "gelu"}),
+    "llama": ("llama", {**SIZES}),
+    "llama-attention-bias": ("llama", {**SIZES, "attention_bias": True}),
+    "llama-mlp-bias": ("llama", {**SIZES, "mlp_bias": True}),
+    "mixtral": ("mixtral", {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2}),
+    "mistral": ("mistral", {**SIZES, "sliding_window": LENGTH}),
+    "qwen2": ("qwen2", {**SIZES, "rms_norm_eps": 1e-2}),
+    "qwen2-tied": ("qwen2", {**SIZES, "tie_word_embeddings": True, "rope_theta": 1e6}),
+    "qwen3": ("qwen3", {**SIZES, "head_dim": 4}),
+    "qwen3-bias": ("qwen3", {**SIZES, "head_dim": 4, "attention_bias": True}),
+    "phi3": ("phi3", {**SIZES, "sliding_window": LENGTH + 1}),
+    "olmo": ("olmo", {**SIZES}),
+    "olmo-bias": ("olmo", {**SIZES, "attention_bias": True}),
+    "starcoder2": ("starcoder2", {**SIZES}),
+    "starcoder2-no-bias": ("starcoder2", {**SIZES, "use_bias": False}),
+    "granite": ("granite", {**SIZES, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
+                            "residual_multiplier": 0.7, "attention_multiplier": 0.3}),
+    "granite-tied": ("granite", {**SIZES, "embedding_multiplier": 3.0, "logits_scaling": 0.5,
+                                 "tie_word_embeddings": True, "attention_bias": True}),
+}  # fmt: skip
+
+
+def save_theirs(folder, model_type, settings):
+    """A model of transformers with random weights as a folder: (tokens, its log-probabilities)."""
+    torch, transformers = torch_and_transformers()
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=VOCAB, **{**NO_IDS, **settings}
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 0.3 * torch.randn_like(parameter)
+    with contextlib.redirect_stderr(io.StringIO()):
+        model.save_pretrained(folder)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH), dtype=np.int32)
+    return tokens, log_probabilities_of_theirs(folder, tokens)
+
+
+def log_probabilities_of_theirs(folder, tokens):
+    torch, transformers = torch_and_transformers()
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(loading.values()), loading
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(tokens).long()).logits
+    return logits.log_softmax(-1).numpy()
+
+
+def log_probabilities(config, vocab_size, params, tokens):
+    """Ours: (of the text read at once, of the text read with a cache in pieces of 5, 1, 1, ...)."""
+    spec = ModelSpec(config, vocab_size)
+
+    @jax.jit
+    def at_once(params, tokens):
+        return jax.nn.log_softmax(bind(spec, params)(tokens))
+
+    @jax.jit
+    def extended(params, tokens, cache):
+        model = bind(spec, params)
+        hidden, cache = model.extend(tokens, cache)
+        return jax.nn.log_softmax(model.logits(hidden)), cache
+
+    cache, parts = KVCache.create(spec, len(tokens), LENGTH), []
+    for first, end in [(0, 5), *((t, t + 1) for t in range(5, LENGTH))]:
+        part, cache = extended(params, tokens[:, first:end], cache)
+        parts.append(part)
+    return np.asarray(at_once(params, tokens)), np.concatenate(parts, axis=1)
+
+
+def test_every_family_is_compared():
+    assert {model_type for model_type, _ in CASES.values()} == {*FAMILIES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_imported_model_gives_the_log_probabilities_of_transformers(tmp_path, case):
+    tokens, expected = save_theirs(tmp_path, *CASES[case])
+    assert np.std(expected) > 0.5
+    at_once, cached = log_probabilities(*from_hf(tmp_path), tokens)
+    np.testing.assert_allclose(at_once, expected, atol=1e-4)
+    np.testing.assert_allclose(cached, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_imported_model_is_exported_with_the_same_log_probabilities(tmp_path, case):
+    """As the first family that can express it, which need not be its own."""
+    tokens, expected = save_theirs(tmp_path / "theirs", *CASES[case])
+    config, vocab_size, params = from_hf(tmp_path / "theirs")
+    to_hf(config, vocab_size, params, tmp_path / "ours")
+    again = log_probabilities_of_theirs(tmp_path / "ours", tokens)
+    np.testing.assert_allclose(again, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_key_that_a_file_does_not_have_is_what_transformers_takes(model_type):
+    _, transformers = torch_and_transformers()
+    default = transformers.AutoConfig.for_model(model_type)
+    found = (
+        {**default.to_dict(), **default.rope_parameters}
+        if "rope" in str(default)
+        else default.to_dict()
+    )
+    # transformers writes out what follows from other keys.
+    following = {"sliding_window"} if not found.get("use_sliding_window", True) else set()
+    for key in FAMILIES[model_type].keys:
+        if key.default is not None and not key.theirs.endswith(("pdrop", "dropout")):
+            assert key.theirs in following or found[key.theirs] == key.default, key.theirs
