@@ -11,8 +11,10 @@ from llm.inference.filters import (
     CANDIDATES,
     Candidates,
     RowSettings,
+    Steering,
     apply_filters,
     draw,
+    steer,
 )
 from llm.inference.records import Sampling
 
@@ -208,6 +210,33 @@ def test_filters_equal_those_of_transformers():
         weights = found.weights_RV[row]
         assert drawable(weights / weights.sum()) == drawable(expected), sampling
         np.testing.assert_allclose(weights / weights.sum(), expected, rtol=5e-5, atol=1e-9)
+
+
+def test_steering_adds_to_its_row_and_leaves_others_to_the_bit():
+    logprobs = np.asarray(jax.nn.log_softmax(jnp.float32(random_rows(64, seed=12)), axis=-1))
+    nothing, rest = 2**31 - 1, [[0] * 3] * 61  # stands for no token; rows that nothing steers
+    steering = Steering(
+        ids_RK=np.int32([[nothing] * 3, [5, 9, 600], [7, 8, nothing], *np.add(rest, nothing)]),
+        values_RK=np.float32([[0] * 3, [3.0, -100.0, 50.0], [-np.inf, -np.inf, 0], *rest]),
+        floors_RK=np.int32([[0] * 3, [-1, -1, -1], [4, 10, 0], *rest]),
+    )
+    left = jnp.full(64, 20, jnp.int32).at[2].set(10)
+    scores, candidates = jax.jit(steer)(logprobs, Candidates.of(logprobs), steering, left)
+    for row in (0, *range(3, 64)):
+        np.testing.assert_array_equal(scores[row], logprobs[row])
+    expected = logprobs[1].astype(np.float64)
+    expected[[5, 9, 600]] += [3.0, -100.0, 50.0]
+    expected -= np.log(np.exp(expected).sum())
+    np.testing.assert_allclose(scores[1], expected, atol=1e-4)
+    assert candidates.ids_RC[1][0] == 600
+    # Of row 2, ten tokens are left: the second ban counts while there are more, the first still.
+    forbidden = np.flatnonzero(~np.isfinite(np.asarray(scores[2])))
+    assert forbidden.tolist() == [7]
+    settings = RowSettings.stack([Sampling(temperature=1e30)] * 64, range(64))
+    found = apply_filters(scores, candidates, settings, logprobs)
+    assert found.kept_tokens_R[:4].tolist() == [VOCAB, VOCAB, VOCAB - 1, VOCAB]
+    assert not found.kept_RV[2, 7] and found.weights_RV[2, 7] == 0.0
+    np.testing.assert_allclose(found.kept_mass_R[2], 1 - np.exp(logprobs[2, 7]), rtol=1e-5)
 
 
 DRAWS = 100_000
