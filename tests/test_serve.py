@@ -2,6 +2,7 @@
 what bad requests, clients that leave and signals do."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -24,17 +25,20 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from llm.commands import run_command, serve, shared  # noqa: E402
+from llm.commands.flags import parse as parse_flags  # noqa: E402
 from llm.config import ModelConfig  # noqa: E402
+from llm.errors import UsageError  # noqa: E402
 from llm.inference.decode import Decoder, Request  # noqa: E402
 from llm.inference.numerics import numerics_of  # noqa: E402
 from llm.inference.records import RunRecord, Sampling, read_records  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
 from llm.serving.completions import Served  # noqa: E402
+from llm.serving.connections import Server, listen, run, url_of  # noqa: E402
 from llm.serving.engine import Engine  # noqa: E402
 from llm.serving.limits import Limits  # noqa: E402
 from llm.serving.requests import parse  # noqa: E402
-from llm.serving.server import Server, Site, listen, make_app, run, url_of  # noqa: E402
+from llm.serving.server import Site, make_app  # noqa: E402
 from llm.text.tokenizer import ByteTokenizer  # noqa: E402
 
 CONTEXT = 96
@@ -466,6 +470,148 @@ def test_pages_of_other_sites_are_refused(running, headers, status):
     assert answer.status_code == status
     if status == 403:
         assert "--allow-host" in answer.json()["error"]["message"]
+
+
+def asked(running, site, method, path, headers=None, **fields):
+    """The answer of an application for this site, without a connection."""
+
+    async def ask():
+        transport = httpx.ASGITransport(make_app(running.served, running.engine, site))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, headers=headers, json=fields or None)
+
+    return asyncio.run(ask())
+
+
+GUESTS = Site(None, guests=("notebook.example", "::1"))
+ANYONE = Site(None, guests=None)
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization, content-type, x-stainless-lang",
+    "Access-Control-Request-Private-Network": "true",
+}
+
+
+@pytest.mark.parametrize(
+    ("site", "origin", "status"),
+    [
+        (GUESTS, "http://notebook.example", 200),
+        (GUESTS, "https://NOTEBOOK.example:8443", 200),
+        (GUESTS, "http://[::1]:3000", 200),
+        (ANYONE, "http://evil.example", 200),
+        (ANYONE, "null", 200),
+        (GUESTS, "http://evil.example", 403),
+        (GUESTS, "http://notebook.example.evil.example", 403),
+        (GUESTS, "http://evil.example#notebook.example", 403),
+        (GUESTS, "http://evil.example/http://notebook.example", 403),
+        (GUESTS, "null", 403),
+        (SITE, "http://localhost:3000", 403),
+        (SITE, "http://localhost", 400),  # no browser asks for its own site
+    ],
+)
+def test_preflights_are_answered_for_allowed_origins_alone(running, site, origin, status):
+    """https://fetch.spec.whatwg.org/#http-cors-protocol"""
+    answer = asked(running, site, "OPTIONS", "/v1/completions", {**PREFLIGHT, "origin": origin})
+    assert answer.status_code == status
+    allowed = answer.headers.get("access-control-allow-origin")
+    assert allowed == (None if status != 200 else "*" if site is ANYONE else origin)
+    if status != 200:
+        assert answer.json()["error"]["message"]
+        return
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    assert answer.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "fields", "status"),
+    [
+        ("GET", "/health", {}, 200),
+        ("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1}, 200),
+        ("POST", "/v1/completions", {"prompt": "a", "max_tokens": 1, "stream": True}, 200),
+        ("POST", "/tokenize", {"prompt": "a"}, 200),
+        ("POST", "/v1/completions", {"prompt": 5}, 400),
+        ("GET", "/nowhere", {}, 404),
+        ("DELETE", "/v1/completions", {}, 405),
+    ],
+)
+def test_allowed_pages_may_read_answers_errors_and_streams(running, method, path, fields, status):
+    origin = {"origin": "http://notebook.example:8888"}
+    answer = asked(running, GUESTS, method, path, origin, **fields)
+    assert answer.status_code == status
+    assert answer.headers["access-control-allow-origin"] == origin["origin"]
+    assert "Origin" in answer.headers["vary"]
+    alone = asked(running, GUESTS, method, path, None, **fields)
+    assert "access-control-allow-origin" not in alone.headers
+
+
+KEY = "sk-3$w:x"
+
+
+def basic(text):
+    return "Basic " + base64.b64encode(text.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        (f"Bearer {KEY}", 200),
+        (f"bearer {KEY}", 200),
+        (basic(f"anyone:{KEY}"), 200),
+        (basic(f":{KEY}"), 200),
+        (None, 401),
+        ("Bearer", 401),
+        ("Bearer ", 401),
+        (f"Bearer {KEY}x", 401),
+        (f"Bearer {KEY[:-1]}", 401),
+        (KEY, 401),
+        (f"Basic {KEY}", 401),
+        (f"Digest {KEY}", 401),
+        (basic(KEY), 401),
+        ("Basic \u00e9", 401),
+        ("Bearer \u00e9", 401),
+    ],
+)
+def test_a_key_is_wanted_by_all_but_health(running, given, status):
+    site = Site(None, guests=("notebook.example",), key=KEY)
+    headers = {"origin": "http://notebook.example"}
+    headers |= {"authorization": given.encode("latin-1")} if given else {}
+    for method, path in [("GET", "/"), ("GET", "/v1/models"), ("POST", "/tokenize")]:
+        fields = {"prompt": "a"} if method == "POST" else {}
+        answer = asked(running, site, method, path, headers, **fields)
+        assert answer.status_code == status, path
+        assert answer.headers["access-control-allow-origin"] == headers["origin"]
+        if status == 401:
+            assert answer.json()["error"]["code"] == "invalid_api_key" and KEY not in answer.text
+            challenges = answer.headers.get_list("www-authenticate")
+            assert [challenge.split()[0] for challenge in challenges] == ["Bearer", "Basic"]
+    assert asked(running, site, "GET", "/nowhere", headers).status_code == (401, 404)[status == 200]
+    assert asked(running, site, "GET", "/health").status_code == 200
+    preflight = {**PREFLIGHT, "origin": headers["origin"]}
+    assert asked(running, site, "OPTIONS", "/v1/models", preflight).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "variable", "key"),
+    [
+        ([], None, None),
+        ([], "", None),
+        ([], "secret", "secret"),
+        (["--api-key", "flag"], "secret", "flag"),
+        (["--api-key", ""], "secret", UsageError),
+        (["--api-key", "two words"], None, UsageError),
+        ([], "\u00e9", UsageError),
+    ],
+)
+def test_the_key_is_a_flag_or_a_variable(monkeypatch, flags, variable, key):
+    monkeypatch.delenv("LLM_API_KEY", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("LLM_API_KEY", variable)
+    if key is UsageError:
+        with pytest.raises(UsageError, match=r"--api-key.*expected letters"):
+            parse_flags(serve.Options, ["run", *flags])
+    else:
+        assert parse_flags(serve.Options, ["run", *flags]).api_key == key
 
 
 def test_hosts_are_checked_where_only_this_machine_can_reach():

@@ -2,22 +2,25 @@
 
 It answers POST /v1/completions and GET /v1/models as OpenAI's API does, and GET /health. The page
 at / continues the text that you type, and shows each token with its probability. Only this machine
-can reach the server unless --host says otherwise; there is no password. SIGTERM or Ctrl-C lets
+can reach the server unless --host says otherwise; --api-key is its password. SIGTERM or Ctrl-C lets
 running requests finish; the exit code is 0.
 """
 
 import ipaddress
+import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
 from llm.config import setting
+from llm.errors import UsageError
 from llm.runtime import prepare_process
 from llm.serving.limits import Limits
 
@@ -31,6 +34,15 @@ if TYPE_CHECKING:
 PROBE = 32
 
 
+def _key(text: str) -> str:
+    if not (text.isascii() and text.isprintable() and text) or " " in text:
+        raise ValueError("expected letters, digits and signs of ASCII, without spaces")
+    return text
+
+
+Key = Annotated[str, AfterValidator(_key)]
+
+
 class Options(Limits, RunOptions):
     """The command line."""
 
@@ -41,6 +53,12 @@ class Options(Limits, RunOptions):
         (),
         "also answer requests to this name (Host) and from pages of it (Origin); *: any name",
         "NAME",
+    )
+    api_key: Key | None = Field(
+        default_factory=lambda: os.environ.get("LLM_API_KEY") or None,
+        validate_default=True,
+        title="KEY",
+        description="password of the server; $LLM_API_KEY is better, since others can see flags",
     )
     warm_up: bool = setting(
         False, "compile for every number of users before the first is served, not as they come"
@@ -57,7 +75,15 @@ def main(arguments: list[str]) -> int:
 
     from llm.inference.decode import Decoder
     from llm.serving.engine import Engine
-    from llm.serving.server import Server, listen, make_app, run, url_of
+
+    try:
+        from llm.serving.connections import Server, listen, run, url_of
+        from llm.serving.server import make_app
+    except ImportError as error:
+        raise UsageError(
+            f"`serve` needs starlette and uvicorn, and {error.name} is not installed; install both "
+            "with `pip install 'glassbox-gpt[serve]'`"
+        ) from None
 
     listener = listen(options.host, options.port)
     opened = options.open()
@@ -66,10 +92,11 @@ def main(arguments: list[str]) -> int:
     engine = Engine(decoder, options)
     engine.warm_up(options.warm_up)
     engine.start()
-    app = make_app(served, engine, site_of(options.host, options.allow_host))
+    site = replace(site_of(options.host, options.allow_host), key=options.api_key)
+    app = make_app(served, engine, site)
     ready = f"serving {served.name}, step {opened.step}, at {url_of(listener)}"
-    if not is_loopback(options.host):
-        ready += "\nwhoever reaches this machine can use it: there is no password"
+    if not (is_loopback(options.host) or options.api_key):
+        ready += "\nwhoever reaches this machine can use it: there is no --api-key"
     say_ready = partial(print, ready, file=sys.stderr, flush=True)
     run(Server(app, engine, options.grace, say_ready), listener)
     return 0

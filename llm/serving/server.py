@@ -1,29 +1,38 @@
 """HTTP: OpenAI's /v1/completions and /v1/models, the tokenizer, /health, and the live page at /.
 
-    app = make_app(served, engine, site)
-    run(Server(app, engine, grace, ready), listen(host, port))     until SIGTERM or Ctrl-C
+    app = make_app(served, engine, Site(names, guests, key))     an ASGI application
 
 Every answer that is not what the client asked for is OpenAI's error object. When a client goes
-away, its rows are free at the next chunk, whether it streams or waits. There is no CORS: pages of
-other sites get no answer. Host and Origin are checked, so a page cannot get an answer either by
-making a name of its own point to this machine (DNS rebinding).
+away, its rows are free at the next chunk, whether it streams or waits. Host and Origin are checked,
+so a page of another site gets no answer, neither from its own name nor by making that name point to
+this machine (DNS rebinding). Pages of allowed names are let in by CORS.
 
-What it is not: the meaning of requests (completions.py), or decoding (engine.py). This is the only
-file that imports starlette and uvicorn.
+What it is not: the meaning of requests (completions.py), decoding (engine.py), or connections
+(connections.py). This is the only file that imports starlette.
 """
 
 import asyncio
+import base64
+import contextlib
+import hmac
 import json
-import os
-import signal
-import socket
-import traceback
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import partial
-from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llm.errors import LLMError, UsageError
 from llm.inference.decode import NewTokens
@@ -32,33 +41,15 @@ from llm.serving.engine import ClosedError, Delivery, Engine, QueueFullError, Ti
 from llm.serving.requests import APIError, parse, prompt_ids, read
 from llm.serving.tokenization import ASKED, tokenizer_info
 
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.background import BackgroundTask
-    from starlette.concurrency import run_in_threadpool
-    from starlette.datastructures import Headers
-    from starlette.exceptions import HTTPException
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, Response, StreamingResponse
-    from starlette.routing import Route
-    from starlette.types import ASGIApp, Receive, Scope, Send
-except ImportError as error:
-    raise UsageError(
-        f"`serve` needs starlette and uvicorn, and {error.name} is not installed; install both "
-        "with `pip install 'glassbox-gpt[serve]'`"
-    ) from None
-
+LOG = logging.getLogger(__name__)
 # Seconds in which a body must arrive: enough for a megabyte over a slow line, and a client that
 # sends nothing does not hold a connection for ever.
 BODY_SECONDS = 60.0
 # Bytes beyond the limit that are read all the same: if the server closes a connection while the
 # client still sends, the answer that says why is lost.
 DISCARDED = 2**26
-# How long a stop waits for the device.
-STOP_SECONDS = 10.0
-# How long the device's chunk may take after the grace time, and telling the clients.
-TELL_SECONDS = 5.0
+# What is answered without a key, for whoever watches whether the server runs.
+OPEN_PATH = "/health"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -69,10 +60,70 @@ class Site:
     Attributes:
       names: the names by which requests may call this server; None: any name.
       guests: hosts whose pages may send requests, beside this server's own; None: all hosts.
+      key: what requests must carry, but for those to OPEN_PATH; None: nothing.
     """
 
     names: tuple[str, ...] | None
     guests: tuple[str, ...] | None
+    key: str | None = None
+
+    def check_names(self, request: Request) -> None:
+        """Refuse a request that a page of another site may have sent.
+
+        A page can make a name of its own point to 127.0.0.1 (DNS rebinding); its requests then
+        carry that name as Host. A page can post here without reading the answer; its requests then
+        carry Origin.
+
+        Raises:
+          APIError: it may have been.
+        """
+        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        name, page = _hostname(f"//{host}"), _hostname(origin or "")
+        own = None, f"http://{host}", f"https://{host}"
+        if self.names is not None and name not in self.names:
+            problem = (
+                f"this server was called {host!a}; it answers to {', '.join(self.names)}. If that "
+                f"name is yours, start it with --allow-host {name or 'NAME'}"
+            )
+        elif not (origin in own or self.guests is None or page in self.guests):
+            problem = (
+                f"the request comes from a page of {origin!a}, not of this server, {host!a}; to "
+                f"let such pages in, start it with --allow-host {page or 'NAME'}"
+            )
+        else:
+            return
+        raise APIError(403, problem, code="forbidden_host")
+
+    def check_key(self, request: Request) -> None:
+        """Refuse a request without the key.
+
+        Programs send it as `Bearer KEY`. A browser asks its user for a password, any user name
+        will do, and then sends it with the requests of the live page too (RFC 7617).
+
+        Raises:
+          APIError: the key is missing or wrong, or there are too many connections.
+        """
+        if "crowded" in request.scope.get("state", {}):
+            raise APIError(
+                503, "too many connections; try again later", code="too_many_connections"
+            )
+        if self.key is None or request.scope["path"] == OPEN_PATH:
+            return
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            try:
+                given = base64.b64decode(given if scheme.lower() == "basic" else "").decode()
+            except ValueError:
+                given = ""
+            given = given.partition(":")[2]
+        # In constant time, so that nobody can find the key letter by letter.
+        if not hmac.compare_digest(given.encode(), self.key.encode()):
+            raise APIError(
+                401,
+                "this server wants its key, and the request has none or another; send the header "
+                "Authorization: Bearer KEY, which is api_key of the openai package",
+                code="invalid_api_key",
+            )
 
 
 def make_app(served: Served, engine: Engine, site: Site) -> ASGIApp:
@@ -91,13 +142,49 @@ def make_app(served: Served, engine: Engine, site: Site) -> ASGIApp:
         ],
         exception_handlers=dict.fromkeys(errors, answer_error),
     )
+    # An allowed page may read errors too, so the check of the key is inside. A preflight request
+    # never carries a key.
+    return _guarded(Guests(_guarded(app, site.check_key), site), site.check_names)
 
-    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
-        problem = refusal(site, Headers(scope=scope)) if scope["type"] == "http" else None
-        error = None if problem is None else APIError(403, problem, code="forbidden_host")
-        await (app if error is None else _error(error))(scope, receive, send)
 
-    return checked
+def _guarded(app: ASGIApp, check: Callable[[Request], None]) -> ASGIApp:
+    """The application, for requests whose heads pass a check. The check raises APIError."""
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        try:
+            check(request)
+        except APIError as error:
+            await _discard_body(request)
+            await error_response(error)(scope, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return guarded
+
+
+class Guests(CORSMiddleware):
+    """Tells browsers that pages of the site's guests may send requests here and read answers."""
+
+    def __init__(self, app: ASGIApp, site: Site):
+        super().__init__(
+            app,
+            allow_origins=["*"] if site.guests is None else [],
+            allow_methods=["*"],  # a wrong one gets its 405 from the application
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+            allow_private_network=True,  # from a public page to this machine
+        )
+        self._guests = site.guests or ()
+
+    def is_allowed_origin(self, origin: str) -> bool:
+        return self.allow_all_origins or _hostname(origin) in self._guests
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        return error_response(APIError(response.status_code, bytes(response.body).decode()))
 
 
 class Api:
@@ -150,7 +237,7 @@ class Api:
         decoder = self.engine.decoder
 
         def answer() -> Response:
-            asked = read(ASKED[request.url.path], body, self.engine.limits)
+            asked = read(ASKED[request.scope["path"]], body, self.engine.limits)
             self._model(asked.model)
             return _json(asked.answer(decoder.tokenizer, decoder.spec.config.context_length))
 
@@ -255,29 +342,6 @@ class Exchange:
             ticket.cancel()
 
 
-def refusal(site: Site, headers: Headers) -> str | None:
-    """Why a request may have been sent by a page of another site; None if it was not.
-
-    A page can make a name of its own point to 127.0.0.1 (DNS rebinding); its requests then carry
-    that name as Host. A page can post here without reading the answer; its requests then carry
-    Origin.
-    """
-    host, origin = headers.get("host", ""), headers.get("origin")
-    name = _hostname(f"//{host}")
-    if site.names is not None and name not in site.names:
-        return (
-            f"this server was called {host!a}; it answers to {', '.join(site.names)}. If that name "
-            f"is yours, start it with --allow-host {name or 'NAME'}"
-        )
-    own, page = (None, f"http://{host}", f"https://{host}"), _hostname(origin or "")
-    if origin in own or site.guests is None or page in site.guests:
-        return None
-    return (
-        f"the request comes from a page of {origin!a}, not of this server, {host!a}; to let such "
-        f"pages in, start it with --allow-host {page or 'NAME'}"
-    )
-
-
 async def read_body(request: Request, most: int) -> bytes:
     """The body, if it is no larger than `most` bytes and arrives in time."""
     body, size = bytearray(), 0
@@ -300,6 +364,12 @@ async def read_body(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
+async def _discard_body(request: Request) -> None:
+    """Read a body that nobody asked for: see DISCARDED."""
+    with contextlib.suppress(APIError, ClientDisconnect):
+        await read_body(request, 0)
+
+
 def as_api_error(error: Exception) -> APIError:
     """What the client is told of an error."""
     match error:
@@ -315,107 +385,25 @@ def as_api_error(error: Exception) -> APIError:
             return APIError(400, str(error), param="prompt")
         case LLMError():
             return APIError(500, str(error), code=type(error).__name__)
-    traceback.print_exception(error)
+    LOG.error("a bug while a request was answered", exc_info=error)
     return APIError(500, "a bug in the server; its log has the traceback", code="internal_error")
 
 
-def answer_error(request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
     """The answer to a request that failed before anything of an answer was sent."""
     if not isinstance(error, HTTPException):
-        return _error(as_api_error(error))
+        return error_response(as_api_error(error))
+    path = request.scope["path"][:100]
     message = (
-        f"{request.method} {request.url.path}: {error.detail.lower()}; POST /v1/completions, "
+        f"{request.method} {path}: {error.detail.lower()}; POST /v1/completions, "
         "GET /v1/models, GET /tokenizer_info, POST /tokenize, POST /detokenize, GET /health and "
         "the page at / are here"
     )
     code = "not_found" if error.status_code == 404 else None
-    response = _error(APIError(error.status_code, message, code=code))
+    response = error_response(APIError(error.status_code, message, code=code))
     response.headers.update(error.headers or {})
+    await _discard_body(request)
     return response
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that already listens: clients that come while the model loads wait for it.
-
-    Raises:
-      UsageError: the port is taken, or the host is not one of this machine.
-    """
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        dual = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
-        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=dual)
-    except OSError as error:
-        raise UsageError(
-            f"cannot listen on --host {host} --port {port}: {error.strerror}; stop what listens "
-            "there, or choose another --port (0: any free one), or a --host that is a name or "
-            "address of this machine, such as 127.0.0.1"
-        ) from None
-
-
-def url_of(listener: socket.socket) -> str:
-    """Where a browser finds it."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def run(server: "Server", listener: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, then finish what runs."""
-    try:
-        server.run(sockets=[listener])
-    finally:
-        if not server.engine.stop(timeout=STOP_SECONDS):
-            # The engine waits for the device, and Python must not be taken down around it.
-            os._exit(0)
-
-
-class Server(uvicorn.Server):
-    """uvicorn's server, which tells clients why a stop ends their requests.
-
-    Args:
-      engine: what computes the answers.
-      grace: seconds that a stop waits for running requests.
-      ready: called once requests are answered.
-    """
-
-    def __init__(self, app: ASGIApp, engine: Engine, grace: float, ready: Callable[[], None]):
-        config = uvicorn.Config(
-            app,
-            log_level="error",
-            lifespan="off",
-            timeout_graceful_shutdown=grace + TELL_SECONDS,  # type: ignore[arg-type]
-            server_header=False,
-            ws="none",
-        )
-        super().__init__(config)
-        self.engine, self._grace, self._ready = engine, grace, ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop the engine after the grace time, so that every client gets an answer.
-
-        uvicorn would cancel running requests, and their clients would not be told why.
-        """
-
-        async def stop_engine() -> None:
-            await asyncio.sleep(self._grace)
-            await asyncio.to_thread(self.engine.stop, TELL_SECONDS)
-
-        stopping = asyncio.create_task(stop_engine())
-        await super().shutdown(sockets)
-        stopping.cancel()
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """On SIGINT and SIGTERM. A second signal ends the process at once."""
-        if self.should_exit:
-            os.write(2, b"\nstopped at once on a second signal\n")
-            os._exit(128 + sig)
-        self.should_exit = True
-        name = signal.Signals(sig).name
-        os.write(2, f"\n{name}: finishing what runs; again to stop at once\n".encode())
 
 
 def _hostname(url: str) -> str:
@@ -437,10 +425,14 @@ def _event(content: Any) -> bytes:
     return b"data: " + bytes(_json(content).body) + b"\n\n"
 
 
-def _error(error: APIError) -> Response:
+def error_response(error: APIError) -> Response:
+    """An error as an answer."""
     response = _json(error.body(), error.status)
+    if error.status == 401:
+        response.headers.append("www-authenticate", "Bearer")
+        response.headers.append("www-authenticate", 'Basic realm="the key as password"')
     if error.status in (429, 503):
         response.headers["retry-after"] = "1"
-    if error.status in (408, 413):
-        response.headers["connection"] = "close"  # the rest of the body is not read
+    if error.status in (408, 413) or error.code == "too_many_connections":
+        response.headers["connection"] = "close"  # what else the client sends is not read
     return response
