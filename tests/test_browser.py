@@ -4,6 +4,7 @@ Needs Chromium, its driver and selenium; skipped where one of them is missing. N
 pages are opened from files.
 """
 
+import itertools
 import json
 import math
 import re
@@ -62,7 +63,7 @@ def folder(tmp_path_factory, records):
         "empty": page([], title="Two samples"),
         "one": page(records[: 1 + [r["type"] for r in records].index("end")], title="One"),
         "diff": diff_page(before, after, title="Two checkpoints"),
-        "attention": attention_page(attention_weights(), list("abcdef"), title="Heads"),
+        "attention": attention_page(attention_weights(), records_of_text("abcdef"), title="Heads"),
     }
     for name, content in contents.items():
         (folder / f"{name}.html").write_text(content, "utf-8")
@@ -102,6 +103,10 @@ def attention_weights():
         weights[0, 0, t, max(t - 1, 0)] = weights[0, 1, t, 0] = 1.0
         weights[1, :, t, : t + 1] = 1.0 / (t + 1)
     return weights
+
+
+def records_of_text(text):
+    return tokens_of(given([c.encode() for c in text]), 0)
 
 
 def media(browser, scheme="light"):
@@ -682,6 +687,130 @@ def test_attention_page_shows_where_a_head_looks(open_page):
     assert levels() == [round(24 / math.sqrt(3))] * 3 + [0] * 3
     weights = [percentage(item.text) for item in find_all(browser, ".alternatives li")]
     assert weights == pytest.approx([1 / 3] * 3, abs=0.004)
+
+
+# Paragraphs of both directions, letters that join, marks above and below, joined emoji. (Lam and
+# alef are not neighbours here: a browser makes one glyph of the two only within an element.)
+SCRIPTS = {
+    "Hebrew": "שלום עולם, Python 3.11 טוב!",
+    "Hebrew in English": "abc שלום עולם def.",
+    "Arabic": "مرحبا يا صديقي abc 123.",
+    "Persian": "می\u200cخواهم کتاب\u200cها",
+    "Thai": "สวัสดีชาวโลก ที่นี่",
+    "Hindi": "नमस्ते दुनिया, क्षत्रिय",
+    "Chinese": "道可道\uff0c非常道。",
+    "emoji": "👩\u200d🔬 👨\u200d👩\u200d👧 🏳\ufe0f\u200d🌈 🇨🇭 👍🏽 e\u0301",
+}
+# How tokens cut a text: where the bytes of each begin.
+CUTS = {
+    "bytes": lambda data: range(len(data)),
+    "characters": lambda data: [i for i, byte in enumerate(data) if byte & 0xC0 != 0x80],
+    "a space and a byte": lambda data: [
+        i for i in range(len(data)) if i == 0 or data[i - 1 : i] != b" "
+    ],
+    "anywhere": lambda data: range(0, len(data), 3),
+    "pairs across characters": lambda data: [0, *range(1, len(data), 2)],
+}
+PLACES = """
+const [holder] = arguments, walker = document.createTreeWalker(holder, NodeFilter.SHOW_TEXT);
+const box = holder.getBoundingClientRect(), places = [];
+for (let node; (node = walker.nextNode());) {
+  for (let i = 0; i < node.data.length; i++) {
+    const range = new Range();
+    range.setStart(node, i);
+    range.setEnd(node, i + 1);
+    const place = range.getBoundingClientRect();
+    places.push([node.data.charCodeAt(i), place.left - box.left, place.right - box.left]);
+  }
+}
+return places;
+"""
+PLAIN = """
+const [text, like] = arguments, plain = document.createElement("div");
+plain.className = "text";
+plain.textContent = text;
+like.after(plain);
+return plain;
+"""
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_tokens_stand_where_their_text_stands_by_itself(open_page, cut):
+    records = []
+    for sample, script in enumerate(SCRIPTS.values()):
+        data = script.encode()
+        starts = [*CUTS[cut](data), len(data)]
+        pieces = [data[a:b] for a, b in itertools.pairwise(starts)]
+        run, *of_text = given(pieces)
+        records += [run] * (not sample) + [record | {"sample": sample} for record in of_text]
+    browser = open_page("scripts", page(records, title="t"))
+    texts = find_all(browser, "#samples .text")
+    for text, script in zip(texts, SCRIPTS.values(), strict=True):
+        # The oracle: how the browser itself sets the text, without an element in it.
+        plain = browser.execute_script(PLAIN, script, text)
+        places, expected = (browser.execute_script(PLACES, holder) for holder in (text, plain))
+        assert [place[0] for place in places] == [place[0] for place in expected]
+        assert np.allclose([p[1:] for p in places], [p[1:] for p in expected], atol=2), script
+
+
+def test_marks_and_joined_emoji_are_one_character_of_several_tokens(open_page):
+    pieces = ["e", "\u0301", "x", "\U0001f469", "\u200d", "\U0001f52c", "\U0001f1e8", "\U0001f1ed"]
+    records = given([piece.encode() for piece in pieces])
+    browser = open_page("marks", page(records, title="t"))
+
+    def cells():
+        return [
+            len(cell.find_elements(By.CSS_SELECTOR, ".t")) for cell in find_all(browser, ".cell")
+        ]
+
+    assert cells() == [2, 3, 2]
+    hover(browser, "#s0t3")
+    assert "part 1 of 3" in panel(browser)
+    browser.execute_script("tokenPage.truncate(0, 5)")
+    assert cells() == [2, 2]
+    browser.execute_script("arguments[0].forEach(r => tokenPage.addRecord(r))", records[6:-1])
+    assert cells() == [2, 3, 2]
+    endless = given([b"a", *["\u0301".encode()] * 300])
+    browser = open_page("endless", page(endless, title="t"))
+    assert max(cells()) <= 32 and len(find_all(browser, ".t")) == 301
+
+
+def test_characters_of_several_tokens_are_characters_on_the_attention_page(open_page):
+    pieces = [b"a", b" \xd7", b"\xa9", b"\xe4", b"\xb8\x96", b"z"]
+    tokens = tokens_of(given(pieces), 0)
+    browser = open_page("shared", attention_page(attention_weights(), tokens, title="t"))
+    text = find(browser, "#attended")
+    assert text.get_attribute("textContent") == "a ש世z"
+    assert [len(c.find_elements(By.CSS_SELECTOR, ".t")) for c in find_all(browser, ".cell")] == [
+        2,
+        2,
+    ]
+    find_all(browser, "#heads button")[0].click()  # each looks at the token before
+    hover(browser, "#t4")
+    assert panel(browser).startswith("世 2/2")
+    assert [item.text for item in find_all(browser, ".alternatives .token")] == ["世 1/2"]
+    assert find_all(browser, ".cell > b")[1].get_attribute("class") == "w24"
+    hover(browser, ".cell > b")
+    assert panel(browser).startswith(" ש 2/2")
+    shown = find(browser, ".cell").get_attribute("class")
+    assert shown == "cell on"
+
+
+def test_the_panel_of_attention_opens_on_a_phone_when_asked_and_closes(open_page, browser):
+    metrics(browser, 390)
+    open_page("attention")
+    assert "Point at a token" in panel(browser)
+    for close in (
+        lambda: find(browser, "#panel .close").click(),
+        lambda: press(browser, Keys.ESCAPE),
+        lambda: find(browser, "#t3").click(),
+    ):
+        find(browser, "#t3").click()
+        assert panel(browser).startswith("d")
+        close()
+        assert "Point at a token" in panel(browser)
+        find(browser, "[for=way-from]").click()
+        assert "Point at a token" in panel(browser), "a choice does not open it"
 
 
 @pytest.mark.parametrize("name", ["tokens", "diff", "attention"])

@@ -412,12 +412,13 @@ def test_score_writes_where_each_head_looks(tmp_path, model, capsys):
     assert not np.triu(weights, 1).any() and written["attention_1"].tolist() == [[[[1.0]]] * 2]
     alone = attention_weights(bind(opened.spec, opened.params), ids[None])
     np.testing.assert_allclose(weights, alone[:, 0], atol=1e-5)
-    page = tmp_path / "attention.html"
-    assert score("--text", text, "--attention", arrays, "--attention-html", page) == 0
+    page, probs = tmp_path / "attention.html", tmp_path / "probs.jsonl"
+    outputs = ("--attention", arrays, "--attention-html", page, "--probs", probs)
+    assert score("--text", text, *outputs) == 0
     np.testing.assert_array_equal(np.load(arrays)["attention_0"], weights)
     shown = attention_page(
         weights,
-        [opened.tokenizer.token_name(id_) for id_ in ids.tolist()],
+        [record for record in read_records(probs) if record["type"] == "token"],
         title="Attention of mine, step 7",
     )
     assert page.read_text() == shown and "<b>h" not in shown

@@ -433,13 +433,14 @@ def causal_weights(layers=2, heads=3, length=5):
 
 
 def test_attention_page_carries_every_weight():
-    weights, tokens = causal_weights(), ["a", "</script>", r"\xe4", " b", "\n"]
+    pieces = [b"a", b"</script>", b"\xe4", b" b", b"\n"]
+    weights, tokens = causal_weights(), tokens_of(given(pieces))
     source = attention_page(weights, tokens, title="<t>")
     assert_self_contained(source)
     parsed = Parsed(source)
-    assert parsed.text == "".join(tokens)
-    data = parsed.data()
-    assert data["tokens"] == tokens
+    assert parsed.text == joined_text(tokens)
+    data, shown = parsed.data(), ("token", "bytes", "text", "utf8")
+    assert data["tokens"] == [{name: token[name] for name in shown} for token in tokens]
     stored = np.frombuffer(zlib.decompress(base64.b64decode(data["weights"])), np.uint8)
     stored = stored.reshape(2, 3, 15)
     rows, columns = np.tril_indices(5)
@@ -458,7 +459,7 @@ def test_attention_page_carries_every_weight():
 )
 def test_attention_that_is_not_causal_attention_is_refused(spoil, message):
     with pytest.raises(UsageError, match=message):
-        attention_page(spoil(causal_weights()), list("abcde"), title="t")
+        attention_page(spoil(causal_weights()), tokens_of(given([b"a"] * 5)), title="t")
 
 
 def test_example_text_has_what_these_tests_are_about():

@@ -29,10 +29,13 @@ from llm.config import setting
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.inference.records import (
+    NO_NUMBERS,
     AnyRecord,
     EndRecord,
     RunRecord,
+    Spellings,
     TokenRecord,
+    as_json,
     bits_per_byte,
     perplexity,
     text_bytes,
@@ -230,6 +233,7 @@ def write_attention(
       UsageError: the weights are too many, or a text is longer than the context. Nothing is written
         then.
     """
+    from llm.inference.transcript import Transcript
     from llm.pages.attention import attention_of, check_attention
     from llm.pages.attention_view import attention_page
 
@@ -243,9 +247,11 @@ def write_attention(
     weights: Iterable[np.ndarray] = (attention_of(opened.spec, opened.params, i) for i in texts)
     if options.attention_html:
         weights = list(weights)  # the page has one text
-        names = [opened.tokenizer.token_name(id_) for id_ in texts[0].tolist()]
+        transcript = Transcript(Spellings(opened.tokenizer))
+        tokens = [transcript.add(id_, "prompt", NO_NUMBERS) for id_ in texts[0].tolist()]
+        tokens[-1:] = map(transcript.close, tokens[-1:])
         title = f"Attention of {opened.run}, step {opened.step}"
-        page = attention_page(weights[0], names, title=title)
+        page = attention_page(weights[0], list(map(as_json, tokens)), title=title)
         write_output(options.attention_html, page.encode(), UsageError)
     if options.attention:
         write_arrays(options.attention, "attention", texts, weights)

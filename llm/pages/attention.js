@@ -37,19 +37,54 @@ class AttentionPage {
   constructor(data, weights) {
     this.tokens = data.tokens;
     this.weights = weights;
-    this.spans = this.tokens.map((token) => el("span", "t", ...visible(token)));
-    this.spans.forEach((span, index) => { span.id = `t${index}`; });
-    byId("attended").append(...this.spans);
+    this.spans = [];
+    this.starts = [];
+    this.drawTokens();
     this.layer = weights.layers - 1;
     this.head = 0;
     this.shown = Math.min(this.tokens.length - 1, Math.ceil(this.tokens.length / 2));
     this.pinned = false;
+    // A panel that covers the text opens when somebody asks for a token.
+    this.open = !coversText(byId("panel"));
     this.hint = [...byId("panel").childNodes];
     byId("layer").value = this.layer;
     byId("head").value = this.head;
     this.makeHeads();
     this.listen();
     this.recolour();
+  }
+
+  /** Tokens that share a character stand under it, as on the page of probabilities. */
+  drawTokens() {
+    while (this.starts.length < this.tokens.length) {
+      const start = cellStart(this.tokens, this.starts);
+      this.starts.fill(start, start).push(start);
+    }
+    const makeNode = (index, inner, named) => {
+      const span = el("span", named ? "t name" : "t", ...inner);
+      span.id = `t${index}`;
+      return (this.spans[index] = span);
+    };
+    for (let start = 0, end; start < this.tokens.length; start = end) {
+      end = start + this.cellOf(start).length;
+      byId("attended").append(...cellNodes(this.tokens.slice(start, end),
+        (i, inner, named) => makeNode(start + i, inner, named), ""));
+    }
+  }
+
+  /** The tokens that share a character with this one, itself included. */
+  cellOf(index) {
+    const start = this.starts[index];
+    let end = index + 1;
+    while (this.starts[end] === start) end++;
+    return this.tokens.slice(start, end);
+  }
+
+  /** A token as it is named in lists: its text, or its share of a character. */
+  nameOf(index) {
+    const cell = this.cellOf(index), text = textOf(cell);
+    if (cell.length === 1 || !text) return visible(this.tokens[index].token);
+    return [...visible(text), el("small", "", ` ${index - this.starts[index] + 1}/${cell.length}`)];
   }
 
   get looking() { return byId("way-to").checked; }
@@ -64,9 +99,18 @@ class AttentionPage {
     this.shown = index;
     const weights = this.tokens.map((_, other) => this.weightOf(other));
     this.spans.forEach((span, other) => {
-      span.className = `t w${weightLevel(weights[other])}${other === index ? " on" : ""}`;
+      const { classList } = span, levelClass = `w${weightLevel(weights[other])}`;
+      classList.remove(...[...classList].filter((name) => /^w\d+$/.test(name)));
+      classList.add(levelClass);
+      classList.toggle("on", other === index);
     });
-    this.fillPanel(index, weights);
+    // A shared character has the largest weight of its tokens, as a pixel of the map has.
+    for (const cell of byId("attended").querySelectorAll(".cell")) {
+      const own = [...cell.querySelectorAll(".t")].map((span) => Number(span.id.slice(1)));
+      cell.classList.toggle("on", own.includes(index));
+      cell.firstChild.className = `w${weightLevel(Math.max(...own.map((one) => weights[one])))}`;
+    }
+    if (this.open) this.fillPanel(index, weights);
     this.moveMark();
   }
 
@@ -77,27 +121,36 @@ class AttentionPage {
     const full = axisFor(rows);
     const list = el("ol", "alternatives", ...order.map(([weight, other], i) =>
       el("li", other === index ? "chosen" : "", el("span", "rank", String(other)),
-        el("span", "token", ...visible(this.tokens[other])),
+        el("span", "token", ...this.nameOf(other)),
         bars(rows[i], full),
         el("span", "value", weightText(weight)))));
     const direction = this.looking ? "it looks at" : "looked at by";
     const said = `layer ${this.layer}, head ${this.head}: ${direction}`;
     byId("panel").replaceChildren(
-      el("header", "", el("code", "big", ...visible(this.tokens[index])),
-        el("p", "", `token ${index} of ${this.tokens.length}`)),
+      el("header", "", el("code", "big", ...this.nameOf(index)),
+        el("p", "", `token ${index} of ${this.tokens.length}`), closeButton()),
       el("h3", "", said),
       el("p", "axis", el("span", "", "0"), el("span", "", `${100 * full} %`)), list);
     byId("panel").classList.add("filled");
   }
 
   pin(index) {
-    this.pinned = true;
+    this.pinned = this.open = true;
     this.show(index);
     this.spans[index].scrollIntoView({ block: "nearest" });
     const weights = this.tokens.map((_, other) => this.weightOf(other));
     const most = weights.indexOf(Math.max(...weights));
-    byId("say").textContent = `${escaped(this.tokens[index])}: most with `
-      + `${escaped(this.tokens[most])}, ${weightText(weights[most])}`;
+    byId("say").textContent = `${escaped(this.tokens[index].token)}: most with `
+      + `${escaped(this.tokens[most].token)}, ${weightText(weights[most])}`;
+  }
+
+  /** The panel follows the pointer again, or is closed if it covers the text. */
+  letGo() {
+    this.pinned = false;
+    this.open = !coversText(byId("panel"));
+    if (this.open) return;
+    byId("panel").replaceChildren(...this.hint);
+    byId("panel").classList.remove("filled");
   }
 
   choose(layer, head) {
@@ -180,17 +233,20 @@ class AttentionPage {
   listen() {
     const text = byId("attended"), map = byId("map");
     const indexOf = (target) => {
-      const id = target.closest?.(".t")?.id;
+      const id = tokenElement(target)?.id;
       return id ? Number(id.slice(1)) : null;
     };
     text.addEventListener("pointerover", (event) => {
       const index = indexOf(event.target);
       if (index !== null && !this.pinned && event.pointerType !== "touch") this.show(index);
     });
+    byId("panel").addEventListener("click", (event) => {
+      if (event.target.closest(".close")) this.letGo();
+    });
     text.addEventListener("click", (event) => {
       const index = indexOf(event.target);
       if (index === null) return;
-      if (this.pinned && index === this.shown) this.pinned = false;
+      if (this.pinned && index === this.shown) this.letGo();
       else this.pin(index);
     });
     map.addEventListener("click", (event) => {
@@ -215,7 +271,7 @@ class AttentionPage {
 
   key(event) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
-    if (event.key === "Escape") { this.pinned = false; return; }
+    if (event.key === "Escape") return this.letGo();
     if (event.target.closest?.("input, button, select, summary")) return;
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!step) return;

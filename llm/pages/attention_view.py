@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import UsageError
+from llm.inference.records import Record
 from llm.pages.document import document, plain_text
 
 # L layers  N heads  T query position  S key position
@@ -25,6 +26,8 @@ _ROW_SUM_TOLERANCE = 0.01
 # Each weight is one byte before compression, and a string of JavaScript ends at 512 MB. The limit
 # lets GPT-2 124M show its whole context, in a page that opens within seconds.
 MOST_PAGE_WEIGHTS = 2**27
+
+_SHOWN = ("token", "bytes", "text", "utf8")
 
 
 def check_page_size(layers: int, heads: int, tokens: int) -> None:
@@ -40,7 +43,7 @@ def check_page_size(layers: int, heads: int, tokens: int) -> None:
         )
 
 
-def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> str:
+def attention_page(weights: Weights, tokens: Sequence[Record], *, title: str) -> str:
     """One self-contained HTML document.
 
     The page carries round(255 sqrt(w)) for every weight on or below the diagonal, compressed. This
@@ -48,7 +51,7 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
 
     Args:
       weights: float32 [L, N, T, T]; rows sum to one, zero above the diagonal.
-      tokens: the T tokens' spellings.
+      tokens: the T tokens' records; their `token`, `bytes`, `text` and `utf8` are shown.
     Raises:
       UsageError: the weights do not come from causal attention over these tokens, or are too many.
     """
@@ -63,7 +66,7 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
         kind="attention",
         scripts=("page.js", "attention.js"),
         data={
-            "tokens": list(tokens),
+            "tokens": [{name: token[name] for name in _SHOWN} for token in tokens],
             "layers": layers,
             "heads": heads,
             "weights": packed,
@@ -71,7 +74,7 @@ def attention_page(weights: Weights, tokens: Sequence[str], *, title: str) -> st
         layers=layers,
         heads=heads,
         tokens=length,
-        plain=plain_text("".join(tokens)),
+        plain=plain_text("".join(token["text"] for token in tokens)),
     )
 
 

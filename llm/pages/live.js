@@ -261,8 +261,9 @@ class LivePage {
   add(branch) {
     branch.number = this.branches.push(branch);
     this.show(branch);
+    // Where the settings fill the window, as on a phone, the text would begin below it.
     const { top } = byId("progress").getBoundingClientRect();
-    if (top < 0 || top > this.floor) byId("progress").scrollIntoView();
+    if (top < 0 || this.floor - top < innerHeight / 3) byId("progress").scrollIntoView();
   }
 
   show(branch, { back = false } = {}) {

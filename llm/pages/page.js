@@ -188,7 +188,9 @@ const escaped = (text) =>
 
 /** A token's text as nodes that keep every character and mark the invisible ones. */
 function visible(text) {
-  if (text && Array.from(text).every((c) => JOINERS.includes(c))) return [el("i", "zw", text)];
+  if (text && Array.from(text).every((c) => JOINERS.includes(c))) {
+    return [el("i", text.includes("\u200d") ? "zw" : "zw non", text)];
+  }
   const nodes = [];
   let plain = "";
   const flush = () => { if (plain) nodes.push(plain); plain = ""; };
@@ -219,6 +221,52 @@ function endsInsideCharacter(token) {
   return false;
 }
 
+const graphemes = globalThis.Intl?.Segmenter && new Intl.Segmenter("en");
+const MOST_SHARED = 32;  // a family of four in bytes takes 25
+
+/** Whether the text of a token goes on with the last character that a person sees of the text before:
+    a vowel sign or an accent on its letter, the next part of a joined emoji, the second half of a
+    flag. */
+function goesOn(before, text) {
+  if (!graphemes || !before || !text || text.charCodeAt(0) < 0x300) return false;
+  const tail = before.slice(-32);
+  return graphemes.segment(tail + text.slice(0, 8)).containing(tail.length).index < tail.length;
+}
+
+const textOf = (tokens) => tokens.map((token) => token.text).join("");
+
+/** Where the cell of the next token begins: the tokens that share a character with it. `starts` has
+    where the cells of the tokens before it begin. Cells stay short enough to be looked at. */
+function cellStart(tokens, starts) {
+  const last = starts.length;
+  let start = last && endsInsideCharacter(tokens[last - 1]) ? starts[last - 1] : last;
+  if (start) {
+    const before = starts[start - 1];
+    const text = textOf(tokens.slice(start, last + 1));
+    if (goesOn(textOf(tokens.slice(before, start)), text)) start = before;
+  }
+  return last - start < MOST_SHARED ? start : last;
+}
+
+/** The tokens of a cell: one by itself, or their common text with a bar for each under it.
+    `makeNode(i, inner, named)` makes the element of the token at `start + i`. */
+function cellNodes(tokens, makeNode, levels) {
+  const closed = !["open", "continue"].includes(tokens.at(-1).utf8);
+  const text = closed ? textOf(tokens) : "", alone = tokens.length === 1;
+  const inner = (token) => (!text ? visible(token.token) : alone ? visible(text) : []);
+  const nodes = tokens.map((token, i) => makeNode(i, inner(token), !text));
+  if (!text || alone) return nodes;
+  // Lines break at the spaces around a character, never between it and its bars.
+  const [, lead, rest, tail] = /^(\s*)([^]*?)(\s*)$/u.exec(text);
+  const over = el("span", rest.length > 12 ? "" : "whole", ...visible(rest),
+    el("span", "parts", ...nodes));
+  return [el("span", "cell", el("b", levels, ...visible(lead), over, ...visible(tail)))];
+}
+
+/** The token under an element; a shared character belongs to the token that closes it. */
+const tokenElement = (target) => target.closest?.(".t")
+  ?? [...(target.closest?.(".cell")?.querySelectorAll(".t") ?? [])].at(-1);
+
 /* ---- one sample: its tokens as text, its strip ---- */
 
 class Sample {
@@ -226,7 +274,7 @@ class Sample {
     this.page = page;
     this.name = name;
     this.tokens = [];
-    this.cellStart = 0;
+    this.starts = [];
     this.stale = false;
     this.section = this.makeSection();
     this.text = this.section.querySelector(".text");
@@ -253,11 +301,10 @@ class Sample {
   element(index) { return byId(`s${this.name}t${index}`); }
 
   add(record) {
-    const index = this.tokens.length;
-    if (!index || !endsInsideCharacter(this.tokens[index - 1])) this.cellStart = index;
-    this.tokens.push(record);
-    for (let i = this.cellStart; i < index; i++) this.erase(i);
-    this.appendCell(this.cellStart);
+    const index = this.tokens.push(record) - 1, start = cellStart(this.tokens, this.starts);
+    for (let i = start; i < index; i++) this.erase(i);
+    this.starts.fill(start, start).push(start);
+    this.appendCell(start);
     this.stale = true;
   }
 
@@ -281,15 +328,10 @@ class Sample {
   markMixed() { this.section.classList.toggle("mixed", this.text.children.length > 1); }
 
   cellNodes(start, tokens) {
-    const closed = !["open", "continue"].includes(tokens.at(-1).utf8);
-    const text = closed ? tokens.map((token) => token.text).join("") : "";
-    const alone = tokens.length === 1;
-    const inner = (token) => (!text ? visible(token.token) : alone ? visible(text) : []);
-    const spans = tokens.map((token, i) => this.tokenNode(start + i, token, inner(token), !text));
-    if (!text || alone) return spans;
-    const levels = levelsOf(joint(tokens), this.page.kind, this.page.vocabSize);
-    const shared = el("b", levels, ...visible(text));
-    return [el("span", `cell n${Math.min(tokens.length, 6)}`, shared, el("span", "", ...spans))];
+    const levels = tokens.length > 1
+      ? levelsOf(joint(tokens), this.page.kind, this.page.vocabSize) : "";
+    return cellNodes(tokens, (i, inner, named) =>
+      this.tokenNode(start + i, tokens[i], inner, named), levels);
   }
 
   tokenNode(index, token, inner, named) {
@@ -302,12 +344,12 @@ class Sample {
 
   truncate(count) {
     // If the cut goes through a character, the tokens that are left of it are drawn again.
-    let start = Math.min(count, this.tokens.length);
-    while (start > 0 && endsInsideCharacter(this.tokens[start - 1])) start--;
+    const start = this.starts[count] ?? this.tokens.length;
     const kept = this.tokens.slice(start, count);
     for (let i = this.tokens.length - 1; i >= start; i--) {
       this.erase(i);
       this.tokens.pop();
+      this.starts.pop();
     }
     for (const part of [...this.text.children]) if (!part.hasChildNodes()) part.remove();
     this.markMixed();
@@ -422,15 +464,21 @@ function factNodes(run, before = null) {
 
 /* ---- the panel: everything about one token ---- */
 
-function panelFor(page, sample, index) {
-  const token = sample.tokens[index], diff = page.kind === "diff";
+const coversText = (panel) => Boolean(getComputedStyle(panel).getPropertyValue("--covers-text"));
+
+function closeButton() {
   const close = el("button", "close", "×");
   close.type = "button";
   close.setAttribute("aria-label", "Close");
+  return close;
+}
+
+function panelFor(page, sample, index) {
+  const token = sample.tokens[index], diff = page.kind === "diff";
   const levels = levelsOf(token, page.kind, page.vocabSize);
   return [
     el("header", "", el("code", `big ${levels}`, ...visible(token.token)),
-      el("p", "place", placeOf(sample, index)), close),
+      el("p", "place", placeOf(sample, index)), closeButton()),
     diff ? scoresOfBoth(token) : scores(token),
     details(page, sample, index),
     ...(token.top.length ? [alternatives(page, sample, index)] : []),
@@ -490,13 +538,10 @@ function details(page, sample, index) {
 }
 
 /** The tokens that share a character with this one, or null. */
-function sharedCell(sample, index) {
-  let start = index, end = index;
-  while (start > 0 && endsInsideCharacter(sample.tokens[start - 1])) start--;
-  while (end < sample.tokens.length - 1 && endsInsideCharacter(sample.tokens[end])) end++;
-  const tokens = sample.tokens.slice(start, end + 1);
-  const text = tokens.map((token) => token.text).join("");
-  return tokens.length > 1 && text ? { start, tokens, text } : null;
+function sharedCell({ tokens, starts }, index) {
+  const start = starts[index], next = starts.findIndex((one, i) => i > index && one !== start);
+  const shared = tokens.slice(start, next < 0 ? tokens.length : next), text = textOf(shared);
+  return shared.length > 1 && text ? { start, tokens: shared, text } : null;
 }
 
 /** Bars of what the model gave to the likeliest tokens, and under them what they were drawn with
@@ -829,10 +874,8 @@ class TokenPage {
     this.panel.replaceChildren(...this.hint);
   }
 
-  /** The token that an element belongs to; a shared character belongs to the token that closes it. */
   tokenAt(target) {
-    const element = target.closest?.(".t")
-      ?? [...(target.closest?.(".cell")?.querySelectorAll(".t") ?? [])].at(-1);
+    const element = tokenElement(target);
     return element && this.byElementId(element.id);
   }
 
@@ -880,8 +923,7 @@ class TokenPage {
   /** Whether pointing at a token shows it. It does not if the panel would open over the text: the
       panel could come between the pointer and the token that is about to be clicked. */
   followsPointer(event) {
-    const covers = getComputedStyle(this.panel).getPropertyValue("--covers-text");
-    return !this.pinned && !covers && event.pointerType !== "touch";
+    return !this.pinned && !coversText(this.panel) && event.pointerType !== "touch";
   }
 
   isPinned({ sample, index }) {
