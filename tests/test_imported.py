@@ -189,10 +189,22 @@ def test_what_stands_for_a_space_is_no_text(name, tmp_path):
         open_tokenizer(path).encode("a\ud83d")
 
 
-def folder_of(path, name, **settings):
+def begins_with(spelling, id_):
+    """The post-processor of a tokenizer.json that puts a token before a text."""
+    token, text = {"id": spelling, "type_id": 0}, {"id": "A", "type_id": 0}
+    return {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": token}, {"Sequence": text}],
+        "pair": [{"Sequence": text}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {spelling: {"id": spelling, "ids": [id_], "tokens": [spelling]}},
+    }
+
+
+def folder_of(path, name, begin=None, **settings):
     """A folder of Hugging Face with a tokenizer and what its other files say."""
     path.mkdir()
-    (path / "tokenizer.json").write_text(json.dumps(FILES[name]()))
+    file = FILES[name]() | {"post_processor": begin and begins_with(*begin)}
+    (path / "tokenizer.json").write_text(json.dumps(file))
     for file, values in settings.items():
         (path / f"{file}.json").write_text(json.dumps(values))
     return path
@@ -204,10 +216,10 @@ def test_a_corpus_has_each_document_whole_between_its_beginning_and_end(
 ):
     """However many pieces a document is read in."""
     monkeypatch.setattr("llm.text.documents.PIECE_BYTES", 100)
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    begin, end = ("<s>", 1), "</s>"
     if name == "llama3":
-        names = {"bos_token": "<|begin|>", "eos_token": {"content": "<|endoftext|>"}}
-    folder = folder_of(tmp_path / "model", name, tokenizer_config=names | {"add_bos_token": True})
+        begin, end = ("<|begin|>", 0), {"content": "<|endoftext|>"}
+    folder = folder_of(tmp_path / "model", name, begin, tokenizer_config={"eos_token": end})
     rows = [{"text": text} for text in CORPUS]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     data = DataConfig(
@@ -221,7 +233,7 @@ def test_a_corpus_has_each_document_whole_between_its_beginning_and_end(
     ]
     ids = corpus.train.read(0, len(corpus.train))
     assert ids.tolist() == [id_ for document in documents for id_ in document]
-    assert tokenizer.token_name(tokenizer.begin_of_text) == names["bos_token"]
+    assert (tokenizer.token_name(tokenizer.begin_of_text), tokenizer.begin_of_text) == begin
     assert corpus.text_bytes == tokenizer.byte_lengths()[ids].sum()
     assert tokenizer.decode(ids) == "".join(CORPUS)
     assert tokenizer.sha256 in (corpus.folder / "header.json").read_text()
@@ -257,9 +269,8 @@ def test_another_tokenizer_has_other_shards(tmp_path):
     ("settings_", "begin", "ends"),
     [
         ({}, None, (2,)),
+        ({"begin": ("<s>", 1)}, 1, (2,)),
         ({"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"}}, None, (2,)),
-        ({"tokenizer_config": {"bos_token": "<s>", "add_bos_token": True}}, 1, (2,)),
-        ({"tokenizer_config": {"bos_token": "<s>", "add_bos_token": False}}, None, (2,)),
         ({"generation_config": {"eos_token_id": [5, 2]}}, None, (5, 2)),
         ({"config": {"eos_token_id": 7}, "generation_config": {}}, None, (7,)),
         (
@@ -280,12 +291,100 @@ def test_a_folder_says_where_texts_begin_and_end(settings_, begin, ends, tmp_pat
 
 
 def test_a_beginning_stands_before_a_text_once(tmp_path):
-    settings_ = {"tokenizer_config": {"bos_token": "<s>", "add_bos_token": True}}
-    tokenizer = open_tokenizer(folder_of(tmp_path / "model", "llama2", **settings_))
+    tokenizer = open_tokenizer(folder_of(tmp_path / "model", "llama2", ("<s>", 1)))
     ids = tokenizer.begun(tokenizer.encode("the fox"))
     assert ids[0] == 1 and tokenizer.begun(ids).tolist() == ids.tolist()
     assert tokenizer.decode(ids) == "the fox"
     assert tokenizer.byte_lengths()[ids].sum() == len("the fox")
+
+
+@pytest.mark.thorough(keep=2)
+@pytest.mark.parametrize("add", [None, True, False])
+@pytest.mark.parametrize("begin", [True, False])
+@pytest.mark.parametrize(
+    ("name", "class_"),
+    [
+        ("llama2", "PreTrainedTokenizerFast"),
+        ("llama2", "LlamaTokenizer"),
+        ("gemma", "GemmaTokenizer"),
+        ("gpt2", "GPT2Tokenizer"),
+        ("qwen", "Qwen2Tokenizer"),
+        ("llama3", "PreTrainedTokenizerFast"),
+    ],
+)
+def test_a_folder_is_read_as_transformers_reads_it(name, class_, begin, add, tmp_path):
+    """It leaves add_bos_token aside if there is a tokenizer.json."""
+    transformers = pytest.importorskip("transformers")
+    if name in ("llama2", "gemma"):
+        names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    else:
+        names = {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}
+    id_ = 1 if "unk_token" in names else 0
+    says = {"tokenizer_class": class_, **names, **({} if add is None else {"add_bos_token": add})}
+    begin = (names["bos_token"], id_) if begin else None
+    folder = folder_of(tmp_path / "model", name, begin, tokenizer_config=says)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(str(folder)), open_tokenizer(folder)
+    for text in [*CORPUS, "the fox", "a\nb\n\n c"]:
+        assert ours.begun(ours.encode(text)).tolist() == theirs(text)["input_ids"]
+
+
+@pytest.mark.thorough(keep=4)
+@pytest.mark.parametrize("whole", [[], ["<tag>", "  ", "ab"]], ids=["plain", "user defined"])
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_encodes_as_sentencepiece_does(kind, prefix, whole, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    path = tmp_path / "tokenizer.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([line for text in CORPUS for line in text.splitlines()]),
+            model_writer=file,
+            vocab_size=340,
+            model_type=kind,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=prefix,
+            user_defined_symbols=whole,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    theirs, ours = sentencepiece.SentencePieceProcessor(model_file=str(path)), open_tokenizer(path)
+    assert (ours.prefix == b" ") == prefix and ours.end_of_text == 2
+
+    @settings(deadline=None)
+    @given(TEXTS.filter(lambda text: kind == "bpe" or "<" not in text))
+    def compare(text):
+        ids = ours.encode(text)
+        assert ids.tolist() == theirs.encode(text)
+        assert ours.decode(ids) == text
+
+    compare()
+    named = named_tokenizer(str(tmp_path))
+    assert named.definition()["file"] == ours.definition()["file"]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>"}')
+    assert open_tokenizer(tmp_path).begin_of_text == 1
+
+
+def test_a_sentencepiece_model_that_loses_text_is_refused(tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    path = tmp_path / "m.model"
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS), model_writer=file, vocab_size=340, model_type="bpe",
+            byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    with pytest.raises(UsageError, match="loses text: Precompiled, Replace, Replace; "):
+        open_tokenizer(path)
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    lossy = open_tokenizer(path, lossy=True)
+    for text in [*CORPUS, " two  spaces ", "\uff21"]:
+        assert lossy.encode(text).tolist() == theirs.encode(text)
+    path.write_bytes(b"not a model")
+    with pytest.raises(UsageError, match="is not a sentencepiece model"):
+        open_tokenizer(path)
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="no shared models")
@@ -391,11 +490,7 @@ def test_a_tokenizer_that_loses_text_is_refused_by_name_or_said(change, named, t
 
 
 def test_a_run_goes_on_with_its_own_copy_of_the_tokenizer(tmp_path, capsys):
-    folder = folder_of(
-        tmp_path / "model",
-        "llama2",
-        tokenizer_config={"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True},
-    )
+    folder = folder_of(tmp_path / "model", "llama2", ("<s>", 1))
     config = write_config(tmp_path, tokenizer={"kind": str(folder)})
     assert train(config, "--training.steps", "4") == 0
     ids = np.concatenate([open_tokenizer(folder).encode("the cat"), [1]])

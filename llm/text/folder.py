@@ -1,7 +1,8 @@
 """The tokenizer of a folder of Hugging Face, and where texts begin and end by its settings.
 
     tokenizer.json          the tokenizer, else tokenizer.model (llm/text/sentencepiece.py)
-    tokenizer_config.json   bos_token, eos_token, add_bos_token
+    tokenizer_config.json   eos_token; for tokenizer.model also add_bos_token and bos_token, which
+                            tokenizer.json has as its post-processor
     generation_config.json  eos_token_id: one end of text or several, else that of config.json
     config.json             vocab_size
 
@@ -56,12 +57,15 @@ def open_tokenizer(path: Path, vocab_size: int = 0, *, lossy: bool = False) -> I
         )
         described = json.loads(text)
         tokens = {token["content"]: token["id"] for token in described.get("added_tokens") or ()}
+        begin = _begin(described)
+        if file.suffix == ".model" and settings.get("add_bos_token"):
+            begin = tokens.get(_spelling(settings, "bos"))
         stems = (path.resolve().parent.name, path.stem)
         return ImportedTokenizer(
             path.resolve().name if path.is_dir() else stems[path.stem != "tokenizer"],
             text,
             vocab_size or config.get("vocab_size") or 0,
-            _begin(described, settings, tokens),
+            begin,
             _ends(settings, generation, config, tokens),
             lossy,
         )
@@ -76,10 +80,8 @@ def _settings(path: Path) -> _Json:
     return read_json(path) if path.exists() else {}
 
 
-def _begin(described: _Json, settings: _Json, tokens: Mapping[str, int]) -> int | None:
-    """The id that the tokenizer puts before a text."""
-    if "add_bos_token" in settings or "add_eos_token" in settings:
-        return tokens.get(_spelling(settings, "bos")) if settings.get("add_bos_token") else None
+def _begin(described: _Json) -> int | None:
+    """The id that a tokenizer.json puts before a text."""
     before: list[int] = []
     for part in parts_of(described.get("post_processor")):
         if part["type"] == "TemplateProcessing":

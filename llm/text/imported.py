@@ -20,7 +20,6 @@ are sentencepiece's (Kudo and Richardson 2018).
 import functools
 import json
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,7 +61,7 @@ class ImportedTokenizer(Tokenizer):
     ):
         try:
             self._parsed = json.loads(file)
-            library = self._library_of(self._parsed)
+            library = self._library_of(file)
             vocabulary = library.get_vocab(with_added_tokens=True)
             self._described = Described.of(self._parsed, vocabulary.keys())
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -205,18 +204,18 @@ class ImportedTokenizer(Tokenizer):
         if (special, continues) not in self._libraries:
             keys = ("normalizer", "pre_tokenizer") if continues else ()
             changed = {key: without_prefix(self._parsed.get(key)) for key in keys}
-            library = self._library_of(self._parsed | changed)
+            library = self._library_of(json.dumps(self._parsed | changed))
             library.encode_special_tokens = not special
             self._libraries[special, continues] = library
         return self._libraries[special, continues]
 
     @staticmethod
-    def _library_of(file: Mapping[str, Any]) -> Any:
+    def _library_of(file: str) -> Any:
         import tokenizers
 
         try:
-            with panics_as("it is not a tokenizer.json", ValueError):
-                library = tokenizers.Tokenizer.from_str(json.dumps(file))
+            with panics_as("the library fails", ValueError):
+                library = tokenizers.Tokenizer.from_str(file)
         except Exception as error:  # the library has no class of its own
             raise ValueError(f"it is not a tokenizer.json ({error})") from None
         library.no_truncation()

@@ -6,6 +6,7 @@ others, the piece of the highest score first.
 Source: sentencepiece_model.proto of https://github.com/google/sentencepiece
 """
 
+import base64
 import json
 import re
 from typing import Any
@@ -40,10 +41,13 @@ def as_tokenizer_json(content: bytes) -> bytes:
     kind, rules = proto.trainer_spec.model_type, proto.normalizer_spec
     if not proto.pieces or kind not in (_UNIGRAM, _BPE) or not rules.escape_whitespaces:
         raise ValueError("it is not a sentencepiece model of kind BPE or Unigram")
-    normalizers: list[dict[str, Any]] = [PREPEND] * rules.add_dummy_prefix + [REPLACE]
-    if rules.precompiled_charsmap or rules.remove_extra_whitespaces:
-        # What it does is not written down, because text is lost by it in any case.
-        normalizers.insert(0, {"type": "Precompiled", "precompiled_charsmap": None})
+    normalizers: list[dict[str, Any]] = []
+    if rules.precompiled_charsmap:
+        charsmap = base64.b64encode(rules.precompiled_charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if rules.remove_extra_whitespaces:
+        normalizers += [_replace(r"\A +| +\z", ""), _replace(" {2,}", " ")]
+    normalizers += [PREPEND] * rules.add_dummy_prefix + [REPLACE]
     whole = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
     model = _bpe(proto) if kind == _BPE else _unigram(proto)
     pattern = "|".join(map(re.escape, sorted(whole, key=len, reverse=True)))
@@ -69,6 +73,10 @@ def as_tokenizer_json(content: bytes) -> bytes:
         "model": model | {"byte_fallback": proto.trainer_spec.byte_fallback},
     }
     return json.dumps(file).encode()
+
+
+def _replace(regex: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": regex}, "content": content}
 
 
 def _unigram(proto: Any) -> dict[str, Any]:

@@ -135,7 +135,7 @@ class Tokenizer(abc.ABC):
         """Hash of the definition: equal tokenizers have equal hashes."""
         return sha256_of_json(self.definition())
 
-    @property
+    @cached_property
     def unassigned(self) -> tuple[tuple[int, int], ...]:
         """[start, stop) of ids that no token has."""
         taken = (
