@@ -25,10 +25,8 @@ def check_regular(path: Path) -> os.stat_result:
       OSError: there is no such file, or it is a folder, a pipe, a socket or a device.
     """
     status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, "it is a folder, expected a file", str(path))
     if not stat.S_ISREG(status.st_mode):
-        what = "it is a pipe, a socket or a device, expected a file"
+        what = "it is a folder, a pipe, a socket or a device, expected a file"
         raise OSError(errno.EINVAL, what, str(path))
     return status
 
@@ -127,7 +125,8 @@ def whole_folder(final: Path, before_rename: Callable[[], object] = lambda: None
     """
     partial = partial_folder(final)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    # NFS leaves a file that somebody has open; it becomes a stray file of the folder.
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         flush_tree(partial)

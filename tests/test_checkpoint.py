@@ -165,6 +165,18 @@ def test_a_manifest_that_names_what_lies_elsewhere_is_refused(copy, name):
         verify_files(copy)
 
 
+def test_an_array_whose_pieces_are_listed_in_another_group_is_not_read(copy):
+    listed = json.loads((copy / "manifest.json").read_text())["groups"]
+    for piece in ("0.0", ".zarray"):
+        listed["params"][f"training/moment/{piece}"] = listed["training"][
+            f"training/moment/{piece}"
+        ]
+    write_manifest(copy, listed)
+    make_strange("pipe", copy / "params" / "moment")
+    with pytest.raises(CheckpointError, match=r"moment/0.0 is not what was saved"):
+        read_step(copy, opened())
+
+
 @pytest.mark.parametrize(
     "content", ["[" * 10_000, "[" * 900 + "]" * 900, "null", '{"schema": 3}', "9" * 5000, "\0" * 9]
 )
@@ -448,6 +460,30 @@ def test_what_a_dead_process_left_is_removed(saved, tmp_path):
         shutil.copytree(saved, tmp_path / name)
     Checkpoints(tmp_path, keep=1).clean()
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
+def test_a_file_that_nfs_keeps_ends_no_run(tmp_path, monkeypatch):
+    """Where a folder is removed, NFS leaves a file for each one that somebody has open."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.clean()
+    for name in ("1.deleting", "2.partial", "3.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".nfs0001").write_text("open")
+    remove = shutil.rmtree
+
+    def leaving(path, **options):
+        if not (path / ".nfs0001").exists():
+            remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", leaving)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    checkpoints.close()
+    monkeypatch.undo()
+    assert saved_steps(tmp_path)[-1] == 3
+    verify_files(tmp_path / "3")
+    checkpoints.clean()
+    assert not list(tmp_path.glob("*.deleting"))
 
 
 def test_disk_errors_are_told_from_others():

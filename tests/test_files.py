@@ -9,10 +9,10 @@ from llm.files import read_json, read_regular
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("pipe", "it is a pipe, a socket or a device"),
-        ("socket", "it is a pipe, a socket or a device"),
-        ("device", "it is a pipe, a socket or a device"),
-        ("folder", "it is a folder"),
+        ("pipe", "it is a folder, a pipe, a socket or a device"),
+        ("socket", "it is a folder, a pipe, a socket or a device"),
+        ("device", "it is a folder, a pipe, a socket or a device"),
+        ("folder", "it is a folder, a pipe"),
         ("loop", "symbolic links"),
         ("huge", "larger than 1.0 GiB"),
         ("deep", "nested too deeply"),

@@ -102,25 +102,25 @@ def describe_file(path: Path) -> dict[str, Any]:
 _DESCRIBED = 1 << 16
 
 
-def stored_arrays(folder: Path, files: Mapping[str, int]) -> dict[str, Any]:
-    """Arrays of a group as tensorstore.TensorStore, which have a shape and a dtype.
+def stored_arrays(folder: Path, group: str, files: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of FOLDER/GROUP as tensorstore.TensorStore, which have a shape and a dtype.
 
     Tensorstore reads only the files that are named here, and never more bytes than an array has.
 
     Args:
-      files: NAME/PIECE of every file that makes them up -> its bytes.
+      files: of the group, as `write_pieces` has returned them.
     Raises:
       OSError, ValueError: a file cannot be read, or is not what `write_pieces` writes.
     """
     sizes: dict[str, dict[str, int]] = collections.defaultdict(dict)
-    for file, size in files.items():
-        name, _, piece = file.partition("/")
-        sizes[name][piece] = size
-        too_large = piece == ".zarray" and size > _DESCRIBED
-        if too_large or check_regular(folder / file).st_size != size:
-            raise ValueError(f"{folder / file} is not of the size that was saved")
+    for file, said in files.items():
+        place, name, piece = file.split("/")
+        size = sizes[name][piece] = said["bytes"]
+        is_strange = place != group or (piece == ".zarray" and size > _DESCRIBED)
+        if is_strange or check_regular(folder / file).st_size != size:
+            raise ValueError(f"{folder / file} is not what was saved")
     form = {"compressor": None, "filters": None, "dimension_separator": "."}
-    arrays = {name: _open(folder / name, open=True, metadata=form) for name in sizes}
+    arrays = {name: _open(folder / group / name, open=True, metadata=form) for name in sizes}
     for name, array in arrays.items():
         extent = array.chunk_layout.write_chunk.shape or ()  # None: it has no axes
         counts = [-(-size // step) for size, step in zip(array.shape, extent, strict=True)]

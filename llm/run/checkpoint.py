@@ -16,6 +16,7 @@ for all processes once process 0 has renamed it.
 Every file that the manifest lists must be as it was saved. Files that it does not list are ignored.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -24,7 +25,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,17 +103,17 @@ class DamageError(CheckpointError):
 
 def saved_steps(root: Path) -> list[int]:
     """Complete steps, ascending. They are not verified: see `verify_files`."""
-    names = (path.name for path in _folders(root))
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+    return sorted(map(int, _folders(root, "0|[1-9][0-9]{0,17}")))
 
 
 def holds_steps(root: Path) -> bool:
     """Whether anything is there that was trained, damaged or not."""
-    return any(re.fullmatch(r"\d+(\.deleting|\.damaged.*)?", path.name) for path in _folders(root))
+    return bool(_folders(root, r"[0-9]+(\.deleting|\.damaged.*)?"))
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    return filter(Path.is_dir, root.glob("*"))
+def _folders(root: Path, pattern: str) -> list[str]:
+    """The names of the folders that are ours; nothing else is looked at."""
+    return [p.name for p in root.glob("*") if re.fullmatch(pattern, p.name) and p.is_dir()]
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
@@ -238,11 +239,7 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts = ALONE) -> Restored:
     problem = ""
     try:
         for group, abstract in wanted.items():
-            files = {
-                file.removeprefix(f"{group}/"): said["bytes"]
-                for file, said in manifest[group].items()
-            }
-            stored = stored_arrays(folder / group, files)
+            stored = stored_arrays(folder, group, manifest[group])
             _check_shapes(folder, stored, abstract)
             groups[group] = read_arrays(
                 folder / group, {name: leaf.sharding for name, leaf in abstract.items()}
@@ -321,9 +318,8 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what a dead process left half-written or half-deleted. In process 0."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for path in _folders(self.root):
-            if re.fullmatch(r"\d+\.(partial|deleting)", path.name):
-                shutil.rmtree(path, ignore_errors=True)
+        for name in _folders(self.root, r"[0-9]+\.(partial|deleting)"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
 
     def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:
         """Copy the arrays now, and write the copy in the background. Collective.
@@ -426,7 +422,9 @@ class Checkpoints:
             if step not in stay:
                 doomed = self.root / f"{step}.deleting"
                 shutil.rmtree(doomed, ignore_errors=True)
-                (self.root / str(step)).rename(doomed)
+                # If NFS has left a file of another removal there, the step stays until a later one.
+                with contextlib.suppress(OSError):
+                    (self.root / str(step)).rename(doomed)
                 fault_point("checkpoint.deleting", step)
                 shutil.rmtree(doomed, ignore_errors=True)
 

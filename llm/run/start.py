@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from llm.config import Config, differences
 from llm.errors import CheckpointError, RunLockedError, UsageError
-from llm.files import check_regular, now, why
+from llm.files import now
 from llm.model.gpt import ModelSpec
 from llm.run.checkpoint import Checkpoints, holds_steps, saved_steps, verify_files
 from llm.run.directory import RunDirectory, explained
@@ -109,8 +109,9 @@ def locked(run: RunDirectory) -> IO[str]:
     """
     with explained(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        # A link in its place would have another file emptied.
-        file = open(run.lock, "a+", opener=_no_link)  # noqa: SIM115 (held until it is closed)
+        # Were it a link, another file would be emptied.
+        descriptor = os.open(run.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        file = open(descriptor, "r+", errors="replace")  # noqa: SIM115 (held until it is closed)
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -126,22 +127,13 @@ def locked(run: RunDirectory) -> IO[str]:
     return file
 
 
-def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
 def check_kinds(run: RunDirectory) -> None:
     """Raise a UsageError that names what is not a file, or a folder, where a run has one."""
-    for path in (run.path, run.checkpoints, run.tokenizer):
-        if os.path.lexists(path) and not path.is_dir():
-            raise _in_the_way(path, "it is a file or leads nowhere, expected a folder")
-    for path in (run.config, run.provenance, run.metrics, run.lock, run.tokenizer / FILE_NAME):
-        try:
-            check_regular(path)
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            raise _in_the_way(path, why(error)) from None
+    files = run.config, run.provenance, run.metrics, run.lock, run.tokenizer / FILE_NAME
+    kinds = dict.fromkeys((run.path, run.checkpoints, run.tokenizer), "folder")
+    for path, kind in (kinds | dict.fromkeys(files, "file")).items():
+        if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
+            raise _in_the_way(path, f"it is not a {kind}, or leads nowhere")
 
 
 def check_is_ours(run: RunDirectory) -> None:
