@@ -225,14 +225,15 @@ def read(model: type[Asked], body: bytes, limits: Limits) -> Asked:
         if name in neutral:
             code, why = "unsupported_parameter", _WHY_NOT.get(name, "there is no such setting here")
             message = (
-                f"{name} = {_short(values[name])}: {why}; leave it out, or give {neutral[name]!r}"
+                f"{name} = {_short(values[name])}: {why}; leave it out, or give "
+                f"{_short(neutral[name])}"
             )
         raise APIError(400, message, param=name, code=code)
     try:
         return model.model_validate(values, context=limits)
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
-        name = ".".join(map(str, problem["loc"]))
+        name = ".".join(str(part) for part in problem["loc"] if part != "[key]")
         raise APIError(400, _explain(name, problem), param=name) from None
 
 
