@@ -74,6 +74,14 @@ class Section(pydantic.BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False
     )
 
+    @pydantic.field_validator("*")
+    @classmethod
+    def _check_is_utf8(cls, value: Any) -> Any:
+        """The name of a file may hold any bytes, and config.toml cannot."""
+        if not str(value).isascii() and any("\ud800" <= sign <= "\udfff" for sign in str(value)):
+            raise ValueError("expected UTF-8: rename the file, or write * for what is not")
+        return value
+
 
 class RunConfig(Section):
     """Where the run lives and what makes it repeatable."""

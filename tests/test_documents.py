@@ -1,10 +1,14 @@
 """Bytes to documents: nothing is lost on the way to the pieces, and what is wrong has a place."""
 
+import errno
 import hashlib
+import io
 import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.ipc
+import pyarrow.parquet
 import pytest
 import regex
 from hypothesis import given, settings
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from llm.errors import DataError
 from llm.text import documents
 from llm.text.bpe import PATTERN
-from llm.text.documents import Origin, Reader, pieces
+from llm.text.documents import Origin, Reader, kind_of_file, pieces
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -23,9 +27,9 @@ def origin_of(path: Path, kind: str = "text") -> Origin:
     return Origin(path.name, kind, str(path), len(content), hashlib.sha256(content).hexdigest())
 
 
-def read(origins, errors="strict", text_field="text"):
+def read(origins, errors="strict", text_field="text", bad_rows="error"):
     """[(name, text)] and the reader, which counts."""
-    reader = Reader(errors, text_field)
+    reader = Reader(errors, text_field, bad_rows)
     found = reader.documents(origins)
     return [(document.name, "".join(document.pieces)) for document in found], reader
 
@@ -199,13 +203,185 @@ def test_rows_of_json(write):
     assert read([write("rows.json", json.dumps(ROWS), "json")])[0] == expected("rows.json")
 
 
-def test_rows_of_parquet(tmp_path):
-    parquet = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
+@pytest.fixture
+def columns(tmp_path):
+    """Write a table, given as rows or as a pyarrow.Table, as parquet or in a format of Arrow."""
 
-    path = tmp_path / "rows.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
-    assert read([origin_of(path, "parquet")])[0] == expected("rows.parquet")
+    def write(name, table, kind="parquet"):
+        path = tmp_path / name
+        table = pyarrow.Table.from_pylist(table) if isinstance(table, list) else table
+        if kind == "parquet":
+            pyarrow.parquet.write_table(table, path, row_group_size=2)
+        else:
+            new = pyarrow.ipc.new_file if kind == "file" else pyarrow.ipc.new_stream
+            with new(path, table.schema) as writer:
+                writer.write_table(table, max_chunksize=2)
+        return origin_of(path, "parquet" if kind == "parquet" else "arrow")
+
+    return write
+
+
+FORMATS = ["parquet", "file", "stream"]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_rows_of_columns(columns, kind, monkeypatch):
+    monkeypatch.setattr(documents, "_BATCH_ROWS", 1)
+    assert read([columns("rows", ROWS, kind)])[0] == expected("rows")
+    assert kind_of_file(Path(columns("rows.x", ROWS, kind).location)) == kind.replace(
+        "file", "arrow"
+    ).replace("stream", "arrow")
+
+
+def test_a_path_that_looks_like_a_pattern_is_a_path(columns, tmp_path):
+    names = ["part?.parquet", "part*.parquet", "part[1].parquet", "zip:::part.parquet", "a b#c"]
+    for number, name in enumerate([*names, "part1.parquet"]):
+        columns(name, [{"text": f"text {number}"}])
+    for number, name in enumerate(names):
+        origin = origin_of(tmp_path / name, "parquet")
+        assert read([origin])[0] == [(f"{name}#0", f"text {number}")]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_table_without_rows_has_no_documents(columns, kind):
+    empty = pyarrow.table({"text": pyarrow.array([], pyarrow.string())})
+    full = columns("full", ROWS, kind)
+    assert read([columns("empty", empty, kind), full])[0] == expected("full")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_only_the_column_of_the_text_is_read(columns, kind):
+    """A map, and a picture that cannot be decoded, as a data set of the hub has them."""
+    picture = {"bytes": b"no picture", "path": None}
+    table = pyarrow.table(
+        {
+            "map": pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
+            "image": pyarrow.array([picture]),
+            "text": ["x"],
+        },
+        metadata={"huggingface": '{"info": {"features": {"image": {"_type": "Image"}}}}'},
+    )
+    assert read([columns("rows", table, kind)])[0] == [("rows#0", "x")]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_columns_that_are_damaged_are_an_error_of_the_data(columns, kind, tmp_path):
+    origin = columns("rows", ROWS * 200, kind)
+    content = (tmp_path / "rows").read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"PAR1 no table PAR1", content[:-7] + b"x"):
+        (tmp_path / "rows").write_bytes(damaged)
+        with pytest.raises(DataError, match=r"rows cannot be read: |changed while it was read"):
+            read([origin])
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_columns_that_change_while_they_are_read_are_noticed(columns, kind):
+    origin = columns("rows", ROWS, kind)
+    columns("rows", [{"text": "other"}], kind)
+    with pytest.raises(DataError, match="changed while it was read"):
+        read([origin])
+
+
+def test_a_stream_of_the_hub_reads_only_the_column_of_the_text(columns, tmp_path):
+    """A folder stands for the hub: `datasets` reads both in the same way."""
+    table = pyarrow.table(
+        {"text": ["x", "y"], "n": [1, 2], "image": [{"bytes": b"no picture", "path": None}] * 2},
+        metadata={
+            "huggingface": '{"info": {"features": {"text": {"dtype": "string", "_type": "Value"}, '
+            '"n": {"dtype": "int64", "_type": "Value"}, "image": {"_type": "Image"}}}}'
+        },
+    )
+    (tmp_path / "hub").mkdir()
+    columns("hub/train-00000-of-00002.parquet", table.slice(0, 0))
+    columns("hub/train-00001-of-00002.parquet", table)
+    origin = Origin("hf:name", "hub", str(tmp_path / "hub"), 0, "main")
+    assert read([origin])[0] == [("hf:name#0", "x"), ("hf:name#1", "y")]
+    with pytest.raises(DataError, match="row 0 has no field 'body'; its fields are text"):
+        read([origin], text_field="body")
+
+
+# Files that go away
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "parquet", "arrow"])
+def test_a_file_that_goes_away_before_it_is_read_is_an_error_of_the_data(write, tmp_path, kind):
+    origin = write("a", "x", kind)
+    (tmp_path / "a").unlink()
+    with pytest.raises(DataError, match=r"/a cannot be read: No such file .*run the same command"):
+        read([origin])
+
+
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_a_file_that_cannot_be_read_to_its_end_is_an_error_of_the_data(write, monkeypatch, kind):
+    origin = write("a", '{"text": "x"}\n' * 9, kind)
+
+    class Torn(io.BytesIO):
+        def read(self, size=-1):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(documents, "open", lambda *_: Torn(), raising=False)
+    with pytest.raises(DataError, match="/a cannot be read: Input/output error"):
+        read([origin])
+
+
+# Rows without text
+
+
+BAD = [
+    ({"text": None}, "row 1 has no text: the field 'text' is null; expected text"),
+    ({"id": 1}, "row 1 has no field 'text'; its fields are id: set data.text_field"),
+    ({"text": 3}, "row 1 has no text: the field 'text' is int"),
+    ({"text": ["a", "b"]}, "row 1 has no text: the field 'text' is list"),
+    ({"text": {"en": "a"}}, "row 1 has no text: the field 'text' is dict"),
+    ({"text": True}, "the field 'text' is bool"),
+    ({"text": "x\ud83d"}, "row 1 has half of a surrogate pair"),
+    ({"body": {"text": "a"}}, "its fields are body, body.text"),
+    ({}, "row 1 has no field 'text'"),
+    (7, "row 1 is int; expected one JSON object a line"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+def test_a_row_without_text_is_named_or_left_out_and_counted(write, row, message):
+    rows = [{"text": "first"}, row, {"text": ""}, row, {"text": "last"}]
+    origin = write("rows.jsonl", "\n".join(map(json.dumps, rows)), "json")
+    with pytest.raises(DataError) as caught:
+        read([origin])
+    assert message in str(caught.value) and "data.bad_rows = 'skip'" in str(caught.value)
+    found, reader = read([origin], bad_rows="skip")
+    assert found == [("rows.jsonl#0", "first"), ("rows.jsonl#4", "last")]
+    # An empty text is a text.
+    assert reader.skipped == 2 and message in reader.first_skipped
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_null_in_columns_is_left_out_too(columns, kind):
+    origin = columns("rows", [{"text": None}, {"text": "x"}, {"text": None}], kind)
+    with pytest.raises(DataError, match="rows, row 0 has no text: the field 'text' is null"):
+        read([origin])
+    found, reader = read([origin], bad_rows="skip")
+    assert (found, reader.skipped) == ([("rows#1", "x")], 2)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_columns_without_the_field_name_those_that_there_are(columns, kind):
+    origin = columns("rows", [{"body": "a", "id": 1}], kind)
+    with pytest.raises(DataError, match="row 0 has no field 'text'; its fields are body, id"):
+        read([origin])
+
+
+@pytest.mark.parametrize("kind", ["json", *FORMATS])
+def test_a_field_may_be_nested(write, columns, kind):
+    rows = [{"meta": {"text": "x", "n": {"deep": "y"}}, "b.c": "z", "b": {"c": "other"}}]
+    if kind == "json":
+        origin = write("rows", json.dumps(rows), "json")
+    else:
+        origin = columns("rows", rows, kind)
+    for field, text in [("meta.text", "x"), ("meta.n.deep", "y"), ("b.c", "z")]:
+        assert read([origin], text_field=field)[0] == [("rows#0", text)]
+    for field in ("meta.none", "meta.text.more", "none.text", "meta.", ".meta", "b.c.d"):
+        with pytest.raises(DataError, match="has no field"):
+            read([origin], text_field=field)
 
 
 def test_rows_of_another_field(write):
@@ -242,11 +418,6 @@ def test_a_row_that_cannot_be_text_is_an_error_of_the_data(write):
         read([write("rows.jsonl", '{"text": "x"}\n3\n', "json")])
     with pytest.raises(DataError, match=r"row 0 has half of a surrogate pair, '\\ud83d'"):
         read([write("rows.jsonl", '{"text": "x\\ud83d"}\n', "json")])
-
-
-def test_a_field_that_is_no_text_is_named(write):
-    with pytest.raises(DataError, match="the field 'text' is int; expected text"):
-        read([write("rows.jsonl", '{"text": 3}\n', "json")])
 
 
 def test_an_empty_table_has_no_documents(write):

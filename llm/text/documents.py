@@ -175,13 +175,13 @@ class Reader:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         name, config, split = [*origin.location.split(":"), "", ""][:3]
         with _explained(origin):
-            rows = datasets.load_dataset(
-                name,
-                name=config or None,
-                split=split or "train",
-                revision=origin.sha256,
-                streaming=True,
+            builder = datasets.load_dataset_builder(
+                name, name=config or None, revision=origin.sha256
             )
+            if hasattr(builder.config, "batch_size"):
+                # By default a first part of parquet that has no rows is an error.
+                builder.config.batch_size = _BATCH_ROWS
+            rows = builder.as_streaming_dataset(split=split or "train")
             if rows.column_names:  # None if no row tells before it is read
                 rows = rows.select_columns(self._columns(rows.column_names))
             yield from rows

@@ -5,13 +5,13 @@ and, for the patterns, `datasets`, data_files.py; tests compare with `datasets` 
 """
 
 import collections
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llm.errors import DataError
+from llm.files import read_json, why
 from llm.text.documents import KINDS
 
 # Rows whose text is a column; they are not read as rows.
@@ -171,12 +171,10 @@ def listed_in(path: Path, key: str, sort: type[_T]) -> list[_T]:
       DataError: the file is damaged.
     """
     try:
-        found = json.loads(path.read_bytes())[key]
+        found = read_json(path)[key]
         if isinstance(found, list) and all(isinstance(one, sort) for one in found):
             return found
         problem = f"has no list of {key!r}"
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        problem = f"is not what save_to_disk writes ({type(error).__name__})"
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        problem = f"cannot be used ({why(error)})"
     raise DataError(f"{path} {problem}; write the data set again, or name its .arrow files")

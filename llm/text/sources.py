@@ -3,7 +3,7 @@
 A source is a word in `data.source`. Each source becomes a list of origins: files, or a hub data
 set, with the identity of their content, so that a change to the corpus is noticed and named. To add
 a source, add a branch to `_origins_of`; to add a kind of folder or of file, see
-llm/text/folders.py and llm/text/documents.py.
+llm/text/trees.py and llm/text/documents.py.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from llm.files import is_disk_full, write_atomic
 from llm.runtime import cache_dir
 from llm.text.cache import OnProgress, built_once, no_room, silent
 from llm.text.documents import KINDS, Origin, kind_of_file
-from llm.text.folders import Tree, refused
+from llm.text.trees import Tree, refused
 
 # These are not the library's source code: its tests, its manual as one string, other packages.
 STDLIB_WITHOUT = {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llm.errors import DataError
-from llm.text import folders
+from llm.text import trees
 from llm.text.documents import KINDS
 from llm.text.sources import find_origins
 
@@ -55,7 +55,7 @@ def no_entry(monkeypatch, folder):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(folders.os, "scandir", refuse)
+    monkeypatch.setattr(trees.os, "scandir", refuse)
 
 
 @pytest.mark.parametrize("pattern", ["", "**", "**/*.txt", "*/closed/*.txt"])
