@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -292,6 +293,80 @@ def test_a_vocabulary_is_made_once(make, corpus, monkeypatch):
     assert second.tokenizer.sha256 == first.tokenizer.sha256
 
 
+def test_what_was_left_out_is_said_of_the_folder_at_hand(make, corpus, tmp_path):
+    """Equal texts in two folders share their shards, and not what lies beside them."""
+    (corpus / "a.png").write_bytes(b"\x89PNG")
+    first = make(corpus, validation="none")
+    shutil.copytree(corpus, tmp_path / "copy")
+    (tmp_path / "copy" / "a.png").rename(tmp_path / "copy" / "b.png")
+    second = make(tmp_path / "copy", validation="none")
+    assert second.reused and second.fingerprint == first.fingerprint
+    assert first.notes == (f"{corpus}: left out a.png (a picture, sound or film)",)
+    assert second.notes == (f"{tmp_path / 'copy'}: left out b.png (a picture, sound or film)",)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_a_cache_that_cannot_be_written_serves_what_it_holds(make, corpus, kind, monkeypatch):
+    """The superuser may write everywhere, so a file system that is read-only is acted."""
+    monkeypatch.setattr(sources, "REMEMBER_HASH_ABOVE_BYTES", 10)
+    first = make(corpus, kind, validation="none")
+    past = time.time() + 100
+    monkeypatch.setattr(sources.time, "time", lambda: past)
+    refused = []
+
+    def refuse(path, *_, **__):
+        refused.append(path)
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    def open_to_read(path, mode="r", *rest, **options):
+        return opened(path, mode, *rest, **options) if "r" in mode else refuse(path)
+
+    opened = open
+    monkeypatch.setattr("builtins.open", open_to_read)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    second = make(corpus, kind, validation="none")
+    # The hashes of large files cannot be remembered, and nothing else is missing.
+    assert second.reused and ids(second.train) == ids(first.train) and refused
+    with pytest.raises(UsageError, match=r"Read-only file system; .* set data.cache_dir to a") as e:
+        make(corpus, kind, validation="tail:0.5")
+    assert e.value.exit_code == 2
+
+
+def test_a_run_and_the_cache_below_a_source_change_nothing(make, corpus):
+    """The first start finds an empty run directory, the second one what training left there."""
+    run, cache = corpus / "runs" / "a", corpus / "cache"
+    run.mkdir(parents=True)
+    (run / "run.lock").touch()
+    first = make(corpus, validation="none", cache_dir=str(cache))
+    (run / "config.toml").write_text("steps = 1")
+    (run / "metrics.jsonl").write_text("{}")
+    (corpus / "runs" / "imported").mkdir()
+    for name in ("config.toml", "run.json"):
+        (corpus / "runs" / "imported" / name).write_text("")
+    second = make(corpus, validation="none", cache_dir=str(cache))
+    assert second.reused and second.fingerprint == first.fingerprint
+    assert len(first.origins) == len(list(corpus.glob("*.txt")))
+
+
+def test_rows_that_are_left_out_decide_the_fingerprint_and_are_said(make, tmp_path):
+    rows, text = tmp_path / "rows.jsonl", tmp_path / "a.txt"
+    rows.write_text('{"text": "a"}\n{"text": null}\n{"text": "b"}\n{"id": 3}\n')
+    text.write_text("text")
+    with pytest.raises(DataError, match="row 1 has no text"):
+        make(rows, validation="none")
+    for _ in range(2):  # the second time from the cache
+        prepared = make(rows, validation="none", bad_rows="skip")
+        assert ids(prepared.train) == joined([b"a", b"b"])
+        (note,) = prepared.notes
+        assert "left out 2 rows without text; the first: rows.jsonl, row 1 has no text" in note
+    rows.write_text('{"text": "a"}\n')
+    prints = {make(rows, validation="none", bad_rows=b).fingerprint for b in ("error", "skip")}
+    assert len(prints) == 2
+    # The setting says nothing about a corpus without rows.
+    prints = {make(text, validation="none", bad_rows=b).fingerprint for b in ("error", "skip")}
+    assert len(prints) == 1
+
+
 # What cannot be used
 
 
@@ -483,6 +558,31 @@ def test_what_progress_raises_stops_the_work_and_leaves_nothing(make, corpus, ca
     left = [p for p in cache.rglob("*") if p.is_file() and p.suffix not in kept]
     assert stage == "tokenising" or left == []
     assert not list((cache / "shards").glob("*.partial"))
+
+
+def test_the_work_on_a_corpus_grows_as_its_files_do(make, tmp_path, monkeypatch):
+    """Calls are counted, not seconds: twice as many files, twice as many calls."""
+    counts = []
+    for number in (50, 100):
+        root = tmp_path / str(number)
+        root.mkdir()
+        for n in range(number):
+            (root / f"{n}.txt").write_text(f"text {n}")
+        calls = collections.Counter()
+
+        def count(_frame, event, argument, calls=calls):
+            calls[event] += event in ("call", "c_call")
+
+        make(root, validation="none")  # what is imported or compiled once is no part of it
+        shutil.rmtree(tmp_path / "cache")
+        monkeypatch.setattr(shards, "_in_order", lambda function, items, _: map(function, items))
+        sys.setprofile(count)
+        try:
+            make(root, validation="none")
+        finally:
+            sys.setprofile(None)
+        counts.append(calls["call"] + calls["c_call"])
+    assert counts[1] < 2.2 * counts[0]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "characters"])

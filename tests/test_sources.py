@@ -214,6 +214,48 @@ def test_a_file_that_was_written_just_now_is_not_remembered(tmp_path, cache, mon
     assert not (cache / "hashes").exists()
 
 
+def test_a_home_that_nobody_has_is_refused_and_a_file_with_its_name_is_read(
+    tmp_path, cache, monkeypatch
+):
+    with pytest.raises(UsageError, match="'~nobodyknown/x': the system knows no such user's home"):
+        find_origins("~nobodyknown/x", cache)
+    (tmp_path / "~nobodyknown").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert names(find_origins("~nobodyknown", cache)) == ["~nobodyknown"]
+
+
+def test_names_are_distinct_whatever_files_are_called(tmp_path, cache):
+    for folder, name in [("1", "a"), ("2", "a"), ("3", "a (2)")]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(folder)
+    found = find_origins([str(tmp_path / folder) for folder in "132"], cache)
+    assert names(found) == ["a", "a (2)", "a (3)"]
+
+
+@pytest.mark.parametrize("memory", ["", "[]", "{}", "null", '{"identity": 3}'])
+def test_a_damaged_memory_of_a_hash_is_passed_over(tmp_path, cache, monkeypatch, memory):
+    monkeypatch.setattr(sources, "REMEMBER_HASH_ABOVE_BYTES", 10)
+    path = tmp_path / "large.txt"
+    path.write_text("x" * 100)
+    monkeypatch.setattr(sources.time, "time", lambda: path.stat().st_ctime + 10)
+    for _ in range(2):
+        (origin,) = find_origins(str(path), cache).origins
+        assert origin.sha256 == sha256(b"x" * 100)
+        (file,) = (cache / "hashes").iterdir()
+        file.write_text(memory)
+
+
+def test_a_file_that_goes_away_while_it_is_listed_is_an_error_of_the_data(
+    corpus, cache, monkeypatch
+):
+    def gone(path, cache):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(path))
+
+    monkeypatch.setattr(sources, "_sha256_of", gone)
+    with pytest.raises(DataError, match=r"b.txt' cannot be read: No such file or directory"):
+        find_origins(str(corpus), cache)
+
+
 # The corpus and what a run recorded of it
 
 
@@ -363,6 +405,37 @@ def test_a_download_without_room_names_its_size_and_leaves_nothing(server, cache
     assert [p for p in (cache / "downloads").iterdir() if p.suffix != ".lock"] == []
 
 
+def test_letters_of_a_url_that_are_not_ascii_are_escaped(server, cache):
+    server.files["/%C3%BC%20%E5%AD%B8.jsonl?q=%C3%A9"] = b"content"
+    (origin,) = find_origins(f"{server.url}/ü 學.jsonl?q=é", cache).origins
+    assert (origin.name, origin.kind) == (f"{server.url}/ü 學.jsonl?q=é", "json")
+    # What is escaped already stays as it is.
+    find_origins(f"{server.url}/%C3%BC%20%E5%AD%B8.jsonl?q=%C3%A9", cache)
+    assert len(set(server.requests)) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://höst.invalid/x", f"http://{'ü' * 80}.invalid/x", f"http://{'u' * 80}.invalid/",
+            "http://127.0.0.1:port/", "http://", "HTTP://127.0.0.1:1/x", "http://a/\udcff\n"],
+)  # fmt: skip
+def test_a_url_that_cannot_be_asked_for_is_an_error_for_people(cache, url, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises((DataError, UsageError), match=r"could not be fetched|is not a URL"):
+        find_origins(url, cache)
+
+
+def test_what_a_url_holds_is_told_by_its_bytes(server, cache):
+    server.files["/text.txt"] = b"\x1f\x8b\x08"
+    with pytest.raises(DataError, match=r"text.txt is compressed by gzip; decompress it"):
+        find_origins(f"{server.url}/text.txt", cache)
+
+
+def test_other_schemes_are_refused_by_name(cache):
+    for url in ("s3://bucket/x", "file:///etc/passwd", "gs://x/*.txt"):
+        with pytest.raises(UsageError, match=r"by http:// and https:// only"):
+            find_origins(url, cache)
+
+
 def test_a_url_that_is_none_is_refused(cache):
     with pytest.raises(UsageError, match="is not a URL"):
         find_origins("http://[bad", cache)
@@ -385,3 +458,16 @@ def test_the_hub_out_of_reach_uses_the_last_revision_seen(cache, monkeypatch):
     assert again == origin
     with pytest.raises(DataError, match=r"'other' could not be fetched: no network. Offline"):
         find_origins("hf:other", cache)
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_not_read_in_its_place(
+    tmp_path, cache, monkeypatch
+):
+    """`datasets` would read it, under the revision of the hub's."""
+    monkeypatch.setattr(sources, "hub_revision", lambda name: "abc123")
+    (tmp_path / "someone" / "data").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="someone/data is here too"):
+        find_origins("hf:someone/data", cache)
+    with pytest.raises(UsageError, match="expected hf:NAME, hf:NAME:CONFIG or hf:NAME:CONFIG:SPLI"):
+        find_origins("hf:other:en:train:more", cache)
