@@ -307,7 +307,7 @@ def test_a_stream_of_the_hub_reads_only_the_column_of_the_text(columns, tmp_path
 def test_a_file_that_goes_away_before_it_is_read_is_an_error_of_the_data(write, tmp_path, kind):
     origin = write("a", "x", kind)
     (tmp_path / "a").unlink()
-    with pytest.raises(DataError, match=r"/a cannot be read: No such file .*run the same command"):
+    with pytest.raises(DataError, match=r"/a cannot be read: No such file .*put it back whole"):
         read([origin])
 
 

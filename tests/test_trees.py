@@ -365,7 +365,7 @@ def test_a_state_that_points_elsewhere_is_refused(tmp_path, find, name):
 # What grows while a run reads
 
 
-@pytest.mark.parametrize("pattern", ["", "**", "*/*", "**/*.jsonl", "*/*.jsonl"])
+@pytest.mark.parametrize("pattern", ["", "**", "*/*", "**/*.jsonl", "*/[am]*.jsonl"])
 def test_runs_and_caches_below_a_source_are_left_out(make, tmp_path, pattern):
     root = make(
         "rows/a.jsonl",
@@ -378,6 +378,14 @@ def test_runs_and_caches_below_a_source_are_left_out(make, tmp_path, pattern):
     assert names(found) == ["rows/a.jsonl"]
     (note,) = found.notes
     assert "cache, other (a cache)" in note and "begun, imported (a run directory)" in note
+
+
+def test_a_file_of_a_run_that_a_pattern_reaches_is_left_out(make, find):
+    root = make("a/rows.jsonl", "run/run.lock", "run/rows.jsonl")
+    found = find(root / "*" / "rows.jsonl")
+    assert names(found) == ["a/rows.jsonl"] and "run (a run directory)" in found.notes[0]
+    # Whoever names it means it.
+    assert names(find(root / "run" / "rows.jsonl")) == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize("pattern", ["", "**", "*"])

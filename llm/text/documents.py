@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
 from llm.errors import DataError
+from llm.files import why
 
 PIECE_BYTES = 2**18
 
@@ -343,16 +344,11 @@ def _explained(origin: Origin) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except OSError as error:
-        if error.strerror is None:
-            raise DataError(f"{origin.name} cannot be read: {_first_line(error)}") from error
-        raise DataError(
-            f"{origin.location} cannot be read: {error.strerror}; it could be when the corpus was "
-            "listed: run the same command again when the file is there and nothing writes to it"
-        ) from None
     except Exception as error:
         # The readers of columns raise errors of pyarrow, `datasets`, fsspec and HTTP libraries.
-        raise DataError(f"{origin.name} cannot be read: {_first_line(error)}") from error
+        reason = why(error).split("\n")[0][:300] or type(error).__name__
+        remedy = "" if origin.kind == "hub" else "; put it back whole, or leave it out"
+        raise DataError(f"{origin.location} cannot be read: {reason}{remedy}") from error
 
 
 @contextmanager
@@ -362,10 +358,6 @@ def _opened(origin: Origin) -> Iterator[BinaryIO]:
         yield file
         file.seek(0)
         _check_same(origin, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n")[0][:300] or type(error).__name__
 
 
 def _check_same(origin: Origin, sha256: str) -> None:

@@ -10,7 +10,6 @@ read and cannot be is an error. Links to folders are not followed, so a loop of 
 """
 
 import collections
-import glob
 import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -145,7 +144,8 @@ class Tree:
                 self.left["neither a file nor a folder"][path] = None
         return folders, files
 
-    def _readable(self, paths: Iterable[Path]) -> Iterator[File]:
+    def _readable(self, paths: Iterable[Path], every: bool = False) -> Iterator[File]:
+        """The files that are of kinds that are read; with `every`, all of them have to be."""
         for path in paths:
             if path.is_symlink() and not path.exists():
                 raise DataError(
@@ -155,7 +155,7 @@ class Tree:
             kind = kind_of_file(path)
             if KINDS[kind].read is not None:
                 yield File(path, kind)
-            elif kind == "lfs":
+            elif every or kind == "lfs":
                 raise refused(path, kind)
             else:
                 self.left[KINDS[kind].what][path] = None
@@ -167,11 +167,10 @@ class Tree:
             for below, _, _ in self._descend(folder):
                 yield from self._matches(below, rest or ["*"])
             return
-        names = [first]
-        if glob.has_magic(first) and not (folder / first).exists():
-            found = [entry.name for entry in self._entries(folder)]
-            names = [n for n in found if fnmatchcase(n, first) and (n[0] != "." or first[0] == ".")]
-        for path in (folder / name for name in names):
+        there = [entry.name for entry in self._entries(folder)]
+        alike = [n for n in there if fnmatchcase(n, first) and (n[0] != "." or first[0] == ".")]
+        # A name that is there is no pattern.
+        for path in (folder / name for name in ([first] if first in there else alike)):
             if rest and path.is_dir():
                 yield from self._matches(path, rest)
             elif not rest and (path.is_file() or (path.is_symlink() and not path.exists())):
@@ -209,13 +208,10 @@ class Tree:
         for path in files:
             if path not in examples:
                 self.left["not an example of the data set"][path] = None
-        for path in dict.fromkeys(splits["train"]):
-            kind = kind_of_file(path)
-            if KINDS[kind].read is None:
-                raise refused(path, kind)
-            if path.suffix.lower() in layouts.TABLES_OF_TEXT:
-                raise DataError(f"{path} is a table of text; convert it to .jsonl or .parquet")
-            yield File(path, kind)
+        for file in self._readable(dict.fromkeys(splits["train"]), every=True):
+            if file.path.suffix.lower() in layouts.TABLES_OF_TEXT:
+                raise DataError(f"{file.path} is a table of text; convert it to .jsonl or .parquet")
+            yield file
 
     def _leave_splits(self, folder: Path, splits: dict[str, list[Path]]) -> None:
         """Note which splits are left out; there must be one to train on."""
