@@ -143,15 +143,3 @@ def test_too_little_memory_is_answered_with_what_needs_less(take, capsys):
     message = capsys.readouterr().err
     assert message.startswith("error: out of memory (") and message.count("\n") == 1
     assert "training.micro_batch_size" in message
-
-
-def test_a_home_that_the_system_does_not_know_is_answered_in_one_sentence(monkeypatch):
-    def unknown(_path):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(Path, "expanduser", unknown)
-    monkeypatch.delenv("LLM_CACHE_DIR", raising=False)
-    with pytest.raises(UsageError, match=r"~/.cache/llm: the system does not know that home; set"):
-        cache_dir()
-    with pytest.raises(UsageError, match=r"~nobodyknown/x: the system"):
-        cache_dir("~nobodyknown/x")

@@ -107,7 +107,10 @@ def _origins_of(
         raise DataError(f"{path} is neither a file nor a folder")
     else:
         root, parts = (path, ()) if path.exists() else _pattern(source, path)
-        tree = Tree(root, [cache, cache_dir()])
+        caches = [cache]
+        with contextlib.suppress(RuntimeError):  # no home
+            caches += [cache_dir()]
+        tree = Tree(root, caches)
         found = tree.matches(parts) if parts else tree.files()
         if parts and not found and not tree.left:
             raise DataError(f"data.source = {source!r} matches no file{_near_names(path)}")
