@@ -157,18 +157,33 @@ class ModelConfig(Section):
     d_model: Annotated[Positive, Field(le=2**20)] = setting(384, "width of the residual stream")
     d_ff: Annotated[Count, Field(le=2**24)] = setting(
         0,
-        "width of the MLP or of each expert; 0: 4 d_model, for swiglu 8/3 d_model rounded up to 64",
+        "width of the MLP or of each expert; 0: 4 d_model, if gated 8/3 d_model rounded up to 64",
     )
+    head_size: Count = setting(0, "width of a head, if its own (Qwen3, Gemma); 0: d_model / n_head")
     context_length: Positive = setting(256, "tokens that the model sees at once")
+    window: Count = setting(0, "tokens that a token sees, itself among them (Mistral); 0: all")
+    global_every: Count = setting(0, "each n-th layer has no window (Gemma); 0: all layers have it")
     positions: Literal["learned", "rotary", "none"] = setting("learned", "how positions enter")
+    unrotated_every: Count = setting(0, "each n-th layer has no rotary positions (SmolLM3)")
     rope_theta: PositiveFloat = setting(10000.0, "base of the rotary frequencies")
-    norm: Literal["layernorm", "rmsnorm"] = setting(
-        "layernorm", "normalisation before each sub-layer"
+    window_rope_theta: NonNegativeFloat = setting(
+        0.0, "base in layers with a window, whose frequencies are not scaled (Gemma 3); 0: the same"
+    )
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = setting(
+        "none",
+        "frequencies for longer texts: all, or the low ones (Llama 3.1; Qwen), / rope_factor",
+    )
+    rope_factor: PositiveFloat = setting(1.0, "divides scaled frequencies")
+    rope_original_length: Positive = setting(8192, "context before scaling, for llama3 and yarn")
+    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation of each sub-layer")
+    norm_place: Literal["before", "after", "both"] = setting(
+        "before", "what is normalised: a sub-layer's input, its output (OLMo 2), or both (Gemma 2)"
     )
     norm_epsilon: PositiveFloat = setting(1e-5, "added to the variance in a norm")
     bias: bool = setting(True, "biases in linear layers and norms")
-    activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu"] = setting(
-        "gelu_tanh", "non-linearity of the MLP; gelu_tanh is GPT-2's approximation of gelu"
+    activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu", "geglu"] = setting(
+        "gelu_tanh",
+        "of the MLP; gelu_tanh is GPT-2's, geglu gates with it (Gemma), swiglu with silu",
     )
     n_expert: Annotated[Positive, Field(le=2**16)] = setting(
         1, "MLPs that a block's router chooses from; 1: a dense model"
@@ -185,6 +200,7 @@ class ModelConfig(Section):
     dropout: DropoutRate = setting(0.0, "on embeddings, attention weights and residual branches")
     tie_embeddings: bool = setting(True, "use the token embedding as the output head")
     logit_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(logits / c); 0: off")
+    attention_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(scores / c) (Gemma 2); 0: off")
     init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
     zero_init_projections: bool = setting(
         False, "start each residual projection at zero instead of init_std / sqrt(2 n_layer)"
@@ -195,7 +211,7 @@ class ModelConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        if self.d_model % self.n_head:
+        if self.d_model % self.n_head and not self.head_size:
             nearest_multiple = max(1, round(self.d_model / self.n_head)) * self.n_head
             raise ValueError(
                 f"model.d_model = {self.d_model} is not divisible by model.n_head = {self.n_head}"
@@ -207,11 +223,10 @@ class ModelConfig(Section):
                 f"model.n_head = {self.n_head} is not divisible by model.n_kv_head = "
                 f"{self.n_kv_head}; it can be one of {divisors}"
             )
-        if self.positions == "rotary" and self.head_size % 2:
-            raise ValueError(
-                f"model.positions = 'rotary' needs an even head size, found d_model / n_head = "
-                f"{self.head_size}"
-            )
+        size = self.head_size or self.d_model // self.n_head
+        if self.positions == "rotary" and size % 2:
+            name = "model.head_size" if self.head_size else "d_model / n_head"
+            raise ValueError(f"rotary positions need an even head size, found {name} = {size}")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -236,16 +251,17 @@ class ModelConfig(Section):
         return self.n_expert > 1
 
     @property
-    def head_size(self) -> int:
-        return self.d_model // self.n_head
+    def is_gated(self) -> bool:
+        return self.activation in ("swiglu", "geglu")
 
     def resolved(self) -> Self:
         """The same model with every size that follows from another written out."""
         d_ff = 4 * self.d_model
-        if self.activation == "swiglu":
+        if self.is_gated:
             d_ff = -(-8 * self.d_model // (3 * 64)) * 64
         sizes = {
             "n_kv_head": self.n_kv_head or self.n_head,
+            "head_size": self.head_size or self.d_model // self.n_head,
             "d_ff": self.d_ff or d_ff,
             "n_expert_active": self.n_expert_active or (2 if self.has_experts else 0),
         }

@@ -19,10 +19,10 @@ from llm.planning.collectives import read_collectives
 ROWS, HEAD = 2, 16
 
 
-def plain(query, key, value, segments=None):
+def plain(query, key, value, segments=None, **rules):
     """In the order that the mesh in context has."""
     order_T = jnp.asarray(positions_on_devices(query.shape[1], shares("sequence")))
-    return self_attention("plain", query, key, value, Places(order_T[None], segments))
+    return self_attention("plain", query, key, value, Places(order_T[None], segments), **rules)
 
 
 def example(heads, kv_heads, length):
@@ -67,10 +67,15 @@ def compiled(attention, arrays, axes, segments=None):
         return graded.lower(*arrays).compile()
 
 
-def outcomes(attention, arrays, segments=None, **axes):
-    """[output, gradients for queries, keys and values], by it on the mesh, by plain on a device."""
+def outcomes(attention, arrays, segments=None, rules=None, **axes):
+    """[output, gradients for queries, keys and values], by it on the mesh, by plain on a device.
+
+    Args:
+      rules: a window and a cap for both.
+    """
     found = []
-    for way, mesh in ((attention, axes), (plain, {})):
+    ways = (functools.partial(way, **(rules or {})) for way in (attention, plain))
+    for way, mesh in zip(ways, (axes, {}), strict=True):
         (_, mixed), gradients = compiled(way, arrays, mesh, segments)(*arrays)
         found.append([np.asarray(array) for array in (mixed, *gradients)])
     return found

@@ -45,6 +45,39 @@ CASES = {
     "starcoder2-no-bias": ("starcoder2", {**SIZES, "use_bias": False}),
     "granite": ("granite", {**SIZES, "embedding_multiplier": 3.0, "logits_scaling": 2.0,
                             "residual_multiplier": 0.7, "attention_multiplier": 0.3}),
+    "llama-own-head-size": ("llama", {**SIZES, "head_dim": 6}),
+    "llama-linear": ("llama", {**SIZES, "rope_scaling": {"type": "linear", "factor": 3.0}}),
+    "llama3.1": ("llama", {**SIZES, "head_dim": 16, "rope_theta": 500.0, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64}}),
+    "qwen3-yarn": ("qwen3", {**SIZES, "head_dim": 16, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 200}}),
+    "qwen2-yarn": ("qwen2", {**SIZES, "hidden_size": 64, "rope_theta": 100.0, "rope_scaling": {
+        "type": "yarn", "factor": 2.0, "original_max_position_embeddings": 12,
+        "attention_factor": 1.3}}),
+    "mistral-window": ("mistral", {**SIZES, "sliding_window": 7}),
+    "phi3-window": ("phi3", {**SIZES, "sliding_window": 1}),
+    "starcoder2-window": ("starcoder2", {**SIZES, "sliding_window": 5}),
+    "mixtral-window": ("mixtral", {**SIZES, "sliding_window": 6, "num_local_experts": 3}),
+    "qwen2-window": ("qwen2", {**SIZES, "use_sliding_window": True, "sliding_window": 5,
+                               "max_window_layers": 0}),
+    "qwen3-window": ("qwen3", {**SIZES, "use_sliding_window": True, "sliding_window": 5,
+                               "layer_types": ["sliding_attention", "full_attention"]}),
+    "smollm3": ("smollm3", {**SIZES, "num_hidden_layers": 5}),
+    "smollm3-each-second": ("smollm3", {**SIZES, "no_rope_layer_interval": 2}),
+    "gemma": ("gemma", {**SIZES, "head_dim": 6}),
+    "gemma2": ("gemma2", {**SIZES, "num_hidden_layers": 4, "head_dim": 6, "sliding_window": 5,
+                          "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0,
+                          "final_logit_softcapping": 3.0}),
+    "gemma2-uncapped": ("gemma2", {**SIZES, "head_dim": 4, "attn_logit_softcapping": None,
+                                   "final_logit_softcapping": None, "sliding_window": 100}),
+    "gemma3_text": ("gemma3_text", {**SIZES, "num_hidden_layers": 7, "head_dim": 6,
+                                    "sliding_window": 5, "query_pre_attn_scalar": 10}),
+    "gemma3-scaled": ("gemma3_text", {**SIZES, "head_dim": 6, "sliding_window": 5,
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "gemma3-pattern": ("gemma3_text", {**SIZES, "num_hidden_layers": 4, "sliding_window": 100,
+        "layer_types": 2 * ["sliding_attention", "full_attention"]}),
     "granite-tied": ("granite", {**SIZES, "embedding_multiplier": 3.0, "logits_scaling": 0.5,
                                  "tie_word_embeddings": True, "attention_bias": True}),
 }  # fmt: skip
@@ -125,13 +158,14 @@ def test_an_imported_model_is_exported_with_the_same_log_probabilities(tmp_path,
 def test_a_key_that_a_file_does_not_have_is_what_transformers_takes(model_type):
     _, transformers = torch_and_transformers()
     default = transformers.AutoConfig.for_model(model_type)
-    found = (
-        {**default.to_dict(), **default.rope_parameters}
-        if "rope" in str(default)
-        else default.to_dict()
-    )
+    found = default.to_dict() | (getattr(default, "rope_parameters", None) or {})
+    if "full_attention" in found:  # Gemma 3
+        found |= found["full_attention"]
+        found |= {"rope_local_base_freq": found["sliding_attention"]["rope_theta"]}
+        found |= {"sliding_window_pattern": 1 + found["layer_types"].index("full_attention")}
     # transformers writes out what follows from other keys.
     following = {"sliding_window"} if not found.get("use_sliding_window", True) else set()
+    following |= {"rope_factor", "rope_original_length"}  # names of ours
     for key in FAMILIES[model_type].keys:
         if key.default is not None and not key.theirs.endswith(("pdrop", "dropout")):
             assert key.theirs in following or found[key.theirs] == key.default, key.theirs

@@ -164,13 +164,15 @@ def test_another_name_of_a_key_counts_unless_the_two_differ(gpt2):
         from_hf(gpt2)
 
 
-def test_a_window_that_hides_nothing_is_read_and_any_other_is_refused(llama):
+def test_a_window_that_hides_nothing_is_left_out(llama):
     describe(llama, model_type="mistral", sliding_window=16)
-    assert from_hf(llama)[0].context_length == 16
+    assert from_hf(llama)[0].window == 0
     describe(llama, sliding_window=12)
-    with pytest.raises(UsageError, match=r"sliding_window = 12 .* --model\.context-length 12"):
+    assert from_hf(llama)[0].window == 12
+    assert from_hf(llama, context_length=12)[0].window == 0
+    describe(llama, sliding_window=12.5)
+    with pytest.raises(UsageError, match=r"sliding_window = 12\.5: expected a number of tokens"):
         from_hf(llama)
-    assert from_hf(llama, context_length=12)[0].context_length == 12
 
 
 def test_a_context_is_lowered_and_never_raised(gpt2, tmp_path, capsys):
@@ -208,7 +210,7 @@ def test_a_header_that_lies_is_named(llama, content):
         from_hf(llama)
 
 
-def test_a_thousand_layers_are_not_looked_for(llama):
+def test_more_layers_than_weights_are_not_looked_for(llama):
     describe(llama, num_hidden_layers=1000)
     with pytest.raises(CheckpointError, match=r"1000 layers .* no more than 20 weights"):
         from_hf(llama)

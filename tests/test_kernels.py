@@ -63,6 +63,27 @@ def test_splash_and_its_gradients_are_those_of_plain_attention(
         np.testing.assert_allclose(array, wanted, atol=1e-5)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("rules", "axes"),
+    [
+        ({"window": 100}, {}),
+        ({"soft_cap": 0.5}, {}),
+        ({"window": 1, "soft_cap": 2.0}, {"fsdp": 2}),
+        ({"window": 200}, {"data": 2, "context": 2}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("attention", [interpreted, plain], ids=["splash", "plain"])
+def test_a_window_and_a_cap_are_the_same_on_every_mesh(attention, rules, axes, small_blocks):
+    arrays = example(2, 1, 512 if "context" in axes else 256)
+    found, expected = outcomes(attention, arrays, rules=rules, **axes)
+    for array, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(array, wanted, atol=1e-5)
+    without, _ = outcomes(plain, arrays)
+    assert np.abs(found[0] - without[0]).max() > 0.01
+
+
 def test_in_the_zig_zag_order_every_device_has_the_same_number_of_visible_blocks(
     small_blocks, monkeypatch
 ):
@@ -101,8 +122,8 @@ def test_a_model_with_a_kernel_computes_what_it_does_without(kernel, axes, monke
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["one text", "packed"])
-@pytest.mark.parametrize("parts", [1, 4])
-def test_cudnn_has_a_mask_only_where_its_own_does_not_do(parts, packed, monkeypatch):
+@pytest.mark.parametrize(("parts", "window"), [(1, 0), (4, 0), (1, 5)])
+def test_cudnn_has_a_mask_only_where_its_own_does_not_do(parts, window, packed, monkeypatch):
     """As JAX hands it to the compiler of a GPU: queries of one device, keys of all, one mask for
     all heads; the gradient too."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
@@ -111,14 +132,15 @@ def test_cudnn_has_a_mask_only_where_its_own_does_not_do(parts, packed, monkeypa
     segments = jax.ShapeDtypeStruct((2, 64), jnp.int32) if packed else None
 
     def total(query, key, value, segments):
-        return cudnn_attention(query, key, value, segments).astype(jnp.float32).sum()
+        mixed = cudnn_attention(query, key, value, segments, window=window)
+        return mixed.astype(jnp.float32).sum()
 
     with jax.set_mesh(make_mesh(MeshConfig(data=1, context=parts), jax.devices()[:parts])):
         traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(*shapes, segments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     operands = re.findall(r"@__cudnn\$fmha(\w+)\(.* : \((.*)\) ->", text)
     mask = f"tensor<{2 if packed else 1}x1x{64 // parts}x64xbf16>"
-    is_masked, kind = packed or parts > 1, "CAUSAL" if parts == 1 else "NO_MASK"
+    is_masked, kind = packed or parts > 1 or window > 0, "CAUSAL" if parts == 1 else "NO_MASK"
     for (name, shapes_of_call), backward in zip(operands, ("", "Backward"), strict=True):
         assert name == ("ScaleBiasSoftmax" if is_masked else "Softmax") + backward
         assert (mask in shapes_of_call) == is_masked
@@ -185,6 +207,10 @@ A100 = mesh_of("gpu", "NVIDIA A100", "8.0")
         (H100, {"d_model": 1024}, "bfloat16", "cudnn"),
         (A100, {"d_model": 1024}, "bfloat16", "plain"),
         (H100, {"d_model": 4 * 60}, "bfloat16", "plain"),
+        (H100, {"d_model": 4 * 60, "head_size": 64, "window": 100}, "bfloat16", "cudnn"),
+        (H100, {"window": 100, "context_length": 255}, "bfloat16", "plain"),
+        (H100, {"attention_soft_cap": 50.0}, "bfloat16", "plain"),
+        (TPU, {"attention_soft_cap": 50.0, "window": 100}, "bfloat16", "splash"),
         (mesh_of("gpu", "V100", "7.0"), {}, "bfloat16", "plain"),
         (mesh_of("gpu", "MI300", "gfx942"), {}, "bfloat16", "plain"),
         (mesh_of("gpu", "H100", "9.0", context=2), {}, "bfloat16", "cudnn"),
@@ -209,6 +235,7 @@ def test_auto_takes_the_kernel_that_devices_and_sizes_allow(mesh, model, dtype, 
         ("cudnn", TPU, {}, "bfloat16", r"NVIDIA GPUs .* is of TPU v5p; .* takes 'splash'"),
         ("cudnn", H100, {}, "float32", r"in bfloat16, .* gives float32; .* takes 'plain'"),
         ("cudnn", A100, {"d_model": 1024}, "bfloat16", r"at most 128 in multiples of 8, .* = 256"),
+        ("cudnn", H100, {"attention_soft_cap": 50.0}, "bfloat16", r"attention_soft_cap = 50\.0"),
         ("cudnn", mesh_of("cpu"), {}, "bfloat16", r"is of Abacus; use 'auto'"),
     ],
     ids=str,

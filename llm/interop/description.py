@@ -3,6 +3,7 @@
 A file that can be read in two ways is read as transformers reads it, or refused.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,25 @@ from llm.config import ModelConfig, validate
 from llm.errors import UsageError
 from llm.files import read_json, why
 from llm.interop.families import FAMILIES, KEYS_OF_ANY, Description, Family
+from llm.model.gpt import is_each
 
-# Sizes that follow from others when a file has null or 0 for them.
-_FOLLOWING = ("n_kv_head", "d_ff", "head_size")
-# What the part of a file about rotary positions may hold that means something to us.
-_ROTARY_KEYS = ("rope_theta", "rope_type", "partial_rotary_factor")
+# Settings for which a file may have null: sizes that follow from others, and what is off.
+_FOLLOWING = ("n_kv_head", "d_ff", "head_size", "logit_soft_cap", "attention_soft_cap", "window")
 # No size of a model is larger. JAX counts in 32 bits.
 _LARGEST = 2**31 - 1
+# rope_type -> what it also reads, and the one value that can be represented.
+_ROPE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {},
+    "llama3": {"low_freq_factor": 1, "high_freq_factor": 4},
+    "yarn": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "truncate": True,
+        "mscale": None,
+        "mscale_all_dim": None,
+    },
+}
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -45,13 +58,51 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(described, dict):
         raise UsageError(f"{path} is not a JSON object; expected a model's settings")
-    nested = described.get("rope_scaling") or described.get("rope_parameters") or {}
-    if not isinstance(nested, dict):
+    return described | _read_rope(described, path)
+
+
+def _read_rope(described: Description, source: Path) -> dict[str, Any]:
+    """What a file nests about rotary positions, by names of ours where it has no name at the top.
+
+    rope_attention is what YaRN multiplies queries and keys by.
+    """
+    parts: Any = described.get("rope_parameters") or {}
+    scaling = described.get("rope_scaling") or {}
+    if not isinstance(parts, dict) or not isinstance(scaling, dict):
         raise UsageError(
-            f"{path}: rope_scaling and rope_parameters are {nested!r}; expected an object"
+            f"{source}: rope_scaling = {scaling!r}, rope_parameters = {parts!r}: expected objects"
         )
-    described["rope_type"] = nested.get("type", "default")
-    return described | {name: nested[name] for name in _ROTARY_KEYS if name in nested}
+    found: dict[str, Any] = {}
+    local = parts.get("sliding_attention")
+    if isinstance(local, dict):  # each kind of layer has its own
+        if local.get("rope_type", "default") != "default":
+            raise UsageError(
+                f"{source}: rope_type = {local['rope_type']!r} of layers with a window cannot be "
+                "represented; supported: 'default'"
+            )
+        parts = {**(parts.get("full_attention") or {}), **scaling}
+        if "rope_theta" in local:
+            found["rope_local_base_freq"] = local["rope_theta"]
+    else:
+        parts = scaling or parts
+    kind = found["rope_type"] = parts.get("rope_type", parts.get("type", "default"))
+    found |= {x: parts[x] for x in ("rope_theta", "partial_rotary_factor") if x in parts}
+    if not isinstance(kind, str) or kind in ("default", *({kind} - _ROPE.keys())):
+        return found
+    for name, value in _ROPE[kind].items():
+        if (given := parts.get(name)) not in (None, value):
+            raise UsageError(
+                f"{source}: {name} = {given!r} cannot be represented; supported: {value!r}"
+            )
+    factor = found["rope_factor"] = parts.get("factor")
+    longest = described.get("max_position_embeddings")
+    found["rope_original_length"] = described.get(
+        "original_max_position_embeddings", parts.get("original_max_position_embeddings", longest)
+    )
+    if kind == "yarn" and isinstance(factor, int | float) and factor > 1:
+        given = parts.get("attention_factor")
+        found["rope_attention"] = 0.1 * math.log(factor) + 1 if given is None else given
+    return found
 
 
 def family_of(described: Description, folder: Path) -> Family:
@@ -89,7 +140,8 @@ def read_config(
     found = [
         (key, key.spellings.get(value, value) if key.spellings else value)
         for key in family.keys
-        if key.ours and ((value := values[key.theirs]) or key.ours not in _FOLLOWING)
+        if key.ours and key.is_checked and key.ours != "window"
+        if (value := values[key.theirs]) or key.ours not in _FOLLOWING
     ]
     for key, value in found:
         if key.ours in ModelConfig.model_fields:
@@ -107,8 +159,8 @@ def read_config(
             f"--model.context-length = {seen}: expected 1 to {config.context_length}, the length "
             f"that {source} gives"
         )
-    _check_window(family, values, config.n_layer, seen, source)
-    return config, {**values, "head_dim": config.head_size}
+    layers = _read_layers(family, values, config, seen, source)
+    return config.model_copy(update=layers), {**values, "head_dim": config.head_size}
 
 
 def _values(family: Family, described: Description, source: Path) -> dict[str, Any]:
@@ -139,35 +191,51 @@ def _values(family: Family, described: Description, source: Path) -> dict[str, A
                 f"{source}: {key.theirs} = {value!r} cannot be represented; supported: "
                 f"{', '.join(map(repr, supported))}"
             )
-        is_factor = isinstance(key.default, float) and key.default != 0.0 and not key.ours
+        is_factor = isinstance(key.default, float) and key.default and not key.is_checked
         if (not key.is_checked and not (is_number or value is None)) or (is_factor and not value):
             raise UsageError(f"{source}: {key.theirs} = {value!r}: expected a number")
-    return {**values, "layer_types": given.get("layer_types")}
+    lists = {pattern.theirs: given.get(pattern.theirs) for pattern in family.patterns}
+    attention = {"rope_attention": given.get("rope_attention", 1.0)}
+    return {**values, **lists, **attention}
 
 
-def _check_window(
-    family: Family, values: Description, layers: int, seen: int, source: Path
-) -> None:
-    """Refuse a window that hides a part of the context.
+def _read_layers(
+    family: Family, values: Description, config: ModelConfig, seen: int, source: Path
+) -> dict[str, int]:
+    """The window, and which layers differ from the others.
 
-    Raises:
-      UsageError: there is such a window, or config.json says in two ways which layers have it.
+    A window as long as what is `seen` hides nothing. It is left out, unless layers with a window
+    have a rotary base of their own.
     """
     window = values.get("sliding_window") if values.get("use_sliding_window", True) else None
-    if not family.slides or not window or window >= seen:
-        return
-    kinds = values.get("layer_types")
-    slides = (
-        [family.slides(values, layer) for layer in range(layers)]
-        if kinds is None
-        else [kind != "full_attention" for kind in kinds]
-    )
-    if any(slides):
-        raise UsageError(
-            f"{source}: sliding_window = {window} is smaller than the context of "
-            f"{seen}, which cannot be represented; read less at once: "
-            f"--model.context-length {window}"
-        )
+    if window and type(window) is not int:
+        raise UsageError(f"{source}: sliding_window = {window!r}: expected a number of tokens")
+    if not window or (window >= seen and not config.window_rope_theta):
+        window = 0
+    found: dict[str, int] = {"window": window}
+    layers = range(config.n_layer)
+    for pattern in family.patterns:
+        if pattern.ours == "global_every" and not window:
+            continue
+        words = values.get(pattern.theirs)
+        try:
+            differs = [
+                bool(pattern.usual(values, i)) if words is None else words[i] == pattern.words[0]
+                for i in layers
+            ]
+        except (ArithmeticError, TypeError, LookupError):
+            differs = []
+        every = differs.index(True) + 1 if True in differs else 0
+        if differs != [is_each(every, i) for i in layers] or len(words or layers) != len(layers):
+            raise UsageError(
+                f"{source}: {pattern.theirs or 'layers'} = {words!r} cannot be represented: "
+                f"expected {pattern.words[0]!r} in each n-th layer and {pattern.words[1]!r} in the "
+                f"others, of {len(layers)}"
+            )
+        found[pattern.ours] = every
+    if found.get("global_every") == 1:
+        found |= {"window": 0, "global_every": 0}
+    return found
 
 
 def describe(
@@ -192,12 +260,14 @@ def describe(
                 spelled = {ours: theirs for theirs, ours in reversed([*key.spellings.items()])}
                 allowed[key.ours] = [*spelled]
                 value = spelled.get(value)
+            elif key.ours in _FOLLOWING:
+                value = value or None
             if described.setdefault(key.theirs, value) != value:
                 allowed[key.ours] = [described[key.theirs]]
-            if key.theirs == "rope_theta":  # where transformers reads it since version 5
-                described["rope_parameters"] = {"rope_type": "default", "rope_theta": value}
-            if key.theirs == "sliding_window":
-                described["sliding_window"] = None
+        if "head_dim" not in described:
+            allowed["head_size"] = [config.d_model // config.n_head]
+        _describe_layers(family, config, described, allowed)
+        _describe_rope(described)
         wrong = [
             f"model.{name} = {getattr(config, name)!r} (needs {' or '.join(map(repr, values))})"
             for name, values in allowed.items()
@@ -207,3 +277,51 @@ def describe(
             return model_type, described
         reasons.append(f"not {model_type}, because of {', '.join(wrong) or unfit}")
     raise UsageError("no Hugging Face architecture is this model: " + "; ".join(reasons))
+
+
+def _describe_layers(
+    family: Family,
+    config: ModelConfig,
+    described: dict[str, Any],
+    allowed: dict[str, list[Any]],
+) -> None:
+    """Write which layers differ, where the family has a list, and else allow none."""
+    if "use_sliding_window" in described:
+        described["use_sliding_window"] = config.window > 0
+    elif any(pattern.theirs == "layer_types" for pattern in family.patterns):
+        # Gemma's code wants a number, even if no layer has the window.
+        described["sliding_window"] = config.window or config.context_length
+    for pattern in family.patterns:
+        differ, others = pattern.words
+        every = getattr(config, pattern.ours)
+        if pattern.ours == "global_every" and not config.window:
+            every = 1
+        elif not pattern.theirs:
+            allowed[pattern.ours] = [0]
+        if pattern.theirs:
+            described[pattern.theirs] = [
+                differ if is_each(every, layer) else others for layer in range(config.n_layer)
+            ]
+
+
+def _describe_rope(described: dict[str, Any]) -> None:
+    """Move what is about rotary positions to where transformers reads it since version 5."""
+    if "rope_theta" not in described:
+        return
+    kind, factor, length = (
+        described.pop(name) for name in ("rope_type", "rope_factor", "rope_original_length")
+    )
+    parts = {"rope_type": kind, "rope_theta": described["rope_theta"]}
+    if kind != "default":
+        parts |= {"factor": factor, **_ROPE.get(kind, {})}
+    if kind in ("llama3", "yarn"):
+        parts["original_max_position_embeddings"] = length
+    if kind == "yarn":
+        parts["attention_factor"] = 1.0  # it is part of the weights
+    parts = {name: value for name, value in parts.items() if value is not None}
+    local = described.pop("rope_local_base_freq", None)
+    if local is not None:
+        kinds = {"rope_type": "default", "rope_theta": local}
+        parts = {"full_attention": parts, "sliding_attention": kinds}
+        del described["rope_theta"]
+    described["rope_parameters"] = parts

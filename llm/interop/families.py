@@ -62,6 +62,23 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """Layers that differ from the others: here each n-th, there a list with a word for each layer.
+
+    Attributes:
+      ours: the setting that is n, or 0 if no layer differs.
+      theirs: the list's name. Empty: transformers reads no list in this family.
+      words: what the list has for a layer that differs, and for any other.
+      usual: whether a layer differs, if the file has no list.
+    """
+
+    ours: str
+    theirs: str
+    words: tuple[Any, Any]
+    usual: Callable[[Description, int], bool]
+
+
+@dataclass(frozen=True)
 class Family:
     """A kind of model in transformers.
 
@@ -78,8 +95,8 @@ class Family:
       aliases: other names that transformers knows for a key.
       factors: a module of ours, without its block -> what transformers multiplies its output by.
         Here the factor is part of the module's weights.
-      slides: whether a layer's attention has the window of the key sliding_window, if config.json
-        lists no layer_types. None: transformers reads no window in this family.
+      patterns: of layers.
+      gain_offset: what transformers adds to each norm's gain.
     """
 
     class_name: str
@@ -90,7 +107,8 @@ class Family:
     ignored: re.Pattern[str]
     aliases: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, Callable[[Description], float]] = field(default_factory=dict)
-    slides: Callable[[Description, int], bool] | None = None
+    patterns: Sequence[Pattern] = ()
+    gain_offset: float = 0.0
 
 
 # Keys that change what any model computes. They are checked in each file, unless the family has a
@@ -104,6 +122,7 @@ KEYS_OF_ANY = (
     Key("mlp_bias", "", False),
     Key("rope_type", "", "default"),
     Key("partial_rotary_factor", "", 1.0),
+    Key("use_bidirectional_attention", "", None),
 )
 
 _QUERY, _KEY, _VALUE, _OUT = (
@@ -111,11 +130,21 @@ _QUERY, _KEY, _VALUE, _OUT = (
 )
 _GATE, _UP, _DOWN = (f"blocks.{{}}.mlp.{part}" for part in ("gate", "up", "down"))
 # Switches that most families do not have.
-_NO_EXTRAS = {"qk_norm": False, "logit_soft_cap": 0.0}
+_NO_EXTRAS = {
+    "qk_norm": False,
+    "norm_place": "before",
+    "logit_soft_cap": 0.0,
+    "attention_soft_cap": 0.0,
+    "unrotated_every": 0,
+    "window_rope_theta": 0.0,
+}
+_NO_WINDOW = {"window": 0, "global_every": 0}
 _ROTARY = {"positions": "rotary", "n_expert": 1, **_NO_EXTRAS}
 _GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _DROPOUT = Key("attention_dropout", "", 0.0, is_checked=False)
-_WINDOW = Key("sliding_window", "", 4096, is_checked=False)
+_WINDOW = Key("sliding_window", "window", 4096)
+_ALL_SLIDE = (Pattern("global_every", "", ("", ""), lambda described, layer: False),)
+_KINDS = ("full_attention", "sliding_attention")
 _CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")  # old files hold it beside the weights
 _FREQUENCIES = re.compile(r"\.rotary_emb\.inv_freq$")  # and those of rotary positions
 # GPT-2's names, which older families know beside those that came later.
@@ -198,6 +227,15 @@ _LLAMA_KEYS = (
     Key("max_position_embeddings", "context_length", 2048),
     Key("rms_norm_eps", "norm_epsilon", 1e-6),
     Key("rope_theta", "rope_theta", 10000.0),
+    # As description.py finds them in rope_scaling and rope_parameters.
+    Key(
+        "rope_type",
+        "rope_scaling",
+        "default",
+        {"default": "none"} | {kind: kind for kind in ("linear", "llama3", "yarn")},
+    ),
+    Key("rope_factor", "rope_factor", 1.0),
+    Key("rope_original_length", "rope_original_length", 8192),
     _DROPOUT,
 )
 _ATTENTION_BIAS = Key("attention_bias", "", False)
@@ -213,7 +251,13 @@ _GPT2 = Family(
     class_name="GPT2LMHeadModel",
     prefix="transformer.",
     modules=_gpt2(is_transposed=False),
-    fixed={"positions": "learned", "norm": "layernorm", "n_expert": 1, **_NO_EXTRAS},
+    fixed={
+        "positions": "learned",
+        "norm": "layernorm",
+        "n_expert": 1,
+        **_NO_EXTRAS,
+        **_NO_WINDOW,
+    },
     keys=(
         *_GPT2_KEYS,
         Key("n_head", "n_kv_head", 12),
@@ -244,7 +288,7 @@ _LLAMA = Family(
         *_attention("attention_bias", "attention_bias"),
         *_gated_mlp("mlp_bias"),
     ),
-    fixed={"norm": "rmsnorm", **_ROTARY},
+    fixed={"norm": "rmsnorm", **_ROTARY, **_NO_WINDOW},
     keys=(*_LLAMA_KEYS, _ATTENTION_BIAS, _MLP_BIAS),
     ignored=_FREQUENCIES,
 )
@@ -253,6 +297,7 @@ _MISTRAL = replace(
     _LLAMA,
     class_name="MistralForCausalLM",
     modules=(*_ends(), *_norms(), *_attention(False, False), *_gated_mlp(False)),
+    fixed={"norm": "rmsnorm", **_ROTARY},
     keys=(
         *_with(
             _LLAMA_KEYS,
@@ -262,7 +307,7 @@ _MISTRAL = replace(
         ),
         _WINDOW,
     ),
-    slides=lambda described, layer: True,
+    patterns=_ALL_SLIDE,
 )
 
 _MIXTRAL = replace(
@@ -301,8 +346,16 @@ _QWEN2 = replace(
     _LLAMA,
     class_name="Qwen2ForCausalLM",
     modules=(*_ends(), *_norms(), *_attention(True, False), *_gated_mlp(False)),
+    fixed=_MISTRAL.fixed,
     keys=_QWEN_KEYS,
-    slides=lambda described, layer: layer >= described["max_window_layers"],
+    patterns=(
+        Pattern(
+            "global_every",
+            "layer_types",
+            _KINDS,
+            lambda described, layer: layer < described["max_window_layers"],
+        ),
+    ),
 )
 
 _QWEN3 = replace(
@@ -316,7 +369,7 @@ _QWEN3 = replace(
         Module("layers.{}.self_attn.q_norm", ["blocks.{}.attention.query_norm"]),
         Module("layers.{}.self_attn.k_norm", ["blocks.{}.attention.key_norm"]),
     ),
-    fixed={**_LLAMA.fixed, "qk_norm": True},
+    fixed={**_MISTRAL.fixed, "qk_norm": True},
     keys=(*_with(_QWEN_KEYS, head_dim=128), _ATTENTION_BIAS),
 )
 
@@ -332,7 +385,10 @@ _PHI3 = replace(
         Module("layers.{}.mlp.down_proj", [_DOWN]),
     ),
     keys=_with(
-        _MISTRAL.keys,
+        (
+            replace(key, spellings={"default": "none"}) if key.theirs == "rope_type" else key
+            for key in _MISTRAL.keys
+        ),
         num_key_value_heads=None,
         hidden_size=3072,
         intermediate_size=8192,
@@ -347,7 +403,7 @@ _OLMO = replace(
     _LLAMA,
     class_name="OlmoForCausalLM",
     modules=(*_ends(), *_attention("attention_bias", "attention_bias"), *_gated_mlp(False)),
-    fixed={"norm": "layernorm", "norm_epsilon": 1e-5, **_ROTARY},
+    fixed={"norm": "layernorm", "norm_epsilon": 1e-5, **_ROTARY, **_NO_WINDOW},
     keys=(
         *(key for key in _LLAMA_KEYS if key.theirs != "rms_norm_eps"),
         _ATTENTION_BIAS,
@@ -406,17 +462,178 @@ _GRANITE = replace(
     },
 )
 
+# Llama whose every fourth layer has no positions.
+_SMOLLM3 = replace(
+    _LLAMA,
+    class_name="SmolLM3ForCausalLM",
+    fixed={name: value for name, value in _MISTRAL.fixed.items() if name != "unrotated_every"},
+    keys=(
+        *_with(
+            _LLAMA_KEYS,
+            tie_word_embeddings=True,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            hidden_size=2048,
+            max_position_embeddings=32768,
+            rope_theta=2e6,
+        ),
+        _ATTENTION_BIAS,
+        _MLP_BIAS,
+        replace(_WINDOW, default=None),
+        Key("use_sliding_window", "", False, is_checked=False),
+        Key("no_rope_layer_interval", "", 4, is_checked=False),
+    ),
+    patterns=(
+        Pattern(
+            "unrotated_every",
+            "no_rope_layers",
+            (0, 1),
+            lambda described, layer: (layer + 1) % described["no_rope_layer_interval"] == 0,
+        ),
+        # Without a list, the layers without positions would have the window.
+        Pattern("global_every", "layer_types", _KINDS, lambda described, layer: True),
+    ),
+)
+
+# Gemma's gains are 1 + weight; its embedding is multiplied by sqrt(D) and, as the head, is not.
+_GEMMA = replace(
+    _LLAMA,
+    class_name="GemmaForCausalLM",
+    modules=(
+        *_ends(),
+        *_norms(),
+        *_attention("attention_bias", "attention_bias"),
+        *_gated_mlp(False),
+    ),
+    keys=(
+        *_with(
+            (key for key in _LLAMA_KEYS if key.theirs != "hidden_act"),
+            tie_word_embeddings=True,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=16,
+            hidden_size=3072,
+            head_dim=256,
+            intermediate_size=24576,
+            max_position_embeddings=8192,
+        ),
+        # "gelu" was written by mistake for the approximation.
+        Key(
+            "hidden_act",
+            "activation",
+            "gelu_pytorch_tanh",
+            {"gelu_pytorch_tanh": "geglu", "gelu": "geglu"},
+        ),
+        _ATTENTION_BIAS,
+    ),
+    factors={"embed": lambda described: described["hidden_size"] ** 0.5},
+    gain_offset=1.0,
+)
+
+_GEMMA2_MODULES = (
+    *_ends(),
+    Module("layers.{}.input_layernorm", ["blocks.{}.attention_norm"]),
+    Module("layers.{}.post_attention_layernorm", ["blocks.{}.attention_out_norm"]),
+    Module("layers.{}.pre_feedforward_layernorm", ["blocks.{}.mlp_norm"]),
+    Module("layers.{}.post_feedforward_layernorm", ["blocks.{}.mlp_out_norm"]),
+    Module("norm", ["final_norm"]),
+    *_attention("attention_bias", "attention_bias"),
+    *_gated_mlp(False),
+)
+_GEMMA2_FIXED = {
+    "norm": "rmsnorm",
+    "positions": "rotary",
+    "n_expert": 1,
+    "norm_place": "both",
+    "qk_norm": False,
+    "unrotated_every": 0,
+}
+_GEMMA2 = replace(
+    _GEMMA,
+    class_name="Gemma2ForCausalLM",
+    modules=_GEMMA2_MODULES,
+    fixed={**_GEMMA2_FIXED, "window_rope_theta": 0.0},
+    keys=(
+        *_with(
+            (key for key in _GEMMA.keys if key.theirs != "hidden_act"),
+            num_hidden_layers=26,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            hidden_size=2304,
+            intermediate_size=9216,
+        ),
+        Key(
+            "hidden_activation",
+            "activation",
+            "gelu_pytorch_tanh",
+            {"gelu_pytorch_tanh": "geglu"},
+        ),
+        Key("query_pre_attn_scalar", "head_size", 256.0, is_checked=False),
+        Key("final_logit_softcapping", "logit_soft_cap", 30.0),
+        Key("attn_logit_softcapping", "attention_soft_cap", 50.0),
+        _WINDOW,
+    ),
+    factors={
+        **_GEMMA.factors,
+        "attention.query": lambda described: (
+            (described["head_dim"] / described["query_pre_attn_scalar"]) ** 0.5
+        ),
+    },
+    patterns=(
+        Pattern("global_every", "layer_types", _KINDS, lambda described, layer: layer % 2 == 1),
+    ),
+)
+
+_GEMMA3 = replace(
+    _GEMMA2,
+    class_name="Gemma3ForCausalLM",
+    modules=(
+        *_GEMMA2_MODULES,
+        Module("layers.{}.self_attn.q_norm", ["blocks.{}.attention.query_norm"]),
+        Module("layers.{}.self_attn.k_norm", ["blocks.{}.attention.key_norm"]),
+    ),
+    fixed={**_GEMMA2_FIXED, "qk_norm": True},
+    keys=(
+        *_with(
+            _GEMMA2.keys,
+            max_position_embeddings=131072,
+            rope_theta=1e6,
+            final_logit_softcapping=None,
+            attn_logit_softcapping=None,
+        ),
+        Key("rope_local_base_freq", "window_rope_theta", 10000.0),
+        Key("sliding_window_pattern", "", 6, is_checked=False),
+    ),
+    factors={
+        **_GEMMA.factors,
+        "attention.query_norm": _GEMMA2.factors["attention.query"],
+    },
+    patterns=(
+        Pattern(
+            "global_every",
+            "layer_types",
+            _KINDS,
+            lambda described, layer: (layer + 1) % described["sliding_window_pattern"] == 0,
+        ),
+    ),
+)
+
 # model_type -> family. A model that several can express is written as the first of them.
 FAMILIES = {
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT_BIGCODE,
     "llama": _LLAMA,
+    "mistral": _MISTRAL,
     "mixtral": _MIXTRAL,
     "qwen3": _QWEN3,
     "qwen2": _QWEN2,
-    "mistral": _MISTRAL,
     "phi3": _PHI3,
     "olmo": _OLMO,
     "starcoder2": _STARCODER2,
     "granite": _GRANITE,
+    "smollm3": _SMOLLM3,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
 }

@@ -125,6 +125,7 @@ def to_hf(
         "initializer_range": config.init_std,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
+        "pad_token_id": None,
         **keys,
     }
     tensors = {}
@@ -170,11 +171,13 @@ class _Pair:
     Attributes:
       ours: name -> shape without the padding of the vocabulary, and the factor that transformers
         applies later.
+      offset: what transformers adds before that.
     """
 
     ours: Mapping[str, tuple[tuple[int, ...], float]]
     theirs: list[str]
     is_transposed: bool
+    offset: float
 
 
 def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[_Pair]:
@@ -185,6 +188,8 @@ def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[
     widest = spec.config.model_copy(update={"vocab_multiple": 1, "bias": True})
     params = abstract_params(ModelSpec(widest, spec.vocab_size))
     factors = {name: factor(described) for name, factor in family.factors.items()}
+    queries = f"attention.query{'_norm' * spec.config.qk_norm}"
+    factors[queries] = factors.get(queries, 1.0) * described.get("rope_attention", 1.0) ** 2
     if spec.config.tie_embeddings and "embed" in factors:
         factors["final_norm"] = factors.get("final_norm", 1.0) / factors["embed"]
     endings = {"": "weight", ".weight": "weight", ".scale": "weight", ".bias": "bias"}
@@ -199,7 +204,8 @@ def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[
                 theirs = [name.replace("{expert}", str(expert)) for expert in experts]
                 shapes = [params[name].shape for name in ours]
                 held = dict(zip(ours, zip(shapes, factor, strict=True), strict=True))
-                yield _Pair(held, theirs, module.is_transposed)
+                offset = family.gain_offset if ending == ".scale" else 0.0
+                yield _Pair(held, theirs, module.is_transposed, offset)
 
 
 def _read_pair(pair: _Pair, tensors: Tensors, params: Arrays) -> None:
@@ -218,13 +224,14 @@ def _read_pair(pair: _Pair, tensors: Tensors, params: Arrays) -> None:
         parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
         for (ours, (_, factor)), part in zip(pair.ours.items(), parts, strict=True):
             place = params[ours][expert] if len(pair.theirs) > 1 else params[ours]
-            place[tuple(map(slice, part.shape))] = part if factor == 1.0 else part * factor
+            as_is = factor == 1.0 and not pair.offset  # changes no bit, not even of -0.0
+            place[tuple(map(slice, part.shape))] = part if as_is else (part + pair.offset) * factor
 
 
 def _to_theirs(pair: _Pair, params: Mapping[str, Any]) -> list[np.ndarray]:
     """The arrays of theirs that hold parameters. A bias that our model does not have is zero."""
     parts = [
-        np.asarray(params[name], np.float32)[tuple(map(slice, shape))] / np.float32(factor)
+        np.asarray(params[name], np.float32)[tuple(map(slice, shape))] / factor - pair.offset
         if name in params
         else np.zeros(shape, np.float32)
         for name, (shape, factor) in pair.ours.items()

@@ -10,6 +10,7 @@ Transformer Decoding" (multi-query) and Ainslie et al. 2023, "GQA" (grouped-quer
     N = K G query heads  H head size
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -28,26 +29,31 @@ class Places(NamedTuple):
     segments_BT: jax.Array | None = None
 
 
-def in_view(query_at: Any, key_at: Any) -> Any:
+def in_view(query_at: Any, key_at: Any, window: int = 0) -> Any:
     """Whether a query may look at a key, by their positions alone: at itself and what is before.
+
+    With a window, at so many of these, itself among them.
 
     Elementwise, on NumPy arrays, JAX arrays and inside kernels: `visible` and splash compute it.
     cuDNN has its own causal mask, which is the same rule as long as CAUSAL says so.
     """
+    if window:
+        return (query_at >= key_at) & (query_at - key_at < window)
     return query_at >= key_at
 
 
-# Whether `in_view` is the causal rule and nothing else, so that cuDNN's own mask will do.
+# Whether `in_view` without a window is the causal rule and nothing else, so that cuDNN's own mask
+# will do.
 CAUSAL = True
 
 
-def visible(queries: Places, keys: Places) -> jax.Array:
+def visible(queries: Places, keys: Places, window: int = 0) -> jax.Array:
     """Who sees whom: bool [B, T, S], True if the query at t may look at the key at s.
 
     A key has to be `in_view`, and in the query's own segment. Plain attention, the key/value cache
     and the attention maps ask this function; so does cuDNN if its own mask does not say it all.
     """
-    seen_BTS = in_view(queries.positions_BT[:, :, None], keys.positions_BT[:, None, :])
+    seen_BTS = in_view(queries.positions_BT[:, :, None], keys.positions_BT[:, None, :], window)
     if queries.segments_BT is None or keys.segments_BT is None:
         return seen_BTS
     return seen_BTS & (keys.segments_BT[:, None, :] == queries.segments_BT[:, :, None])
@@ -69,6 +75,7 @@ def attend(
     value_BSKH: jax.Array,
     visible_BTS: jax.Array,
     *,
+    soft_cap: float = 0.0,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -80,6 +87,7 @@ def attend(
       value_BSKH: values.
       visible_BTS: bool, True where position t may look at position s; broadcasts over B. Every
         row must allow at least one s.
+      soft_cap: as `attention_scores` takes it.
       dropout: probability of zeroing an attention weight, if a key is given.
     Returns:
       [B, T, N, H] in the dtype of the values. The softmax is computed in float32.
@@ -88,7 +96,7 @@ def attend(
     instead of S, which saves a quarter of attention's time on a CPU.
     """
     B, T, N, H = query_BTNH.shape
-    scores_BKGTS = attention_scores(query_BTNH, key_BSKH, visible_BTS)
+    scores_BKGTS = attention_scores(query_BTNH, key_BSKH, visible_BTS, soft_cap)
     largest_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(axis=-1, keepdims=True))
     exponentials_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)
     sums_BKGT1 = exponentials_BKGTS.sum(axis=-1, keepdims=True)
@@ -102,9 +110,12 @@ def attend(
 
 
 def attention_scores(
-    query_BTNH: jax.Array, key_BSKH: jax.Array, visible_BTS: jax.Array
+    query_BTNH: jax.Array, key_BSKH: jax.Array, visible_BTS: jax.Array, cap: float = 0.0
 ) -> jax.Array:
-    """Q K^T / sqrt(H) + M: float32 [B, K, G, T, S], -inf where not visible."""
+    """Q K^T / sqrt(H) + M: float32 [B, K, G, T, S], -inf where not visible.
+
+    With a cap c, the products s = Q K^T / sqrt(H) become c tanh(s / c) before M is added.
+    """
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
@@ -112,21 +123,69 @@ def attention_scores(
         "BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH, preferred_element_type=jnp.float32
     )
     # Scaled here, in float32: scaled queries would be rounded once more in bfloat16.
-    return jnp.where(visible_BTS[:, None, None, :, :], products_BKGTS * H**-0.5, -jnp.inf)
+    scores_BKGTS = soft_cap(products_BKGTS * H**-0.5, cap)
+    return jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, -jnp.inf)
 
 
-def rotate(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+def soft_cap(scores: jax.Array, cap: float) -> jax.Array:
+    """c tanh(scores / c), which keeps scores within (-c, c); unchanged for c = 0."""
+    return cap * jnp.tanh(scores / cap) if cap else scores
+
+
+class RopeScaling(NamedTuple):
+    """How frequencies are lowered for texts longer than a model was first trained with.
+
+    A feature pair turns r = original_length f / 2 pi times in that length. Its frequency f becomes
+    f (k + (1 - k) / factor). The share k that is kept is 0 for linear. It rises from 0 to 1 between
+    r = 1 and r = 4 for llama3 (linear in r), and between r = 1 and r = 32 for yarn (linear in the
+    pair's number, between whole numbers).
+
+    Sources: Chen et al. 2023, "Position Interpolation" (linear); Llama team 2024, "The Llama 3 Herd
+    of Models"; Peng et al. 2023, "YaRN". The bounds are those that their
+    models were published with.
+    """
+
+    kind: str = "none"
+    factor: float = 1.0
+    original_length: int = 0
+
+    def apply(self, frequencies: jax.Array, theta: float) -> jax.Array:
+        pairs = len(frequencies)
+        match self.kind:
+            case "none":
+                return frequencies
+            case "linear":
+                kept: Any = 0.0
+            case "llama3":
+                turns = self.original_length * frequencies / (2 * math.pi)
+                kept = jnp.clip((turns - 1) / (4 - 1), 0, 1)
+            case "yarn":
+                fast, slow = (
+                    pairs * math.log(self.original_length / (2 * math.pi * r)) / math.log(theta)
+                    for r in (32, 1)
+                )
+                first, last = max(math.floor(fast), 0), min(math.ceil(slow), 2 * pairs - 1)
+                kept = 1 - jnp.clip((jnp.arange(pairs) - first) / max(last - first, 1e-3), 0, 1)
+        return frequencies * (kept + (1 - kept) / self.factor)
+
+
+def rotate(
+    x_BTNH: jax.Array,
+    positions_BT: jax.Array,
+    theta: float,
+    scaling: RopeScaling = RopeScaling(),  # noqa: B008  (it cannot change)
+) -> jax.Array:
     """Rotary position embedding: turn each pair of features by an angle that grows with position.
 
         (x_i, x_{i+H/2}) -> (x_i cos a - x_{i+H/2} sin a, x_{i+H/2} cos a + x_i sin a)
-        a = position * theta^(-2i/H),  i in [0, H/2)
+        a = position * theta^(-2i/H),  i in [0, H/2), or a frequency that `scaling` lowered
 
     The product of a rotated query and key then depends on their distance alone. Features are
     paired half by half, as in GPT-NeoX and Llama. Angles are computed in float32: bfloat16
     cannot tell neighbouring positions apart beyond 256.
     """
     half = x_BTNH.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = scaling.apply(theta ** (-jnp.arange(half, dtype=jnp.float32) / half), theta)
     angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
     cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

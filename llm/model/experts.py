@@ -104,7 +104,7 @@ def mix_experts(
     rows_AD = jnp.repeat(x_BTD.reshape(B * T, D), k, axis=0)
     x_nmD = exchange(rows_AD, choice_s, slot_A).reshape(len(expert_n), -1, D)
     up_nmF = product(x_nmD, "up")
-    gate_nmF = product(x_nmD, "gate") if config.activation == "swiglu" else None
+    gate_nmF = product(x_nmD, "gate") if config.is_gated else None
     y_nmD = product(activate(config.activation, up_nmF, gate_nmF), "down")
     y_AD = exchange(y_nmD.reshape(-1, D), slot_A, choice_s)
     mixed_BTD = jnp.sum(y_AD.reshape(B, T, k, D) * gates_BTk[..., None], axis=2)

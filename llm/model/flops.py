@@ -78,7 +78,8 @@ def flops_per_token(spec: ModelSpec) -> float:
     A weight costs 2 FLOPs forward and 4 backward (Kaplan et al. 2020). A mixture of experts counts
     the K experts that a token uses, and the router, which scores all of them. Attention's scores
     and weighted sums cost 4 N H for each key seen forward, and three times that in all. Causal
-    attention sees T / 2 keys on average. PaLM counts all T, so this MFU is the stricter one.
+    attention sees T / 2 keys on average, and a window of W tokens W (1 - W / 2T). PaLM counts all
+    T, so this MFU is the stricter one.
     """
     config = spec.config
     matrices = sum(
@@ -87,8 +88,11 @@ def flops_per_token(spec: ModelSpec) -> float:
         if name.startswith("blocks.") and name.endswith(".weight")
     )
     head = config.d_model * spec.vocab_size
-    heads, keys_seen = config.n_head * config.head_size, config.context_length / 2
-    return float(6 * (matrices + head)) + 12 * config.n_layer * heads * keys_seen
+    T, heads = config.context_length, config.n_head * config.head_size
+    W, every = min(config.window or T, T), config.global_every
+    whole = config.n_layer // every if every else 0  # layers without a window
+    keys_seen = whole * T / 2 + (config.n_layer - whole) * W * (1 - W / (2 * T))
+    return float(6 * (matrices + head)) + 12 * heads * keys_seen
 
 
 def listed_name(kind: str, names: Iterable[str]) -> str | None:

@@ -32,12 +32,15 @@ from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from llm.config import ModelConfig
+from llm.errors import UsageError
 from llm.model.attention import (
     Places,
+    RopeScaling,
     attend,
     drop,
     rotate,
     segment_positions,
+    soft_cap,
     visible,
 )
 from llm.model.context import from_zigzag, positions_on_devices, to_zigzag
@@ -167,8 +170,13 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def stream_norm(config: ModelConfig) -> Norm:
-    """The norm of what a sub-layer, or the head, reads from the residual stream."""
+    """The norm of what a sub-layer or the head reads from the residual stream, or writes to it."""
     return Norm(config.norm, config.d_model, epsilon=config.norm_epsilon, bias=config.bias)
+
+
+def is_each(every: int, layer: int) -> bool:
+    """Whether a layer is one of "each n-th"; with n = 0 none is."""
+    return every > 0 and (layer + 1) % every == 0
 
 
 class Attention(nnx.Module):
@@ -176,10 +184,14 @@ class Attention(nnx.Module):
 
     MultiHead(x) = concat(head_1, ..., head_N) W_o,
     head_n = attention(x W_q[n], x W_k[n // G], x W_v[n // G]),   G = N / K
+
+    Layers may differ in their window and in their rotary positions.
     """
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, layer: int = 0):
         config = self.config = spec.config
+        self.window = 0 if is_each(config.global_every, layer) else config.window
+        self.is_rotary = config.positions == "rotary" and not is_each(config.unrotated_every, layer)
         self.kernel = spec.attention
         dtype = spec.compute_dtype
         linear = functools.partial(Linear, bias=config.bias, dtype=dtype, std=config.init_std)
@@ -203,9 +215,15 @@ class Attention(nnx.Module):
         query_BTNH, key_BTKH, value_BTKH = heads
         if config.qk_norm:
             query_BTNH, key_BTKH = self.query_norm(query_BTNH), self.key_norm(key_BTKH)
-        if config.positions == "rotary":
-            query_BTNH = rotate(query_BTNH, positions_BT, config.rope_theta)
-            key_BTKH = rotate(key_BTKH, positions_BT, config.rope_theta)
+        if self.is_rotary:
+            theta = config.rope_theta
+            scaling = RopeScaling(
+                config.rope_scaling, config.rope_factor, config.rope_original_length
+            )
+            if self.window and config.window_rope_theta:
+                theta, scaling = config.window_rope_theta, RopeScaling()
+            query_BTNH = rotate(query_BTNH, positions_BT, theta, scaling)
+            key_BTKH = rotate(key_BTKH, positions_BT, theta, scaling)
         return query_BTNH, key_BTKH, value_BTKH
 
     def __call__(
@@ -217,9 +235,14 @@ class Attention(nnx.Module):
         """
         heads = self.project(x_BTD, places.positions_BT)
         if cached is None:
-            rate = self.config.dropout
             mixed_BTNH = self_attention(
-                self.kernel, *heads, places, dropout=rate, dropout_key=dropout_key
+                self.kernel,
+                *heads,
+                places,
+                window=self.window,
+                soft_cap=self.config.attention_soft_cap,
+                dropout=self.config.dropout,
+                dropout_key=dropout_key,
             )
         else:
             query_BTNH, key_BTKH, value_BTKH = heads
@@ -229,9 +252,11 @@ class Attention(nnx.Module):
             place_BTK = rows_B11, heads_11K, places.positions_BT[:, :, None]
             keys_BKSH = cached[0].at[place_BTK].set(key_BTKH)
             values_BKSH = cached[1].at[place_BTK].set(value_BTKH)
-            visible_BTS = visible(places, Places(jnp.arange(keys_BKSH.shape[2])[None, :]))
+            keys_at = Places(jnp.arange(keys_BKSH.shape[2])[None, :])
+            visible_BTS = visible(places, keys_at, self.window)
             keys_BSKH, values_BSKH = keys_BKSH.swapaxes(1, 2), values_BKSH.swapaxes(1, 2)
-            mixed_BTNH = attend(query_BTNH, keys_BSKH, values_BSKH, visible_BTS)
+            cap = self.config.attention_soft_cap
+            mixed_BTNH = attend(query_BTNH, keys_BSKH, values_BSKH, visible_BTS, soft_cap=cap)
             cached = keys_BKSH, values_BKSH
         return self.out(mixed_BTNH.reshape(*x_BTD.shape[:2], -1)), cached
 
@@ -239,14 +264,19 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch.
 
+    model.norm_place puts the norms there, after the sub-layers, or in both places.
     With model.n_expert above 1 the MLP is a mixture of experts (experts.py).
     """
 
-    def __init__(self, spec: ModelSpec):
+    def __init__(self, spec: ModelSpec, layer: int = 0):
         config = spec.config
         self.dropout = config.dropout
-        self.attention_norm, self.attention = stream_norm(config), Attention(spec)
-        self.mlp_norm = stream_norm(config)
+        before, after = config.norm_place != "after", config.norm_place != "before"
+        self.attention_norm = stream_norm(config) if before else None
+        self.attention = Attention(spec, layer)
+        self.attention_out_norm = stream_norm(config) if after else None
+        self.mlp_norm = stream_norm(config) if before else None
+        self.mlp_out_norm = stream_norm(config) if after else None
         self.mlp = (Experts if config.has_experts else MLP)(config, spec.compute_dtype)
 
     def __call__(
@@ -254,10 +284,18 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Routing | None, Cached]:
         """The stream after this block, how its experts were used, and the longer cache."""
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
-        branch_BTD, cached = self.attention(self.attention_norm(x_BTD), places, cached, keys[0])
+        read_BTD = normalised(self.attention_norm, x_BTD)
+        branch_BTD, cached = self.attention(read_BTD, places, cached, keys[0])
+        branch_BTD = normalised(self.attention_out_norm, branch_BTD)
         x_BTD = x_BTD + drop(branch_BTD, self.dropout, keys[1])
-        branch_BTD, routing = self.mlp(self.mlp_norm(x_BTD))
+        branch_BTD, routing = self.mlp(normalised(self.mlp_norm, x_BTD))
+        branch_BTD = normalised(self.mlp_out_norm, branch_BTD)
         return x_BTD + drop(branch_BTD, self.dropout, keys[2]), routing, cached
+
+
+def normalised(norm: Norm | None, x_BTD: jax.Array) -> jax.Array:
+    """norm(x), or x where a block has no norm."""
+    return x_BTD if norm is None else norm(x_BTD)
 
 
 class GPT(nnx.Module):
@@ -270,13 +308,19 @@ class GPT(nnx.Module):
 
     def __init__(self, spec: ModelSpec, *, stacked: bool = False):
         config = spec.config
+        if stacked and (config.global_every or config.unrotated_every):
+            raise UsageError(
+                "training.scan_layers takes layers that are all alike, and model.global_every = "
+                f"{config.global_every}, model.unrotated_every = {config.unrotated_every}; set "
+                "training.scan_layers = false"
+            )
         self.spec = spec
         self.stacked = stacked
         self.embed = Embed(spec)
         self.blocks: Any = (
             nnx.Dict({"*": Block(spec)})
             if stacked
-            else nnx.List([Block(spec) for _ in range(config.n_layer)])
+            else nnx.List([Block(spec, layer) for layer in range(config.n_layer)])
         )
         self.final_norm = stream_norm(config)
         if not config.tie_embeddings:
@@ -389,11 +433,6 @@ class GPT(nnx.Module):
         product = rows_product if hidden.ndim == 2 else jnp.matmul
         scores = product(hidden, self.head_weight(), preferred_element_type=jnp.float32)
         return soft_cap(scores[..., : self.spec.vocab_size], self.spec.config.logit_soft_cap)
-
-
-def soft_cap(logits: jax.Array, cap: float) -> jax.Array:
-    """c tanh(logits / c), which keeps logits within (-c, c); unchanged for c = 0."""
-    return cap * jnp.tanh(logits / cap) if cap else logits
 
 
 def initialise(spec: ModelSpec, key: jax.Array, *, stacked: bool = False) -> Params:

@@ -17,6 +17,7 @@ Attention over a key/value cache is in gpt.py.
     B batch  T query position  S key position  N heads  K key/value heads  H head size
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -109,10 +110,15 @@ def _cudnn_obstacle(model: ModelConfig, compute_dtype: str, mesh: Mesh) -> str:
         return f"it computes in bfloat16, and training.compute_dtype gives {compute_dtype}"
     if model.dropout:
         return f"it is used without dropout, and model.dropout = {model.dropout}"
-    if model.head_size % 8 or model.head_size > largest:
+    if model.attention_soft_cap:
+        return f"it caps no scores, and model.attention_soft_cap = {model.attention_soft_cap}"
+    if model.window and model.context_length % 2:
+        return f"it masks even lengths alone, and model.context_length = {model.context_length}"
+    head_size = model.resolved().head_size
+    if head_size % 8 or head_size > largest:
         return (
-            f"it takes heads of at most {largest} in multiples of 8, and model.d_model / "
-            f"model.n_head = {model.head_size}"
+            f"it takes heads of at most {largest} in multiples of 8, and model.head_size, if 0 "
+            f"model.d_model / model.n_head, = {head_size}"
         )
     return ""
 
@@ -124,6 +130,8 @@ def self_attention(
     value_BTKH: jax.Array,
     places: Places,
     *,
+    window: int = 0,
+    soft_cap: float = 0.0,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -134,19 +142,30 @@ def self_attention(
       query_BTNH, key_BTKH, value_BTKH: as `attend` takes them.
       places: where each query and its key stand. If the mesh divides the sequence they are in the
         zig-zag order; plain takes any order.
+      window: as `in_view` takes it.
+      soft_cap: as `attention_scores` takes it; cuDNN has none.
     """
     assert kernel == "plain" or dropout_key is None
     query_BTNH = constrain(query_BTNH, "batch", "sequence", "heads", None)
+    segments_BT = places.segments_BT
     if kernel == "cudnn":
-        return cudnn_attention(query_BTNH, key_BTKH, value_BTKH, places.segments_BT)
+        assert not soft_cap
+        return cudnn_attention(query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window)
     if kernel == "splash":
-        return splash_attention(query_BTNH, key_BTKH, value_BTKH, places.segments_BT)
+        return splash_attention(
+            query_BTNH, key_BTKH, value_BTKH, segments_BT, window=window, soft_cap=soft_cap
+        )
     if is_divided("sequence"):
         key_BTKH = constrain(key_BTKH, "batch", None, "kv_heads", None)
         value_BTKH = constrain(value_BTKH, "batch", None, "kv_heads", None)
-    visible_BTS = visible(places, places)
     return attend(
-        query_BTNH, key_BTKH, value_BTKH, visible_BTS, dropout=dropout, dropout_key=dropout_key
+        query_BTNH,
+        key_BTKH,
+        value_BTKH,
+        visible(places, places, window),
+        soft_cap=soft_cap,
+        dropout=dropout,
+        dropout_key=dropout_key,
     )
 
 
@@ -155,12 +174,14 @@ def cudnn_attention(
     key_BTKH: jax.Array,
     value_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
+    *,
+    window: int = 0,
 ) -> jax.Array:
     """`self_attention` by cuDNN; each device computes its rows, heads and queries.
 
-    The kernel itself knows neither segments nor queries that begin after the first key. For both
-    it gets a mask, one number for each pair of positions and for all heads. If the sequence is
-    divided, the kernel also computes the blocks that the mask hides.
+    The kernel itself knows neither segments nor queries that begin after the first key, and its
+    own window is not used. For each of these it gets a mask, one number for each pair of positions
+    and for all heads. The kernel then also computes the blocks that the mask hides.
 
     Raises:
       UsageError: segments of windows with an odd number of tokens, which the masked kernel refuses.
@@ -174,10 +195,10 @@ def cudnn_attention(
 
     def attention(query_at_T, query_BTNH, segments_BT, key_BSKH, value_BSKH, segments_BS):
         mask_B1TS = None
-        if parts > 1 or segments_BT is not None or not CAUSAL:
+        if parts > 1 or segments_BT is not None or window or not CAUSAL:
             queries = Places(query_at_T[None], segments_BT)
             keys = Places(jnp.arange(key_BSKH.shape[1])[None], segments_BS)
-            mask_B1TS = visible(queries, keys)[:, None]
+            mask_B1TS = visible(queries, keys, window)[:, None]
         return jax.nn.dot_product_attention(
             query_BTNH,
             key_BSKH,
@@ -198,18 +219,21 @@ def splash_attention(
     value_BTKH: jax.Array,
     segments_BT: jax.Array | None = None,
     *,
+    window: int = 0,
+    soft_cap: float = 0.0,
     interpret: bool = False,
 ) -> jax.Array:
     """`self_attention` by splash; each device computes its rows, heads and queries.
 
     Args:
+      window, soft_cap: as `self_attention` takes them.
       interpret: run the kernel's own program on any device, slowly.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
     _, T, N, H = query_BTNH.shape
     parts = shares("sequence")
-    kernel = _splash_kernel(T, N // shares("heads"), parts, interpret)
+    kernel = _splash_kernel(T, N // shares("heads"), parts, interpret, window, soft_cap)
 
     def attention(kernel, query_BTNH, segments_BT, key_BSKH, value_BSKH, segments_BS):
         # The kernel itself does not divide by sqrt(H).
@@ -244,7 +268,9 @@ def _over_all_keys(attention: Callable[..., jax.Array], tables_spec: Any) -> Cal
     return per_device(on_one_device, (tables_spec, QUERIES, KEYS, KEYS, SEGMENTS), QUERIES)
 
 
-def _splash_kernel(length: int, heads: int, parts: int, interpret: bool) -> Any:
+def _splash_kernel(
+    length: int, heads: int, parts: int, interpret: bool, window: int = 0, soft_cap: float = 0.0
+) -> Any:
     """The kernel and its tables of blocks for a sequence on `parts` devices."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -257,13 +283,22 @@ def _splash_kernel(length: int, heads: int, parts: int, interpret: bool) -> Any:
         block_q_dq=queries,
         block_kv_dq=keys,
     )
-    mask = splash.CausalMask((length, length), shard_count=parts)
-    mask.q_sequence, mask.mask_function = positions_on_devices(length, parts), in_view
+    # Splash keeps the tables of masks that are equal, and equality knows the kind of a mask and the
+    # numbers that it was made with, but not its function.
+    shape = length, length
+    mask = (
+        splash.LocalMask(shape, (window - 1, 0), 0, shard_count=parts)
+        if window
+        else splash.CausalMask(shape, shard_count=parts)
+    )
+    mask.q_sequence = positions_on_devices(length, parts)
+    mask.mask_function = functools.partial(in_view, window=window)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=parts,
+        attn_logits_soft_cap=soft_cap or None,
         residual_checkpoint_name=RESIDUAL,
         interpret=interpret,
     )

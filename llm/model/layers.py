@@ -121,7 +121,7 @@ def apply_side_by_side(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def activate(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
-    """f(up) as model.activation says; silu(gate) * up for swiglu, which alone has a gate.
+    """f(up) as model.activation says; f(gate) * up for swiglu and geglu, which alone have a gate.
 
     The gradient computes the inner values again from `up` and `gate`, which are kept anyway. To
     keep the inner values would write and read arrays as wide as the hidden layer once more.
@@ -137,7 +137,9 @@ def _activated(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
             return jax.nn.gelu(up, approximate=True)
         case "relu_squared":
             return jnp.square(jax.nn.relu(up))
-    assert kind == "swiglu" and gate is not None, kind
+    assert gate is not None, kind
+    if kind == "geglu":
+        return jax.nn.gelu(gate, approximate=True) * up
     return jax.nn.silu(gate) * up
 
 
@@ -156,7 +158,7 @@ activate.defvjp(_activate_forward, _activate_backward)
 
 
 class MLP(nnx.Module):
-    """Position by position: W_down f(W_up x), or W_down (silu(W_gate x) * W_up x) for swiglu."""
+    """Position by position: W_down f(W_up x), or W_down (f(W_gate x) * W_up x) if gated."""
 
     def __init__(self, config: ModelConfig, dtype: str, experts: int = 0):
         self.activation = config.activation
@@ -165,7 +167,7 @@ class MLP(nnx.Module):
         )
         D, F = config.d_model, config.d_ff
         self.up = linear(("embed", "mlp"), (D, F))
-        self.gate = linear(("embed", "mlp"), (D, F)) if self.activation == "swiglu" else None
+        self.gate = linear(("embed", "mlp"), (D, F)) if config.is_gated else None
         self.down = linear(("mlp_in", "width"), (F, D), std=residual_std(config))
 
     def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Any]:

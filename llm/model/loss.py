@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm.model.gpt import GPT, soft_cap
+from llm.model.attention import soft_cap
+from llm.model.gpt import GPT
 from llm.model.sharding import constrain, kind_in_context, shares
 
 # Logits that exist at once in the loss: 64 MiB of float32. Fewer would make the head's matrix

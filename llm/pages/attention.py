@@ -20,7 +20,7 @@ from llm.errors import NonFiniteError, UsageError
 from llm.files import readable_bytes
 from llm.inference.distribution import NOT_FINITE
 from llm.model.attention import attention_scores, visible
-from llm.model.gpt import GPT, ModelSpec, Params, bind
+from llm.model.gpt import GPT, ModelSpec, Params, bind, normalised
 from llm.text.tokenizer import Ids
 
 # All layers are held at once, on the device and again on the host. The limit lets GPT-2 XL show its
@@ -85,9 +85,11 @@ def attention_weights(model: GPT, tokens_BT: jax.Array) -> jax.Array:
     x_BTD, places = model.embedded(tokens_BT)
     layers = []
     for block in model.blocks:
-        read_BTD, attention = block.attention_norm(x_BTD), block.attention
+        read_BTD, attention = normalised(block.attention_norm, x_BTD), block.attention
         query_BTNH, key_BTKH, _ = attention.project(read_BTD, places.positions_BT)
-        scores_BKGTS = attention_scores(query_BTNH, key_BTKH, visible(places, places))
+        visible_BTS = visible(places, places, attention.window)
+        cap = model.spec.config.attention_soft_cap
+        scores_BKGTS = attention_scores(query_BTNH, key_BTKH, visible_BTS, cap)
         layers.append(jax.lax.collapse(jax.nn.softmax(scores_BKGTS, axis=-1), 1, 3))
         x_BTD, _, _ = block(x_BTD, places)
     return jnp.stack(layers)

@@ -102,7 +102,7 @@ class Arithmetic:
         self.tokens = training.batch_size * config.context_length / math.prod(sizes.values())
         self.element = 2 if spec.compute_dtype == "bfloat16" else 4
         self.heads = config.n_head / self.shares("heads")
-        self.matrices = 3 if config.activation == "swiglu" else 2
+        self.matrices = 3 if config.is_gated else 2
         self.mlp = self.matrices * config.d_model * config.d_ff
         self.dense = 2 * (config.n_head + config.n_kv_head) * config.head_size * config.d_model
         self.mlp_rows, self.expert_blocks, self.experts = self.rows * self.positions, 0, 0
