@@ -773,6 +773,45 @@ def test_marks_and_joined_emoji_are_one_character_of_several_tokens(open_page):
     endless = given([b"a", *["\u0301".encode()] * 300])
     browser = open_page("endless", page(endless, title="t"))
     assert max(cells()) <= 32 and len(find_all(browser, ".t")) == 301
+    assert find(browser, ".text").get_attribute("textContent") == "a" + "\u0301" * 300
+    alone = given([b"word", "\u200d".encode(), b"x" * 40, "\u200d".encode(), b"b"])
+    browser = open_page("joiners", page(alone, title="t"))
+    assert cells() == [2], "a long token stays by itself"
+    before = "return getComputedStyle(arguments[0], '::before').content"
+    assert [browser.execute_script(before, mark) for mark in find_all(browser, ".text .zw")] == [
+        '"zwj"'
+    ] * 2
+
+
+def test_numbers_are_written_as_a_person_would(open_page):
+    records = given([b"a", b"b"])[:2]
+    records[1] |= {"logprob": -0.0, "entropy": -0.0, "rank": 1, "top": records[1]["top"][:1]}
+    end = {"type": "end", "sample": 0, "finish": "length", "tokens": 1, "sum_logprob": -0.0,
+           "perplexity": 1.0, "bits_per_byte": -0.0, "text": "a"}  # fmt: skip
+    browser = open_page("zeros", page([*records, end], title="t"))
+    hover(browser, ".t")
+    said = find(browser, "main").text
+    assert "-0" not in said and "−0" not in said and "surprisal\n0.00 nats" in said
+    assert "1 token predicted" in said.replace("\n", " ") and "1 other has" in said
+
+
+@pytest.mark.parametrize("name", ["tokens", "diff", "attention"])
+def test_paper_is_light_and_has_the_colours_and_their_legend(open_page, browser, name):
+    open_page(name)
+    level = {"tokens": ".p24", "diff": ".x0, .x16", "attention": "#attended .w12"}[name]
+    expected, paper = colour(browser, level), colour(browser, "body")
+    find(browser, "[for=theme-dark]").click()
+    assert colour(browser, "body") != paper
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert (colour(browser, level), colour(browser, "body")) == (expected, paper)
+        printed = "return getComputedStyle(document.querySelector('.t')).printColorAdjust"
+        assert browser.execute_script(printed) == "exact"
+        assert find_all(browser, ".key > div")[0].is_displayed()
+        assert not find(browser, ".choice").is_displayed()
+        assert not find(browser, "#panel").is_displayed()
+    finally:
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 def test_characters_of_several_tokens_are_characters_on_the_attention_page(open_page):

@@ -384,7 +384,8 @@ class LivePage {
 function statusParts(branch) {
   const { written, tokens, nats: total, perplexity, bitsPerByte } = branch.sums;
   const rate = branch.tokensPerSecond;
-  const parts = [["", grouped(tokens), ` tokens ${written ? "written" : "predicted"}`]];
+  const parts = [["", grouped(tokens),
+    ` token${tokens === 1 ? "" : "s"} ${written ? "written" : "predicted"}`]];
   if (rate !== null) parts.push(["", grouped(rate, rate < 10 ? 1 : 0), " tokens/s"]);
   parts.push({ writing: ["", "writing", ""], stopped: ["", "stopped", ""],
     failed: ["", "broken off", ""], waiting: ["", "waiting", ""],

@@ -150,9 +150,11 @@ function percent(logprob) {
   return value >= 0.001 ? `${value.toFixed(3)} %` : "< 0.001 %";
 }
 
-const grouped = (value, digits = 0) => value.toLocaleString("en-US",
+/* Adding zero makes 0 of -0, which would be shown as such. */
+const grouped = (value, digits = 0) => (Number(value.toFixed(digits)) + 0).toLocaleString("en-US",
   { minimumFractionDigits: digits, maximumFractionDigits: digits });
-const nats = (value) => (value === null ? "–" : value.toFixed(2));
+const counted = (number, noun) => `${grouped(number)} ${noun}${number === 1 ? "" : "s"}`;
+const nats = (value) => (value === null ? "–" : (Number(value.toFixed(2)) + 0).toFixed(2));
 const signed = (value) =>
   value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
 const rankText = (rank) => (rank === null ? "–" : grouped(rank));
@@ -222,15 +224,16 @@ function endsInsideCharacter(token) {
 }
 
 const graphemes = globalThis.Intl?.Segmenter && new Intl.Segmenter("en");
-const MOST_SHARED = 32;  // a family of four in bytes takes 25
+const MOST_SHARED = 32;  // tokens, or characters before a mark; a family of four is 25 bytes
 
 /** Whether the text of a token goes on with the last character that a person sees of the text before:
     a vowel sign or an accent on its letter, the next part of a joined emoji, the second half of a
     flag. */
 function goesOn(before, text) {
-  if (!graphemes || !before || !text || text.charCodeAt(0) < 0x300) return false;
-  const tail = before.slice(-32);
-  return graphemes.segment(tail + text.slice(0, 8)).containing(tail.length).index < tail.length;
+  if (!graphemes || !text || text.charCodeAt(0) < 0x300) return false;
+  const { length } = before;
+  if (!length || length > MOST_SHARED) return false;
+  return graphemes.segment(before + text.slice(0, 8)).containing(length).index < length;
 }
 
 const textOf = (tokens) => tokens.map((token) => token.text).join("");
@@ -239,13 +242,11 @@ const textOf = (tokens) => tokens.map((token) => token.text).join("");
     where the cells of the tokens before it begin. Cells stay short enough to be looked at. */
 function cellStart(tokens, starts) {
   const last = starts.length;
-  let start = last && endsInsideCharacter(tokens[last - 1]) ? starts[last - 1] : last;
-  if (start) {
-    const before = starts[start - 1];
-    const text = textOf(tokens.slice(start, last + 1));
-    if (goesOn(textOf(tokens.slice(before, start)), text)) start = before;
-  }
-  return last - start < MOST_SHARED ? start : last;
+  const start = last && endsInsideCharacter(tokens[last - 1]) ? starts[last - 1] : last;
+  const fits = (one) => last - one < MOST_SHARED, before = starts[start - 1];
+  if (start && fits(before) && goesOn(textOf(tokens.slice(before, start)),
+    textOf(tokens.slice(start, last + 1)))) return before;
+  return fits(start) ? start : last;
 }
 
 /** The tokens of a cell: one by itself, or their common text with a bar for each under it.
@@ -257,8 +258,9 @@ function cellNodes(tokens, makeNode, levels) {
   const nodes = tokens.map((token, i) => makeNode(i, inner(token), !text));
   if (!text || alone) return nodes;
   // Lines break at the spaces around a character, never between it and its bars.
-  const [, lead, rest, tail] = /^(\s*)([^]*?)(\s*)$/u.exec(text);
-  const over = el("span", rest.length > 12 ? "" : "whole", ...visible(rest),
+  // A joiner that joins nothing is marked.
+  const [, lead, rest, joiner, tail] = /^(\s*)([^]*?)(\u200d*)(\s*)$/u.exec(text);
+  const over = el("span", rest.length > 12 ? "" : "whole", ...visible(rest), ...visible(joiner),
     el("span", "parts", ...nodes));
   return [el("span", "cell", el("b", levels, ...visible(lead), over, ...visible(tail)))];
 }
@@ -418,19 +420,20 @@ const summary = (token) => `${escaped(token.token)}, ${percent(token.logprob)}`
   + (token.rank === null ? "" : `, rank ${token.rank}`);
 
 /** The sums of an end record; in a diff, before and after with their difference in brackets. */
-function endLine(end, counted) {
+function endLine(end, doing) {
   const decimal = (value) => value === null || value === undefined ? "–"
     : (Math.abs(value) < 1e6 ? grouped(value, 2) : value.toExponential(2)).replace("-", "−");
   const { before, after = end, difference } = end;
   const sign = (value) => (value > 0 ? "+" : "") + decimal(value);
   const number = (key) => (!before ? decimal(after[key])
     : `${decimal(before[key])} → ${decimal(after[key])} (${sign(difference[key])})`);
-  const parts = [["", grouped(end.tokens), ` tokens ${counted}`]];
+  const parts = [["", ...counted(end.tokens, "token").split(/(?= )/), ` ${doing}`]];
   if (end.finish) parts.push(["finish: ", escaped(end.finish), ""]);
   if (after.perplexity !== null) parts.push(["perplexity ", number("perplexity"), ""]);
   if (after.bits_per_byte !== null) parts.push(["bits per byte ", number("bits_per_byte"), ""]);
   parts.push(["sum of log-probabilities ", number("sum_logprob"), " nats"]);
-  return parts.map(([before, value, after]) => el("span", "", before, el("b", "", value), after));
+  return parts.map(([before, value, ...after]) =>
+    el("span", "", before, el("b", "", value), ...after));
 }
 
 /** The run record as pairs of term and value. */
@@ -445,7 +448,7 @@ function facts(run) {
     ["run", checkpoint?.run],
     ["step", checkpoint?.step == null ? null : grouped(checkpoint.step)],
     ["parameters' sha256", checkpoint?.params_sha256?.slice(0, 10)],
-    ["tokenizer", tokenizer?.name && `${tokenizer.name}, ${grouped(tokenizer.vocab_size)} tokens`],
+    ["tokenizer", tokenizer?.name && `${tokenizer.name}, ${counted(tokenizer.vocab_size, "token")}`],
     ["sampling", settings.join(", ") || "none, the text was given"],
     ["computed", computed[numerics?.path] ?? numerics?.path],
     ["on", numerics?.platform
@@ -524,7 +527,7 @@ function details(page, sample, index) {
   }
   if (token.kept_mass !== null && token.kept_tokens < page.vocabSize) {
     rows.push(["kept mass",
-      `${percent(Math.log(token.kept_mass))} in ${grouped(token.kept_tokens)} tokens`]);
+      `${percent(Math.log(token.kept_mass))} in ${counted(token.kept_tokens, "token")}`]);
   }
   if (token.sampling_logprob !== null) {
     const effect = effectOfSampling(token);
@@ -640,7 +643,7 @@ function rest(rows, page) {
   const mass = 1 - rows.reduce((total, row) => total + Math.exp(row.logprob), 0);
   const count = page.vocabSize - rows.length;
   if (count < 1) return "";
-  return el("p", "rest", `${grouped(count)} others share ${percent(Math.log(Math.max(mass, 1e-9)))}`);
+  return el("p", "rest", `${count === 1 ? "1 other has" : `${grouped(count)} others share`} ${percent(Math.log(Math.max(mass, 1e-9)))}`);
 }
 
 /* ---- the table ---- */
@@ -738,7 +741,7 @@ class Table {
     this.body.append(...rows);
     this.shown = until;
     this.more.hidden = until >= this.rows.length;
-    this.more.textContent = `${grouped(this.rows.length - until)} more rows`;
+    this.more.textContent = counted(this.rows.length - until, "more row");
   }
 
   rowElement({ sample, token, index }, columns) {
