@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from llm.commands import run_command
+from llm.errors import UsageError
 
 # The name of a command and what it does; import-hf is llm/commands/import_hf.py.
 COMMANDS = {
@@ -25,9 +26,9 @@ COMMANDS = {
 }
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     """Run the command that the first word names, with the words after it."""
-    name, *words = sys.argv[1:] or ["--help"]
+    name, *words = arguments or ["--help"]
     if name in ("-h", "--help"):
         print("usage: python -m llm COMMAND ...\n\nCommands:\n")
         for command, meaning in COMMANDS.items():
@@ -37,11 +38,11 @@ def main() -> int:
     if name.replace("_", "-") not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(COMMANDS)}"
-        print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
-        return 2
+        raise UsageError(f"there is no command {name!r}; {hint}")
     module = importlib.import_module(f"llm.commands.{name.replace('-', '_')}")
-    return run_command(module.main, words)
+    code: int = module.main(words)
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -49,7 +49,7 @@ class LostProcessError(LLMError):
 
 
 class StoppedError(LLMError):
-    """Stopped on request (Ctrl-C, SIGTERM) with everything saved; the same command resumes."""
+    """Stopped on request (see llm/run/stop.py) with everything saved; the same command resumes."""
 
     exit_code = 75
 

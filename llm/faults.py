@@ -3,9 +3,9 @@
     LLM_FAULT="checkpoint.before_commit:step=20:kill" python train.py ...
 
 A fault is PLACE[:step=N]:ACTION; commas separate several faults. Without the variable nothing
-happens. Actions: kill (SIGKILL, nothing is cleaned up), term and int (the signals), enospc (no
-space left on device), raise (an unexpected error), hang (nothing more happens). Any other word is
-returned to the place, which carries it out, such as torn at metrics.write.
+happens. Actions: kill (SIGKILL, nothing is cleaned up), term, int, hup and usr1 (the signals),
+enospc (no space left on device), raise (an unexpected error), hang (nothing more happens). Any
+other word is returned to the place, which carries it out, such as torn at metrics.write.
 """
 
 import errno
@@ -13,7 +13,13 @@ import os
 import signal
 import time
 
-_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT}
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "int": signal.SIGINT,
+    "hup": signal.SIGHUP,
+    "usr1": signal.SIGUSR1,
+}
 
 
 def fault_point(place: str, step: int | None = None) -> str | None:
@@ -27,7 +33,7 @@ def fault_point(place: str, step: int | None = None) -> str | None:
 
 def _carry_out(action: str, place: str) -> str | None:
     match action:
-        case "kill" | "term" | "int":
+        case _ if action in _SIGNALS:
             os.kill(os.getpid(), _SIGNALS[action])
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -81,7 +81,11 @@ def train(config: Path, *flags: str) -> int:
 
 
 def train_process(
-    config: Path, *flags: str, fault: str = "", under: tuple[str, ...] = ()
+    config: Path,
+    *flags: str,
+    fault: str = "",
+    under: tuple[str, ...] = (),
+    stderr: int = subprocess.STDOUT,
 ) -> subprocess.Popen:
     """`python train.py` as a person runs it, on one CPU device; `under` a command such as nice."""
     environment = {**os.environ, "XLA_FLAGS": QUICK_COMPILING}
@@ -92,7 +96,7 @@ def train_process(
         [*under, sys.executable, str(ROOT / "train.py"), str(config), *flags],
         env=environment,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=stderr,
         text=True,
     )
 

@@ -174,7 +174,8 @@ def test_a_signal_while_the_step_compiles(unbroken_process, tmp_path):
     assert losses(tmp_path / "run") == losses(unbroken_process / "run")
 
 
-def test_a_second_signal_ends_a_process_that_python_cannot_interrupt():
+@pytest.fixture
+def deaf_process():
     """One call that runs for hours without coming back to the interpreter, as a compiler may."""
     program = (
         "import hashlib, sys\n"
@@ -191,12 +192,31 @@ def test_a_second_signal_ends_a_process_that_python_cannot_interrupt():
         text=True,
     )
     assert process.stdout.readline() == "in\n"
-    process.send_signal(signal.SIGTERM)
-    lines = iter(process.stderr.readline, "")
-    assert any("SIGTERM: finishing this step" in line for line in lines)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert "stopped at once" in process.stderr.read()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def await_line(process, text):
+    assert any(text in line for line in iter(process.stderr.readline, ""))
+
+
+def test_a_second_signal_ends_a_process_that_python_cannot_interrupt(deaf_process):
+    deaf_process.send_signal(signal.SIGTERM)
+    await_line(deaf_process, "SIGTERM: finishing this step")
+    deaf_process.send_signal(signal.SIGTERM)
+    assert deaf_process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert "stopped at once" in deaf_process.stderr.read()
+
+
+def test_what_a_scheduler_sends_before_and_with_sigterm_never_ends_a_run_at_once(deaf_process):
+    """Slurm sends SIGUSR1 and later SIGTERM; systemd sends SIGTERM and SIGHUP; a shell and the
+    kernel each send SIGHUP when a terminal is closed."""
+    for name in ("SIGUSR1", "SIGHUP", "SIGHUP", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        deaf_process.send_signal(signal.Signals[name])
+        await_line(deaf_process, f"{name}: finishing this step")
+    deaf_process.send_signal(signal.SIGINT)
+    assert deaf_process.wait(timeout=60) == 128 + signal.SIGINT
 
 
 # Numbers that are no numbers.

@@ -116,7 +116,9 @@ def test_a_run_that_is_lengthened_goes_on_and_records_it(copy, capsys):
 
 
 @pytest.mark.thorough(keep=1)
-@pytest.mark.parametrize("place", ["step:step=5:term", "evaluation:step=6:int"])
+@pytest.mark.parametrize(
+    "place", ["step:step=5:term", "evaluation:step=6:int", "step:step=5:hup", "step:step=5:usr1"]
+)
 def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_path, place):
     config = write_config(tmp_path)
     code, output = run_process(config, fault=place)
@@ -128,6 +130,13 @@ def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_p
     assert code == 0, output
     assert losses(tmp_path / "run") == losses(unbroken_process / "run")
     assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
+
+
+@pytest.mark.thorough
+def test_nohup_stays_nohup(tmp_path):
+    process = train_process(write_config(tmp_path), fault="step:step=5:hup", under=("nohup",))
+    output, _ = process.communicate(timeout=300)
+    assert (process.returncode, "SIGHUP" in output) == (0, False), output
 
 
 @pytest.mark.thorough

@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 
+from llm.console import open_streams, say
 from llm.errors import LLMError, SaidElsewhereError, StoppedError, UsageError
 from llm.files import is_disk_full
 
 
 def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | None = None) -> int:
-    """Run a command; an error meant for people is a message and an exit code, not a traceback."""
+    """Run a command; an error meant for people is a message and an exit code, not a traceback.
+
+    What the command writes is either whole or the exit code says so (llm/console.py).
+    """
+    open_streams()
     try:
-        return command(list(sys.argv[1:] if arguments is None else arguments))
+        code = command(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return code
     except SaidElsewhereError as error:
         return error.exit_code
     except LLMError as error:
-        print(f"{'' if isinstance(error, StoppedError) else 'error: '}{error}", file=sys.stderr)
+        say(f"{'' if isinstance(error, StoppedError) else 'error: '}{error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        say("stopped")
         return 130
-    except BrokenPipeError:
-        # The reader of a pipe, such as head or less, has seen enough.
-        sys.stderr.close()
-        return 0
     except OSError as error:
         if not is_disk_full(error):
             raise
-        print(f"error: no room to write ({error.strerror}); free some space", file=sys.stderr)
-        # At its end Python writes what standard output still holds, which would fail again.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(f"error: no room to write ({error.strerror}); free some space")
         return UsageError.exit_code
     except Exception as error:
         # JAX's error is recognised by name, because a command may fail before JAX is imported.
@@ -41,8 +40,12 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
         if not of_device and not isinstance(error, MemoryError):
             raise
         reason = str(error).split("\n")[0][:200] or "the system gave no more"
-        print(f"error: out of memory ({reason}). {_LESS_MEMORY}", file=sys.stderr)
+        say(f"error: out of memory ({reason}). {_LESS_MEMORY}")
         return UsageError.exit_code
+    finally:
+        # Otherwise Python writes what is left at its end, and exits with 120 if that fails.
+        with contextlib.suppress(UsageError, SystemExit):
+            sys.stdout.flush()
 
 
 _LESS_MEMORY = (

@@ -13,10 +13,10 @@ from typing import Any
 from llm.commands.flags import CommandLine, InputFile, OutputFile, argument, parse
 from llm.commands.shared import counted
 from llm.config import differences, setting
+from llm.console import escaped, show
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.inference.records import Record, read_records
-from llm.pages.spelling import escaped
 from llm.pages.view import compared, diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import newest_rows
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     else:
         report = compare(RunDirectory(Path(chosen.a)), RunDirectory(Path(chosen.b)))
         lines = for_people(report)
-    print(json.dumps(report) if chosen.as_json else lines)
+    show(f"{json.dumps(report) if chosen.as_json else lines}\n")
     return 0
 
 

@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFl
 from llm.commands.flags import InputFiles, OutputFile, parse
 from llm.commands.shared import RunOptions
 from llm.config import setting
+from llm.console import say_result
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.runtime import prepare_process
@@ -115,7 +116,7 @@ def main(arguments: list[str]) -> int:
     names = ("num_fewshot", "limit", "gen_kwargs", "seed", "batch_size")
     settings = {name: getattr(options, name) for name in names}
     _report(options, described(opened) | {"settings": settings} | results, documents)
-    print(harness.table(results), file=sys.stderr)
+    say_result(harness.table(results))
     return 0
 
 

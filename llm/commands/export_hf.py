@@ -7,13 +7,13 @@ The tokenizer is not converted; transformers has GPT-2's under the name "gpt2".
 """
 
 import json
-import sys
 from pathlib import Path
 
 from llm.commands.flags import argument, parse
 from llm.commands.import_hf import new_folder
 from llm.commands.shared import RunOptions
 from llm.config import setting
+from llm.console import say
 
 
 class Options(RunOptions):
@@ -37,9 +37,8 @@ def main(arguments: list[str]) -> int:
         tokenizer.save(partial / "tokenizer")
     if options.as_json:
         print(json.dumps({**opened.checkpoint, "folder": options.folder, "model_type": model_type}))
-    print(
+    say(
         f"{options.folder} holds step {opened.step} of {opened.run} as a {model_type} model; open "
-        f"it: transformers.AutoModelForCausalLM.from_pretrained({options.folder!r})",
-        file=sys.stderr,
+        f"it: transformers.AutoModelForCausalLM.from_pretrained({options.folder!r})"
     )
     return 0

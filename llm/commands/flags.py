@@ -97,7 +97,7 @@ def parse(options: type[Options], words: Sequence[str]) -> Options:
     if "config" in given:
         given["settings"] = load_config(given["config"], changes)
     if given.get("help"):
-        print(_help(options, usage, description, given.get("settings", Config())))
+        print(_help(options, usage, description, given.get("settings", Config())), flush=True)
         raise SystemExit(0)
     try:
         return options.model_validate(given)

@@ -8,7 +8,6 @@ The tokenizer is the folder's (docs/text.md), or the one that --tokenizer names.
 """
 
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from llm.commands.flags import CommandLine, argument, parse
 from llm.config import setting
+from llm.console import say
 from llm.errors import LLMError, UsageError
 from llm.files import (
     disk_full_reason,
@@ -69,10 +69,9 @@ def main(arguments: list[str]) -> int:
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
     if options.as_json:
         print(json.dumps(report))
-    print(
+    say(
         f"{options.run} holds {folder} as step 0, with the tokenizer {tokenizer.name}; sample from "
-        f"it: python sample.py {options.run}",
-        file=sys.stderr,
+        f"it: python sample.py {options.run}"
     )
     return 0
 

@@ -9,7 +9,6 @@ Every setting is a flag too, such as --mesh.fsdp 8; `python train.py --help` lis
 import contextlib
 import json
 import os
-import sys
 from typing import Any, Self
 
 import pydantic
@@ -17,6 +16,7 @@ from pydantic import PositiveInt
 
 from llm.commands.flags import CommandLine, argument, parse
 from llm.config import Config, setting
+from llm.console import say
 from llm.errors import UsageError
 from llm.runtime import prepare_process
 
@@ -71,13 +71,13 @@ def main(arguments: list[str]) -> int:
         training = config.training
         micro = training.micro_batch_size or training.batch_size
         setting = f"{axes(dict(config.mesh))}, remat {training.remat}, micro-batch {micro}"
-        print(f"compiling {number} of {total}: {setting}", file=sys.stderr, flush=True)
+        say(f"compiling {number} of {total}: {setting}")
 
     if chosen.search:
         plans, considered = search(config, vocab_size, target, fraction, chosen.tries, report)
         facts: Any = {"estimate": True, "considered": considered, "ranked": plans}
     else:
-        print(f"compiling a step for {target.name}", file=sys.stderr, flush=True)
+        say(f"compiling a step for {target.name}")
         facts = plan_step(config, vocab_size, target, fraction)
         plans = [facts]
     if chosen.as_json:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llm.commands.flags import CommandLine, argument, parse
 from llm.commands.shared import counted
 from llm.config import setting
+from llm.console import show
 from llm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def main(arguments: list[str]) -> int:
         )
     ]
     text = "\n".join(for_people(chosen.step, sequence) for sequence in sequences)
-    print(json.dumps({"step": chosen.step, "sequences": sequences}) if chosen.as_json else text)
+    whole = json.dumps({"step": chosen.step, "sequences": sequences}) if chosen.as_json else text
+    show(f"{whole}\n")
     return 0
 
 

@@ -15,8 +15,9 @@ from typing import Literal, Self
 import pydantic
 
 from llm.commands.flags import InputFiles, argument, parse
-from llm.commands.shared import RecordOptions, as_text, counted, read_file
+from llm.commands.shared import RecordOptions, as_text, counted, read_file, read_input
 from llm.config import SamplingConfig, setting
+from llm.console import say
 from llm.errors import UsageError
 from llm.inference.records import AnyRecord, EndRecord, RunRecord, Sampling, TokenRecord
 from llm.inference.samples import continued, make_requests, overlay
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
     settings = overlay(opened.config.sample, flags, where="the flags")
     prompts = [*options.prompt, *(as_text(data, opened.tokenizer, name) for name, data in files)]
     if options.stdin or (not prompts and text_is_piped_in()):
-        text = as_text(sys.stdin.buffer.read(), opened.tokenizer, "standard input")
+        text = as_text(read_input(), opened.tokenizer, "standard input")
         prompts += [text] if text or options.stdin else []
     decoder = Decoder.create(opened.spec, opened.params, opened.tokenizer)
     requests = make_requests(
@@ -95,11 +96,10 @@ def main(arguments: list[str]) -> int:
     )
     if cut_short:
         low, high, asked = min(cut_short), max(cut_short), settings.max_new_tokens
-        print(
+        say(
             f"the context of {counted(context, 'token')} is full after "
             f"{f'{low} to ' * (low < high)}{counted(high, 'new token')}; {asked} "
-            f"{'was' if asked == 1 else 'were'} asked for",
-            file=sys.stderr,
+            f"{'was' if asked == 1 else 'were'} asked for"
         )
     return 0
 
@@ -110,7 +110,7 @@ def plain_text(records: Iterable[AnyRecord], samples: int) -> Iterator[str]:
     for record in records:
         if isinstance(record, TokenRecord):
             if record.sample != begun and samples > 1:
-                print(f"--- sample {record.sample}", file=sys.stderr, flush=True)
+                say(f"--- sample {record.sample}")
             begun = record.sample
             yield record.text
         elif isinstance(record, EndRecord):
@@ -131,6 +131,5 @@ def text_is_piped_in() -> bool:
         return stat.S_ISREG(mode)
     if select.select([sys.stdin], [], [], 0.0)[0]:
         return True
-    note = "standard input is open but silent, so it is not read; to wait for it, give -"
-    print(note, file=sys.stderr)
+    say("standard input is open but silent, so it is not read; to wait for it, give -")
     return False

@@ -13,7 +13,6 @@ The files of arrays hold, for text I with T tokens:
 
 import json
 import math
-import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +23,9 @@ import pydantic
 from pydantic import NonNegativeInt
 
 from llm.commands.flags import InputFiles, OutputFile, argument, parse
-from llm.commands.shared import RecordOptions, as_text, counted, read_file, writing
+from llm.commands.shared import RecordOptions, as_text, counted, read_file, read_input, writing
 from llm.config import setting
+from llm.console import say_result
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.inference.records import (
@@ -88,7 +88,7 @@ def main(arguments: list[str]) -> int:
     sources = [read_file(path) for path in options.file]
     sources += [("--text", text.encode("utf-8", "surrogateescape")) for text in options.text]
     if options.stdin:
-        sources.append(("standard input", sys.stdin.buffer.read()))
+        sources.append(("standard input", read_input()))
     if not sources:
         raise UsageError("no text to score: give --file FILE, --text TEXT, or - for standard input")
     opened = options.open()
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
     if options.as_json:
         print(json.dumps(report, allow_nan=False))
     else:
-        print(for_people(report), file=sys.stderr)
+        say_result(for_people(report))
     return 0
 
 

@@ -8,7 +8,6 @@ running requests finish; the exit code is 0.
 
 import ipaddress
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pydantic import AfterValidator, Field
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
 from llm.config import setting
+from llm.console import say
 from llm.errors import UsageError
 from llm.runtime import prepare_process
 from llm.serving.limits import Limits
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
     ready = f"serving {served.name}, step {opened.step}, at {url_of(listener)}"
     if not (is_loopback(options.host) or options.api_key):
         ready += "\nwhoever reaches this machine can use it: there is no --api-key"
-    say_ready = partial(print, ready, file=sys.stderr, flush=True)
+    say_ready = partial(say, ready)
     run(Server(app, engine, options.grace, say_ready), listener)
     return 0
 

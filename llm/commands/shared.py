@@ -5,7 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from io import TextIOWrapper
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from pydantic import NonNegativeInt
 
 from llm.commands.flags import CommandLine, InputFile, OutputFile, OutputStream, argument
 from llm.config import setting
+from llm.console import say
+from llm.console import show as show_text
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.inference.records import DEFAULT_TOP, AnyRecord, as_json, to_line
@@ -37,11 +39,11 @@ class RunOptions(CommandLine):
         prepare_process()  # before JAX is imported
         from llm.run.open import open_model
 
-        def say(message: Warning | str, *_: Any, **__: Any) -> None:
-            print(f"WARNING: {message}", file=sys.stderr)
+        def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+            say(f"WARNING: {message}")
 
         with warnings.catch_warnings():
-            warnings.showwarning = say
+            warnings.showwarning = warn
             return open_model(self.run, self.step)
 
 
@@ -101,11 +103,9 @@ class RecordOptions(RunOptions):
             if shown is None or self.probs == "-":
                 deque(records, maxlen=0)
             else:
-                if isinstance(sys.stdout, TextIOWrapper):
-                    sys.stdout.reconfigure(errors="backslashreplace")  # for an ASCII terminal
+                send = partial(print, end="", flush=True) if self.paints else show_text
                 for text in shown:
-                    sys.stdout.write(text)
-                    sys.stdout.flush()
+                    send(text)
             if encode is not None:
                 write(encode(kept))
         if self.html:
@@ -119,6 +119,15 @@ def read_file(path: str) -> tuple[str, bytes]:
         return path, Path(path).read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the file {path}: {error.strerror}") from None
+
+
+def read_input() -> bytes:
+    """The content of standard input."""
+    try:
+        return sys.stdin.buffer.read()
+    except (AttributeError, OSError) as error:  # if it is closed, sys.stdin is None
+        reason = getattr(error, "strerror", None) or "it is closed"
+        raise UsageError(f"cannot read standard input: {reason}") from None
 
 
 def as_text(data: bytes, tokenizer: "Tokenizer", name: str) -> str:
@@ -144,8 +153,6 @@ def writing(path: str) -> Iterator[None]:
     """Turn an error of writing, such as a full disk's, into a UsageError that names the file."""
     try:
         yield
-    except BrokenPipeError:
-        raise  # the reader of standard output has seen enough
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 

@@ -108,13 +108,13 @@ def _train(
         with hosts.collective():
             try:
                 train(job, outputs, stop, sampler, state)
+                display.say(
+                    f"finished {config.training.steps} steps in {run.path}; "
+                    f"sample from it: python sample.py {run.path}"
+                )
             finally:
                 if hosts.is_first:
                     record_end(run, outputs.first_step_at, started)
-        display.say(
-            f"finished {config.training.steps} steps in {run.path}; "
-            f"sample from it: python sample.py {run.path}"
-        )
     finally:
         outputs.close()
 

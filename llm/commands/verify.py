@@ -7,7 +7,6 @@ that trained the run.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ import pydantic
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
 from llm.config import setting
+from llm.console import say, say_result
 from llm.errors import CheckpointError, UsageError
 from llm.runtime import prepare_process
 
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
         if problem:
             problems.append(problem)
         elif not chosen.as_json:
-            print(f"step {result['step']}: manifest, parameters and receipt hold", file=sys.stderr)
+            say_result(f"step {result['step']}: manifest, parameters and receipt hold")
     if problems:
         raise CheckpointError("\n  ".join(problems))
     return 0
@@ -84,7 +84,7 @@ def verify(chosen: Options) -> list[dict[str, Any]]:
         removed = [str(step) for step in steps if step not in [of["step"] for of in results]]
         said = f"removed by the run meanwhile, which is no damage: step {', '.join(removed)}"
         if results and removed:
-            print(said, file=sys.stderr)
+            say(said)
         if results:
             return results
     if newest:

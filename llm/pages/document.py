@@ -17,8 +17,8 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+from llm.console import escaped
 from llm.pages import scales
-from llm.pages.spelling import escaped
 
 
 def document(

@@ -171,7 +171,7 @@ function oneIn(logprob) {
   }
 }
 
-/* ---- text, spelled as spelling.py spells it in a terminal ---- */
+/* ---- text, spelled as llm/console.py spells it in a terminal ---- */
 
 const UNSAFE = /[\p{Cc}\p{Cf}\p{Cs}\p{Zl}\p{Zp}]/u;
 const JOINERS = "\u200c\u200d";

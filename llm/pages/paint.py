@@ -2,10 +2,11 @@
 
 Each token stands on the colour of its probability. A character that is spread over several tokens
 stands on the colour of the token that closes it. Text that a model wrote could steer the terminal
-that shows it, so control and direction characters are spelled out, never sent (see spelling.py);
+that shows it, so control and direction characters are spelled out, never sent (see llm/console.py);
 the same holds for every other string of a record.
 """
 
+import codecs
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
@@ -14,8 +15,8 @@ from typing import Any
 from rich.color import Color
 from rich.style import Style
 
+from llm.console import escape_character, escaped, is_unsafe
 from llm.pages import scales
-from llm.pages.spelling import ends_inside_character, escape_character, escaped, is_unsafe
 
 # The colours among xterm's 256 that follow the scales, each for two levels. The colour nearest to a
 # level would not do: greys lie between the dark steps.
@@ -58,6 +59,16 @@ def paint_stream(
         if record["type"] == "end":
             yield f"\n{_FAINT.render(escaped(_end_line(record)))}\n"
     yield from _painted(waiting, palette)
+
+
+def ends_inside_character(token: Mapping[str, Any]) -> bool:
+    """Whether the next token is needed to complete the last character of this token record."""
+    if token["utf8"] != "bad":
+        return token["utf8"] in ("open", "continue")
+    # Bytes that are no UTF-8 together with the bytes before them may still open a character.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(bytes(token["bytes"]))
+    return decoder.getstate()[0] != b""
 
 
 def _painted(tokens: list[Mapping[str, Any]], palette: list[Style]) -> Iterator[str]:

@@ -5,11 +5,14 @@ import time
 from datetime import timedelta
 from typing import Any, Literal, Self
 
+from llm.console import for_terminal, never_wait, say
+
 PLAIN_LINE_SECONDS = 10.0
 
 
 def make_display(choice: Literal["auto", "bar", "plain", "none"], speaks: bool = True) -> "Display":
     """The display that logging.progress asks for; a silent one in a process that does not speak."""
+    never_wait()  # training goes on, whether or not anybody reads what it says
     if not speaks:
         return Display(speaks=False)
     if choice == "bar" or (choice == "auto" and sys.stderr.isatty()):
@@ -39,7 +42,7 @@ class Display:
     def say(self, text: str) -> None:
         """Show text that the person should read."""
         if self._speaks:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def prepare(self, what: str, done: int, total: int | None) -> None:
         """Show how far a stage of preparation is; `total` is None if its end is unknown."""
@@ -90,7 +93,7 @@ class Bar(Display):
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._bar.console.print(for_terminal(text), markup=False, highlight=False, soft_wrap=True)
 
     def prepare(self, what: str, done: int, total: int | None, numbers: str = "") -> None:
         if what != self._stage:

@@ -26,9 +26,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 from llm.config import Config, DistributedConfig, differences, validate
+from llm.console import write_stderr
 from llm.errors import LLMError, LostProcessError, SaidElsewhereError, UsageError
 from llm.run.cluster import Cluster, find_cluster
-from llm.run.stop import StopRequest, write_stderr
+from llm.run.stop import StopRequest
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

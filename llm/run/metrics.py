@@ -14,13 +14,13 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Annotated, Any, Required, TypedDict
 
 import msgspec
 
+from llm.console import say
 from llm.errors import CheckpointError
 from llm.faults import fault_point
 from llm.files import open_regular, why
@@ -182,10 +182,9 @@ class MetricsFile:
             self._append(_line(row).encode(), action)
         except OSError as error:
             if not self.lost:
-                print(
+                say(
                     f"warning: {self._path} cannot be written ({error.strerror}); training goes "
-                    "on, and the lines that are lost are counted",
-                    file=sys.stderr,
+                    "on, and the lines that are lost are counted"
                 )
             self.lost += 1
 

@@ -16,6 +16,7 @@ from typing import IO, Any
 from jax.sharding import Mesh
 
 from llm.config import Config, differences
+from llm.console import lost
 from llm.errors import CheckpointError, RunLockedError, UsageError
 from llm.files import now
 from llm.model.gpt import ModelSpec
@@ -286,11 +287,15 @@ def record_start(
 
 
 def record_end(run: RunDirectory, first_step_at: float | None, started: float) -> None:
-    """Record how long this start took until its first step, which is a part of a restart's cost."""
-    if first_step_at is None:
+    """Record how long this start took until its first step, which is a part of a restart's cost,
+    and why its progress was not shown to the end, if it was not."""
+    said: dict[str, Any] = {"progress_lost": reason} if (reason := lost()) else {}
+    if first_step_at is not None:
+        said["seconds_to_first_step"] = round(first_step_at - started, 3)
+    if not said:
         return
     # A failure to record a statistic must not replace the error that may be under way.
     with contextlib.suppress(CheckpointError, UsageError):
         record = run.read_provenance()
-        record["starts"][-1]["seconds_to_first_step"] = round(first_step_at - started, 3)
+        record["starts"][-1] |= said
         run.write_provenance(record)

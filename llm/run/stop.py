@@ -1,14 +1,20 @@
-"""Ctrl-C and SIGTERM: the first asks the run to stop at its next safe point, a second ends it."""
+"""Signals that ask a run to stop at its next safe point; a second Ctrl-C or SIGTERM ends it.
 
-import contextlib
+Schedulers send SIGUSR1, and SIGHUP comes when a terminal or a connection is gone, before they take
+the machine away. Either may come several times, or together with SIGTERM: they never end a run at
+once.
+"""
+
 import os
 import signal
 import socket
 import threading
 
+from llm.console import write_stderr
 from llm.errors import StoppedError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_URGENT = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (*_URGENT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -31,7 +37,9 @@ class StopRequest:
             self._writer.fileno(), warn_on_full_buffer=False
         )
         for number in _SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
+            before = signal.getsignal(number)
+            if number in _URGENT or before is not signal.SIG_IGN:  # as nohup wants it
+                self._before[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,17 +63,13 @@ class StopRequest:
             while data := self._reader.recv(1):
                 if data[0] not in _SIGNALS:
                     continue
-                received += 1
-                if received > 1:
+                urgent = data[0] in _URGENT
+                received += urgent
+                if urgent and received > 1:
                     # No handlers, no flushing. What was saved is whole whatever happens now.
                     write_stderr("\nstopped at once on a second signal")
                     os._exit(128 + data[0])
                 self.requested = True
                 name = signal.Signals(data[0]).name
-                write_stderr(f"\n{name}: finishing this step, then saving; again to stop at once")
-
-
-def write_stderr(text: str) -> None:
-    """Write a line to stderr, past whatever Python holds in its buffers."""
-    with contextlib.suppress(OSError):  # the terminal may be gone
-        os.write(2, f"{text}\n".encode())
+                again = "; again to stop at once" * urgent
+                write_stderr(f"\n{name}: finishing this step, then saving{again}")

@@ -6,13 +6,13 @@ Training goes on without them if they fail: metrics.jsonl has every row.
 import hashlib
 import importlib.util
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llm.config import Config, LoggingConfig
+from llm.console import say
 from llm.errors import UsageError
 from llm.run.directory import RunDirectory, explained
 
@@ -50,10 +50,9 @@ class Tracker:
                 call()
         except Exception as error:  # a library's, a network's or a disk's
             self.failed = True
-            print(
+            say(
                 f"warning: {self.name} takes no more rows ({error}); training goes on, and "
-                "metrics.jsonl has them all",
-                file=sys.stderr,
+                "metrics.jsonl has them all"
             )
 
 
