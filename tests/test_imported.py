@@ -11,16 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import train, write_config
 
+import llm
 from llm.commands import import_hf, run_command, sample, score
 from llm.config import DataConfig, ModelConfig, TokenizerConfig
 from llm.errors import UsageError
 from llm.inference.records import Numerics, RunRecord, as_json, read_records
 from llm.run.open import open_model
+from llm.serving.tokenization import Tokenize
 from llm.text.bpe import train_bpe
 from llm.text.described import PREPEND, REPLACE
-from llm.text.folder import open_tokenizer
 from llm.text.shards import prepare
 from llm.text.tokenizer import BytePairTokenizer, load_tokenizer, named_tokenizer
+from llm.text.tokenizer_folder import open_tokenizer
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 FAMILY = "\U0001f468\u200d\U0001f469\u200d\U0001f467"
@@ -503,6 +505,12 @@ def test_a_run_goes_on_with_its_own_copy_of_the_tokenizer(tmp_path, capsys):
     arguments = ["score", str(tmp_path / "run"), "--text", "the cat", "--json", "--probs"]
     assert run_command(score.main, [*arguments[1:], str(tmp_path / "probs")]) == 0
     report = json.loads(capsys.readouterr().out)
+    lm = llm.load(tmp_path / "run")
+    assert lm.encode("</s>").tolist() != lm.encode("</s>", special=True).tolist() == [1, 2]
+    asked = {"prompt": "the</s>", "add_special_tokens": False}
+    for special in (False, True):
+        tokens = Tokenize(**asked, special=special).answer(lm.tokenizer, 16)["tokens"]
+        assert (tokens[-1] == 2) == special
     run, first, *tokens, end = read_records(tmp_path / "probs")
     assert (first["token"], first["bytes"], first["text"]) == ("<s>", [], "")
     assert first["logprob"] is None and all(token["logprob"] for token in tokens)

@@ -116,13 +116,16 @@ class LanguageModel(OpenedModel):
             f"{self.spec.compute_dtype})"
         )
 
-    def encode(self, text: str) -> Ids:
+    def encode(self, text: str, *, special: bool = False) -> Ids:
         """int32 [T] token ids, after a beginning of text if the tokenizer has one.
 
+        Args:
+          special: a special token that is written in the text becomes that token; otherwise its
+            spelling is text. `score` and `generate` take the ids.
         Raises:
           UsageError: the tokenizer has no token for a character.
         """
-        return self.tokenizer.begun(self.tokenizer.encode(_text("text", text)))
+        return self.tokenizer.begun(self.tokenizer.encode(_text("text", text), special=special))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD."""

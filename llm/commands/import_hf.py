@@ -124,8 +124,8 @@ def tokenizer_of(
         model.
       DataError: a tiktoken encoding that is not on this machine.
     """
-    from llm.text.folder import FILES, open_tokenizer
     from llm.text.tokenizer import FILE_NAME, MADE_FROM_CORPUS, load_tokenizer, named_tokenizer
+    from llm.text.tokenizer_folder import FILES, open_tokenizer
 
     if named in MADE_FROM_CORPUS:
         raise UsageError(f"--tokenizer {named}: its tokens are those of a corpus, not of its name")
@@ -147,8 +147,8 @@ def tokenizer_of(
 
 def _gpt2_tokenizer(folder: Path, vocab_size: int) -> "Tokenizer":
     """GPT-2's tokenizer, if the folder's vocab.json is GPT-2's."""
-    from llm.text.folder import FILES
     from llm.text.tokenizer import byte_of_symbol, tiktoken_tokenizer
+    from llm.text.tokenizer_folder import FILES
 
     path = folder / "vocab.json"
     if not path.exists():

@@ -14,8 +14,6 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 import contextlib
 from typing import Any
 
-import numpy as np
-
 from llm.config import Section
 from llm.errors import UsageError
 from llm.inference.decode import encode_prompt
@@ -28,11 +26,13 @@ class Tokenize(Section):
 
     Attributes:
       add_special_tokens: the beginning of text stands before it, if the tokenizer has one.
+      special: special tokens that are written in it become those tokens.
     """
 
     prompt: str
     model: str | None = None
     add_special_tokens: bool = True
+    special: bool = False
     return_token_strs: bool = False
 
     def answer(self, tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
@@ -41,8 +41,8 @@ class Tokenize(Section):
         Raises:
           UsageError: the tokenizer has no tokens for the text.
         """
-        special = tokenizer.special_tokens.get(self.prompt)
-        encoded = tokenizer.encode(self.prompt) if special is None else np.array([special])
+        special = self.special or self.prompt in tokenizer.special_tokens
+        encoded = tokenizer.encode(self.prompt, special=special)
         ids = (tokenizer.begun(encoded) if self.add_special_tokens else encoded).tolist()
         names = {"token_strs": [*map(tokenizer.token_name, ids)]} if self.return_token_strs else {}
         return {"count": len(ids), "max_model_len": context_length, "tokens": ids, **names}

@@ -366,7 +366,7 @@ def named_tokenizer(kind: str, vocab_size: int = 0, *, lossy: bool = False) -> T
       vocab_size: of the model that it is for; the ids beyond the tokenizer's are no tokens.
     """
     if is_path(kind):
-        from llm.text.folder import open_tokenizer
+        from llm.text.tokenizer_folder import open_tokenizer
 
         return open_tokenizer(Path(kind), vocab_size, lossy=lossy)
     return ByteTokenizer() if kind == "bytes" else tiktoken_tokenizer(kind, vocab_size)
