@@ -175,7 +175,7 @@ def test_a_saved_tokenizer_is_its_file(made, tmp_path):
     _, tokenizer = made
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert loaded.sha256 == tokenizer.sha256
+    assert (loaded.sha256, loaded.name) == (tokenizer.sha256, tokenizer.name)
     assert loaded.token_table == tokenizer.token_table
     assert loaded.definition()["file"] == tokenizer.definition()["file"]
     assert loaded.encode(CORPUS[1]).tolist() == tokenizer.encode(CORPUS[1]).tolist()
@@ -265,6 +265,8 @@ def test_another_tokenizer_has_other_shards(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(FILES["gemma"]()))
     second = prepare(data, TokenizerConfig(kind=str(folder)))
     assert first.fingerprint != second.fingerprint
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert prepare(data, TokenizerConfig(kind=str(moved))).fingerprint == second.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,6 @@ class ImportedTokenizer(Tokenizer):
     def definition(self) -> dict[str, Any]:
         return {
             "kind": "imported",
-            "name": self.name,
             "file": self._file,
             "vocab_size": self.vocab_size,
             "begin": self.begin_of_text,

@@ -181,7 +181,7 @@ class Tokenizer(abc.ABC):
     def save(self, directory: Path) -> None:
         """Write DIRECTORY/tokenizer.json unless it exists; all that `load_tokenizer` needs."""
         directory.mkdir(parents=True, exist_ok=True)
-        saved = {"sha256": self.sha256, "definition": self.definition()}
+        saved = {"name": self.name, "sha256": self.sha256, "definition": self.definition()}
         path, content = directory / FILE_NAME, json.dumps(saved, indent=1).encode()
         is_there = path.is_file() and path.stat().st_size == len(content)
         if not is_there or path.read_bytes() != content:
@@ -479,7 +479,6 @@ class _BytePairs(msgspec.Struct, tag_field="kind", tag="byte_pairs"):
 
 
 class _Imported(msgspec.Struct, tag_field="kind", tag="imported"):
-    name: str
     file: str
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=LARGEST_VOCABULARY)]
     begin: _Id | None
@@ -489,7 +488,7 @@ class _Imported(msgspec.Struct, tag_field="kind", tag="imported"):
     def open(self) -> Tokenizer:
         from llm.text.imported import ImportedTokenizer
 
-        return ImportedTokenizer(*msgspec.structs.astuple(self))
+        return ImportedTokenizer("imported", *msgspec.structs.astuple(self))
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -510,7 +509,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not whole:
         raise CheckpointError(f"{path} is not a saved tokenizer: it is damaged")
     try:
-        return msgspec.convert(definition, _Bytes | _Characters | _BytePairs | _Imported).open()
+        tokenizer = msgspec.convert(
+            definition, _Bytes | _Characters | _BytePairs | _Imported
+        ).open()
+        if definition["kind"] == "imported":
+            # The name of its folder is no part of the hash: a copy elsewhere is the same tokenizer.
+            tokenizer.name = msgspec.convert(saved.get("name", tokenizer.name), str)
+        return tokenizer
     except (msgspec.ValidationError, ValueError) as error:
         raise CheckpointError(
             f"{path} describes no tokenizer that this version can use: {error}"
