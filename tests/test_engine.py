@@ -2,6 +2,7 @@
 beside it."""
 
 import dataclasses
+import functools
 import queue
 import threading
 
@@ -160,6 +161,7 @@ def test_rows_join_and_leave_beside_a_running_row(engine, expected, monkeypatch)
     """The batch grows in rows and in capacity and shrinks again while one row runs through it."""
     monkeypatch.setattr("llm.serving.engine.LEAST_CAPACITY", 32)
     monkeypatch.setattr("llm.serving.engine.CHUNK", 4)  # 90 tokens: 20 chunks and more
+    monkeypatch.setattr(Engine, "_can_join", lambda *_: True)  # no row waits for a compilation
     first = dataclasses.replace(LONG, max_new_tokens=20)
     rest = [dataclasses.replace(SHORT, sampling=Sampling(1.0, seed=i)) for i in range(5)]
     joined, sizes = [], set()
@@ -177,6 +179,64 @@ def test_rows_join_and_leave_beside_a_running_row(engine, expected, monkeypatch)
         assert_same(listener.wait(), answer)
     assert {(1, 32), (4, 128)} <= sizes
     assert len(engine._rows) < 4, "it did not shrink when LONG was left alone"
+
+
+def test_rows_go_on_while_what_others_need_is_compiled(model, expected, monkeypatch):
+    """The compilation ends only when the running row has."""
+    compiling, compiled = threading.Event(), threading.Event()
+    rehearse = Engine._rehearse
+
+    def slow(*arguments):
+        compiling.set()
+        assert compiled.wait(60.0)
+        rehearse(*arguments)
+
+    engine = Engine(model[2], Limits(max_batch=4))
+    monkeypatch.setattr(engine, "_rehearse", functools.partial(slow, engine))
+    engine.start()
+    joined = []
+
+    def another(listener):
+        if not joined:
+            joined.append(Listener(engine, SHORT))
+        elif not compiling.is_set():
+            assert compiling.wait(60.0)  # it began beside this row
+
+    running = Listener(engine, LONG, hook=another)
+    assert_same(running.wait(), *expected([LONG]))
+    assert joined[0].deliveries == 0 and engine.queued == 1
+    compiled.set()
+    assert_same(joined[0].wait(), *expected([SHORT]))
+    assert engine.stop(timeout=60.0)
+
+
+def test_after_a_warm_up_nobody_waits_for_a_compilation(model, monkeypatch):
+    """Short prompts, one or several at once, whatever the batch beside them."""
+    engine = Engine(model[2], Limits(max_batch=4))
+    engine.warm_up(every_size=True)
+    monkeypatch.setattr(engine, "_rehearse", lambda *_: pytest.fail("something was left"))
+    engine.start()
+    listeners = [Listener(engine, LONG)]
+    for request in (SHORT, LONG, SHORT, SHORT, SHORT, LONG):
+        listeners.append(Listener(engine, request))
+    assert all(listener.wait().error is None for listener in listeners)
+    assert engine.stop(timeout=60.0)
+
+
+def test_what_cannot_be_compiled_is_tried_all_the_same(model, expected, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    engine = Engine(model[2], Limits(max_batch=4))
+    engine.start()
+    running = Listener(engine, LONG)
+    monkeypatch.setattr(engine, "_empty", no_memory)
+    key = (1, Ticket(SHORT, print).kind, (2, 128))
+    engine._rehearse([Ticket(SHORT, print)], (1, 128), (2, 128))
+    assert {key, ((1, 128), (2, 128))} <= engine._compiled
+    monkeypatch.undo()
+    assert_same(running.wait(), *expected([LONG]))
+    assert engine.stop(timeout=60.0)
 
 
 def test_scores_equal_the_scorer(model, engine):
@@ -203,6 +263,7 @@ def test_a_row_that_is_not_finite_ends_alone_and_poisons_no_row_after_it(
     again, whose own caches are shorter than what the NaN has filled."""
     monkeypatch.setattr("llm.serving.engine.LEAST_PREFILL", 64)
     monkeypatch.setattr("llm.serving.engine.CHUNK", 4)
+    monkeypatch.setattr(Engine, "_can_join", lambda *_: True)  # no row waits for a compilation
     poisons, after = [], []
 
     def go_on(listener):
@@ -221,14 +282,17 @@ def test_a_row_that_is_not_finite_ends_alone_and_poisons_no_row_after_it(
         assert_same(listener.wait(), answers[1])
 
 
-def test_a_deliver_that_raises_ends_its_own_row_only(engine, expected, capsys):
+def test_a_deliver_that_raises_ends_its_own_row_only(engine, expected, monkeypatch):
+    said = []
+    monkeypatch.setattr("llm.serving.engine.LOG.exception", said.append)
+
     def broken(_):
         raise RuntimeError("nobody home")
 
     ticket = Ticket(SHORT, broken)
     engine.submit([ticket])
     assert_same(Listener(engine, SHORT).wait(), *expected([SHORT]))
-    assert ticket.ended and "nobody home" in capsys.readouterr().err
+    assert ticket.ended and said == ["a request failed, and its client cannot be told"]
 
 
 def test_a_device_that_fails_ends_what_it_held_and_the_engine_goes_on(

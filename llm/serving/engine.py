@@ -14,6 +14,9 @@ any change to running rows. The number of rows is the next power of two, so a lo
 for sixteen rows; the capacity is a power of four times the least one, so that few programs are
 compiled. The batch grows when a ticket needs it, and shrinks when a quarter of its rows would do.
 
+A program that nobody used before takes seconds to compile. While rows run, a ticket that needs one
+waits until a helper thread has compiled it (see `_rehearse`), and the rows go on.
+
 The other rows of the batch change what a row gets by rounding error at most. A failure in one row
 (NaN logits, a bug in its bookkeeping, a `deliver` that raises) ends that row. A failure of the
 device ends the rows that it held, and the engine goes on.
@@ -26,14 +29,13 @@ is called with.
 
 import functools
 import itertools
-import sys
+import logging
 import threading
 import time
-import traceback
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -67,6 +69,9 @@ LEAST_CAPACITY = 256
 LEAST_PREFILL = 256
 
 Delivery = NewTokens | Exception
+# Rows and capacity of a batch.
+Size = tuple[int, int]
+LOG = logging.getLogger(__name__)
 
 
 class QueueFullError(LLMError):
@@ -148,7 +153,7 @@ class Ticket:
             self.deliver(error)
         except Exception:
             # Perhaps `deliver` is what failed; there is nobody else to tell.
-            traceback.print_exc(file=sys.stderr)
+            LOG.exception("a request failed, and its client cannot be told")
 
 
 class Flight(NamedTuple):
@@ -183,6 +188,11 @@ class Engine:
         self._state: DecodeState | None = None
         self._flights: deque[Flight] = deque()
         self._pace = Pace()
+        self._joined_size: Size = 0, 0  # the batch's, once _group joins it
+        # What is compiled: to turn a batch of one size into another, and to prefill so many tickets
+        # of a kind and decode them in a batch of this size.
+        self._compiled: set[tuple[Size, Size] | tuple[int, Any, Size]] = set()
+        self._helper: threading.Thread | None = None
 
     def start(self) -> None:
         """Begin to take requests."""
@@ -228,31 +238,25 @@ class Engine:
             as many alternatives as they may.
         """
         exponents = range(self.limits.max_batch.bit_length() if every_size else 1)
-        sizes, groups = [2**n for n in exponents], (1, GROUP) if every_size else (1,)
         capacity, context = self._capacity([]), self.decoder.spec.config.context_length
-        states = {rows: self._empty(rows, capacity) for rows in sizes}
-        tops = {1, self.limits.max_top if every_size else 1}
-        for rows, length, top in itertools.product(groups, (1, 17), (None, *tops)):
+        sizes = [(2**n, capacity) for n in exponents]
+        tops = {None, 1, self.limits.max_top if every_size else 1}
+        for length, top in itertools.product((1, 17), tops):
             request = Request([0] * min(length, context), max_new_tokens=0, top=top)
-            source, _ = exhaust(self._pieces_of([Ticket(request, print)] * rows))
-            for size in sizes:
-                states[size] = place_rows(states[size], source, np.full(rows, size, np.int32))
-        for size, top in itertools.product(sizes, tops):
-            batch = self._stack([replace(_NOTHING, top=top)] * size)
-            states[size] = self.decoder.chunk(batch, states[size], np.zeros(size, bool), 1)[0]
-        for size in sizes:
-            for other in {*sizes} - {size}:
-                target = self._empty(other, capacity)
-                place_rows(target, states[size], np.full(size, other, np.int32))
-        jax.block_until_ready(states)
+            for rows, size in itertools.product((1, GROUP) if every_size else (1,), sizes):
+                self._rehearse([Ticket(request, print)] * rows, size, size)
+        for old, new in itertools.permutations(sizes, 2):
+            self._rehearse([], old, new)
 
     def stop(self, timeout: float | None = None) -> bool:
         """Drop all tickets and end the thread. Returns whether it ended within the time."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        threads = [thread for thread in (self._thread, self._helper) if thread is not None]
+        for thread in threads:
+            thread.join(timeout)
+        return not any(thread.is_alive() for thread in threads)
 
     @property
     def active(self) -> int:
@@ -297,18 +301,83 @@ class Engine:
             self._read_chunk()
 
     def _admit(self) -> None:
-        """The next group is the first of the waiting tickets that fit, and others of its kind."""
+        """The next group is the first of the waiting tickets that fit and whose programs are
+        compiled, and others of its kind."""
         places = self.limits.max_batch - sum(ticket is not None for ticket in self._rows)
         with self._changed:
             waiting = [ticket for ticket in self._waiting if not ticket.ended]
-            alike = [ticket for ticket in waiting if places and ticket.kind == waiting[0].kind]
-            self._group = alike[: GROUP if min(places, len(alike)) >= GROUP else 1]
+        kinds: dict[Any, list[Ticket]] = defaultdict(list)
+        for ticket in waiting if places else ():
+            kinds[ticket.kind].append(ticket)
+        groups = (a[: GROUP if min(places, len(a)) >= GROUP else 1] for a in kinds.values())
+        self._group = next(filter(self._can_join, groups), [])
+        self._joined_size = self._size(self._group)
+        with self._changed:  # more may have come
+            waiting = [ticket for ticket in self._waiting if not ticket.ended]
             self._waiting = deque(ticket for ticket in waiting if ticket not in self._group)
+            if self._waiting and not (self._group or any(self._rows) or self._flights):
+                self._changed.wait(0.1)  # the helper compiles, and there is nothing else to do
         self._prefill = self._pieces_of(self._group)
 
-    def _pieces_of(self, group: Sequence[Ticket]) -> Prefill:
-        """The generator of a prefill. Whatever fails in it, fails in `_compute_piece`."""
+    def _can_join(self, group: list[Ticket]) -> bool:
+        """Whether rows that run need not wait for a compilation if these join them, or if, with an
+        empty group, the batch shrinks. If they would have to, the helper compiles.
+
+        On several devices it may not: they could get the helper's programs and those of this thread
+        in different orders, and wait for each other.
+        """
+        old, new = self._own_size, self._size(group)
+        needed: set[Any] = {(len(group), group[0].kind, new)} if group else set()
+        rows_run = any(self._rows)
+        if rows_run and old != new:
+            needed.add((old, new))
+        devices = next(iter(self.decoder.params.values())).devices()
+        if len(devices) > 1 or needed <= self._compiled:
+            return True
+        if self._helper is not None and self._helper.is_alive():
+            return False
+        if rows_run:
+            self._helper = threading.Thread(target=self._rehearse, args=(group, old, new))
+            self._helper.daemon = True
+            self._helper.start()
+            return False
+        self._compiled |= needed  # by this thread, before it does anything else
+        return True
+
+    def _rehearse(self, group: Sequence[Ticket], old: Size, new: Size) -> None:
+        """Compile what this group needs to join a batch, by running it with nothing in the batch.
+
+        Args:
+          old: the batch before, if it has another size than `new`, which is that with the group.
+        """
+        try:
+            batch = self._empty(*new)
+            if old != new:
+                batch = place_rows(batch, self._empty(*old), np.full(old[0], new[0], np.int32))
+            if group:
+                short = np.ones(round_up(len(group)), np.int32)  # one piece is as good as all
+                source, _ = exhaust(self._pieces_of(group, short))
+                batch = place_rows(batch, source, np.full(len(short), new[0], np.int32))
+            top = group[0].request.top if group else None
+            rows = self._stack([replace(_NOTHING, top=top)] * new[0])
+            jax.block_until_ready(self.decoder.chunk(rows, batch, np.zeros(new[0], bool), 1))
+        except Exception:
+            LOG.exception("what a batch of %d rows needs could not be compiled", new[0])
+        with self._changed:
+            if group:
+                self._compiled.add((len(group), group[0].kind, new))
+            self._compiled.add((old, new))
+            self._changed.notify()
+
+    def _pieces_of(self, group: Sequence[Ticket], lengths_B: np.ndarray | None = None) -> Prefill:
+        """The generator of a prefill. Whatever fails in it, fails in `_compute_piece`.
+
+        Args:
+          lengths_B: how much of each prompt is read, if not all.
+        """
         batch = self._stack([ticket.prompt for ticket in group], group[0].describes)
+        if lengths_B is not None:
+            batch = batch._replace(lengths_B=lengths_B)
         piece = _piece(len(group[0].prompt.prompt))
         context = round_up(self.decoder.spec.config.context_length, at_least=64)
         return (yield from self.decoder.prefill(batch, min(LEAST_PREFILL, context), piece))
@@ -337,7 +406,7 @@ class Engine:
         joining = {row: t for row, t in group if not (t.ended or t.unread)}
         if not joining:
             return
-        self._resize(joining.values())
+        self._resize(self._joined_size)
         assert self._state is not None
         free = [place for place, ticket in enumerate(self._rows) if ticket is None]
         places_B = np.full(len(state.left_B), len(self._rows), np.int32)
@@ -347,28 +416,39 @@ class Engine:
         self._state = place_rows(self._state, state, places_B)
         self._batch = None
 
-    def _resize(self, joining: Collection[Ticket] = ()) -> None:
-        """Give the batch the size that its rows and those that join need, if it has another."""
+    @property
+    def _own_size(self) -> Size:
+        return len(self._rows), self._state.cache.capacity if self._state else 0
+
+    def _size(self, joining: Collection[Ticket] = ()) -> Size:
+        """The size that the batch should have for its rows and those that join."""
         staying = [ticket for ticket in self._rows if ticket is not None]
         needed = round_up(len(staying) + len(joining))
         capacity = self._capacity([*staying, *joining])
+        if not staying:
+            return needed, capacity
+        B, own_capacity = self._own_size
+        needed = needed if needed > B or 4 * needed <= B else B
+        return needed, max(capacity, own_capacity)
+
+    def _resize(self, size: Size) -> None:
+        """Give the batch this size, if it has another."""
+        staying = [ticket for ticket in self._rows if ticket is not None]
         B, before = len(self._rows), self._state if staying else None
-        if before is not None:
-            needed = needed if needed > B or 4 * needed <= B else B
-            capacity = max(capacity, before.cache.capacity)
-            if (needed, capacity) == (B, before.cache.capacity):
-                return
+        if before is not None and size == self._own_size:
+            return
         self._state = before  # an old state that nobody needs is freed first
-        state = self._empty(needed, capacity)
+        state = self._empty(*size)
         if before is not None:
-            places_B = np.full(B, needed, np.int32)
+            places_B = np.full(B, size[0], np.int32)
             places_B[[ticket is not None for ticket in self._rows]] = np.arange(len(staying))
             state = place_rows(state, before, places_B)
         self._state, self._batch = state, None
-        self._rows = [*staying, *[None] * (needed - len(staying))]
+        self._rows = [*staying, *[None] * (size[0] - len(staying))]
 
     def _start_chunk(self) -> None:
-        self._resize()
+        if not self._group and self._can_join([]):
+            self._resize(self._size())
         alive_B = np.array([ticket is not None and not ticket.ended for ticket in self._rows])
         if not alive_B.any():
             return
