@@ -496,7 +496,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UsageError(f"no configuration file at {path}{known_files()}") from None
     except IsADirectoryError:
-        raise UsageError(f"{path} is a folder; expected a TOML configuration file") from None
+        raise UsageError(f"{Path(path)} is a folder; expected a TOML configuration file") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
