@@ -9,11 +9,7 @@ from llm.errors import UsageError
 from llm.run.directory import RunDirectory
 
 # A shell may have put files in their places.
-_STREAMS = {
-    "/dev/fd/0": "standard input",
-    "/dev/fd/1": "standard output",
-    "/dev/fd/2": "standard error",
-}
+_STREAMS = [(f"/dev/fd/{n}", f"standard {of}") for n, of in enumerate(("input", "output", "error"))]
 
 
 def check_outputs(outputs: Mapping[str, str], inputs: Mapping[str, Sequence[str]]) -> None:
@@ -27,18 +23,16 @@ def check_outputs(outputs: Mapping[str, str], inputs: Mapping[str, Sequence[str]
       UsageError: the message names both flags.
     """
     read = (use for name, paths in inputs.items() for path in paths for use in _read(name, path))
-    taken = [*_STREAMS.items(), *read] if outputs else []
+    taken = [*_STREAMS, *read] if outputs else []
     for name, path in outputs.items():
         folder = os.path.dirname(path) or "."
         if not os.path.isdir(folder):
             raise UsageError(f"cannot write {path}: there is no folder {folder}")
         if os.path.isdir(path or folder):
             raise UsageError(f"cannot write {path}: it is a folder; expected a file's name")
-        for file, other in taken:
+        for file, use in taken:
             if same_file(file, path):
-                raise UsageError(
-                    f"{other} and {name} both name {path}; give each a file of its own"
-                )
+                raise UsageError(f"{use} and {name} both name {path}; give each a file of its own")
         taken.append((path, name))
 
 
