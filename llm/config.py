@@ -77,8 +77,10 @@ class Section(pydantic.BaseModel):
     @pydantic.field_validator("*")
     @classmethod
     def _check_is_utf8(cls, value: Any) -> Any:
-        """The name of a file may hold any bytes, and config.toml cannot."""
-        if not str(value).isascii() and any("\ud800" <= sign <= "\udfff" for sign in str(value)):
+        """The name of a file may hold any bytes, and config.toml cannot. Texts that commands and
+        requests give may too, for tokenizers that have all bytes."""
+        text = str(value) if cls.__module__ == __name__ else ""
+        if not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
             raise ValueError("expected UTF-8: rename the file, or write * for what is not")
         return value
 

@@ -117,6 +117,7 @@ def served(surfaces):
         pytest.importorskip(package)
     from llm.commands import serve
     from llm.serving import server as http
+    from llm.serving.connections import listen, url_of
     from llm.serving.engine import Engine
     from llm.serving.limits import Limits
 
@@ -124,8 +125,8 @@ def served(surfaces):
     about = serve.describe(surfaces.lm, decoder, parse(serve.Options, [str(surfaces.run)]))
     engine = Engine(decoder, Limits(max_batch=2))
     site = http.Site(http.LOOPBACK, guests=())
-    listener, ready = http.listen("127.0.0.1", 0), threading.Event()
-    url = http.url_of(listener)
+    listener, ready = listen("127.0.0.1", 0), threading.Event()
+    url = url_of(listener)
     app = http.make_app(about, engine, site)
     server = http.Server(app, engine, grace=5.0, ready=ready.set)
     engine.start()
