@@ -163,6 +163,16 @@ def test_what_was_trained_belongs_to_its_run(tmp_path, place):
     assert contents(tmp_path) == before
 
 
+def test_a_run_of_a_version_that_had_fewer_sizes_goes_on(tmp_path):
+    run = begin(tmp_path)
+    run.metrics.write_text(json.dumps(ROW) + "\n")
+    written = run.config.read_text()
+    older = "".join(line for line in written.splitlines(True) if not line.startswith("head_size"))
+    assert older != written
+    run.config.write_text(older)
+    assert claimed(tmp_path) == {}
+
+
 def test_a_start_that_another_has_overtaken_looks_again_before_it_takes_anything(
     tmp_path, monkeypatch
 ):

@@ -57,7 +57,10 @@ class RunDirectory:
         return True
 
     def read_config(self) -> Config:
-        """The settings of the run as they were resolved."""
+        """The settings of the run as they were resolved.
+
+        A size that the version which wrote them did not have yet is resolved now.
+        """
         if not self.exists():
             parent = self.path.parent if self.path.parent.is_dir() else Path()
             runs = sorted(str(folder.parent) for folder in parent.glob("*/config.toml"))[:5]
@@ -67,7 +70,7 @@ class RunDirectory:
             check_regular(self.config)
         except OSError as error:
             raise UsageError(f"{self.config} cannot be read: {error.strerror}") from None
-        return validate(read_toml(self.config), where=str(self.config))
+        return validate(read_toml(self.config), where=str(self.config)).resolved()
 
     def write_config(self, config: Config) -> None:
         """Raises: see `explained`."""
