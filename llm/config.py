@@ -199,6 +199,7 @@ class ModelConfig(Section):
         "router's probabilities, as Switch and OLMoE do",
     )
     qk_norm: bool = setting(False, "RMS-normalise queries and keys, head by head")
+    qk_norm_joint: bool = setting(False, "with qk_norm: all heads together (OLMo 2, OLMoE)")
     dropout: DropoutRate = setting(0.0, "on embeddings, attention weights and residual branches")
     tie_embeddings: bool = setting(True, "use the token embedding as the output head")
     logit_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(logits / c); 0: off")

@@ -40,6 +40,15 @@ CASES = {
     "qwen3-bias": ("qwen3", {**SIZES, "head_dim": 4, "attention_bias": True}),
     "phi3": ("phi3", {**SIZES, "sliding_window": LENGTH + 1}),
     "olmo": ("olmo", {**SIZES}),
+    "olmo2": ("olmo2", {**SIZES}),
+    "olmo2-bias": ("olmo2", {**SIZES, "attention_bias": True, "head_dim": 6}),
+    "olmoe": ("olmoe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2}),
+    "olmoe-normalised": ("olmoe", {**SIZES, "num_experts": 3, "num_experts_per_tok": 2,
+                                   "norm_topk_prob": True}),
+    "qwen3_moe": ("qwen3_moe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 2,
+                                "moe_intermediate_size": 12, "norm_topk_prob": True}),
+    "qwen3_moe-window": ("qwen3_moe", {**SIZES, "num_experts": 4, "num_experts_per_tok": 1,
+                                       "use_sliding_window": True, "sliding_window": 5}),
     "olmo-bias": ("olmo", {**SIZES, "attention_bias": True}),
     "starcoder2": ("starcoder2", {**SIZES}),
     "starcoder2-no-bias": ("starcoder2", {**SIZES, "use_bias": False}),
@@ -163,6 +172,8 @@ def test_a_key_that_a_file_does_not_have_is_what_transformers_takes(model_type):
         found |= found["full_attention"]
         found |= {"rope_local_base_freq": found["sliding_attention"]["rope_theta"]}
         found |= {"sliding_window_pattern": 1 + found["layer_types"].index("full_attention")}
+    aliases = FAMILIES[model_type].aliases
+    found |= {name: found[alias] for alias, name in aliases.items() if alias in found}
     # transformers writes out what follows from other keys.
     following = {"sliding_window"} if not found.get("use_sliding_window", True) else set()
     following |= {"rope_factor", "rope_original_length"}  # names of ours

@@ -257,3 +257,15 @@ def test_an_imported_run_is_not_trained_on_by_mistake(golden, tmp_path):
         train(write_config(tmp_path))
     after = {path.name for path in (tmp_path / "run").iterdir()} - {"run.lock"}
     assert sorted(after) == before
+
+
+def test_a_model_that_is_not_finite_makes_no_run(tmp_path, capsys):
+    write_golden(GOLDENS[0], tmp_path / "theirs")
+    path = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["transformer.ln_f.weight"][0] = np.nan
+    safetensors.numpy.save_file(tensors, path)
+    CHARACTERS.save(tmp_path / "theirs" / "tokenizer")
+    assert run(import_hf, tmp_path / "theirs", tmp_path / "mine") == 4
+    assert "log-probabilities are not finite" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

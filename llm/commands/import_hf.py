@@ -8,6 +8,7 @@ The tokenizer is the folder's (docs/text.md), or the one that --tokenizer names.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from llm.commands.flags import CommandLine, argument, parse
 from llm.config import setting
 from llm.console import say
-from llm.errors import LLMError, UsageError
+from llm.errors import CheckpointError, LLMError, UsageError
 from llm.files import (
     disk_full_reason,
     free_bytes,
@@ -65,13 +66,15 @@ def main(arguments: list[str]) -> int:
     tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size, options.lossy)
     spec = ModelSpec(config, vocab_size)
     with new_folder(Path(options.run), folder) as partial:
-        sha256 = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
+        sha256, nats = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
+    report["random_tokens_logprob"] = nats
     if options.as_json:
         print(json.dumps(report))
     say(
-        f"{options.run} holds {folder} as step 0, with the tokenizer {tokenizer.name}; sample from "
-        f"it: python sample.py {options.run}"
+        f"{options.run} holds {folder} as step 0, with the tokenizer {tokenizer.name}; checked: "
+        f"random tokens have {nats:.2f} nats each, {-math.log(vocab_size):.2f} if all were as "
+        f"likely; sample from it: python sample.py {options.run}"
     )
     return 0
 
@@ -183,12 +186,16 @@ def write_run(
     spec: "ModelSpec",
     params: "Mapping[str, np.ndarray]",
     tokenizer: "Tokenizer",
-) -> str:
-    """Write a run directory with one checkpoint, step 0; returns the parameters' sha256.
+) -> tuple[str, float]:
+    """Write a run directory with one checkpoint, step 0, and run the model once.
+
+    Returns the parameters' sha256, and the mean log-probability of random tokens in nats.
 
     Args:
       partial: the folder to write into, which becomes `path`.
       folder: where the model came from.
+    Raises:
+      CheckpointError: the model's log-probabilities are not finite.
     """
     import jax
     import numpy as np
@@ -208,6 +215,10 @@ def write_run(
     # There was no training, so the optimizer has no state.
     groups = jax.device_put({"params": dict(params), "training": {"step": np.int32(0)}})
     logprobs_BT = receipt_logprobs(spec, groups["params"], tokens_BT)
+    if not np.isfinite(logprobs_BT).all():
+        raise CheckpointError(
+            f"{folder} holds a model whose log-probabilities are not finite; are its weights whole?"
+        )
     checkpoints = Checkpoints(run.checkpoints, keep=1)
     checkpoints.clean()
     checkpoints.save(0, groups, lambda: make_receipt(tokens_BT, logprobs_BT, tokenizer.sha256))
@@ -221,4 +232,4 @@ def write_run(
         ),
     )
     run.write_config(config.resolved())
-    return read_receipt(run.checkpoints / "0")["params_sha256"]
+    return read_receipt(run.checkpoints / "0")["params_sha256"], float(np.mean(logprobs_BT))

@@ -11,7 +11,8 @@ from typing import Any
 from llm.config import ModelConfig, validate
 from llm.errors import UsageError
 from llm.files import read_json, why
-from llm.interop.families import FAMILIES, KEYS_OF_ANY, Description, Family
+from llm.interop.families import FAMILIES
+from llm.interop.table import KEYS_OF_ANY, Description, Family
 from llm.model.gpt import is_each
 
 # Settings for which a file may have null: sizes that follow from others, and what is off.

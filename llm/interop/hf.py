@@ -29,7 +29,8 @@ from llm.interop.description import (
     read_description,
     vocab_size_of,
 )
-from llm.interop.families import FAMILIES, Description, Family
+from llm.interop.families import FAMILIES
+from llm.interop.table import Description, Family
 from llm.interop.tensors import Tensors, save
 from llm.model.gpt import ModelSpec, abstract_params
 

@@ -201,8 +201,9 @@ class Attention(nnx.Module):
         self.value = linear(("embed", "kv_heads"), (D, K * H))
         self.out = linear(("heads_in", "width"), (N * H, D), std=residual_std(config))
         if config.qk_norm:
-            self.query_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
-            self.key_norm = Norm("rmsnorm", H, epsilon=config.norm_epsilon, bias=False)
+            norm = functools.partial(Norm, "rmsnorm", epsilon=config.norm_epsilon, bias=False)
+            self.query_norm = norm(N * H if config.qk_norm_joint else H)
+            self.key_norm = norm(K * H if config.qk_norm_joint else H)
 
     def project(self, x_BTD: jax.Array, positions_BT: jax.Array) -> Heads:
         """The heads of x, normalised and rotated."""
@@ -211,9 +212,11 @@ class Attention(nnx.Module):
         # gradients would be joined again.
         apart = self.kernel == "cudnn"
         products = apply_side_by_side([self.query, self.key, self.value], x_BTD, apart=apart)
+        if config.qk_norm and config.qk_norm_joint:
+            products = [self.query_norm(products[0]), self.key_norm(products[1]), products[2]]
         heads = [x.reshape(*x_BTD.shape[:2], -1, config.head_size) for x in products]
         query_BTNH, key_BTKH, value_BTKH = heads
-        if config.qk_norm:
+        if config.qk_norm and not config.qk_norm_joint:
             query_BTNH, key_BTKH = self.query_norm(query_BTNH), self.key_norm(key_BTKH)
         if self.is_rotary:
             theta = config.rope_theta
