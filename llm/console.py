@@ -54,10 +54,10 @@ def for_terminal(text: str) -> str:
 
 
 class _Stream(io.FileIO):
-    """Descriptor 1 or 2. After a write has failed, the rest is lost without another error.
+    """Descriptor 1 or 2. What stderr does not take is left out; stdout fails once, and for good.
 
     Attributes:
-      error: the first failure.
+      error: the newest failure.
       stalled: whether text was left out because the reader had stopped reading.
       patience: how long to wait for the reader, in seconds; None: for ever.
     """
@@ -68,7 +68,7 @@ class _Stream(io.FileIO):
 
     def write(self, data: Any) -> int:
         """As io.RawIOBase.write. Also on a descriptor that another process made non-blocking."""
-        while self.error is None:
+        while self.fileno() == 2 or self.error is None:
             try:
                 if not select.select([], [self], [], self.patience)[1]:
                     self.stalled, self.patience = True, 0.0  # wait no more until it reads again
@@ -79,6 +79,7 @@ class _Stream(io.FileIO):
                 self.error = error
                 if self.fileno() == 1:
                     raise _lost_output(error) from None
+                break
             else:
                 self.patience = self.patience if self.patience is None else PATIENCE_SECONDS
                 if count is not None:

@@ -85,6 +85,15 @@ def test_what_is_said_may_be_lost_when_nobody_looks_any_more(broken, reason):
         assert run_said(SAYS, stderr=stderr) == (0, reason)
 
 
+@needs_full
+def test_a_log_goes_on_when_its_disk_has_room_again():
+    body = (
+        "os.dup2(os.open('/dev/full', os.O_WRONLY), 2); console.say('one')\n"
+        "    os.dup2(3, 2); console.say('two'); os.write(3, console.lost().encode())"
+    )
+    assert run_said(body) == (0, "two\nNo space left on device")
+
+
 def test_a_reader_that_stops_reading_is_not_waited_for():
     """A pipe holds 64 KiB; what is said is ten times as much."""
     body = (

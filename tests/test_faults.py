@@ -23,6 +23,7 @@ from runs import (
     params_sha256,
     run_process,
     saved_arrays,
+    starts,
     train,
     train_process,
     write_config,
@@ -511,3 +512,77 @@ def test_evaluation_never_stands_between_a_due_save_and_the_disk(tmp_path, monke
     monkeypatch.setattr(llm.training.loop.Validation, "run", run)
     train(write_config(tmp_path, training={"eval_every": 4}))
     assert begun == [[4]]
+
+
+JUMPING = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <sys/time.h>
+#include <time.h>
+int clock_gettime(clockid_t id, struct timespec *now) {
+  static int (*honest)(clockid_t, struct timespec *), looks;
+  static const long jumps[] = {0, 7200, -259200, 7776000, 90, -3};
+  if (!honest) honest = dlsym(RTLD_NEXT, "clock_gettime");
+  int failed = honest(id, now);
+  if (!failed && (id == CLOCK_REALTIME || id == CLOCK_REALTIME_COARSE))
+    now->tv_sec += jumps[__atomic_add_fetch(&looks, 1, 0) % 6];
+  return failed;
+}
+int gettimeofday(struct timeval *restrict now, void *restrict zone) {
+  struct timespec exact;
+  clock_gettime(CLOCK_REALTIME, &exact);
+  now->tv_sec = exact.tv_sec, now->tv_usec = exact.tv_nsec / 1000;
+  return 0;
+}
+time_t time(time_t *now) {
+  struct timespec exact;
+  clock_gettime(CLOCK_REALTIME, &exact);
+  return now ? *now = exact.tv_sec : exact.tv_sec;
+}
+"""
+
+
+@pytest.mark.thorough
+def test_a_clock_that_jumps_at_every_look_changes_nothing(unbroken_process, tmp_path, monkeypatch):
+    """Below Python: every library of the process sees hours, days and months come and go."""
+    compiler, library = shutil.which("cc"), tmp_path / "jumping.so"
+    command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", library, "-ldl"]
+    if not compiler or subprocess.run(command, input=JUMPING.encode()).returncode:
+        pytest.skip("needs a C compiler")
+    config = write_config(tmp_path, checkpoint={"every": 1})
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    looked = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import time; print(max(time.time() for _ in range(9)) - time.time())",
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert float(looked.stdout) > 80
+    code, output = run_process(config)
+    assert code == 0, output
+    assert losses(tmp_path / "run") == losses(unbroken_process / "run")
+    assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
+    [start] = starts(tmp_path / "run")
+    assert 0 < start["seconds_to_first_step"] < 300
+
+
+def test_a_shard_that_is_cut_short_while_the_run_has_it_mapped_is_named(tmp_path):
+    config = write_config(tmp_path, training={"steps": 10**6}, checkpoint={"every": 0})
+    process = train_process(config)
+    try:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.05)
+        [shard] = (tmp_path / "cache").rglob("*.bin")
+        size = shard.stat().st_size
+        os.truncate(shard, 0)
+        output, _ = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    said = f"{shard}: expected {size} bytes, found 0; delete {shard.parent} and run"
+    assert (process.returncode, output.count("error: "), said in output) == (3, 1, True), output
+    with pytest.raises(DataError, match=r"expected .* found 0"):
+        train(config)

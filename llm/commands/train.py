@@ -4,6 +4,7 @@ Give the same command again to resume a run that has stopped. A finished run is 
 """
 
 import contextlib
+import signal
 import socket
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ from llm.faults import fault_point
 from llm.run.directory import RunDirectory
 from llm.run.display import Display, make_display
 from llm.run.hosts import Hosts, joined
-from llm.run.stop import StopRequest
+from llm.run.stop import StopRequest, end_on
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
@@ -135,6 +136,8 @@ def _make_job(
     # "auto" is decided by the devices, so this check cannot be made with those of other settings.
     hosts.decide("the compute dtype", lambda: check_compute_dtype(run, dtype))
     corpus = _prepare_once(config, run, hosts, stop, display)
+    # The system's answer when a shard in memory is cut short, or its disk fails.
+    end_on(signal.SIGBUS, corpus.why_unreadable, DataError.exit_code)
     for note in corpus.notes:
         display.say(note)
     check_window(corpus.train, config.model.context_length)

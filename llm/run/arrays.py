@@ -161,7 +161,9 @@ def _open(folder: Path, **options: Any) -> Any:
     import tensorstore  # takes a tenth of a second
 
     file = {"driver": "file", "path": f"{folder.resolve()}/"}
-    context = {"file_io_sync": False}  # `write_pieces` flushes each file once
+    # `write_pieces` flushes each file once. No other process writes it, so it needs no lock, which
+    # some file systems do not have, and which tensorstore awaits by a clock that may jump.
+    context = {"file_io_sync": False, "file_io_locking": {"mode": "none"}}
     spec = {"driver": "zarr", "kvstore": file, "context": context, **options}
     return tensorstore.open(spec).result()
 

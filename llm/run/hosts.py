@@ -14,7 +14,6 @@ other processes.
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -29,7 +28,7 @@ from llm.config import Config, DistributedConfig, differences, validate
 from llm.console import write_stderr
 from llm.errors import LLMError, LostProcessError, SaidElsewhereError, UsageError
 from llm.run.cluster import Cluster, find_cluster
-from llm.run.stop import StopRequest
+from llm.run.stop import StopRequest, end_on
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -415,25 +414,14 @@ class SharedStop:
             self._agreed |= bool(self._asked.popleft())
 
 
-_kept_alive: list[Any] = []
-
-
 def _say_on_abort(text: str) -> None:
     """Set what this process says, instead of a signal's number, if JAX aborts it.
 
     JAX's coordination client calls abort() when process 0 goes or does not answer. It cannot call a
-    Python callback instead (it dies of std::bad_cast). The handler runs in the thread that aborts,
-    which holds no lock of Python's.
+    Python callback instead (it dies of std::bad_cast).
     """
-
-    def say_and_end(_number: int) -> None:
-        write_stderr(
-            f"error: {text} (see above); the same command resumes from the newest checkpoint"
-        )
-        os._exit(LostProcessError.exit_code)
-
-    _kept_alive.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(say_and_end))
-    ctypes.CDLL(None).signal(int(signal.SIGABRT), _kept_alive[-1])
+    said = f"{text} (see above); the same command resumes from the newest checkpoint"
+    end_on(signal.SIGABRT, lambda: said, LostProcessError.exit_code)
 
 
 def _process_name(index: int) -> str:

@@ -5,16 +5,37 @@ the machine away. Either may come several times, or together with SIGTERM: they 
 once.
 """
 
+import ctypes
 import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from llm.console import write_stderr
 from llm.errors import StoppedError
 
 _URGENT = (signal.SIGINT, signal.SIGTERM)
 _SIGNALS = (*_URGENT, signal.SIGHUP, signal.SIGUSR1)
+
+
+_kept_alive: list[Any] = []
+
+
+def end_on(fatal: signal.Signals, why: Callable[[], str], exit_code: int) -> None:
+    """Say why, and end with this exit code, when the C library or the kernel ends this process.
+
+    The handler may run in any thread, in the middle of C code. It calls Python, because that code
+    holds no lock of Python's beyond the interpreter's own, which ctypes takes or already has.
+    """
+
+    def say_and_end(_number: int) -> None:
+        write_stderr(f"error: {why()}")
+        os._exit(exit_code)
+
+    _kept_alive.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(say_and_end))
+    ctypes.CDLL(None).signal(int(fatal), _kept_alive[-1])
 
 
 class StopRequest:

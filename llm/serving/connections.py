@@ -32,6 +32,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from llm.console import write_stderr
 from llm.errors import UsageError
 from llm.serving.engine import Engine
 from llm.serving.requests import APIError
@@ -321,8 +322,8 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """On SIGINT and SIGTERM. A second signal ends the process at once."""
         if self.should_exit:
-            os.write(2, b"\nstopped at once on a second signal\n")
+            write_stderr("\nstopped at once on a second signal")
             os._exit(128 + sig)
         self.should_exit = True
         name = signal.Signals(sig).name
-        os.write(2, f"\n{name}: finishing what runs; again to stop at once\n".encode())
+        write_stderr(f"\n{name}: finishing what runs; again to stop at once")

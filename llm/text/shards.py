@@ -94,6 +94,18 @@ class TokenizedCorpus:
     notes: tuple[str, ...]
     reused: bool
 
+    def why_unreadable(self) -> str:
+        """What is wrong with the shards, for a process that the system ends because of them."""
+        try:
+            self.train.stream.check_sizes()
+            self.validation.stream.check_sizes()
+        except DataError as error:
+            return str(error)
+        return (
+            f"{self.folder} or another file in memory cannot be read any more: a disk failed, or a "
+            "network file system is gone. When it is back, run the same command again"
+        )
+
 
 def prepare(
     data: DataConfig,

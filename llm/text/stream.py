@@ -156,15 +156,7 @@ class TokenStream:
                 f"{folder} holds the token id {manifest.largest_id}; expected ids below the "
                 f"vocabulary's {vocab_size}{remedy(folder)}"
             )
-        for file in manifest.files:
-            path = folder / file.name
-            if not path.exists():
-                raise DataError(f"{path} is missing; expected {file.bytes} bytes{remedy(folder)}")
-            found = path.stat().st_size
-            if found != file.bytes:
-                raise DataError(
-                    f"{path}: expected {file.bytes} bytes, found {found}{remedy(folder)}"
-                )
+        self.check_sizes()
         if hashed:
             self.verify()
         dtype = np.dtype(manifest.dtype).newbyteorder("<")
@@ -173,6 +165,15 @@ class TokenStream:
 
     def __len__(self) -> int:
         return self.manifest.tokens
+
+    def check_sizes(self) -> None:
+        """Raise a DataError that names the first file that is missing or of another size."""
+        for file in self.manifest.files:
+            path, of_size = self.folder / file.name, f"expected {file.bytes} bytes"
+            if not path.exists():
+                raise DataError(f"{path} is missing; {of_size}{remedy(self.folder)}")
+            if (found := path.stat().st_size) != file.bytes:
+                raise DataError(f"{path}: {of_size}, found {found}{remedy(self.folder)}")
 
     def verify(self) -> None:
         """Read every file and compare its sha256; DataError names the first that differs."""
