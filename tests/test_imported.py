@@ -153,6 +153,42 @@ def test_a_text_may_be_cut_where_the_tokenizer_says(made, text):
         assert np.concatenate(parts).tolist() == tokenizer.encode(text).tolist()
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_tokens_that_were_added_as_text_are_text(name, tmp_path):
+    """Runs of spaces, tags: their bytes are their spelling, and no cut goes through them."""
+    from tokenizers import Tokenizer
+
+    file = FILES[name]()
+    first = 1 + max(file["model"]["vocab"].values())
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    for id_, spelling in enumerate(["   ", "<tag>", "\n\n", "</end>"], first):
+        file["added_tokens"].append({"id": id_, "content": spelling, **plain})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(file))
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.encode_special_tokens = True
+    spaces, end = map(library.token_to_id, ["   ", "</end>"])
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.token_bytes(spaces) == b"   " and tokenizer.token_bytes(end) == b""
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        parts = random.choice(["a", "the", " ", "  ", "\n", "<tag>", "學", "   "], 8).tolist()
+        text = "".join(parts).strip()
+        try:
+            ids = tokenizer.encode(text).tolist()
+        except UsageError:  # a space put before each part between added tokens
+            assert tokenizer.prefix and any(part in text for part in ("   ", "<tag>", "\n\n"))
+            continue
+        assert ids == library.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(ids) == text
+        cut = tokenizer.last_cut(text)
+        if 0 < cut < len(text):
+            halves = tokenizer.encode(text[:cut]), tokenizer.encode(text[cut:], continues=True)
+            assert np.concatenate(halves).tolist() == ids
+    with pytest.raises(UsageError, match="is lost"):  # else a text could end another
+        tokenizer.encode("a</end>")
+
+
 def test_a_cut_is_found_in_every_line(made):
     _, tokenizer = made
     assert tokenizer.last_cut(CORPUS[0] + "the dog") > len(CORPUS[0]) // 2

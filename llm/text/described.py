@@ -54,13 +54,15 @@ class Described:
         if not whole or not (byte_level or model.get("byte_fallback")):
             losses.append(f"{model.get('type', 'model')} without a token for each byte")
         added = [token for token in file.get("added_tokens") or () if not token["special"]]
+        prefix = any(map(_puts_space_before, parts))
+        # Each part of a text between added tokens may get a space of its own.
+        far = any(token.get(rule) for token in added for rule in _FAR) or (prefix and bool(added))
         return cls(
             byte_level,
             spaces="Metaspace" in types or REPLACE in parts,
-            prefix=any(map(_puts_space_before, parts)),
+            prefix=prefix,
             composes="NFC" in types,
-            local=all(map(_is_local, parts))
-            and not any(token.get(rule) for token in added for rule in _FAR),
+            local=all(map(_is_local, parts)) and not far,
             losses=tuple(losses),
         )
 

@@ -93,7 +93,7 @@ class ImportedTokenizer(Tokenizer):
                 )
             if id_ not in added:
                 table[id_] = self._spelled(spelling)
-            elif not added[id_].special:
+            elif not added[id_].special and id_ not in (begin, *ends):
                 table[id_] = self._raw(spelling)
             if not table[id_]:
                 special[spelling] = id_
@@ -145,7 +145,8 @@ class ImportedTokenizer(Tokenizer):
     def _neighbours(self) -> set[str]:
         """Each two characters that stand side by side in a token."""
         tokens = self._libraries[False, False].get_vocab(with_added_tokens=True)
-        return {token[i : i + 2] for token in tokens for i in range(len(token) - 1)}
+        spelled = [token.replace(" ", SPACE) for token in tokens]
+        return {token[i : i + 2] for token in spelled for i in range(len(token) - 1)}
 
     def _ids(self, text: str, special: bool, continues: bool) -> Ids:
         library = self._library(special, continues and bool(self.prefix))
