@@ -224,6 +224,10 @@ LAYOUTS = {
         ["train/pos/1.txt", "train/neg/2.txt", "test/pos/1.txt", "README", "x.vocab"],
         ["train/neg/2.txt", "train/pos/1.txt"],
     ),
+    "cache of datasets": (
+        ["imdb-train.arrow", "imdb-test.arrow", "dataset_info.json"], ["imdb-train.arrow"],
+    ),
+    "clone": (["README.md", ".gitattributes", "rows.jsonl", "LICENSE"], ["rows.jsonl"]),
     "infos": (["dataset_infos.json", "README.md", "part-1.jsonl"], ["part-1.jsonl"]),
     "card": (
         ["en/first.jsonl", "en/more-1.jsonl", "en/more-2.jsonl", "en/last.jsonl", "README.md"],
@@ -236,10 +240,12 @@ LAYOUTS = {
 def layout(request, make):
     """(folder, names of the files that train)"""
     files, train = LAYOUTS[request.param]
-    contents = {"dataset_infos.json": "{}", "README.md": CARD if request.param == "card" else "#"}
+    cards = {"card": CARD, "clone": "---\nlicense: mit\n---\n# A data set"}
+    contents = {"dataset_infos.json": "{}", "README.md": cards.get(request.param, "#")}
+    contents["dataset_info.json"] = "{}"
     # A shard is told by its name; what it holds is not looked at here.
-    parquet = {name: b"PAR1" for name in files if name.endswith(".parquet")}
-    return make(**dict(zip(files, files, strict=True)) | contents | parquet), train
+    shards = {name: b"PAR1" for name in files if name.endswith((".parquet", ".arrow"))}
+    return make(**{name: contents.get(name, name) for name in files} | shards), train
 
 
 def test_a_data_set_is_its_train_split(layout, find):
@@ -247,7 +253,8 @@ def test_a_data_set_is_its_train_split(layout, find):
     found = find(root)
     assert names(found) == train
     (note,) = found.notes
-    assert "README" in note and ("test" in note or "infos" in note)
+    for path in root.iterdir():
+        assert path.name in note or path.name in train or path.name in ("data", "en", "train")
     # A folder above it reads it in the same way.
     (root.parent / "above").mkdir()
     moved = root.rename(root.parent / "above" / "set")
@@ -260,6 +267,13 @@ def test_the_train_split_is_that_of_datasets(layout, find, monkeypatch):
     root, train = layout
     files = datasets.load_dataset_builder(str(root)).config.data_files["train"]
     assert sorted(os.path.relpath(file, root) for file in files) == train
+
+
+def test_the_cache_of_the_hub_is_refused_by_name(make, find):
+    root = make("blobs/0a1b", "refs/main", "snapshots/0123/train.txt", "snapshots/0123/test.txt")
+    with pytest.raises(DataError, match=r"hub's cache .*; name one of the folders in .*/snapshots"):
+        find(root)
+    assert names(find(root / "snapshots" / "0123")) == ["train.txt"]
 
 
 def test_files_of_programs_are_no_splits(make, find):
@@ -386,6 +400,20 @@ def test_a_file_of_a_run_that_a_pattern_reaches_is_left_out(make, find):
     assert names(found) == ["a/rows.jsonl"] and "run (a run directory)" in found.notes[0]
     # Whoever names it means it.
     assert names(find(root / "run" / "rows.jsonl")) == ["rows.jsonl"]
+
+
+def test_a_cache_in_a_home_that_is_closed_is_no_matter(make, find, monkeypatch):
+    root = make("a.txt")
+    stat = Path.stat
+
+    def refuse(path, **options):
+        if path.name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setenv("LLM_CACHE_DIR", str(root.parent / "closed"))
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert names(find(root)) == ["a.txt"]
 
 
 @pytest.mark.parametrize("pattern", ["", "**", "*"])

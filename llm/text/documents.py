@@ -290,7 +290,7 @@ KINDS = {
     "lz4": _unread("compressed by lz4", ".lz4", rb"\x04\x22\x4d\x18", _DECOMPRESS),
     "tar": _unread("a tar archive", ".tar", rb".{257}ustar", _UNPACK),
     "zip": _unread("a zip archive", ".zip", rb"PK(?:\x03\x04|\x05\x06)", _UNPACK),
-    "7z": _unread("an archive", ".7z .rar", rb"7z\xbc\xaf|Rar!\x1a\x07", _UNPACK),
+    "archive": _unread("an archive", ".7z .rar", rb"7z\xbc\xaf|Rar!\x1a\x07", _UNPACK),
     "utf16": _unread(
         "UTF-16 or UTF-32", "", rb"\xff\xfe|\xfe\xff", "convert it: iconv -f UTF-16 -t UTF-8"
     ),
@@ -320,18 +320,22 @@ KINDS = {
 }
 
 
+_BY_SUFFIX = {suffix: name for name, kind in KINDS.items() for suffix in kind.suffixes}
+_BY_BEGINNING = re.compile(
+    b"|".join(b"(?P<%s>%s)" % (name.encode(), kind.begins) for name, kind in KINDS.items()),
+    re.DOTALL,
+)
+
+
 def kind_of_file(path: Path) -> str:
     """The kind of a file: by the bytes that it begins with, else by the suffix of its name."""
+    by_name = _BY_SUFFIX.get(path.suffix.lower(), "text")
     with open(path, "rb") as file:
-        begins = file.read(8000)
-    suffix = path.suffix.lower()
-    by_name = next((name for name, kind in KINDS.items() if suffix in kind.suffixes), "text")
-    for name, kind in KINDS.items():
-        # Any number of kinds that are not text have NUL bytes; the name tells more about them.
-        unless_named = name == "binary" and not KINDS[by_name].is_text
-        if re.match(kind.begins, begins, re.DOTALL) and not unless_named:
-            return name
-    return by_name
+        begins = _BY_BEGINNING.match(file.read(8000))
+    by_bytes = begins.lastgroup if begins else None
+    # Files of many kinds have NUL bytes; their names tell more.
+    tells_more = by_bytes == "binary" and not KINDS[by_name].is_text
+    return by_name if by_bytes is None or tells_more else by_bytes
 
 
 @contextmanager

@@ -20,7 +20,8 @@ TABLES_OF_TEXT = {".csv", ".tsv"}
 # Files with these suffixes hold the examples of a data set; others are about it.
 _DATA = {suffix for kind in KINDS.values() for suffix in kind.suffixes}
 _DATA |= TABLES_OF_TEXT | {".tokens", ".raw"}
-_NO_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+_INFO = {"dataset_info.json", "dataset_infos.json"}
+_NO_DATA = {"config.json", "dataset_dict.json"} | _INFO
 
 # Fields of a README's front matter that only data sets have.
 _CARD = {"configs", "dataset_info", "task_categories", "task_ids", "size_categories"}
@@ -42,7 +43,9 @@ _T = TypeVar("_T")
 
 def is_data_set(folder: Path, folders: Sequence[Path], files: Sequence[Path]) -> bool:
     """Whether a folder, of which folders and files are given, is laid out as a data set."""
-    if "dataset_infos.json" in {file.name for file in files} or _CARD & _card(folder).keys():
+    # Clones have .gitattributes, and then a field that models' cards have too is enough.
+    fields = _CARD | ({"license", "language"} if (folder / ".gitattributes").exists() else set())
+    if _INFO & {file.name for file in files} or fields & _card(folder).keys():
         return True
     inner = [p for below in folders if below.name == "data" for p in below.glob("*-of-*")]
     shards = [*files, *inner]

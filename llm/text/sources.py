@@ -8,6 +8,7 @@ llm/text/trees.py and llm/text/documents.py.
 
 import contextlib
 import difflib
+import errno
 import glob
 import hashlib
 import http.client
@@ -76,9 +77,11 @@ def find_origins(
         if is_disk_full(error):
             raise
         # The name is too long, a file or folder may not be read, or a file went away.
-        shown = str(error.filename or sources)[:200]
+        too_long = error.errno == errno.ENAMETOOLONG
         raise DataError(
-            f"data.source: {shown!r} cannot be read: {error.strerror}; {_EXPECTED}"
+            f"data.source: {str(error.filename or sources)[:200]!r} cannot be read: "
+            f"{error.strerror}; "
+            + (_EXPECTED if too_long else "let this user read it, or leave it out of data.source")
         ) from None
     if not origins:
         left = f": {'; '.join(notes)}" if notes else ""

@@ -10,6 +10,7 @@ read and cannot be is an error. Links to folders are not followed, so a loop of 
 """
 
 import collections
+import contextlib
 import itertools
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -43,7 +44,10 @@ class Tree:
     def __init__(self, root: Path, caches: Iterable[Path]):
         self.root = root
         self.left: dict[str, dict[Path, None]] = collections.defaultdict(dict)
-        self._caches = [cache.stat() for cache in caches if cache.exists()]
+        self._caches = []
+        for cache in caches:
+            with contextlib.suppress(OSError):  # it is not there, or lies where nobody may look
+                self._caches.append(cache.stat())
 
     def files(self) -> list[File]:
         """The files of the folder, read as what the folder is."""
@@ -86,6 +90,11 @@ class Tree:
     def _folder(self, root: Path) -> Iterator[File]:
         for folder, folders, files in self._descend(root):
             names = {file.name for file in files}
+            if {"blobs", "snapshots"} <= {below.name for below in folders}:
+                raise DataError(
+                    f"{folder} is the hub's cache of all versions of a data set; name one of the "
+                    f"folders in {folder / 'snapshots'}"
+                )
             if "dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names:
                 folders.clear()
                 yield from self._saved(folder)
