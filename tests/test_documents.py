@@ -251,12 +251,13 @@ def test_a_table_without_rows_has_no_documents(columns, kind):
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_only_the_column_of_the_text_is_read(columns, kind):
-    """A map, and a picture that cannot be decoded, as a data set of the hub has them."""
+    """A map, and a picture and a date that cannot be decoded, as data sets of the hub have them."""
     picture = {"bytes": b"no picture", "path": None}
     table = pyarrow.table(
         {
             "map": pyarrow.array([[("a", 1)]], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
             "image": pyarrow.array([picture]),
+            "date": pyarrow.array([10**7], pyarrow.date32()),  # Python's dates end before it
             "text": ["x"],
         },
         metadata={"huggingface": '{"info": {"features": {"image": {"_type": "Image"}}}}'},
