@@ -128,7 +128,7 @@ class AttentionPage {
     const said = `layer ${this.layer}, head ${this.head}: ${direction}`;
     byId("panel").replaceChildren(
       el("header", "", el("code", "big", ...this.nameOf(index)),
-        el("p", "", `token ${index} of ${this.tokens.length}`), closeButton()),
+        el("p", "", `position ${index}, from 0 to ${this.tokens.length - 1}`), closeButton()),
       el("h3", "", said),
       el("p", "axis", el("span", "", "0"), el("span", "", `${100 * full} %`)), list);
     byId("panel").classList.add("filled");
