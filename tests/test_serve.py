@@ -784,6 +784,16 @@ def test_a_second_signal_ends_the_process_at_once(monkeypatch, capfd):
     assert left == [128 + signal.SIGTERM] and "at once" in capfd.readouterr().err
 
 
+def test_a_signal_is_heard_though_the_terminal_is_gone(monkeypatch):
+    def gone(*_):
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(os, "write", gone)
+    server = Server(None, None, 1.0, print)
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.should_exit
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

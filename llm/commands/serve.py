@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
 from llm.config import setting
-from llm.console import say
+from llm.console import never_wait, say
 from llm.errors import UsageError
 from llm.runtime import prepare_process
 from llm.serving.limits import Limits
@@ -98,6 +98,7 @@ def main(arguments: list[str]) -> int:
     if not (is_loopback(options.host) or options.api_key):
         ready += "\nwhoever reaches this machine can use it: there is no --api-key"
     say_ready = partial(say, ready)
+    never_wait()  # for a log that nobody reads
     run(Server(app, engine, options.grace, say_ready), listener)
     return 0
 
