@@ -117,7 +117,7 @@ def served(surfaces):
         pytest.importorskip(package)
     from llm.commands import serve
     from llm.serving import server as http
-    from llm.serving.connections import listen, url_of
+    from llm.serving.connections import Server, listen, run, url_of
     from llm.serving.engine import Engine
     from llm.serving.limits import Limits
 
@@ -128,9 +128,9 @@ def served(surfaces):
     listener, ready = listen("127.0.0.1", 0), threading.Event()
     url = url_of(listener)
     app = http.make_app(about, engine, site)
-    server = http.Server(app, engine, grace=5.0, ready=ready.set)
+    server = Server(app, engine, grace=5.0, ready=ready.set)
     engine.start()
-    thread = threading.Thread(target=http.run, args=(server, listener))
+    thread = threading.Thread(target=run, args=(server, listener))
     thread.start()
     assert ready.wait(60.0)
 
