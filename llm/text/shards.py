@@ -94,11 +94,16 @@ class TokenizedCorpus:
     notes: tuple[str, ...]
     reused: bool
 
+    def check_sizes(self) -> None:
+        """Raise a DataError if a shard is not as long as it was: the system gives zeros for the
+        tokens that are missing on a page, and ends a process that reads a page without any."""
+        self.train.stream.check_sizes()
+        self.validation.stream.check_sizes()
+
     def why_unreadable(self) -> str:
         """What is wrong with the shards, for a process that the system ends because of them."""
         try:
-            self.train.stream.check_sizes()
-            self.validation.stream.check_sizes()
+            self.check_sizes()
         except DataError as error:
             return str(error)
         return (

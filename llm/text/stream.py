@@ -156,6 +156,9 @@ class TokenStream:
                 f"{folder} holds the token id {manifest.largest_id}; expected ids below the "
                 f"vocabulary's {vocab_size}{remedy(folder)}"
             )
+        for file in manifest.files:
+            if not (path := folder / file.name).exists():
+                raise DataError(f"{path} is missing; expected {file.bytes} bytes{remedy(folder)}")
         self.check_sizes()
         if hashed:
             self.verify()
@@ -167,13 +170,17 @@ class TokenStream:
         return self.manifest.tokens
 
     def check_sizes(self) -> None:
-        """Raise a DataError that names the first file that is missing or of another size."""
+        """Raise a DataError that names the first file of another size than it should have.
+
+        A file that was removed while it is mapped can still be read.
+        """
         for file in self.manifest.files:
-            path, of_size = self.folder / file.name, f"expected {file.bytes} bytes"
-            if not path.exists():
-                raise DataError(f"{path} is missing; {of_size}{remedy(self.folder)}")
-            if (found := path.stat().st_size) != file.bytes:
-                raise DataError(f"{path}: {of_size}, found {found}{remedy(self.folder)}")
+            path = self.folder / file.name
+            found = path.stat().st_size if path.exists() else file.bytes
+            if found != file.bytes:
+                raise DataError(
+                    f"{path}: expected {file.bytes} bytes, found {found}{remedy(self.folder)}"
+                )
 
     def verify(self) -> None:
         """Read every file and compare its sha256; DataError names the first that differs."""

@@ -378,7 +378,12 @@ def save(job: Job, outputs: Outputs, report: StepReport, state: TrainState, step
     tokens = job.receipt_tokens()
     logprobs = receipt_logprobs(job.spec, state.params, tokens)
     sha256 = job.corpus.tokenizer.sha256
-    outputs.checkpoints.save(step, to_groups(state), lambda: make_receipt(tokens, logprobs, sha256))
+
+    def receipt() -> dict[str, Any]:
+        job.corpus.check_sizes()  # what was trained on zeros in the place of tokens is not saved
+        return make_receipt(tokens, logprobs, sha256)
+
+    outputs.checkpoints.save(step, to_groups(state), receipt)
     report.restart_clock()
 
 
