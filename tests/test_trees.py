@@ -269,6 +269,11 @@ def test_the_train_split_is_that_of_datasets(layout, find, monkeypatch):
     assert sorted(os.path.relpath(file, root) for file in files) == train
 
 
+def test_splits_of_the_layouts_of_other_corpora_are_told(make, find):
+    root = make("wiki.train.tokens", "wiki.valid.tokens", "wiki.test.tokens")
+    assert names(find(root)) == ["wiki.train.tokens"]
+
+
 def test_the_cache_of_the_hub_is_refused_by_name(make, find):
     root = make("blobs/0a1b", "refs/main", "snapshots/0123/train.txt", "snapshots/0123/test.txt")
     with pytest.raises(DataError, match=r"hub's cache .*; name one of the folders in .*/snapshots"):
