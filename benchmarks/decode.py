@@ -56,10 +56,10 @@ def our_step(model):
     import jax
     import numpy as np
 
-    from llm.config import ModelConfig
     from llm.inference.decode import Decoder, Request
     from llm.inference.records import Sampling
     from llm.model.gpt import ModelSpec, initialise
+    from llm.model_config import ModelConfig
     from llm.text.tokenizer import tiktoken_tokenizer
 
     config = ModelConfig(

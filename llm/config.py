@@ -1,4 +1,4 @@
-"""Every setting, with its type, default and meaning, and how a file and flags become one Config.
+"""Every setting of a run: its type, default and meaning, and how a file and flags become a Config.
 
 A TOML file overrides the defaults here, and flags override the file (llm/commands/flags.py):
 
@@ -9,7 +9,6 @@ else. This file imports no JAX, so `--help` is quick.
 """
 
 import contextlib
-import os
 import reprlib
 import tomllib
 from collections.abc import Collection, Mapping
@@ -21,71 +20,24 @@ import tomli_w
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from llm.errors import UsageError
+from llm.model_config import ModelConfig
 from llm.names import nearest
-
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-DropoutRate = Annotated[float, Field(ge=0.0, lt=1.0)]
-# Devices count in 32 bits. What is made one by one (layers, samples) has a bound of its own, since
-# more would never end; and so have widths, since the compiler dies of weights of 2^63 bytes.
-Count = Annotated[int, Field(ge=0, lt=2**31)]
-Positive = Annotated[int, Field(gt=0, lt=2**31)]
-AxisSize = Annotated[int, Field(ge=-1, lt=2**31)]
-# Others write -1 for all tokens.
-TopK = Annotated[Count, pydantic.BeforeValidator(lambda value: 0 if value == -1 else value)]
-# JAX takes the lowest 32 bits of a seed: two that are equal in them would initialise alike.
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
-
-
-def _sources(value: Any) -> Any:
-    """A list as a tuple, which cannot change; a list of one source as that source."""
-    if not isinstance(value, list | tuple):
-        return value
-    return value[0] if len(value) == 1 else tuple(value)
+from llm.section import (
+    AxisSize,
+    Count,
+    DropoutRate,
+    Folder,
+    Positive,
+    Probability,
+    Seed,
+    Settings,
+    Sources,
+    TopK,
+    setting,
+)
 
 
-def _folder(value: str) -> str:
-    """A path with ~ in place: the shell expands none in a file, or after the = of a flag."""
-    path = os.path.expanduser(value)
-    if path.startswith("~"):
-        raise ValueError(f"expected a user whose home is known after ~, or ./{path} for that name")
-    if "\0" in path or path != path.encode(errors="ignore").decode():
-        raise ValueError("expected a path of UTF-8 characters and no zero byte: rename the folder")
-    return path
-
-
-Folder = Annotated[str, pydantic.AfterValidator(_folder)]
-Sources = Annotated[str | tuple[str, ...], pydantic.BeforeValidator(_sources)]
-
-
-def setting(default: Any, meaning: str, value: str | None = None, flag: str | None = None) -> Any:
-    """One setting or flag: its default and its meaning, which is also its line in --help.
-
-    Args:
-      value: what --help calls the value; by default a word for its type.
-      flag: the name of the flag, if it is not the name of the field.
-    """
-    return Field(default=default, description=meaning, title=value, alias=flag)
-
-
-class Section(pydantic.BaseModel):
-    """A frozen group of settings; unknown names and values of another type are refused."""
-
-    model_config = pydantic.ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
-    )
-
-    @pydantic.field_validator("*")
-    @classmethod
-    def _check_is_utf8(cls, value: Any) -> Any:
-        """The name of a file may hold any bytes, and config.toml cannot. Texts that commands and
-        requests give may too, for tokenizers that have all bytes."""
-        text = str(value) if cls.__module__ == __name__ else ""
-        if not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text):
-            raise ValueError("expected UTF-8: rename the file, or write * for what is not")
-        return value
-
-
-class RunConfig(Section):
+class RunConfig(Settings):
     """Where the run lives and what makes it repeatable."""
 
     dir: Folder = setting("", "run directory; empty: runs/<name of the configuration file>")
@@ -94,7 +46,7 @@ class RunConfig(Section):
     deterministic: bool = setting(False, "ask the backend to repeat bit for bit; step 1 checks it")
 
 
-class DataConfig(Section):
+class DataConfig(Settings):
     """Which documents are read and how they are split."""
 
     source: Sources = setting(
@@ -133,7 +85,7 @@ class DataConfig(Section):
         raise ValueError("expected 'documents:F' or 'tail:F' with 0 < F < 1, or 'none'")
 
 
-class TokenizerConfig(Section):
+class TokenizerConfig(Settings):
     """How text becomes token ids."""
 
     kind: str = setting(
@@ -148,130 +100,7 @@ class TokenizerConfig(Section):
     lossy: bool = setting(False, "take a tokenizer that loses text; its reports are of what stays")
 
 
-class ModelConfig(Section):
-    """One GPT whose parts are switches. The defaults are GPT-2's block."""
-
-    n_layer: Annotated[Positive, Field(le=1024)] = setting(6, "blocks")
-    n_head: Positive = setting(6, "attention heads")
-    n_kv_head: Count = setting(
-        0, "key/value heads: n_head is multi-head, fewer grouped-query, 1 multi-query; 0: n_head"
-    )
-    d_model: Annotated[Positive, Field(le=2**20)] = setting(384, "width of the residual stream")
-    d_ff: Annotated[Count, Field(le=2**24)] = setting(
-        0,
-        "width of the MLP or of each expert; 0: 4 d_model, if gated 8/3 d_model rounded up to 64",
-    )
-    head_size: Count = setting(0, "width of a head, if its own (Qwen3, Gemma); 0: d_model / n_head")
-    context_length: Positive = setting(256, "tokens that the model sees at once")
-    window: Count = setting(0, "tokens that a token sees, itself among them (Mistral); 0: all")
-    global_every: Count = setting(0, "each n-th layer has no window (Gemma); 0: all layers have it")
-    positions: Literal["learned", "rotary", "none"] = setting("learned", "how positions enter")
-    unrotated_every: Count = setting(0, "each n-th layer has no rotary positions (SmolLM3)")
-    rope_theta: PositiveFloat = setting(10000.0, "base of the rotary frequencies")
-    window_rope_theta: NonNegativeFloat = setting(
-        0.0, "base in layers with a window, whose frequencies are not scaled (Gemma 3); 0: the same"
-    )
-    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = setting(
-        "none",
-        "frequencies for longer texts: all, or the low ones (Llama 3.1; Qwen), / rope_factor",
-    )
-    rope_factor: PositiveFloat = setting(1.0, "divides scaled frequencies")
-    rope_original_length: Positive = setting(8192, "context before scaling, for llama3 and yarn")
-    norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation of each sub-layer")
-    norm_place: Literal["before", "after", "both"] = setting(
-        "before", "what is normalised: a sub-layer's input, its output (OLMo 2), or both (Gemma 2)"
-    )
-    norm_epsilon: PositiveFloat = setting(1e-5, "added to the variance in a norm")
-    bias: bool = setting(True, "biases in linear layers and norms")
-    activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu", "geglu"] = setting(
-        "gelu_tanh",
-        "of the MLP; gelu_tanh is GPT-2's, geglu gates with it (Gemma), swiglu with silu",
-    )
-    n_expert: Annotated[Positive, Field(le=2**16)] = setting(
-        1, "MLPs that a block's router chooses from; 1: a dense model"
-    )
-    n_expert_active: Count = setting(
-        0, "experts that a token goes through (top-k); 0: two, or the one of a dense model"
-    )
-    normalize_gates: bool = setting(
-        True,
-        "make the weights of a token's experts sum to one, as Mixtral does; false: take the "
-        "router's probabilities, as Switch and OLMoE do",
-    )
-    qk_norm: bool = setting(False, "RMS-normalise queries and keys, head by head")
-    qk_norm_joint: bool = setting(False, "with qk_norm: all heads together (OLMo 2, OLMoE)")
-    dropout: DropoutRate = setting(0.0, "on embeddings, attention weights and residual branches")
-    tie_embeddings: bool = setting(True, "use the token embedding as the output head")
-    logit_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(logits / c); 0: off")
-    attention_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(scores / c) (Gemma 2); 0: off")
-    init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
-    zero_init_projections: bool = setting(
-        False, "start each residual projection at zero instead of init_std / sqrt(2 n_layer)"
-    )
-    vocab_multiple: Annotated[Positive, Field(le=2**20)] = setting(
-        64, "pad the vocabulary to a multiple of this; padding is never predicted"
-    )
-
-    @pydantic.model_validator(mode="after")
-    def _check_sizes(self) -> Self:
-        if self.d_model % self.n_head and not self.head_size:
-            nearest_multiple = max(1, round(self.d_model / self.n_head)) * self.n_head
-            raise ValueError(
-                f"model.d_model = {self.d_model} is not divisible by model.n_head = {self.n_head}"
-                f"; the nearest that is: {nearest_multiple}"
-            )
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
-            raise ValueError(
-                f"model.n_head = {self.n_head} is not divisible by model.n_kv_head = "
-                f"{self.n_kv_head}; it can be one of {divisors}"
-            )
-        size = self.head_size or self.d_model // self.n_head
-        if self.positions == "rotary" and size % 2:
-            name = "model.head_size" if self.head_size else "d_model / n_head"
-            raise ValueError(f"rotary positions need an even head size, found {name} = {size}")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _check_experts(self) -> Self:
-        active = self.n_expert_active
-        if active > self.n_expert:
-            dense = "; n_expert = 1 is a dense model" * (self.n_expert == 1)
-            raise ValueError(
-                f"model.n_expert_active = {active} is more than model.n_expert = {self.n_expert}: "
-                f"a token cannot go through more experts than there are{dense}"
-            )
-        if active == 1 < self.n_expert and self.normalize_gates:
-            raise ValueError(
-                f"model.n_expert_active = 1 of model.n_expert = {self.n_expert} with "
-                "model.normalize_gates = true: one weight that sums to one is always 1, and the "
-                "router would not learn from it; set model.normalize_gates = false, as Switch does"
-            )
-        return self
-
-    @property
-    def has_experts(self) -> bool:
-        return self.n_expert > 1
-
-    @property
-    def is_gated(self) -> bool:
-        return self.activation in ("swiglu", "geglu")
-
-    def resolved(self) -> Self:
-        """The same model with every size that follows from another written out."""
-        d_ff = 4 * self.d_model
-        if self.is_gated:
-            d_ff = -(-8 * self.d_model // (3 * 64)) * 64
-        sizes = {
-            "n_kv_head": self.n_kv_head or self.n_head,
-            "head_size": self.head_size or self.d_model // self.n_head,
-            "d_ff": self.d_ff or d_ff,
-            "n_expert_active": self.n_expert_active or (2 if self.has_experts else 0),
-        }
-        return self.model_copy(update=sizes)
-
-
-class OptimizerConfig(Section):
+class OptimizerConfig(Settings):
     """The update rule and the learning rate over time."""
 
     kind: Literal["adamw", "muon"] = setting(
@@ -304,7 +133,7 @@ class OptimizerConfig(Section):
     )
 
 
-class TrainingConfig(Section):
+class TrainingConfig(Settings):
     """The step and the loop around it."""
 
     steps: Positive = setting(5000, "optimizer steps in the whole run")
@@ -367,7 +196,7 @@ class TrainingConfig(Section):
         return self
 
 
-class MeshConfig(Section):
+class MeshConfig(Settings):
     """The number of devices along each axis; -1 takes the rest, on at most one axis."""
 
     data: AxisSize = setting(-1, "copies of the model, each with its share of the batch")
@@ -387,7 +216,7 @@ class MeshConfig(Section):
         return self
 
 
-class CheckpointConfig(Section):
+class CheckpointConfig(Settings):
     """When the state is saved, and which saves are kept."""
 
     every: Count = setting(250, "steps between checkpoints; 0: only at the end")
@@ -395,7 +224,7 @@ class CheckpointConfig(Section):
     keep_best: bool = setting(True, "also save and keep the step with the lowest validation loss")
 
 
-class LoggingConfig(Section):
+class LoggingConfig(Settings):
     """Where progress is written besides RUN/metrics.jsonl."""
 
     every: Positive = setting(1, "steps between lines of metrics.jsonl")
@@ -406,7 +235,7 @@ class LoggingConfig(Section):
     wandb_project: str = setting("", "also log to this W&B project (needs the 'wandb' extra)")
 
 
-class SamplingConfig(Section):
+class SamplingConfig(Settings):
     """How the next token is drawn: in evaluations, and by default in sample.py."""
 
     prompt: str = setting("", "text to continue; empty: start from an end of text")
@@ -424,7 +253,7 @@ class SamplingConfig(Section):
     )
 
 
-class DistributedConfig(Section):
+class DistributedConfig(Settings):
     """The processes of one run. On known clusters JAX finds them if nothing is set."""
 
     coordinator: str = setting("", "host:port of process 0")
@@ -437,7 +266,7 @@ class DistributedConfig(Section):
     )
 
 
-class Config(Section):
+class Config(Settings):
     """All settings of a run."""
 
     run: RunConfig = RunConfig()

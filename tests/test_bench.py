@@ -8,13 +8,13 @@ import pytest
 from runs import QUICK_COMPILING, write_config
 
 from llm.commands.bench import main
-from llm.config import ModelConfig
 from llm.errors import DataError, UsageError
 from llm.inference.decode import Decoder
 from llm.measure import machine
 from llm.measure.decode import weight_bytes
 from llm.measure.machine import time_turns
 from llm.model.gpt import ModelSpec, abstract_params
+from llm.model_config import ModelConfig
 from llm.text.tokenizer import ByteTokenizer
 
 PARTS = ("step", "loop", "decode", "data", "checkpoint")

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from test_meshes import BATCH, OPTIMIZER, RECOMPUTED, SCANNED, SPEC
 
-from llm.config import MeshConfig, ModelConfig, TrainingConfig
+from llm.config import MeshConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, abstract_params, bind, logical_axes
 from llm.model.sharding import make_mesh, sharding_of, tree_shardings
+from llm.model_config import ModelConfig
 from llm.planning.collectives import Collective, read_collectives
 from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer

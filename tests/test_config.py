@@ -15,17 +15,9 @@ from hypothesis import strategies as st
 
 from llm.commands.flags import parse
 from llm.commands.train import Options
-from llm.config import (
-    Config,
-    ModelConfig,
-    TrainingConfig,
-    differences,
-    flatten,
-    load_config,
-    to_toml,
-    validate,
-)
+from llm.config import Config, TrainingConfig, differences, flatten, load_config, to_toml, validate
 from llm.errors import UsageError
+from llm.model_config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 

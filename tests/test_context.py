@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from test_collectives import total_bytes
 
-from llm.config import MeshConfig, ModelConfig
+from llm.config import MeshConfig
 from llm.model.attention import Places
 from llm.model.context import from_zigzag, positions_on_devices, to_zigzag
 from llm.model.gpt import ModelSpec, abstract_params, bind
 from llm.model.kernels import cudnn_attention, self_attention
 from llm.model.sharding import is_divided, make_mesh, shares
+from llm.model_config import ModelConfig
 from llm.planning.collectives import read_collectives
 
 ROWS, HEAD = 2, 16

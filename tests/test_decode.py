@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.config import MeshConfig, ModelConfig
+from llm.config import MeshConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference import decode
 from llm.inference.decode import Decoder, Request, encode_prompt, round_up
@@ -18,6 +18,7 @@ from llm.inference.records import Sampling
 from llm.model.gpt import GPT, ModelSpec, bind, initialise, logical_axes
 from llm.model.layers import filled_up_product, rows_product
 from llm.model.sharding import make_mesh, tree_shardings
+from llm.model_config import ModelConfig
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer
 
 CONTEXT, VOCAB = 48, 257

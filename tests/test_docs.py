@@ -351,12 +351,12 @@ def compute_worked_example() -> dict[str, object]:
     import jax.numpy as jnp
     import numpy as np
 
-    from llm.config import ModelConfig
     from llm.inference.distribution import describe, log_probabilities
     from llm.inference.filters import Candidates, RowSettings, apply_filters
     from llm.inference.records import Sampling, bits_per_byte, perplexity
     from llm.model.gpt import ModelSpec, bind
     from llm.model.loss import LossOptions, head_loss
+    from llm.model_config import ModelConfig
     from llm.pages.attention import attention_weights
 
     config = ModelConfig(

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.config import ModelConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference.decode import Decoder, Request
 from llm.inference.records import Sampling, as_json
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, initialise
+from llm.model_config import ModelConfig
 from llm.serving.engine import (
     CHUNK_SECONDS,
     ClosedError,

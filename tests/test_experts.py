@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from runs import STEPS, copied, losses, params_sha256, train, write_config
 
-from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig, validate
+from llm.config import MeshConfig, OptimizerConfig, TrainingConfig, validate
 from llm.errors import UsageError
 from llm.inference.programs import for_decoding
 from llm.model.experts import Experts
@@ -22,6 +22,7 @@ from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import KVCache, ModelSpec, abstract_params, bind, initialise, logical_axes
 from llm.model.grouped import block_rows, lay_out
 from llm.model.sharding import check_divisible, make_mesh, sharding_of, tree_shardings
+from llm.model_config import ModelConfig
 from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer, partition_labels
 from llm.training.step import BATCH_AXES, accumulate_gradients

@@ -15,9 +15,10 @@ import pytest
 from llm.__main__ import COMMANDS
 from llm.commands import run_command
 from llm.commands.flags import CommandLine, Flag, OutputFile, flags_of, parse
-from llm.config import Config, setting
+from llm.config import Config
 from llm.errors import UsageError
 from llm.names import nearest
+from llm.section import setting
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = {

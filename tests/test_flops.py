@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llm.config import ModelConfig
 from llm.model.flops import PEAKS, flops_per_token, mfu, parameter_count, peak_flops
 from llm.model.gpt import ModelSpec, abstract_params, bind
+from llm.model_config import ModelConfig
 
 
 def gpt2(layers, heads, width):

@@ -12,10 +12,10 @@ from runs import make_strange
 from safetensors.numpy import load_file, save_file
 
 from llm.commands import import_hf, run_command
-from llm.config import ModelConfig
 from llm.errors import CheckpointError, LLMError, UsageError
 from llm.interop.hf import from_hf, to_hf
 from llm.model.gpt import ModelSpec, abstract_params
+from llm.model_config import ModelConfig
 
 VOCAB = 29
 LLAMA = ModelConfig(

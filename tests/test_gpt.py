@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from llm.config import ModelConfig
 from llm.model.gpt import (
     KVCache,
     ModelSpec,
@@ -21,6 +20,7 @@ from llm.model.gpt import (
 )
 from llm.model.layers import Linear, apply_side_by_side, residual_std
 from llm.model.norm import Norm, normalise
+from llm.model_config import ModelConfig
 from llm.pages import attention as maps
 
 VOCAB, LENGTH = 11, 10

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm.config import ModelConfig
 from llm.errors import CheckpointError, UsageError
 from llm.interop.hf import from_hf, to_hf
 from llm.model.gpt import ModelSpec, abstract_params, bind
+from llm.model_config import ModelConfig
 
 GOLDENS = sorted((Path(__file__).parent / "goldens").glob("*.npz"))
 VOCAB = 29

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file
 from test_hf import GOLDENS, VOCAB, logits_of, torch_and_transformers, write_golden
 
 from llm.commands import diff, export_hf, import_hf, replay, run_command, score, verify
-from llm.config import ModelConfig
 from llm.errors import LLMError, UsageError
 from llm.model.gpt import ModelSpec, abstract_params
+from llm.model_config import ModelConfig
 from llm.run.open import open_model
 from llm.text.tokenizer import CharacterTokenizer, tiktoken_tokenizer
 

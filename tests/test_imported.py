@@ -13,9 +13,10 @@ from runs import train, write_config
 
 import llm
 from llm.commands import import_hf, run_command, sample, score
-from llm.config import DataConfig, ModelConfig, TokenizerConfig
+from llm.config import DataConfig, TokenizerConfig
 from llm.errors import UsageError
 from llm.inference.records import Numerics, RunRecord, as_json, read_records
+from llm.model_config import ModelConfig
 from llm.run.open import open_model
 from llm.serving.tokenization import Tokenize
 from llm.text.bpe import train_bpe

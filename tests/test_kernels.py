@@ -15,7 +15,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from test_context import example, outcomes, plain, random_params, segments_of
 
-from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from llm.config import MeshConfig, OptimizerConfig, TrainingConfig
 from llm.errors import UsageError
 from llm.model import kernels
 from llm.model.gpt import ModelSpec, bind
@@ -27,6 +27,7 @@ from llm.model.kernels import (
     splash_attention,
 )
 from llm.model.sharding import make_mesh
+from llm.model_config import ModelConfig
 from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state

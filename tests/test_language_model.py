@@ -22,7 +22,7 @@ import llm.commands.score
 import llm.commands.shared
 import llm.run.open
 from llm.api import results
-from llm.config import Config, ModelConfig, SamplingConfig
+from llm.config import Config, SamplingConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference import samples
 from llm.inference.decode import Decoder, Request, exhaust
@@ -31,6 +31,7 @@ from llm.inference.records import Sampling, read_records
 from llm.inference.score import _describe_batch
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.sharding import check_divisible
+from llm.model_config import ModelConfig
 from llm.pages.attention import attention_weights
 from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory

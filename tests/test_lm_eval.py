@@ -20,12 +20,13 @@ import llm.run.open
 from llm.commands import run_command
 from llm.commands.eval import _report, main
 from llm.commands.import_hf import write_run
-from llm.config import Config, ModelConfig
+from llm.config import Config
 from llm.errors import UsageError
 from llm.inference.decode import Decoder, Request
 from llm.inference.records import Sampling
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, bind, initialise
+from llm.model_config import ModelConfig
 from llm.run.open import OpenedModel
 from llm.text.bpe import train_bpe
 from llm.text.tokenizer import END_OF_TEXT, CharacterTokenizer

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.config import MeshConfig, ModelConfig
+from llm.config import MeshConfig
 from llm.model import loss
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.loss import (
@@ -21,6 +21,7 @@ from llm.model.loss import (
     token_log_likelihood,
 )
 from llm.model.sharding import make_mesh, sharding_of
+from llm.model_config import ModelConfig
 
 B, T, D, VOCAB, PADDED = 3, 8, 5, 7, 10
 PLAIN = LossOptions(VOCAB)

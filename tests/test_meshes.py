@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from llm.config import MeshConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec
 from llm.model.sharding import make_mesh, shard_batch
+from llm.model_config import ModelConfig
 from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import create_state

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from llm.config import ModelConfig, TrainingConfig
+from llm.config import TrainingConfig
 from llm.errors import UsageError
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.remat import check_remat
+from llm.model_config import ModelConfig
 from llm.text.batches import Batch
 from llm.training.step import accumulate_gradients
 

@@ -20,12 +20,13 @@ import llm.pages.attention
 import llm.run.open
 from llm.commands import run_command
 from llm.commands.score import worst_passages
-from llm.config import Config, ModelConfig, SamplingConfig
+from llm.config import Config, SamplingConfig
 from llm.errors import UsageError
 from llm.inference.decode import NewTokens
 from llm.inference.records import read_records
 from llm.inference.samples import continued, in_order, make_requests, overlay
 from llm.model.gpt import ModelSpec, bind, initialise
+from llm.model_config import ModelConfig
 from llm.pages.attention import attention_weights
 from llm.pages.attention_view import attention_page
 from llm.run.open import OpenedModel

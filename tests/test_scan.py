@@ -12,10 +12,11 @@ from jax.sharding import PartitionSpec
 from runs import STEPS, losses, train
 from test_step import BATCH, OPTIMIZER, tokens
 
-from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from llm.config import MeshConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.sharding import make_mesh, shard_batch
 from llm.model.stack import is_stacked, stack_layers, unstack_layers
+from llm.model_config import ModelConfig
 from llm.text.batches import Batch
 from llm.training.optimizer import make_optimizer
 from llm.training.state import abstract_state, create_state, from_groups, to_groups

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm.config import ModelConfig
 from llm.errors import NonFiniteError, UsageError
 from llm.inference import score
 from llm.inference.decode import Decoder, Request
@@ -18,6 +17,7 @@ from llm.inference.records import Sampling
 from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, bind, initialise
 from llm.model.loss import LossOptions, head_loss
+from llm.model_config import ModelConfig
 from llm.text.tokenizer import ByteTokenizer
 
 CONTEXT, VOCAB = 32, 257

@@ -26,13 +26,13 @@ pytest.importorskip("uvicorn")
 
 from llm.commands import run_command, serve, shared  # noqa: E402
 from llm.commands.flags import parse as parse_flags  # noqa: E402
-from llm.config import ModelConfig  # noqa: E402
 from llm.errors import UsageError  # noqa: E402
 from llm.inference.decode import Decoder, Request  # noqa: E402
 from llm.inference.numerics import numerics_of  # noqa: E402
 from llm.inference.records import RunRecord, Sampling, read_records  # noqa: E402
 from llm.inference.score import Scorer  # noqa: E402
 from llm.model.gpt import ModelSpec, initialise  # noqa: E402
+from llm.model_config import ModelConfig  # noqa: E402
 from llm.serving.completions import Served  # noqa: E402
 from llm.serving.connections import Server, listen, run, url_of  # noqa: E402
 from llm.serving.engine import Engine  # noqa: E402

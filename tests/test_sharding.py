@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llm.config import MeshConfig, ModelConfig
+from llm.config import MeshConfig
 from llm.errors import UsageError
 from llm.model.gpt import ModelSpec, abstract_params, bind, initialise, logical_axes
 from llm.model.sharding import (
@@ -20,6 +20,7 @@ from llm.model.sharding import (
     sharding_of,
     tree_shardings,
 )
+from llm.model_config import ModelConfig
 
 GROUPED = ModelSpec(
     ModelConfig(

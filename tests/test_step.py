@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llm.config import MeshConfig, ModelConfig, OptimizerConfig, TrainingConfig
+from llm.config import MeshConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, bind
 from llm.model.sharding import make_mesh, shard_batch
+from llm.model_config import ModelConfig
 from llm.text.batches import Batch
 from llm.training.evaluate import evaluate, make_evaluation_step
 from llm.training.optimizer import make_optimizer

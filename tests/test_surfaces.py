@@ -27,11 +27,12 @@ import llm.commands.score
 from llm.commands import run_command
 from llm.commands.flags import parse
 from llm.commands.import_hf import write_run
-from llm.config import MeshConfig, ModelConfig
+from llm.config import MeshConfig
 from llm.errors import DataError
 from llm.inference.records import read_records
 from llm.model.gpt import ModelSpec, initialise
 from llm.model.sharding import make_mesh
+from llm.model_config import ModelConfig
 from llm.pages.paint import paint_stream
 from llm.text.batches import Batch
 from llm.text.tokenizer import ByteTokenizer, CharacterTokenizer, tiktoken_tokenizer

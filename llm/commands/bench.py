@@ -27,8 +27,9 @@ from typing import Any, Literal, get_args
 from pydantic import PositiveInt
 
 from llm.commands.flags import CommandLine, argument, parse
-from llm.config import Config, setting
+from llm.config import Config
 from llm.runtime import prepare_process
+from llm.section import setting
 
 Part = Literal["step", "loop", "decode", "data", "checkpoint", "start"]
 PARTS = get_args(Part)

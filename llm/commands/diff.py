@@ -12,7 +12,7 @@ from typing import Any
 
 from llm.commands.flags import CommandLine, InputFile, OutputFile, argument, parse
 from llm.commands.shared import counted
-from llm.config import differences, setting
+from llm.config import differences
 from llm.console import escaped, show
 from llm.errors import UsageError
 from llm.files import write_output
@@ -20,6 +20,7 @@ from llm.inference.records import Record, read_records
 from llm.pages.view import compared, diff_page
 from llm.run.directory import RunDirectory
 from llm.run.metrics import newest_rows
+from llm.section import setting
 
 # The place of a run does not change what it computes.
 IGNORED = ("run.dir", "data.cache_dir")

@@ -16,11 +16,11 @@ from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFl
 
 from llm.commands.flags import InputFiles, OutputFile, parse
 from llm.commands.shared import RunOptions
-from llm.config import setting
 from llm.console import say_result
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.runtime import prepare_process
+from llm.section import setting
 
 if TYPE_CHECKING:
     from llm.run.open import OpenedModel

@@ -12,8 +12,8 @@ from pathlib import Path
 from llm.commands.flags import argument, parse
 from llm.commands.import_hf import new_folder
 from llm.commands.shared import RunOptions
-from llm.config import setting
 from llm.console import say
+from llm.section import setting
 
 
 class Options(RunOptions):

@@ -26,9 +26,10 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from llm.commands.outputs import check_outputs
-from llm.config import Config, Section, expected, known_files, load_config, setting
+from llm.config import Config, expected, known_files, load_config
 from llm.errors import UsageError
 from llm.names import nearest
+from llm.section import Section, setting
 
 WIDEST_HELP = 100  # columns; longer lines are harder to read
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm.commands.flags import CommandLine, argument, parse
-from llm.config import setting
 from llm.console import say
 from llm.errors import CheckpointError, LLMError, UsageError
 from llm.files import (
@@ -28,6 +27,7 @@ from llm.files import (
     why,
 )
 from llm.runtime import prepare_process
+from llm.section import setting
 
 if TYPE_CHECKING:
     import numpy as np

@@ -15,10 +15,11 @@ import pydantic
 from pydantic import PositiveInt
 
 from llm.commands.flags import CommandLine, argument, parse
-from llm.config import Config, setting
+from llm.config import Config
 from llm.console import say
 from llm.errors import UsageError
 from llm.runtime import prepare_process
+from llm.section import setting
 
 
 class Options(CommandLine):

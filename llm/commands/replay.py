@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import CommandLine, argument, parse
 from llm.commands.shared import counted
-from llm.config import setting
 from llm.console import show
 from llm.errors import UsageError
+from llm.section import setting
 
 if TYPE_CHECKING:
     from llm.run.directory import RunDirectory

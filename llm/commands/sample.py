@@ -16,11 +16,12 @@ import pydantic
 
 from llm.commands.flags import InputFiles, argument, parse
 from llm.commands.shared import RecordOptions, as_text, counted, read_file, read_input
-from llm.config import SamplingConfig, setting
+from llm.config import SamplingConfig
 from llm.console import say
 from llm.errors import UsageError
 from llm.inference.records import AnyRecord, EndRecord, RunRecord, Sampling, TokenRecord
 from llm.inference.samples import continued, make_requests, overlay
+from llm.section import setting
 
 
 class Options(SamplingConfig, RecordOptions):

@@ -24,7 +24,6 @@ from pydantic import NonNegativeInt
 
 from llm.commands.flags import InputFiles, OutputFile, argument, parse
 from llm.commands.shared import RecordOptions, as_text, counted, read_file, read_input, writing
-from llm.config import setting
 from llm.console import say_result
 from llm.errors import UsageError
 from llm.files import write_output
@@ -40,6 +39,7 @@ from llm.inference.records import (
     perplexity,
     text_bytes,
 )
+from llm.section import setting
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,10 +18,10 @@ from pydantic import AfterValidator, Field
 
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
-from llm.config import setting
 from llm.console import never_wait, say
 from llm.errors import UsageError
 from llm.runtime import prepare_process
+from llm.section import setting
 from llm.serving.limits import Limits
 
 if TYPE_CHECKING:

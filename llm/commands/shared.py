@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 
 from llm.commands.flags import CommandLine, InputFile, OutputFile, OutputStream, argument
-from llm.config import setting
 from llm.console import say
 from llm.console import show as show_text
 from llm.errors import UsageError
 from llm.files import write_output
 from llm.inference.records import DEFAULT_TOP, AnyRecord, as_json, to_line
 from llm.runtime import prepare_process
+from llm.section import setting
 
 if TYPE_CHECKING:
     from llm.run.open import OpenedModel

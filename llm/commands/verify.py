@@ -14,10 +14,10 @@ import pydantic
 
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
-from llm.config import setting
 from llm.console import say, say_result
 from llm.errors import CheckpointError, UsageError
 from llm.runtime import prepare_process
+from llm.section import setting
 
 if TYPE_CHECKING:
     from llm.run.directory import RunDirectory

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llm.config import ModelConfig, validate
+from llm.config import validate
 from llm.errors import UsageError
 from llm.files import read_json, why
 from llm.interop.families import FAMILIES
 from llm.interop.table import KEYS_OF_ANY, Description, Family
 from llm.model.gpt import is_each
+from llm.model_config import ModelConfig
 
 # Settings for which a file may have null: sizes that follow from others, and what is off.
 _FOLLOWING = ("n_kv_head", "d_ff", "head_size", "logit_soft_cap", "attention_soft_cap", "window")

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from llm.config import ModelConfig
 from llm.errors import CheckpointError, UsageError
 from llm.files import write_atomic
 from llm.interop.description import (
@@ -33,6 +32,7 @@ from llm.interop.families import FAMILIES
 from llm.interop.table import Description, Family
 from llm.interop.tensors import Tensors, save
 from llm.model.gpt import ModelSpec, abstract_params
+from llm.model_config import ModelConfig
 
 Arrays = dict[str, np.ndarray]
 

@@ -21,12 +21,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
-from llm.config import ModelConfig
 from llm.model.grouped import grouped_matmul, lay_out
 from llm.model.layers import MLP, activate, spread
 from llm.model.remat import PRODUCT
 from llm.model.router import Router, Routing
 from llm.model.sharding import constrain, is_divided, partition_of, per_device, shares
+from llm.model_config import ModelConfig
 
 # "up.weight" [E, D, F], ... in the compute dtype; "up.bias" [E, F], ... in float32
 Weights = Mapping[str, jax.Array]

@@ -31,7 +31,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from llm.config import ModelConfig
 from llm.errors import UsageError
 from llm.model.attention import (
     Places,
@@ -59,6 +58,7 @@ from llm.model.remat import Remat, keep
 from llm.model.router import Routing
 from llm.model.sharding import constrain, is_divided, shares
 from llm.model.stack import is_stacked, layer_names
+from llm.model_config import ModelConfig
 
 # Flat, with dotted names such as "blocks.0.attention.query.weight"; float32 master weights. Inside
 # training the blocks may be stacked, "blocks.*.attention.query.weight" (stack.py).

@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from llm.config import ModelConfig
 from llm.errors import UsageError
 from llm.model.attention import CAUSAL, Places, attend, in_view, visible
 from llm.model.context import gathered, positions_on_devices
 from llm.model.sharding import chunks_of, constrain, is_divided, partition_of, per_device, shares
+from llm.model_config import ModelConfig
 
 Kernel = Literal["plain", "cudnn", "splash"]
 

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm.config import ModelConfig
 from llm.model.sharding import constrain, is_divided
+from llm.model_config import ModelConfig
 
 Axes = tuple[str, ...]  # the logical axis of each dimension (sharding.py)
 Shape = tuple[int, ...]

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llm.config import ModelConfig
 from llm.model.layers import normal_weight
+from llm.model_config import ModelConfig
 
 
 class Router(nnx.Module):

@@ -21,9 +21,10 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llm.config import MeshConfig, ModelConfig
+from llm.config import MeshConfig
 from llm.errors import UsageError
 from llm.model.placement import nearest_multiples, place
+from llm.model_config import ModelConfig
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")

@@ -2,7 +2,7 @@
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from llm.config import Section, setting
+from llm.section import Section, setting
 
 
 class Limits(Section):

@@ -29,11 +29,12 @@ import pydantic
 from msgspec import UNSET
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from llm.config import Section, TopK, expected
+from llm.config import expected
 from llm.inference.decode import TokenIds, encode_prompt
 from llm.inference.records import DEFAULT_TOP, Sampling
 from llm.inference.samples import NEUTRAL, without_neutral
 from llm.names import nearest
+from llm.section import Section, TopK
 from llm.serving.limits import Limits
 from llm.text.tokenizer import Tokenizer
 

@@ -14,9 +14,9 @@ Source: https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 import contextlib
 from typing import Any
 
-from llm.config import Section
 from llm.errors import UsageError
 from llm.inference.decode import encode_prompt
+from llm.section import Section
 from llm.serving.requests import TokenIdList, check_ids
 from llm.text.tokenizer import Tokenizer
 
