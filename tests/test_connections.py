@@ -3,6 +3,7 @@ client is a socket, and the application a few lines of ASGI."""
 
 import contextlib
 import json
+import logging
 import socket
 import threading
 import time
@@ -67,11 +68,15 @@ def client(monkeypatch):
     monkeypatch.setattr(
         connections.LOG, "warning", lambda *words: said.append(words[0] % words[1:])
     )
+    logged = []  # by uvicorn and asyncio
+    monkeypatch.setattr(
+        logging.Logger, "callHandlers", lambda _, record: logged.append(record.getMessage())
+    )
     listener, ready = listen("127.0.0.1", 0), threading.Event()
     engine = types.SimpleNamespace(stop=lambda timeout: True)
     server = Server(app, engine, grace=0.1, ready=ready.set)
     client = Client(server, listener.getsockname()[1])
-    client.said = said
+    client.said, client.logged = said, logged
     thread = threading.Thread(target=run, args=(server, listener))
     thread.start()
     assert ready.wait(60.0)
@@ -112,7 +117,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_what_is_not_http_is_answered_in_json_and_without_a_traceback(client, capfd, name):
+def test_what_is_not_http_is_answered_in_json_and_without_a_traceback(client, name):
     sent, status = MALFORMED[name]
     if name == "chunk to nobody":  # its answer has begun when the chunk comes
         with client.connect(sent) as connection, connection.makefile("rb") as file:
@@ -123,7 +128,7 @@ def test_what_is_not_http_is_answered_in_json_and_without_a_traceback(client, ca
         answer = client.ask(sent)
     assert int(answer.split()[1]) == status
     if status == 200:
-        assert client.status() == 200 and capfd.readouterr().err == ""
+        assert client.status() == 200 and client.logged == []
         return
     head, _, body = answer.partition(b"\r\n\r\n")
     error = json.loads(body)["error"]
@@ -131,7 +136,7 @@ def test_what_is_not_http_is_answered_in_json_and_without_a_traceback(client, ca
     assert "HTTP/1.1" in error["message"] and "bytearray" not in error["message"]
     assert error["type"] == ("server_error" if status == 501 else "invalid_request_error")
     until(lambda: client.said)
-    assert "not HTTP" in client.said[0] and capfd.readouterr().err == ""
+    assert "not HTTP" in client.said[0] and client.logged == []
 
 
 @pytest.mark.parametrize("path", [b"/quick", b"/"])
@@ -188,6 +193,16 @@ def test_who_does_not_read_is_closed(client, monkeypatch):
                 pass
             raise ConnectionError
     assert client.status() == 200
+
+
+def test_a_stop_waits_for_no_client_that_does_not_read(client):
+    with client.connect(b"GET /endless HTTP/1.1\r\n" + HEAD + b"\r\n") as connection:
+        assert connection.recv(20).startswith(b"HTTP/1.1 200")
+        state = client.server.server_state
+        until(lambda: any(c.waits_for() == "reading" for c in state.connections))
+        client.server.should_exit = True
+        until(lambda: not state.connections)
+    assert client.logged == []
 
 
 def test_a_refused_client_that_goes_on_sending_still_reads_why(client):

@@ -64,6 +64,8 @@ BACKLOG = 2048
 STOP_SECONDS = 10.0
 # How long the device's chunk may take after the grace time, and telling the clients.
 TELL_SECONDS = 5.0
+# How long the clients may take to read it.
+TOLD_SECONDS = 1.0
 # Of every answer: no page of another site may frame it, and no browser guesses its type.
 HEADERS = [
     ("X-Content-Type-Options", "nosniff"),
@@ -275,7 +277,7 @@ class Server(uvicorn.Server):
             log_config=LOGGING,
             log_level="error",
             lifespan="off",
-            timeout_graceful_shutdown=grace + TELL_SECONDS,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=grace + TELL_SECONDS + 2 * TOLD_SECONDS,  # type: ignore[arg-type]
             server_header=False,
             ws="none",
         )
@@ -314,6 +316,9 @@ class Server(uvicorn.Server):
         async def stop_engine() -> None:
             await asyncio.sleep(self._grace)
             await asyncio.to_thread(self.engine.stop, TELL_SECONDS)
+            await asyncio.sleep(TOLD_SECONDS)
+            for connection in [*self.server_state.connections]:
+                connection.transport.abort()  # its client does not read
 
         stopping = asyncio.create_task(stop_engine())
         await super().shutdown(sockets)
