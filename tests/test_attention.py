@@ -8,6 +8,7 @@ import pytest
 from llm.model.attention import (
     CAUSAL,
     Places,
+    RopeScaling,
     attend,
     attention_scores,
     drop,
@@ -133,6 +134,25 @@ def test_a_position_sees_itself_and_what_is_before_it():
     seen = np.asarray(visible(Places(positions), Places(positions)))
     assert seen.shape == (1, 6, 6)
     assert all(seen[0, t, s] == (s <= t) for t in range(6) for s in range(6))
+
+
+def test_a_window_is_so_many_tokens_with_the_last_among_them():
+    positions = np.arange(6)[None]
+    seen = np.asarray(visible(Places(positions), Places(positions), window=3))
+    assert all(seen[0, t, s] == (t - 3 < s <= t) for t in range(6) for s in range(6))
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_scaling_divides_low_frequencies_and_leaves_what_turns_often(kind):
+    """Pairs that turn less than once in the original length become a factor slower."""
+    theta, length = 10000.0, 4096
+    frequencies = theta ** (-jnp.arange(64) / 64)
+    turns = np.asarray(length * frequencies / (2 * np.pi))
+    scaled = RopeScaling(kind, 8.0, length).apply(frequencies, theta)
+    kept = np.asarray(scaled / frequencies)
+    np.testing.assert_allclose(kept[turns < 0.8], 1 / 8, rtol=1e-5)
+    np.testing.assert_allclose(kept[turns > 40], 1 / 8 if kind == "linear" else 1, rtol=1e-5)
+    assert np.all(np.diff(kept) <= 1e-6)
 
 
 def test_cudnns_own_mask_is_the_rule_as_long_as_causal_says_so():

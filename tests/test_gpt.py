@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from llm.errors import UsageError
 from llm.model.gpt import (
     KVCache,
     ModelSpec,
@@ -334,6 +335,21 @@ def test_attention_weights_are_those_that_the_forward_pass_used(name):
     np.testing.assert_allclose(weights, expected, atol=1e-5)
     logits, _ = reference(spec, params_of(spec), some_tokens(), weights.astype(np.float64))
     np.testing.assert_allclose(logits, logits_of(name), atol=2e-5)
+
+
+def test_attention_weights_are_zero_outside_a_window_but_in_layers_without():
+    spec = spec_of("modern", window=3, global_every=2, attention_soft_cap=5.0, norm_place="after")
+    weights = np.asarray(attention_weights(spec, params_of(spec), some_tokens()))
+    outside = np.tril(np.ones((LENGTH, LENGTH), bool), -3)
+    np.testing.assert_allclose(weights.sum(-1), 1.0, rtol=1e-6)
+    for layer, shown in enumerate(weights[..., outside]):
+        assert np.all(shown == 0.0) if layer % 2 == 0 else np.all(shown > 0.0)
+
+
+def test_layers_that_differ_are_not_stacked():
+    for setting in ("global_every", "unrotated_every"):
+        with pytest.raises(UsageError, match=rf"training\.scan_layers .* model\.{setting} = 2"):
+            initialise(spec_of("modern", **{setting: 2}), jax.random.key(0), stacked=True)
 
 
 def test_bfloat16_computes_in_bfloat16_and_scores_in_float32():
