@@ -4,6 +4,7 @@ runs that several files of tests look at."""
 
 import collections
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,12 @@ os.environ.setdefault(
     str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"),
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+# A signal that is ignored, as nohup ignores it, would be ignored in the processes of tests too; one
+# that is handled is not.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 # Files whose tests are whole runs, or wait for several processes.
