@@ -25,7 +25,7 @@ def fields(parsed: Parsed) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def source():
     run = records_of(NGram(" ab ab ab"), [])[0]
-    defaults = SamplingConfig(prompt="</script>\n\ud800", max_new_tokens=500, temperature=0.35)
+    defaults = SamplingConfig(prompt="</script>\n\u2028", max_new_tokens=500, temperature=0.35)
     return live_page(NAME, context_length=64, vocab_size=9, run=run, defaults=defaults)
 
 
@@ -87,7 +87,7 @@ def test_each_setting_has_a_label_and_a_meaning(source):
 
 
 def test_the_prompt_of_the_run_arrives_whole(source):
-    assert Parsed(source).data()["live"]["prompt"] == "</script>\n\ud800"
+    assert Parsed(source).data()["live"]["prompt"] == "</script>\n\u2028"
     source.encode()  # a lone surrogate cannot be sent as it is
 
 
