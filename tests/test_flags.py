@@ -268,3 +268,22 @@ def test_the_names_of_other_programs_are_understood(wrong, right):
 def test_a_hint_names_nothing_that_is_not_there():
     assert nearest("n_embd", ["top", "step"]) is None
     assert nearest("zzzz", flags_of(Config)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "said"),
+    [
+        ("stride", ["--stride", "99"], "--stride"),
+        ("stride", ["--stride=99"], "--stride"),
+        ("stride", ["RUN", "--top", "3"], "stride"),
+        ("training.batch_size", ["c.toml", "--training.batch-size", "99"], "--training.batch-size"),
+        ("training.batch_size", ["c.toml", "--training.batch_size=99"], "--training.batch-size"),
+        ("training.batch_size", ["c.toml"], "training.batch_size"),
+    ],
+)
+def test_an_error_names_the_flag_that_was_given(name, words, said, capsys):
+    def command(_):
+        raise UsageError(f"{name} = 99: expected less")
+
+    assert run_command(command, words) == 2
+    assert capsys.readouterr().err == f"error: {said} = 99: expected less\n"

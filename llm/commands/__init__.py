@@ -17,14 +17,15 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
     What the command writes is either whole or the exit code says so (llm/console.py).
     """
     open_streams()
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = command(list(sys.argv[1:] if arguments is None else arguments))
+        code = command(words)
         sys.stdout.flush()
         return code
     except SaidElsewhereError as error:
         return error.exit_code
     except LLMError as error:
-        say(f"{'' if isinstance(error, StoppedError) else 'error: '}{error}")
+        say(f"{'' if isinstance(error, StoppedError) else 'error: '}{_as_given(str(error), words)}")
         return error.exit_code
     except KeyboardInterrupt:
         say("stopped")
@@ -46,6 +47,15 @@ def run_command(command: Callable[[list[str]], int], arguments: Sequence[str] | 
         # Otherwise Python writes what is left at its end, and exits with 120 if that fails.
         with contextlib.suppress(UsageError, SystemExit):
             sys.stdout.flush()
+
+
+def _as_given(message: str, words: Sequence[str]) -> str:
+    """A message that begins with the name of a setting or an argument, with the flag in its place
+    if a person gave that."""
+    name, space, rest = message.partition(" ")
+    flag = f"--{name.replace('_', '-')}"
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    return f"{flag}{space}{rest}" if flag in given else message
 
 
 _LESS_MEMORY = (
