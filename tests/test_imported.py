@@ -397,7 +397,11 @@ def test_a_sentencepiece_model_encodes_as_sentencepiece_does(kind, prefix, whole
     @settings(deadline=None)
     @given(TEXTS.filter(lambda text: kind == "bpe" or "<" not in text))
     def compare(text):
-        ids = ours.encode(text)
+        try:
+            ids = ours.encode(text)
+        except UsageError:  # the library takes a special piece for itself where it is written
+            assert whole and any(piece in text for piece in ("<s>", "</s>", "<unk>"))
+            return
         assert ids.tolist() == theirs.encode(text)
         assert ours.decode(ids) == text
 
