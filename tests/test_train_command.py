@@ -399,7 +399,7 @@ def test_a_model_that_gives_no_probabilities_is_not_saved_and_said_to_have_diver
     [
         (["--model.n-head", "3"], 2, ["model.d_model = 32", "model.n_head = 3", "nearest"]),
         (["--sample.top-p", "1.5"], 2, ["--sample.top-p 1.5:", "less than or equal to 1"]),
-        (["--model.context-length", "100000"], 2, ["model.context_length = 100000"]),
+        (["--model.context-length", "100000"], 2, ["--model.context-length = 100000"]),
         (["--training.batch-size", "9"], 2, ["batch_size", "9", "8 or 16"]),
         (
             ["--model.d-model", "1048576"],
