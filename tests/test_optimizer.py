@@ -5,9 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm.config import OptimizerConfig
+from llm.config import OptimizerConfig, validate
 from llm.model.stack import unstack_layers
-from llm.training.optimizer import learning_rate_factor, make_optimizer, muon_momentum
+from llm.training.optimizer import (
+    jump_of_rate,
+    learning_rate_factor,
+    make_optimizer,
+    muon_momentum,
+)
 
 STEPS = 100
 
@@ -65,6 +70,17 @@ def test_a_decay_with_a_length_of_its_own_ends_there_and_is_held(schedule):
     if schedule == "cosine":
         expected = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * (np.arange(10, 51) - 10) / 40))
         np.testing.assert_allclose(shorter[10:51], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("least", "advice"), [(1e-3, True), (0.0, False)])
+def test_a_jump_of_the_rate_is_said_with_a_way_to_hold_what_is_worth_holding(least, advice):
+    optimizer = {"learning_rate": 1e-2, "min_learning_rate": least, "warmup_steps": 0}
+    config = validate({"optimizer": optimizer, "training": {"steps": 20}}, where="test")
+    said = jump_of_rate(config, {"training.steps": (10, 20)}, 10)
+    half = least + (1e-2 - least) / 2
+    assert f"step 11 is {half:.3g}, and was to be {least:.3g}" in said
+    assert ("--optimizer.decay-steps 10" in said) == advice
+    assert jump_of_rate(config, {}, 10) is None
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])

@@ -232,8 +232,10 @@ def is_finished(run: RunDirectory, config: Config, display: Display) -> bool:
         return False  # opening it says what is wrong, and finds the one before
     loss = f", validation loss {row['loss']:.4f}" if row and row["loss"] is not None else ""
     # With more steps alone the rate would rise again from the end of its decay.
-    decays = config.optimizer.schedule != "constant" and not config.optimizer.decay_steps
-    hold = f" --optimizer.decay-steps {config.training.steps}" * decays
+    optimizer = config.optimizer
+    decays = optimizer.schedule != "constant" and not optimizer.decay_steps
+    can_hold = decays and optimizer.min_learning_rate > 0
+    hold = f" --optimizer.decay-steps {config.training.steps}" * can_hold
     display.say(
         f"{run.path} is finished: step {steps[-1]} of {config.training.steps}{loss}. "
         f"Sample from it: python sample.py {run.path}. Train on: --training.steps N{hold}"

@@ -67,9 +67,10 @@ def jump_of_rate(config: Config, changed: Mapping[str, tuple[Any, Any]], step: i
         return None
     end = before.decay_steps or steps
     hold = f"; to keep the old schedule: --optimizer.decay-steps {end}"
-    return f"the learning rate of step {step + 1} is {new:.3g}, and was to be {old:.3g}" + hold * (
-        "training.steps" in changed and not now.decay_steps
-    )
+    # To hold a rate of zero would be no training.
+    can_hold = "training.steps" in changed and not now.decay_steps and old > 0
+    said = f"the learning rate of step {step + 1} is {new:.3g}, and was to be {old:.3g}"
+    return said + hold * can_hold
 
 
 def muon_momentum(config: OptimizerConfig, step: jax.Array) -> jax.Array | float:
