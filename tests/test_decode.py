@@ -333,7 +333,7 @@ def test_a_step_neither_sorts_the_vocabulary_nor_joins_weights_nor_transposes_th
     assert f"f32[1,{CANDIDATES}]" in text and " sort(" not in text
     D = GPT2.d_model
     assert f"f32[{D},{4 * D}]" in text and f"f32[{D},{3 * D}]" not in text
-    N, H, S = GPT2.n_head, GPT2.head_size, state.cache.capacity
+    N, H, S = GPT2.n_head, spec.config.head_size, state.cache.capacity
     assert f"f32[1,{N},{S},{H}]" in text
     assert f"[{N},{H},{S}]" not in text and f"[1,{N},{H},{S}]" not in text
     assert f"[{S},{N},{H}]" not in text and f"[1,{S},{N},{H}]" not in text

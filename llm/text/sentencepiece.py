@@ -33,7 +33,7 @@ def as_tokenizer_json(content: bytes) -> bytes:
             "a sentencepiece .model is read by the packages sentencepiece and protobuf, which are "
             "not installed: pip install sentencepiece protobuf"
         ) from None
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(content)
     except DecodeError as error:
