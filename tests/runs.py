@@ -6,7 +6,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,6 +109,15 @@ def run_process(config: Path, *flags: str, fault: str = "") -> tuple[int, str]:
     process = train_process(config, *flags, fault=fault)
     output, _ = process.communicate(timeout=300)
     return process.returncode, output
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait for what another thread or process brings about."""
+    for _ in range(3000):
+        if holds():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not come to be so within 30 seconds")
 
 
 def losses(run: Path) -> list[tuple]:

@@ -6,10 +6,10 @@ import json
 import logging
 import socket
 import threading
-import time
 import types
 
 import pytest
+from runs import until
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
@@ -84,14 +84,6 @@ def client(monkeypatch):
     server.should_exit = True
     thread.join(60.0)
     assert not thread.is_alive()
-
-
-def until(holds):
-    for _ in range(3000):
-        if holds():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come to be so within 30 seconds")
 
 
 MALFORMED = {

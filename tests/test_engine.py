@@ -5,12 +5,12 @@ import dataclasses
 import functools
 import queue
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from runs import until
 
 from llm.errors import NonFiniteError, UsageError
 from llm.inference.decode import Decoder, Request
@@ -231,8 +231,7 @@ def test_what_cannot_be_compiled_is_tried_all_the_same(model, expected, monkeypa
     engine = Engine(model[2], Limits(max_batch=4))
     engine.start()
     running = Listener(engine, LONG)
-    while not (running.tokens or running.error):  # it needs an empty batch itself, to begin in
-        time.sleep(0.01)
+    until(lambda: running.tokens)  # it needs an empty batch itself, to begin in
     monkeypatch.setattr(engine, "_empty", no_memory)
     key = (1, Ticket(SHORT, print).kind, (2, 128))
     engine._rehearse([Ticket(SHORT, print)], (1, 128), (2, 128))

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import pytest
 import runs
+from runs import until
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx")
@@ -647,14 +648,6 @@ def gate(monkeypatch, running):
     yield gate
     gate.open(1000)
     until(lambda: running.engine.active + running.engine.queued == 0)
-
-
-def until(holds):
-    for _ in range(3000):
-        if holds():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not come to be so within 30 seconds")
 
 
 def send(running, **fields):
