@@ -34,7 +34,7 @@ from llm.inference.filters import (
     draw,
     steer,
 )
-from llm.model.gpt import KVCache, ModelSpec, Params, bind
+from llm.model.gpt import GPT, KVCache, ModelSpec, Params, bind
 
 # Steps of the largest chunk: the size of its buffers on the device.
 CHUNK = 32
@@ -226,19 +226,8 @@ def decode_chunk(
         described = None
         if top is not None:
             described = describe(logprobs_BV, ids_B, watch_BW, top, candidates, filtered, ranked_BV)
-        return _advance(state, ids_B), Drawn(ids_B, filtered.logprob(ids_B), described)
-
-    def _advance(state: DecodeState, ids_B: jax.Array) -> DecodeState:
-        lengths_B, left_B = state.cache.length_B, state.left_B - 1
-        hidden_B1D, cache = model.extend(ids_B[:, None], state.cache)
-        lengths_B = jnp.where(state.active_B, lengths_B + 1, lengths_B)
-        has_room_B = (left_B > 0) & (lengths_B < spec.config.context_length)
-        ended_B = jnp.any(ids_B[:, None] == ends_BE, axis=1)
-        return DecodeState(
-            cache=dataclasses.replace(cache, length_B=lengths_B),
-            hidden_BD=hidden_B1D[:, 0],
-            active_B=state.active_B & ~ended_B & has_room_B,
-            left_B=left_B,
+        return _advance(model, state, ids_B, ends_BE), Drawn(
+            ids_B, filtered.logprob(ids_B), described
         )
 
     def body(carry):
@@ -255,3 +244,18 @@ def decode_chunk(
         (jnp.zeros((), jnp.int32), state, drawn),
     )
     return state, drawn, done
+
+
+def _advance(model: GPT, state: DecodeState, ids_B: jax.Array, ends_BE: jax.Array) -> DecodeState:
+    """The state with the drawn ids read; rows that they end are no longer active."""
+    lengths_B, left_B = state.cache.length_B, state.left_B - 1
+    hidden_B1D, cache = model.extend(ids_B[:, None], state.cache)
+    lengths_B = jnp.where(state.active_B, lengths_B + 1, lengths_B)
+    has_room_B = (left_B > 0) & (lengths_B < model.spec.config.context_length)
+    ended_B = jnp.any(ids_B[:, None] == ends_BE, axis=1)
+    return DecodeState(
+        cache=dataclasses.replace(cache, length_B=lengths_B),
+        hidden_BD=hidden_B1D[:, 0],
+        active_B=state.active_B & ~ended_B & has_room_B,
+        left_B=left_B,
+    )
