@@ -82,15 +82,21 @@ class Options(RecordOptions):
         return self
 
 
-def main(arguments: list[str]) -> int:
-    """Exit codes as in docs/design.md; errors are raised as LLMError."""
-    options = parse(Options, arguments)
+def read_sources(options: Options) -> list[tuple[str, bytes]]:
+    """(name, content) of each text that is to be scored, in the order of the samples."""
     sources = [read_file(path) for path in options.file]
     sources += [("--text", text.encode("utf-8", "surrogateescape")) for text in options.text]
     if options.stdin:
         sources.append(("standard input", read_input()))
     if not sources:
         raise UsageError("no text to score: give --file FILE, --text TEXT, or - for standard input")
+    return sources
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in docs/design.md; errors are raised as LLMError."""
+    options = parse(Options, arguments)
+    sources = read_sources(options)
     opened = options.open()
 
     from llm.inference.numerics import numerics_of

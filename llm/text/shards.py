@@ -132,9 +132,10 @@ def prepare(
         surrogate pair in the text.
     """
     root = cache_root(data.cache_dir)
-    saved = of_run is not None and tokenizer.kind not in known_kinds()
-    own = load_tokenizer(of_run) if saved and of_run else None
-    if own is None:
+    own = None
+    if of_run is not None and tokenizer.kind not in known_kinds():
+        own = load_tokenizer(of_run)
+    else:
         check_kind(tokenizer.kind)
     found = Found((), ())
     try:
@@ -155,13 +156,6 @@ def prepare(
             "set data.cache_dir to a folder that can be written"
         ) from None
     header = _read_header(folder, fingerprint)
-    lossy = [lossy_note(encoder)] if encoder.lossy else []
-    notes = [*found.notes, *_notes(header), *lossy]
-    if tokenizer.kind == "bpe" and encoder.vocab_size < tokenizer.vocab_size:
-        notes.append(
-            f"the corpus is too small for {tokenizer.vocab_size} bpe tokens; it gave "
-            f"{encoder.vocab_size}"
-        )
     return TokenizedCorpus(
         **_open_splits(folder, header, encoder.vocab_size),
         tokenizer=encoder,
@@ -172,7 +166,7 @@ def prepare(
         replaced=header["replaced"],
         # The shards may have been made from the same files in another place.
         origins=found.origins,
-        notes=tuple(notes),
+        notes=(*found.notes, *_notes(header, encoder, tokenizer)),
         reused=partial is None,
     )
 
@@ -297,7 +291,7 @@ def _tokenise(
     }
 
 
-def _notes(header: dict[str, Any]) -> Iterator[str]:
+def _notes(header: dict[str, Any], encoder: Tokenizer, wanted: TokenizerConfig) -> Iterator[str]:
     """What a person should know of the tokens, wherever their text lies now."""
     if count := header["replaced"]:
         yield f"bytes that are not UTF-8 were replaced by {count} characters U+FFFD"
@@ -307,6 +301,13 @@ def _notes(header: dict[str, Any]) -> Iterator[str]:
         yield (
             f"the tokenizer {header['tokenizer']['name']!r} reads text in NFC, which spells "
             f"{count} bytes of it in another way: the text is as NFC has it"
+        )
+    if encoder.lossy:
+        yield lossy_note(encoder)
+    if wanted.kind == "bpe" and encoder.vocab_size < wanted.vocab_size:
+        yield (
+            f"the corpus is too small for {wanted.vocab_size} bpe tokens; it gave "
+            f"{encoder.vocab_size}"
         )
 
 
