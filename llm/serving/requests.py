@@ -22,19 +22,19 @@ https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 
 import json
 import secrets
-from collections.abc import Iterable
-from typing import Annotated, Any, NoReturn, TypeVar
+from collections.abc import Iterable, Sized
+from typing import Annotated, Any, NoReturn, Self, TypeVar
 
 import pydantic
 from msgspec import UNSET
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt
 
 from llm.config import expected
 from llm.inference.decode import TokenIds, encode_prompt
 from llm.inference.records import DEFAULT_TOP, Sampling
 from llm.inference.samples import NEUTRAL, without_neutral
 from llm.names import nearest
-from llm.section import Section, TopK
+from llm.section import Probability, Section, TopK
 from llm.serving.limits import Limits
 from llm.text.tokenizer import Tokenizer
 
@@ -58,18 +58,7 @@ _ELSEWHERE = {
     "truncate_prompt_tokens": "shorten the prompt; POST /tokenize counts its tokens",
     "allowed_token_ids": "give each of them 100 in logit_bias",
 }
-_OTHER_NAMES = {
-    "max_tokens": "max_completion_tokens max_new_tokens max_gen_toks",
-    "n": "num_samples num_return_sequences",
-    "stop": "until stop_sequences stop_strings",
-    "logprobs": "top_logprobs top",
-    "logprob_token_ids": "watch",
-    "ignore_eos": "ignore_eos_token",
-}
-_FOREIGN = {name: ours for ours, names in _OTHER_NAMES.items() for name in names.split()}
-
-# Fields that count alternatives, and fields that name tokens.
-_COUNTS = ("logprobs", "prompt_logprobs", "records")
+# Fields that name tokens.
 _IDS = ("logprob_token_ids", "logit_bias", "stop_token_ids")
 
 Asked = TypeVar("Asked", bound=Section)
@@ -96,6 +85,11 @@ class APIError(Exception):
         return {"error": error}
 
 
+def bad(param: str, message: str) -> APIError:
+    """The error of a request whose field `param` is wrong."""
+    return APIError(400, message, param=param)
+
+
 class StreamOptions(Section):
     """What a stream has beside its events."""
 
@@ -103,9 +97,66 @@ class StreamOptions(Section):
     include_obfuscation: bool = False
 
 
+def _at_most(limit: str) -> pydantic.AfterValidator:
+    """A limit of the server: on a number, or on how many members a value has."""
+
+    def check(value: Any, info: pydantic.ValidationInfo) -> Any:
+        found, most = (
+            len(value) if isinstance(value, Sized) else value,
+            getattr(info.context, limit),
+        )
+        if found is not None and found > most:
+            flag = f"--{limit.replace('_', '-')}"
+            raise ValueError(f"found {found}, expected at most {most} (the server's {flag})")
+        return value
+
+    return pydantic.AfterValidator(check)
+
+
+def _prompts(value: Any) -> list[str] | list[list[int | None]]:
+    prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
+    if prompts and (all(isinstance(p, str) for p in prompts) or all(map(_is_ids, prompts))):
+        return prompts
+    raise ValueError(
+        "expected a text, a list of texts, a list of token ids, or a list of such lists, none of "
+        "them empty but a text"
+    )
+
+
+def _is_ids(value: Any) -> bool:
+    """Whether it is token ids, the first of them perhaps null."""
+    if not isinstance(value, list) or not value:
+        return False
+    ids = value[1:] if value[0] is None else value
+    return all(type(id_) is int for id_ in ids)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    stops = value if isinstance(value, list) else [value]
+    if not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("expected a text or a list of texts, none of them empty")
+    if len(stops) > 16:
+        raise ValueError(f"found {len(stops)} texts, expected at most 16")
+    return tuple(stops)
+
+
+def _count_of_records(value: Any, info: pydantic.ValidationInfo) -> int | None:
+    if isinstance(value, bool):
+        assert isinstance(info.context, Limits)
+        # A client that names no number is not refused for one.
+        return min(DEFAULT_TOP, info.context.max_top) if value else None
+    if isinstance(value, int) and value >= 0:
+        return value
+    raise ValueError("expected true, false, or how many alternatives to list, 0 or more")
+
+
 TokenIdList = Annotated[tuple[int, ...], Field(strict=False)]
+_Tokens = Annotated[TokenIdList, _at_most("max_top")]
+_Alternatives = Annotated[NonNegativeInt, _at_most("max_top")]
+_Records = Annotated[Any, AfterValidator(_count_of_records), _at_most("max_top")]
+_Bias = Annotated[float, Field(ge=-100.0, le=100.0)]
 # The keys of a JSON object are texts.
-_Bias = dict[Annotated[int, Field(strict=False)], Annotated[float, Field(ge=-100.0, le=100.0)]]
+_Biases = Annotated[dict[Annotated[int, Field(strict=False)], _Bias], _at_most("max_top")]
 
 
 class CompletionRequest(Section):
@@ -116,71 +167,48 @@ class CompletionRequest(Section):
       records: how many alternatives the records list; None for no records.
     """
 
-    prompt: Any
+    prompt: Annotated[Any, AfterValidator(_prompts), _at_most("max_prompts")]
     model: str | None = None
-    max_tokens: NonNegativeInt = 16
+    max_tokens: Annotated[NonNegativeInt, _at_most("max_tokens")] = 16
     temperature: Annotated[float, Field(ge=0.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: TopK = 0
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    logit_bias: _Bias = Field(default_factory=dict)
-    n: PositiveInt = 1
+    min_p: Probability = 0.0
+    logit_bias: _Biases = Field(default_factory=dict)
+    n: Annotated[PositiveInt, _at_most("max_n")] = 1
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    logprobs: NonNegativeInt | None = None
-    prompt_logprobs: NonNegativeInt | None = None
-    logprob_token_ids: TokenIdList = ()
+    logprobs: _Alternatives | None = None
+    prompt_logprobs: _Alternatives | None = None
+    records: _Records = None
+    logprob_token_ids: _Tokens = ()
     echo: bool = False
-    stop: Any = ()
-    stop_token_ids: TokenIdList = ()
+    stop: Annotated[Any, AfterValidator(_stops)] = ()
+    stop_token_ids: _Tokens = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: NonNegativeInt = 0
     return_token_ids: bool = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    records: Any = None
     user: str | None = None
 
-    @pydantic.field_validator("prompt")
-    @classmethod
-    def _check_prompt(cls, value: Any) -> "list[str] | list[list[int | None]]":
-        prompts = value if isinstance(value, list) and not _is_ids(value) else [value]
-        if prompts and (all(isinstance(p, str) for p in prompts) or all(map(_is_ids, prompts))):
-            return prompts
-        raise ValueError(
-            "expected a text, a list of texts, a list of token ids, or a list of such lists, none "
-            "of them empty but a text"
-        )
-
-    @pydantic.field_validator("stop")
-    @classmethod
-    def _check_stop(cls, value: Any) -> tuple[str, ...]:
-        stops = value if isinstance(value, list) else [value]
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise ValueError("expected a text or a list of texts, none of them empty")
-        if len(stops) > 16:
-            raise ValueError(f"found {len(stops)} texts, expected at most 16")
-        return tuple(stops)
-
-    @pydantic.field_validator("records")
-    @classmethod
-    def _check_records(cls, value: Any, info: pydantic.ValidationInfo) -> int | None:
-        if isinstance(value, bool):
-            assert isinstance(info.context, Limits)
-            # A client that names no number is not refused for one.
-            return min(DEFAULT_TOP, info.context.max_top) if value else None
-        if isinstance(value, int) and value >= 0:
-            return value
-        raise ValueError("expected true, false, or how many alternatives to list, 0 or more")
-
-    @pydantic.field_validator("stream_options")
-    @classmethod
-    def _check_stream_options(
-        cls, value: StreamOptions, info: pydantic.ValidationInfo
-    ) -> StreamOptions:
-        if value.include_usage and not info.data.get("stream"):
-            raise ValueError("it is for streams only; give stream = true or leave it out")
-        return value
+    @pydantic.model_validator(mode="after")
+    def _check_together(self, info: pydantic.ValidationInfo) -> Self:
+        assert isinstance(info.context, Limits)
+        samples, most = len(self.prompt) * self.n, info.context.max_queue
+        if samples > most:
+            found = f"prompts x n, the number of samples, is {samples}"
+            raise bad("n", f"{found}: expected at most {most} (the server's --max-queue)")
+        if self.min_tokens > self.max_tokens:
+            found = f"min_tokens is {self.min_tokens}"
+            raise bad("min_tokens", f"{found}: expected at most max_tokens, {self.max_tokens}")
+        if self.logprob_token_ids and self.top is None:
+            adds = "logprob_token_ids adds to alternatives"
+            raise bad("logprob_token_ids", f"{adds}: give logprobs, prompt_logprobs or records")
+        if self.stream_options.include_usage and not self.stream:
+            remedy = "give stream = true or leave it out"
+            raise bad("stream_options", f"stream_options is for streams only; {remedy}")
+        return self
 
     @property
     def top(self) -> int | None:
@@ -210,9 +238,7 @@ def parse(body: bytes, limits: Limits) -> CompletionRequest:
       APIError: the body is no request; the message names the field, what was found and what was
         expected.
     """
-    request = read(CompletionRequest, body, limits)
-    _check_limits(request, limits)
-    return request
+    return read(CompletionRequest, body, limits)
 
 
 def read(model: type[Asked], body: bytes, limits: Limits) -> Asked:
@@ -235,7 +261,7 @@ def read(model: type[Asked], body: bytes, limits: Limits) -> Asked:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"] if part != "[key]")
-        raise APIError(400, _explain(name, problem), param=name) from None
+        raise bad(name, _explain(name, problem)) from None
 
 
 def check_ids(name: str, ids: Iterable[int], tokenizer: Tokenizer) -> None:
@@ -243,8 +269,7 @@ def check_ids(name: str, ids: Iterable[int], tokenizer: Tokenizer) -> None:
     for id_ in ids:
         if not 0 <= id_ < tokenizer.vocab_size:
             last = tokenizer.vocab_size - 1
-            message = f"{name} has the token id {id_}; ids go from 0 to {last}"
-            raise APIError(400, message, param=name)
+            raise bad(name, f"{name} has the token id {id_}; ids go from 0 to {last}")
 
 
 def prompt_ids(
@@ -313,45 +338,9 @@ def _no_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number in JSON")
 
 
-def _check_limits(request: CompletionRequest, limits: Limits) -> None:
-    prompts = len(request.prompt)
-    asked = (
-        ("prompt", "the number of prompts", prompts, "max_prompts"),
-        ("n", "n", request.n, "max_n"),
-        ("n", "prompts x n, the number of samples,", prompts * request.n, "max_queue"),
-        ("max_tokens", "max_tokens", request.max_tokens, "max_tokens"),
-        *((name, name, getattr(request, name) or 0, "max_top") for name in _COUNTS),
-        *((name, f"the number of {name}", len(getattr(request, name)), "max_top") for name in _IDS),
-    )
-    for name, what, found, limit in asked:
-        most, flag = getattr(limits, limit), f"--{limit.replace('_', '-')}"
-        if found > most:
-            message = f"{what} is {found}: expected at most {most} (the server's {flag})"
-            raise APIError(400, message, param=name)
-    if request.min_tokens > request.max_tokens:
-        found = f"min_tokens is {request.min_tokens}"
-        message = f"{found}: expected at most max_tokens, which is {request.max_tokens}"
-        raise APIError(400, message, param="min_tokens")
-    if request.logprob_token_ids and request.top is None:
-        message = (
-            "logprob_token_ids adds to alternatives: give logprobs, prompt_logprobs or records"
-        )
-        raise APIError(400, message, param="logprob_token_ids")
-
-
-def _is_ids(value: Any) -> bool:
-    """Whether it is token ids, the first of them perhaps null."""
-    if not isinstance(value, list) or not value:
-        return False
-    return (value[0] is None or type(value[0]) is int) and all(
-        type(id_) is int for id_ in value[1:]
-    )
-
-
 def _hint(name: str, fields: list[str]) -> str:
     """What to write in place of a field that is not there; always something that works."""
-    meant = _FOREIGN.get(name)
-    meant = meant if meant in fields else nearest(name, fields)
+    meant = nearest(name, fields)
     hint = f"did you mean {meant}?" if meant else f"fields are {', '.join(fields)}"
     return _ELSEWHERE.get(name, hint)
 
