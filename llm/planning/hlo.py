@@ -10,7 +10,6 @@ This is no parser of all of HLO. It reads what collectives.py and plan.py ask fo
 import math
 import re
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import NamedTuple
 
 Computations = dict[str, list[str]]
@@ -137,34 +136,27 @@ def _counter(
     line: str, around: list[str], test: list[str], program: Computations
 ) -> tuple[int, int]:
     """Where a loop's counter starts and what each turn adds; 0 and 1 if the text does not say."""
-    names, outside, loop = _by_name(test), _by_name(around), _by_name([line])
+    names = _by_name(test)
     compared = next((one for one in names.values() if one.operation == "compare"), None)
     counter = names.get(compared.operands[0]) if compared else None
     place = re.search(r"index=(\d+)", counter.attributes) if counter else None
-    body = re.search(r"body=%?([\w.\-]+)", line)
-    if place is None or body is None:
+    loop = re.search(r"while\(.*?%([\w.\-]+)\).*body=%?([\w.\-]+)", line)
+    if place is None or loop is None:
         return 0, 1
-    inside, index = _by_name(program[body[1]]), int(place[1])
-    begun = [outside.get(name) for one in loop.values() for name in one.operands]
-    ended = [one for one in inside.values() if one.root]
-    start, step = _member(begun, index, outside), _member(ended, index, inside)
+    inside, index = _by_name(program[loop[2]]), int(place[1])
+    result = next((one.name for one in inside.values() if one.root), "")
+    start, step = _linear(loop[1], index, _by_name(around)), _linear(result, index, inside)
     first = start[1] if start and start[0] == 0 else 0
     return first, step[1] if step and step[0] == 1 and step[1] else 1
 
 
-def _member(
-    made: Sequence[Instruction | None], index: int, names: Instructions
-) -> tuple[int, int] | None:
-    """The number at a place of a tuple, as _linear gives it."""
-    if not made or made[0] is None or made[0].operation != "tuple":
-        return None
-    return _linear(made[0].operands[index], index, names)
-
-
 def _linear(name: str, index: int, names: Instructions) -> tuple[int, int] | None:
-    """(a, b) if a number is a times the loop's member `index` plus b; None if it is not."""
+    """(a, b) if a number, or a tuple's member `index`, is a times the loop's member `index` plus b;
+    None if it is not."""
     one = names.get(name) or Instruction(None, name, "", "", "")
     match one.operation:
+        case "tuple":
+            return _linear(one.operands[index], index, names)
         case "constant" if one.arguments.isdigit():
             return 0, int(one.arguments)
         case "get-tuple-element" if re.search(rf"index={index}\b", one.attributes):
