@@ -1,0 +1,147 @@
+"""Documents packed into windows: each target once, each document by itself, little padding."""
+
+import functools
+
+import jax
+import jax.flatten_util
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llm.config import TrainingConfig
+from llm.model.gpt import ModelSpec, initialise
+from llm.model_config import ModelConfig
+from llm.text.batches import Batch
+from llm.text.packing import PackedWindows, best_fit, cut_documents, pack
+from llm.text.splits import TokenSplit
+from llm.training.step import accumulate_gradients
+
+END = 0
+SPEC = ModelSpec(
+    ModelConfig(n_layer=2, n_head=4, d_model=32, context_length=24, vocab_multiple=16), 400
+)
+
+
+class Numbered:
+    """A stream whose token n is n, and 0 where a document ends."""
+
+    def __init__(self, ends):
+        self.tokens = np.arange(1, (ends[-1] if len(ends) else 0) + 2, dtype=np.int32)[:-1]
+        self.tokens[np.asarray(ends) - 1] = END
+
+    def read_into(self, out, start):
+        out[:] = self.tokens[start : start + len(out)]
+
+    def check_ids(self, ids):
+        pass
+
+
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
+
+
+def packed(lengths, context, opens, cut=0, end=None):
+    """The split [cut, end) of documents that each end in END."""
+    stops = np.cumsum(lengths)
+    stream = Numbered(stops)
+    end = len(stream.tokens) if end is None else end
+    starts = np.concatenate([[0], stops[:-1]])
+    inside = starts[(starts >= cut) & (starts < end)] - cut
+    pieces = cut_documents(inside, end - cut, context, opens)
+    split = TokenSplit(stream, cut, end)
+    return PackedWindows(split, *pack(pieces, context, opens), context, END if opens else None)
+
+
+def documents_of(windows, chosen=None):
+    """Of all windows: each segment's inputs and targets."""
+    batch = windows.read(np.arange(len(windows)) if chosen is None else chosen)
+    for tokens, weights, segments in zip(*batch, strict=True):
+        changes = np.diff(segments[segments > 0], prepend=1)
+        assert set(changes) <= {0, 1} and not segments[(segments > 0).sum() :].any()
+        for number in range(1, segments.max() + 1):
+            counted = (segments == number) & (weights == 1)
+            assert np.diff(np.flatnonzero(counted)).max(initial=1) == 1
+            yield tokens[:-1][counted].tolist(), tokens[1:][counted].tolist()
+        assert not weights[segments == 0].any()
+
+
+@settings(deadline=None, max_examples=300)
+@given(lengths=LENGTHS, context=st.integers(1, 50), opens=st.booleans(), data=st.data())
+def test_each_target_is_predicted_once_from_its_own_document(lengths, context, opens, data):
+    """By hand: each document, with the end of text before it, cut into runs of T inputs."""
+    size = sum(lengths)
+    cut = data.draw(st.integers(0, size - 1))
+    end = data.draw(st.integers(cut + 1, size))
+    windows = packed(lengths, context, opens, cut, end)
+    expected, start, tokens = [], 0, windows.split.stream.tokens.tolist()
+    for length in lengths:
+        whole = tokens[max(start, cut) : min(start + length, end)]
+        if opens and start >= cut and whole:
+            whole = [END, *whole]
+        for at in range(0, len(whole) - 1, context):
+            run = whole[at : at + context + 1]
+            expected.append((run[:-1], run[1:]))
+        start += length
+    assert sorted(documents_of(windows)) == sorted(expected)
+
+
+def first_best_fit(costs, capacity):
+    """Best-fit decreasing, one piece at a time."""
+    rooms, window_of = [], {}
+    for piece in sorted(range(len(costs)), key=lambda n: -costs[n]):
+        able = [n for n, room in enumerate(rooms) if room >= costs[piece]]
+        if not able:
+            rooms.append(capacity)
+            able = [len(rooms) - 1]
+        best = min(able, key=lambda n: rooms[n])
+        rooms[best] -= costs[piece]
+        window_of[piece] = best
+    return sorted(rooms)
+
+
+@settings(deadline=None, max_examples=300)
+@given(costs=st.lists(st.integers(1, 30), min_size=1, max_size=60), capacity=st.integers(30, 60))
+def test_windows_are_as_full_as_best_fit_makes_them_piece_by_piece(costs, capacity):
+    window_of = best_fit(np.array(costs), capacity)
+    taken = np.bincount(window_of, weights=costs)
+    assert sorted((capacity - taken).astype(int).tolist()) == first_best_fit(costs, capacity)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(training, batch):
+    """The gradient of all parameters as one vector, and the mean of nats per target."""
+    params = initialise(SPEC, jax.random.key(0))
+    gradient, terms = accumulate_gradients(SPEC, training, params, batch, None)
+    return jax.flatten_util.ravel_pytree(gradient)[0], terms.nll
+
+
+@pytest.mark.parametrize("opens", [True, False])
+@pytest.mark.parametrize(
+    "training",
+    [{}, {"micro_batch_size": 2}, {"remat": "block"}],
+    ids=["whole", "accumulated", "remat"],
+)
+def test_a_packed_batch_has_the_loss_and_gradient_of_its_documents_alone(opens, training):
+    """Weighted by their tokens, to 1e-6; in float32, each alone at the beginning of a window."""
+    T = SPEC.config.context_length
+    windows = packed([9, 30, 3, 14, 2, 22, 17, 8, 5, 60, 1, 11], T, opens)
+    rows = np.arange(len(windows) // 2 * 2)
+    batch = windows.read(rows)
+    config = TrainingConfig(batch_size=len(rows), compute_dtype="float32", **training)
+    found = gradients(config, batch)
+    alone, tokens = [np.float64(0), np.float64(0)], 0
+    for inputs, targets in documents_of(windows, rows):
+        count = len(inputs)
+        padded = np.zeros((1, T + 1), np.int32)
+        padded[0, : count + 1] = [*inputs, targets[-1]]
+        weights = (np.arange(T) < count)[None].astype(np.float32)
+        each = gradients(TrainingConfig(batch_size=1), Batch(padded, weights))
+        alone = [
+            sum_ + count * np.asarray(part, np.float64)
+            for sum_, part in zip(alone, each, strict=True)
+        ]
+        tokens += count
+    assert tokens == batch.weights.sum()
+    for value, expected in zip(found, alone, strict=True):
+        expected /= tokens
+        assert np.linalg.norm(value - expected) <= 1e-6 * np.linalg.norm(expected)
