@@ -164,7 +164,7 @@ class PackedWindows:
             for number, (first, count, opened, closes) in enumerate(pieces.tolist(), start=1):
                 begin = place - (opened and closed)
                 place = begin + opened
-                if opened:
+                if opened and self._end_of_text is not None:
                     tokens[row, begin] = self._end_of_text
                 ids = tokens[row, place : place + count]
                 self.split.stream.read_into(ids, self.split.start + first)
