@@ -5,6 +5,9 @@ was expected and what to do; `llm.commands.run_command` prints it without a trac
 exception is a bug, and keeps its traceback (exit 1).
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class LLMError(Exception):
     """The base of every error that ends a command with one message and an exit code."""
@@ -60,3 +63,22 @@ class SaidElsewhereError(Exception):
     def __init__(self, exit_code: int):
         super().__init__(f"another process of the run ended with exit code {exit_code}")
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def needing(what: str, to_install: str) -> Iterator[None]:
+    """Import packages that not everybody has installed.
+
+        with needing("to_pandas", "pandas"):
+            import pandas
+
+    Raises:
+      UsageError: one of them is not installed; the message has the words of pip install.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(
+            f"{what} needs the package {error.name}, which is not installed: "
+            f"pip install {to_install}"
+        ) from None

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec.structs import replace
 
-from llm.errors import UsageError
+from llm.errors import UsageError, needing
 from llm.files import write_output
 from llm.inference.records import (
     AnyRecord,
@@ -120,12 +120,8 @@ class Shown:
         Raises:
           UsageError: pandas is not installed.
         """
-        try:
+        with needing("to_pandas", "pandas"):
             import pandas
-        except ImportError:
-            raise UsageError(
-                "to_pandas needs pandas, which is not installed: pip install pandas"
-            ) from None
         rows = [record for record in self.records() if record["type"] == "token"]
         frame = pandas.DataFrame(rows, columns=fields(TokenRecord)[1:])
         frame["bytes"] = [bytes(row["bytes"]) for row in rows]

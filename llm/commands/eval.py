@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, NonNegativeInt, PositiveFl
 from llm.commands.flags import InputFiles, OutputFile, parse
 from llm.commands.shared import RunOptions
 from llm.console import say_result
-from llm.errors import UsageError
+from llm.errors import UsageError, needing
 from llm.files import write_output
 from llm.runtime import prepare_process
 from llm.section import setting
@@ -123,13 +123,8 @@ def main(arguments: list[str]) -> int:
 def _harness() -> Any:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # before the harness is imported
-    try:
+    with needing("eval runs lm-evaluation-harness, which", "'glassbox-gpt[eval]'"):
         from llm.interop import lm_eval
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"eval runs lm-evaluation-harness, and the package {error.name} is not installed; "
-            "install it with pip install 'glassbox-gpt[eval]'"
-        ) from None
     return lm_eval
 
 

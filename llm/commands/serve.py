@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Field
 from llm.commands.flags import parse
 from llm.commands.shared import RunOptions
 from llm.console import never_wait, say
-from llm.errors import UsageError
+from llm.errors import needing
 from llm.runtime import prepare_process
 from llm.section import setting
 from llm.serving.limits import Limits
@@ -76,14 +76,9 @@ def main(arguments: list[str]) -> int:
     from llm.inference.decode import Decoder
     from llm.serving.engine import Engine
 
-    try:
+    with needing("serve", "'glassbox-gpt[serve]'"):
         from llm.serving.connections import Server, listen, run, url_of
         from llm.serving.server import make_app
-    except ImportError as error:
-        raise UsageError(
-            f"`serve` needs starlette and uvicorn, and {error.name} is not installed; install both "
-            "with `pip install 'glassbox-gpt[serve]'`"
-        ) from None
 
     listener = listen(options.host, options.port)
     opened = options.open()

@@ -11,7 +11,7 @@ import json
 import re
 from typing import Any
 
-from llm.errors import UsageError
+from llm.errors import needing
 from llm.text.described import PREPEND, REPLACE
 
 _UNIGRAM, _BPE = 1, 2  # kinds of models
@@ -25,14 +25,9 @@ def as_tokenizer_json(content: bytes) -> bytes:
       UsageError: the package that reads the file is not installed.
       ValueError: the file is no such model, or the model is of another kind.
     """
-    try:
+    with needing("a sentencepiece .model", "sentencepiece protobuf"):
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
-    except ImportError:
-        raise UsageError(
-            "a sentencepiece .model is read by the packages sentencepiece and protobuf, which are "
-            "not installed: pip install sentencepiece protobuf"
-        ) from None
     proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(content)
