@@ -147,7 +147,9 @@ class TrainingConfig(Settings):
         0, "sequences per evaluation batch; 0: micro_batch_size, or batch_size without one"
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "of matrix products; auto: bfloat16 on accelerators, float32 on CPU"
+        "auto",
+        "of matrix products; auto: bfloat16 where the devices have units for it, else float32. On "
+        "a CPU only the products of training use it",
     )
     attention: Literal["auto", "plain", "cudnn", "splash"] = setting(
         "auto",

@@ -6,6 +6,7 @@ This is the one place for settings of the machine below the program. A command c
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         # Only the first arena can hold a large buffer; any other arena would map it after all.
         libc.mallopt(_M_ARENA_MAX, 1)
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """Whether this CPU has AVX512_BF16 or AMX_BF16; False where Linux does not say."""
+    cpu = Path("/proc/cpuinfo")
+    return cpu.exists() and bool({"avx512_bf16", "amx_bf16"} & set(cpu.read_text().split()))
 
 
 def cache_dir(configured: str = "") -> Path:

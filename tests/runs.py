@@ -31,7 +31,14 @@ SETTINGS = {
     "tokenizer": {"kind": "characters"},
     "model": {"n_layer": 2, "n_head": 2, "d_model": 32, "context_length": 16, "dropout": 0.1},
     "optimizer": {"learning_rate": 1e-2, "min_learning_rate": 1e-3, "warmup_steps": 2},
-    "training": {"steps": STEPS, "batch_size": 8, "eval_every": 6, "eval_batch_size": 64},
+    "training": {
+        "steps": STEPS,
+        "batch_size": 8,
+        "eval_every": 6,
+        "eval_batch_size": 64,
+        # The same numbers on every CPU; test_products.py has runs in bfloat16.
+        "compute_dtype": "float32",
+    },
     "checkpoint": {"every": 4, "keep": 2},
     "sample": {"prompt": "the", "max_new_tokens": 8},
     "logging": {"progress": "none"},

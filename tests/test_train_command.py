@@ -205,24 +205,29 @@ def test_settings_that_make_another_model_are_refused_with_a_diff(copy):
     assert start["changed"]["optimizer.learning_rate"] == [0.01, 0.02]
 
 
-def test_another_compute_dtype_is_refused_though_both_say_auto(copy):
+def test_another_compute_dtype_is_refused_though_both_say_auto(copy, monkeypatch):
     """As a run begun on a GPU that goes on where "auto" is float32."""
     provenance = copy / "run" / "run.json"
     text = provenance.read_text()
     provenance.write_text(text.replace('"compute_dtype": "float32"', '"compute_dtype": "bfloat16"'))
+    monkeypatch.setattr("llm.run.setup.has_bfloat16_units", lambda: False)
+    config = copy / "run" / "config.toml"
+    config.write_text(
+        config.read_text().replace('compute_dtype = "float32"', 'compute_dtype = "auto"')
+    )
     with pytest.raises(
         UsageError,
         match=r"has 'bfloat16', this command has 'float32' .*--training.compute-dtype bfloat16",
     ):
-        train(copy / "config.toml", "--training.steps", "20")
+        train(copy / "config.toml", "--training.steps", "20", "--training.compute-dtype", "auto")
     assert len(starts(copy / "run")) == 1
 
 
 @pytest.mark.thorough
 def test_a_compute_dtype_that_is_what_auto_stood_for_is_taken(copy):
-    train(copy / "config.toml", "--training.steps=13", "--training.compute-dtype=float32")
+    train(copy / "config.toml", "--training.steps=13", "--training.compute-dtype=auto")
     changed = starts(copy / "run")[-1]["changed"]
-    assert changed["training.compute_dtype"] == ["auto", "float32"]
+    assert changed["training.compute_dtype"] == ["float32", "auto"]
     with pytest.raises(UsageError, match=r"the run has 'float32', this command has 'bfloat16'"):
         train(copy / "config.toml", "--training.steps=14", "--training.compute-dtype=bfloat16")
 

@@ -82,7 +82,7 @@ def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[st
         setup = make_setup(config, corpus.tokenizer.vocab_size)
         job = Job(config, setup.spec, setup.mesh, corpus, Hosts())
         display.say("measuring the machine")
-        limits = machine.measure_machine(job.mesh, job.spec.compute_dtype)
+        limits = machine.measure_machine(job.mesh, job.spec.products_dtype)
         matmul, bandwidth = limits["matmul_flops"], limits["read_bytes_per_second"]
         yield "machine", limits
         yield (

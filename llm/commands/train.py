@@ -125,16 +125,19 @@ def _make_job(
 ) -> "Job":
     """The text, the model and the mesh. All are checked before anything is compiled."""
     from llm.model.sharding import make_mesh
-    from llm.run.provenance import check_compute_dtype
+    from llm.run.provenance import dtype_to_train
     from llm.run.setup import choose_kernels, make_setup
     from llm.text.splits import check_held_out, check_window
     from llm.training.loop import Job
     from llm.training.state import check_room
 
     mesh = make_mesh(config.mesh)
-    dtype, _ = choose_kernels(config, mesh)
     # "auto" is decided by the devices, so this check cannot be made with those of other settings.
-    hosts.decide("the compute dtype", lambda: check_compute_dtype(run, dtype))
+    choice, device = config.training.compute_dtype, mesh.devices.flat[0]
+    dtype = hosts.decide("the compute dtype", lambda: dtype_to_train(run, choice, device))
+    training = config.training.model_copy(update={"compute_dtype": dtype})
+    decided = config.model_copy(update={"training": training})
+    choose_kernels(decided, mesh)
     corpus = _prepare_once(config, run, hosts, stop, display)
     # The system's answer when a shard in memory is cut short, or its disk fails.
     end_on(signal.SIGBUS, corpus.why_unreadable, DataError.exit_code)
@@ -142,7 +145,7 @@ def _make_job(
         display.say(note)
     check_window(corpus.train, config.model.context_length)
     check_held_out(corpus.validation, config.data.validation)
-    spec = make_setup(config, corpus.tokenizer.vocab_size, mesh).spec
+    spec = make_setup(decided, corpus.tokenizer.vocab_size, mesh).spec
     check_room(spec, mesh, config.training.micro_batch_size or config.training.batch_size)
     return Job(config, spec, mesh, corpus, hosts)
 
@@ -192,7 +195,8 @@ def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display)
     display.say(
         f"{parameter_count(job.spec):,} parameters{active}, {len(corpus.train):,} training tokens "
         f"({corpus.tokenizer.name}), {len(corpus.validation):,} held out; "
-        f"{len(devices)} x {devices[0].device_kind}, {job.spec.compute_dtype}"
+        f"{len(devices)} x {devices[0].device_kind}, {job.spec.products_dtype}"
+        + " products" * job.spec.rounded
         + (f", {job.spec.attention} attention" if job.spec.attention != "plain" else "")
     )
     display.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llm.model.products import contract
+
 
 class Places(NamedTuple):
     """Where tokens stand, which decides who sees whom.
@@ -102,9 +104,7 @@ def attend(
     sums_BKGT1 = exponentials_BKGTS.sum(axis=-1, keepdims=True)
     dropped_BKGTS = drop(exponentials_BKGTS, dropout, dropout_key).astype(value_BSKH.dtype)
     # The result has the batched product's own order; another would transpose the cached values.
-    mixed_BKGTH = jnp.einsum(
-        "BKGTS,BSKH->BKGTH", dropped_BKGTS, value_BSKH, preferred_element_type=jnp.float32
-    )
+    mixed_BKGTH = contract("BKGTS,BSKH->BKGTH", dropped_BKGTS, value_BSKH)
     mixed_BTKGH = jnp.moveaxis(mixed_BKGTH / sums_BKGT1, 3, 1)
     return mixed_BTKGH.reshape(B, T, N, H).astype(value_BSKH.dtype)
 
@@ -119,9 +119,7 @@ def attention_scores(
     B, T, N, H = query_BTNH.shape
     K = key_BSKH.shape[2]
     query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-    products_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH, preferred_element_type=jnp.float32
-    )
+    products_BKGTS = contract("BTKGH,BSKH->BKGTS", query_BTKGH, key_BSKH)
     # Scaled here, in float32: scaled queries would be rounded once more in bfloat16.
     scores_BKGTS = soft_cap(products_BKGTS * H**-0.5, cap)
     return jnp.where(visible_BTS[:, None, None, :, :], scores_BKGTS, -jnp.inf)

@@ -80,6 +80,8 @@ class ModelSpec:
 
     attention: what computes the attention of whole texts; a kernel only if
       kernels.py:choose_attention found that it can be used.
+    rounded: training rounds the operands of products to bfloat16, and computes all else in the
+      compute dtype, float32 (products.py); nothing but training asks.
     unassigned: [start, stop) of ids that no token of the tokenizer has. The model gives them
       probabilities, and no text is continued by them.
     """
@@ -88,10 +90,16 @@ class ModelSpec:
     vocab_size: int
     compute_dtype: str = "float32"
     attention: Kernel = "plain"
+    rounded: bool = False
     unassigned: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config", self.config.resolved())
+
+    @property
+    def products_dtype(self) -> str:
+        """What training rounds the operands of products to."""
+        return "bfloat16" if self.rounded else self.compute_dtype
 
     @property
     def padded_vocab_size(self) -> int:

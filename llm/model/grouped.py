@@ -13,6 +13,8 @@ Source: Gale et al. 2022, "MegaBlocks" (blocks of one expert each).
 import jax
 import jax.numpy as jnp
 
+from llm.model.products import contract
+
 # With this many rows a block's product takes longer than reading its matrix: peak FLOP/s over
 # bytes per second is a few hundred rows in bfloat16 on data sheets (240 for a TPU v5e).
 LARGEST_BLOCK = 512
@@ -65,8 +67,7 @@ def _by_block(
 ) -> jax.Array:
     def product(x_mD: jax.Array, group: jax.Array) -> jax.Array:
         weight_DF = jax.lax.dynamic_index_in_dim(weight_EDF, group, keepdims=False)
-        y = jnp.einsum(contraction, x_mD, weight_DF, preferred_element_type=jnp.float32)
-        return y.astype(x_mD.dtype)
+        return contract(contraction, x_mD, weight_DF).astype(x_mD.dtype)
 
     return jax.lax.map(lambda block: product(*block), (x_nmD, group_n))
 
@@ -80,7 +81,7 @@ def _backward(residuals, gradient_nmF):
 
     def add(total_EDF, block):
         x_mD, gradient_mF, group = block
-        part_DF = jnp.einsum("mD,mF->DF", x_mD, gradient_mF, preferred_element_type=jnp.float32)
+        part_DF = contract("mD,mF->DF", x_mD, gradient_mF)
         return total_EDF.at[group].add(part_DF), None
 
     zero_EDF = jnp.zeros(weight_EDF.shape, jnp.float32)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llm.model.products import contract, is_rounded
 from llm.model.sharding import constrain, is_divided
 from llm.model_config import ModelConfig
 
@@ -39,8 +40,8 @@ def matmul(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
     over both, three times slower than over B T. If the mesh divides T they stay apart: joining them
     would gather x.
     """
-    if is_divided("sequence"):
-        return jnp.matmul(x_BTD, weight_DF)
+    if is_rounded() or is_divided("sequence"):
+        return contract("BTD,DF->BTF", x_BTD, weight_DF, x_BTD.dtype)
     B, T, D = x_BTD.shape
     x_RD = x_BTD.reshape(B * T, D)
     return rows_product(x_RD, weight_DF, x_BTD.dtype).reshape(B, T, -1)

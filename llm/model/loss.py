@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from llm.model.attention import soft_cap
 from llm.model.gpt import GPT
+from llm.model.products import contract
 from llm.model.sharding import constrain, kind_in_context, shares
 
 # Logits that exist at once in the loss: 64 MiB of float32. Fewer would make the head's matrix
@@ -153,12 +154,9 @@ def _head_loss_forward(hidden_BTD, head_DV, targets_BT, weights_BT, options, chu
         (d_logits_BTV,) = pullback(jnp.ones(()))
         # The two products below are the head's backward pass; in the compute dtype, as its forward.
         d_logits_BTV = d_logits_BTV.astype(hidden_BTD.dtype)
-        d_hidden_BTD = jnp.einsum("BTV,DV->BTD", d_logits_BTV, head_DV)
-        d_head_bsDV += jnp.einsum(
-            "bsRD,bsRV->bsDV",
-            _by_device(b, s, hidden_BTD),
-            _by_device(b, s, d_logits_BTV),
-            preferred_element_type=jnp.float32,
+        d_hidden_BTD = contract("BTV,DV->BTD", d_logits_BTV, head_DV, hidden_BTD.dtype)
+        d_head_bsDV += contract(
+            "bsRD,bsRV->bsDV", _by_device(b, s, hidden_BTD), _by_device(b, s, d_logits_BTV)
         )
         total = LossTerms(total.objective + objective, total.nll + nll)
         return (total, d_head_bsDV), d_hidden_BTD
@@ -275,7 +273,7 @@ log_sum_exp.defvjp(_log_sum_exp_forward, _log_sum_exp_backward)
 
 
 def _logits(hidden_BTD: jax.Array, head_DV: jax.Array) -> jax.Array:
-    logits_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, head_DV, preferred_element_type=jnp.float32)
+    logits_BTV = contract("BTD,DV->BTV", hidden_BTD, head_DV)
     return constrain(logits_BTV, "batch", "sequence", "vocab")
 
 

@@ -69,7 +69,7 @@ def plan_step(config: Config, vocab_size: int, target: Target, memory_fraction: 
         "remat": training.remat,
         "batch_size": training.batch_size,
         "micro_batch_size": training.micro_batch_size or training.batch_size,
-        "compute_dtype": spec.compute_dtype,
+        "compute_dtype": spec.products_dtype,
         "attention": spec.attention,
         "parameters": parameter_count(spec),
         "memory": memory,

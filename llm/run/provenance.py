@@ -25,6 +25,7 @@ from llm.files import now
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec
 from llm.run.directory import RunDirectory
+from llm.run.setup import compute_dtype
 from llm.text.shards import TokenizedCorpus
 from llm.text.sources import check_unchanged
 from llm.text.tokenizer import Tokenizer
@@ -76,7 +77,7 @@ def _description(run: RunDirectory, spec: ModelSpec, data: dict[str, Any]) -> di
             "parameters": parameter_count(spec),
             "flops_per_token": flops_per_token(spec),
             "vocab_size": spec.vocab_size,
-            "compute_dtype": spec.compute_dtype,
+            "compute_dtype": spec.products_dtype,
         },
         "data": data,
         "starts": [],
@@ -109,22 +110,27 @@ def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:
     )
 
 
-def check_compute_dtype(run: RunDirectory, dtype: str) -> None:
-    """Raise if the type of matrix products is not the one that the run began with.
+def dtype_to_train(run: RunDirectory, choice: str, device: Any) -> str:
+    """training.compute_dtype with "auto" decided, which a run keeps from its beginning to its end.
 
-    Args:
-      dtype: training.compute_dtype, with "auto" decided for these devices.
+    A run that began in float32 goes on so on any CPU.
+
     Raises:
-      UsageError: the message names both types.
+      UsageError: the run began with another type; the message names both.
     """
+    dtype, on_cpu = compute_dtype(choice, device), device.platform == "cpu"
     recorded = run.read_provenance()["model"]["compute_dtype"] if run.exists() else dtype
+    if choice == "auto" and on_cpu and recorded == "float32":
+        return recorded
     if recorded != dtype:
+        slower = " (slower: this CPU has no units for it)" * (on_cpu and dtype == "float32")
         raise UsageError(
             f"{run.path} holds a run with another training.compute_dtype: the run has "
             f"{recorded!r}, this command has {dtype!r} on these devices; set "
-            f"--training.compute-dtype {recorded} to go on with it, or run.dir to another folder "
-            "for another experiment"
+            f"--training.compute-dtype {recorded} to go on with it{slower}, or run.dir to another "
+            "folder for another experiment"
         )
+    return dtype
 
 
 def batch_size_at(run: RunDirectory, config: Config, step: int) -> int:

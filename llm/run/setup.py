@@ -16,6 +16,7 @@ from llm.model.gpt import ModelSpec
 from llm.model.kernels import Kernel, choose_attention
 from llm.model.remat import check_remat
 from llm.model.sharding import Mesh, check_divisible, local_devices, make_mesh
+from llm.runtime import has_bfloat16_units
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ def make_setup(config: Config, vocab_size: int, mesh: Any = None) -> Setup:
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     dtype, attention = choose_kernels(config, mesh)
-    spec = ModelSpec(config.model, vocab_size, dtype, attention)
+    # A CPU rounds the operands of products and computes all else in float32 (model/products.py).
+    rounded = dtype == "bfloat16" and mesh.devices.flat[0].platform == "cpu"
+    dtype = "float32" if rounded else dtype
+    spec = ModelSpec(config.model, vocab_size, dtype, attention, rounded)
     training = config.training
     for rows in (training.micro_batch_size or training.batch_size, training.eval_batch_size):
         if rows:
@@ -67,10 +71,10 @@ def choose_kernels(config: Config, mesh: Any) -> tuple[str, Kernel]:
 
 
 def compute_dtype(choice: str, device: Any) -> str:
-    """training.compute_dtype with "auto" decided: bfloat16 on accelerators, float32 on a CPU."""
+    """training.compute_dtype with "auto" decided: bfloat16 where the device has units for it."""
     if choice != "auto":
         return choice
-    return "float32" if device.platform == "cpu" else "bfloat16"
+    return "float32" if device.platform == "cpu" and not has_bfloat16_units() else "bfloat16"
 
 
 def setup_to_predict(
@@ -85,7 +89,9 @@ def setup_to_predict(
     if devices is None:
         own = local_devices()
         devices = own[:1] if own[0].platform == "cpu" else own
-    dtype = compute_dtype(config.training.compute_dtype, devices[0])
+    # Exact on a CPU, whatever training rounded: all that a person reads then agrees.
+    on_cpu = devices[0].platform == "cpu"
+    dtype = "float32" if on_cpu else compute_dtype(config.training.compute_dtype, devices[0])
     spec = ModelSpec(config.model, vocab_size, dtype)
     return Setup(predicting_mesh(spec, devices), spec)
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llm.config import OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import next_token_loss
+from llm.model.products import rounded
 from llm.model.remat import check_remat
 from llm.model.router import Routing
 from llm.model.sharding import constrain, sharding_of
@@ -137,7 +138,8 @@ def accumulate_gradients(
 
     def micro(index: int | jax.Array, part: Batch) -> tuple[Params, StepTerms]:
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        return gradient(params, spec, training, part, total, key)
+        with rounded(spec.rounded):
+            return gradient(params, spec, training, part, total, key)
 
     if A == 1:
         return micro(0, batch)
