@@ -101,10 +101,8 @@ def _at_most(limit: str) -> pydantic.AfterValidator:
     """A limit of the server: on a number, or on how many members a value has."""
 
     def check(value: Any, info: pydantic.ValidationInfo) -> Any:
-        found, most = (
-            len(value) if isinstance(value, Sized) else value,
-            getattr(info.context, limit),
-        )
+        found = len(value) if isinstance(value, Sized) else value
+        most = getattr(info.context, limit)
         if found is not None and found > most:
             flag = f"--{limit.replace('_', '-')}"
             raise ValueError(f"found {found}, expected at most {most} (the server's {flag})")
