@@ -370,11 +370,11 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _integer(name: str, value: Any, at_least: int | None = None) -> int:
+def _integer(name: str, value: Any, at_least: int) -> int:
     plain = _plain(value)
     if type(plain) is not int:
         raise UsageError(f"{name} = {value!r}: expected an integer, found {type(value).__name__}")
-    if at_least is not None and plain < at_least:
+    if plain < at_least:
         raise UsageError(f"{name} = {plain}: expected {at_least} or more")
     return plain
 

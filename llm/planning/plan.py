@@ -83,11 +83,18 @@ def _compile(
     """What the step needs of one device's memory, and the compiled program as text.
 
     A program that the compiler refuses for its memory has no text; the compiler's own limit counts.
+    For a stand-in the temporaries (activations, gradients and all else that lives within a step)
+    are arithmetic, because the CPU compiler keeps other arrays and keeps them in float32.
     """
     text, temporaries, code = None, None, 0
     try:
         compiled = lowered.compile()
-        temporaries, code, needed = _compiled_memory(compiled, arithmetic, target)
+        sizes = compiled.memory_analysis()
+        temporaries, code = sizes.temp_size_in_bytes, sizes.generated_code_size_in_bytes
+        if target.stands_in:
+            temporaries, code = arithmetic.temporaries(), 0
+        kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+        needed = kept + temporaries + code
         text = program_text(lowered, compiled)
     except jax.errors.JaxRuntimeError as error:
         needed, most = refused_memory(str(error))
@@ -106,24 +113,6 @@ def _compile(
         "spare_bytes": spare,
     }
     return memory, text
-
-
-def _compiled_memory(
-    compiled: Any, arithmetic: Arithmetic, target: Target
-) -> tuple[float, int, float]:
-    """Bytes of temporaries, of the program and of all together on one device, by the compiler's
-    analysis.
-
-    For a stand-in the temporaries (activations, gradients and all else that lives within a step)
-    are arithmetic, because the CPU compiler keeps other arrays and keeps them in float32.
-    """
-    analysis = compiled.memory_analysis()
-    kept = analysis.argument_size_in_bytes
-    kept += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    temporaries, code = analysis.temp_size_in_bytes, analysis.generated_code_size_in_bytes
-    if target.stands_in:
-        temporaries, code = arithmetic.temporaries(), 0
-    return temporaries, code, kept + temporaries + code
 
 
 def refused_memory(message: str) -> tuple[float, float]:
