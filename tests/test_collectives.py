@@ -3,6 +3,7 @@
 import collections
 import functools
 import importlib.util
+import math
 import os
 
 import jax
@@ -11,13 +12,13 @@ import numpy as np
 import pytest
 from test_meshes import BATCH, OPTIMIZER, RECOMPUTED, SCANNED, SPEC
 
-from llm.config import MeshConfig, TrainingConfig
+from llm.config import MeshConfig, OptimizerConfig, TrainingConfig
 from llm.model.gpt import ModelSpec, abstract_params, bind, logical_axes
 from llm.model.sharding import make_mesh, sharding_of, tree_shardings
 from llm.model_config import ModelConfig
 from llm.planning.collectives import Collective, read_collectives
 from llm.text.batches import Batch
-from llm.training.optimizer import make_optimizer
+from llm.training.optimizer import make_optimizer, partition_labels
 from llm.training.state import abstract_state
 from llm.training.step import make_train_step
 
@@ -90,6 +91,27 @@ def test_fully_sharded_weights_are_gathered_block_by_block():
     assert total_bytes(found)["all-gather"] - gathered < 2.1 * tables
     summed = [one for one in found if one.kind == "all-reduce"]
     assert total_bytes(summed)["all-reduce"] == pytest.approx(sum(sizes_of(SPEC)), rel=0.05)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_muon_trades_rows_for_whole_matrices_once_and_back(stacked):
+    """One all-to-all each way for each shape, and nothing else but a norm for clipping."""
+    optimizer = make_optimizer(OptimizerConfig(kind="muon"))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=8))
+    state = abstract_state(SPEC, optimizer, mesh, stacked=stacked)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, (state.weights, state.opt_state))
+    update = jax.jit(optimizer.update, out_shardings=placed)
+    with jax.set_mesh(mesh):
+        lowered = update.lower(state.weights, state.opt_state, state.weights)
+    found = read_collectives(lowered.compile().as_text())
+    params = abstract_params(SPEC)
+    of_muon = [name for name, kind in partition_labels(params).items() if kind == "muon"]
+    shapes = collections.Counter(params[name].shape for name in of_muon)
+    # A device's share of a stack, which is filled up to a multiple of eight matrices.
+    shares = [4 * math.prod(shape) * -(-count // 8) for shape, count in shapes.items()]
+    trades = [one.bytes for one in found if one.kind == "all-to-all"]
+    assert sorted(trades) == sorted(shares * 2)
+    assert sum(one.bytes * one.count for one in found if one.kind != "all-to-all") < 1000
 
 
 def test_the_embedding_trades_columns_for_rows_and_copies_no_activation_whole(capfd):

@@ -1,17 +1,23 @@
 """Update rules against float64 numpy, and learning rates against closed forms."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from llm.config import OptimizerConfig, validate
+from llm.config import MeshConfig, OptimizerConfig, validate
+from llm.model.products import rounded
+from llm.model.sharding import make_mesh
 from llm.model.stack import unstack_layers
 from llm.training.optimizer import (
     jump_of_rate,
     learning_rate_factor,
     make_optimizer,
     muon_momentum,
+    orthogonal,
 )
 
 STEPS = 100
@@ -165,6 +171,59 @@ def test_muon_moves_hidden_matrices_by_an_orthogonal_matrix_and_the_rest_by_adam
     adamw = run_updates(muon.model_copy(update={"kind": "adamw"}), params, gradients)
     for name in ("embed.weight", "blocks.0.mlp.up.bias"):
         np.testing.assert_array_equal(moved[name], adamw[name])
+
+
+@pytest.mark.parametrize("iterations", [1, 5, 7])
+def test_matrices_in_stacks_are_orthogonalised_as_optax_does_one_by_one(iterations):
+    """Both ways up, layers and experts in stacks, singular values that fall to nothing, zeros; on
+    one device, where large matrices take turns, and divided over eight, which they do not fill."""
+    random = np.random.default_rng(0)
+    shapes = {
+        "blocks.0.attention.query.weight": (16, 16),
+        "blocks.0.attention.output.weight": (16, 16),
+        "blocks.0.mlp.up.weight": (16, 48),
+        "blocks.0.mlp.down.weight": (48, 16),
+        "blocks.1.mlp.up.weight": (3, 16, 48),
+        "blocks.*.attention.key.weight": (3, 16, 8),
+        "blocks.*.mlp.down.weight": (3, 2, 48, 16),
+        "blocks.0.large.weight": (256, 512),
+        "blocks.1.large.weight": (256, 512),
+    }
+    updates = {name: jnp.float32(random.normal(size=shape)) for name, shape in shapes.items()}
+    left, _, right = np.linalg.svd(random.normal(size=(16, 16)))
+    updates["blocks.0.attention.output.weight"] = jnp.float32(left * np.logspace(0, -9, 16) @ right)
+    updates["blocks.0.mlp.down.weight"] *= 0
+    rule = optax.contrib.scale_by_muon(
+        ns_steps=iterations,
+        beta=0.0,
+        weight_dimension_numbers=jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates
+        ),
+    )
+    expected, _ = rule.update(updates, rule.init(updates))
+    for axes in ({"data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 8}):
+        size = math.prod(axes.values())
+        with jax.set_mesh(make_mesh(MeshConfig(**axes), jax.devices()[:size])):
+            found = jax.jit(orthogonal, static_argnums=1)(updates, iterations)
+        for name, matrix in expected.items():
+            scale = np.abs(matrix).max() or 1.0
+            np.testing.assert_allclose(found[name] / scale, matrix / scale, atol=2e-4, err_msg=name)
+
+
+def test_rounded_products_orthogonalise_to_the_rounding_of_bfloat16():
+    """Against the same in float64: singular values of a gradient, which fall over five decades."""
+    random = np.random.default_rng(0)
+    left, _, right = np.linalg.svd(random.normal(size=(48, 128)), full_matrices=False)
+    matrix = left * np.logspace(0, -5, 48) @ right
+    expected = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        gram = expected @ expected.T
+        expected = 3.4445 * expected + (-4.775 * gram + 2.0315 * gram @ gram) @ expected
+    for on, largest in ((False, 1e-4), (True, 2e-2)):
+        with rounded(on):
+            found = orthogonal({"blocks.0.mlp.up.weight": jnp.float32(matrix)}, 5)
+        error = np.linalg.norm(found["blocks.0.mlp.up.weight"] - expected)
+        assert largest / 1e3 < error / np.linalg.norm(expected) < largest
 
 
 def test_momentum_rises_by_a_tenth_to_its_final_value():

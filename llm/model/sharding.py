@@ -42,6 +42,7 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "mlp_in": ("tensor", "fsdp"),
     "vocab": "tensor",
     "expert": "expert",
+    "matrix": ("data", "fsdp", "tensor", "context"),  # one of a stack (training/optimizer.py)
     "router": None,
     "position": None,
     "norm": None,

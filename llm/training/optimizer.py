@@ -4,14 +4,26 @@ AdamW: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization". Muon: 
 https://kellerjordan.github.io/posts/muon/. Warmup-stable-decay: Hu et al. 2024, "MiniCPM".
 """
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, assert_never
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llm.config import Config, OptimizerConfig
+from llm.model.products import contract
+from llm.model.sharding import constrain, kind_in_context, shares
+from llm.model.stack import is_stacked
+
+# Of Newton-Schulz, by Jordan et al.: they raise the smallest singular values fastest.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+# A CPU computes so many elements of a stack at once, a MB, so that they stay in its caches.
+AT_ONCE = 2**18
 
 # How far below its final value Muon's momentum begins, when it is warmed up.
 MOMENTUM_WARMUP = 0.1
@@ -107,8 +119,11 @@ def make_optimizer(
     if config.kind == "adamw":
         return optax.chain(clip, adamw)
     muon = optax.chain(
+        # Its momentum alone: without an iteration, this preconditioning changes no update.
         optax.contrib.scale_by_muon(
-            ns_steps=config.muon_iterations,
+            COEFFICIENTS,
+            ns_steps=0,
+            preconditioning="aol",
             beta=config.muon_momentum if momentum is None else momentum,
             # Of the last two dimensions, so that a stack is as many matrices. A tree like the
             # updates; optax 0.2.8's default of None fails inside a partition.
@@ -116,11 +131,72 @@ def make_optimizer(
                 lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), updates
             ),
         ),
+        optax.stateless(lambda updates, _: orthogonal(updates, config.muon_iterations)),
         optax.stateless(lambda updates, _: jax.tree.map(_scale_by_shape, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale(-config.muon_learning_rate),
     )
     return optax.chain(clip, optax.partition({"muon": muon, "adamw": adamw}, partition_labels))
+
+
+def orthogonal(updates: Mapping[str, Any], iterations: int) -> dict[str, Any]:
+    """Each matrix [in, out] brought close to the nearest orthogonal one, by Newton-Schulz.
+
+    Matrices of one shape are one stack, and its matrices are divided over the devices: rows are
+    traded for whole matrices once, and back, because products of divided matrices would send more
+    in each iteration. An expert's matrix stays where its expert lies.
+
+    Args:
+      updates: name -> [in, out], with experts [E, in, out], each with [L] before it if it is
+        stacked; leaves without arrays are left alone.
+    """
+    stacks: dict[tuple[int, ...], dict[str, jax.Array]] = {}
+    for name, update in updates.items():
+        if isinstance(update, jax.Array):
+            layers = update if is_stacked(name) else update[None]
+            stacks.setdefault(layers.shape[1:], {})[name] = layers
+    result = dict(updates)
+    for shape, members in stacks.items():
+        experts = ("expert",) * (len(shape) - 2)
+        sizes = [len(layers) for layers in members.values()]
+        stack = constrain(jnp.concatenate([*members.values()]), None, *experts, "embed", None)
+        # Filled up with zeros, which stay zeros.
+        padding = -len(stack) % shares("matrix")
+        stack = jnp.pad(stack, [(0, padding), *[(0, 0)] * len(shape)])
+        stack = constrain(stack, "matrix", *experts, None, None)
+        stack = _in_parts(functools.partial(_newton_schulz, iterations=iterations), stack)
+        stack = constrain(stack, "matrix", *experts, None, None)
+        stack = constrain(stack, None, *experts, "embed", None)
+        parts = jnp.split(stack[: sum(sizes)], np.cumsum(sizes)[:-1].tolist())
+        for name, layers in zip(members, parts, strict=True):
+            result[name] = layers.reshape(updates[name].shape)
+    return result
+
+
+def _in_parts(function: Callable[[jax.Array], jax.Array], stack: jax.Array) -> jax.Array:
+    """The function of a stack, of one part after the other if one CPU computes them all."""
+    if jax.sharding.get_abstract_mesh().size > 1 or kind_in_context() != "cpu":
+        return function(stack)
+    fitting = max(1, AT_ONCE // math.prod(stack.shape[1:]))
+    at_once = math.gcd(len(stack), 2 ** (fitting.bit_length() - 1))
+    return jax.lax.map(function, stack.reshape(-1, at_once, *stack.shape[1:])).reshape(stack.shape)
+
+
+def _newton_schulz(x: jax.Array, iterations: int) -> jax.Array:
+    """X <- a X + (b A + c A A) X with A = X X^T, from X / |X|, for each matrix [N, (E), in, out].
+
+    Products are rounded as training's are (llm/model/products.py).
+    """
+    if x.shape[-2] > x.shape[-1]:  # the shorter side makes the smaller A
+        return _newton_schulz(x.mT, iterations).mT
+    a, b, c = COEFFICIENTS
+    of = "NE"[: x.ndim - 2]
+    x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-8
+    for _ in range(iterations):
+        gram = contract(f"{of}IK,{of}JK->{of}IJ", x, x)
+        square = contract(f"{of}IJ,{of}JK->{of}IK", gram, gram)
+        x = a * x + contract(f"{of}IJ,{of}JK->{of}IK", b * gram + c * square, x)
+    return x
 
 
 def is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:

@@ -83,7 +83,8 @@ def make_train_step(
         factor = learning_rate_factor(optimizer_config, training.steps, state.step)
         momentum = muon_momentum(optimizer_config, state.step)
         update = make_optimizer(optimizer_config, momentum).update
-        updates, opt_state = update(gradients, state.opt_state, state.weights)
+        with rounded(spec.rounded):
+            updates, opt_state = update(gradients, state.opt_state, state.weights)
         updates = jax.tree.map(lambda update: factor * update, updates)
         weights = optax.apply_updates(state.weights, updates)
         # The weights too: an update that is finite can still carry one out of float32's range.
