@@ -40,7 +40,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     from llm.config import TokenizerConfig
     from llm.measure.data import loader_speed, prepare_text, write_text
-    from llm.text.batches import TrainingBatches
+    from llm.text.batches import RingWindows, TrainingBatches
 
     cores = len(os.sched_getaffinity(0))
     texts = write_text(folder / "text", options.mib)
@@ -57,7 +57,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
                 cache, tokenizer = folder / f"{kind}-{turn}", TokenizerConfig(kind=kind)
                 corpus = prepare_text(folder / "text", cache, tokenizer)
             times.append(time.perf_counter() - start)
-    batches = TrainingBatches(corpus.train, context_length=64, batch_size=12, seed=0)
+    batches = TrainingBatches(RingWindows(corpus.train, 64), batch_size=12, seed=0)
     fractions = [a / b for a, b in zip(kinds["raw"], kinds[options.tokenizer], strict=True)]
     return {
         "cores": cores,

@@ -9,15 +9,18 @@ else. This file imports no JAX, so `--help` is quick.
 """
 
 import contextlib
+import math
+import re
 import reprlib
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import tomli_w
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
 from llm.errors import UsageError
 from llm.model_config import ModelConfig
@@ -33,6 +36,7 @@ from llm.section import (
     Settings,
     Sources,
     TopK,
+    as_tuple,
     setting,
 )
 
@@ -46,13 +50,43 @@ class RunConfig(Settings):
     deterministic: bool = setting(False, "ask the backend to repeat bit for bit; step 1 checks it")
 
 
+class MixtureSource(Settings):
+    """One of several sources whose windows are mixed: a table [[data.mixture]]."""
+
+    name: str = setting(..., "a name, which reports call it by")
+    source: Sources = setting(..., "a source, as in data.source")
+    weight: PositiveFloat = setting(..., "a weight: its share of the windows beside the others'")
+    max_epochs: PositiveFloat = setting(4.0, "refuse a run that would read it more often")
+    text_field: str = setting("", "as data.text_field, which it replaces")
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if not re.fullmatch(r"\w[\w.+-]*", value):
+            raise ValueError("expected a name of letters, digits and . _ + -")
+        return value
+
+
+def whole_weights(weights: Iterable[float]) -> tuple[int, ...]:
+    """Weights as whole numbers in lowest terms. They are read as they are written: 0.1 is 1/10."""
+    exact = [Fraction(repr(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    return tuple(number // math.gcd(*whole) for number in whole)
+
+
+# A schedule of so many windows is computed at the start, in some seconds.
+_LONGEST_PERIOD = 2**20
+
+
 class DataConfig(Settings):
     """Which documents are read and how they are split."""
 
     source: Sources = setting(
         "stdlib",
         "a path, folder, glob, URL (fetched once and cached), 'stdlib' (the source code of the "
-        "Python standard library), 'hf:NAME' (a Hugging Face dataset, streamed); or a list",
+        "Python standard library), 'hf:NAME' (a Hugging Face dataset, streamed); or a list. "
+        "Several with weights: tables [[data.mixture]] of the file",
     )
     validation: str = setting(
         "documents:0.05",
@@ -74,6 +108,60 @@ class DataConfig(Settings):
         "", "token shards, downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
     workers: Count = setting(0, "threads that tokenise; 0: one for each core")
+    mixture: Annotated[tuple[MixtureSource, ...], BeforeValidator(as_tuple)] = setting(
+        (), "sources with weights, in place of data.source: tables [[data.mixture]] of a file"
+    )
+
+    @property
+    def by_source(self) -> dict[str, Self]:
+        """The settings of each source of a mixture by its name; of the only source by ""."""
+        if not self.mixture:
+            return {"": self}
+        return {
+            one.name: self.model_copy(
+                update={
+                    "mixture": (),
+                    "source": one.source,
+                    "text_field": one.text_field or self.text_field,
+                }
+            )
+            for one in self.mixture
+        }
+
+    @property
+    def proportions(self) -> tuple[int, ...]:
+        """The weights of the mixture, in whole numbers; () if there is none."""
+        return whole_weights(one.weight for one in self.mixture)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _has_one_kind_of_source(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("mixture"):
+            return values
+        if values.get("source"):
+            raise ValueError(
+                f"data.source = {values['source']!r} beside [[data.mixture]]: expected one of "
+                "them; make the source a table of the mixture"
+            )
+        return values | {"source": ""}
+
+    @pydantic.model_validator(mode="after")
+    def _check_mixture(self) -> Self:
+        names = [one.name for one in self.mixture]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"data.mixture: {name!r} is the name of {names.count(name)} sources; expected "
+                    "another name for each"
+                )
+        if sum(self.proportions) > _LONGEST_PERIOD:
+            weights = ", ".join(f"{one.name} {one.weight!r}" for one in self.mixture)
+            raise ValueError(
+                f"data.mixture: the weights ({weights}) are the proportions of "
+                f"{sum(self.proportions):,} windows; expected at most {_LONGEST_PERIOD:,}: "
+                "round them, to four digits for example"
+            )
+        return self
 
     @pydantic.field_validator("validation")
     @classmethod
@@ -366,16 +454,22 @@ def validate(values: Mapping[str, Any], where: str, flags: Collection[str] = fro
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """`section.key` -> (old, new) for every setting that is not equal."""
     before, after = flatten(old), flatten(new)
-    return {key: (before[key], after[key]) for key in before if before[key] != after[key]}
+    pairs = {key: (before.get(key), after.get(key)) for key in before | after}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """`section.key` -> value, in the order of the sections."""
-    return {
+    """`section.key` -> value, in the order of the sections; `data.mixture` -> the names of its
+    sources, then `data.mixture.NAME.key` -> value."""
+    flat = {
         f"{section}.{key}": value
         for section, settings in config.model_dump(mode="json").items()
         for key, value in settings.items()
     }
+    tables, flat["data.mixture"] = flat["data.mixture"], [one.name for one in config.data.mixture]
+    for table in tables:
+        flat |= {f"data.mixture.{table['name']}.{key}": value for key, value in table.items()}
+    return flat
 
 
 # Values in messages: tables ten thousand deep have no other representation.
@@ -386,9 +480,13 @@ _SHORT.maxstring = _SHORT.maxother = 80
 def _explain(problem: Any, flags: Collection[str]) -> str:
     """What is wrong with one setting."""
     path = [str(part) for part in problem["loc"]]
-    name = ".".join(path[:2])
+    in_table = path[:2] == ["data", "mixture"] and len(path) > 3
+    name = ".".join(path[: 4 if in_table else 2])
+    if problem["type"] == "missing":
+        return f"{name} is missing: expected {MixtureSource.model_fields[path[3]].description}"
     if problem["type"] == "extra_forbidden":
-        near = nearest(name, [*Config.model_fields, *flatten(Config())])
+        known = [f"{'.'.join(path[:3])}.{key}" for key in MixtureSource.model_fields]
+        near = nearest(name, known if in_table else [*Config.model_fields, *flatten(Config())])
         sections = ", ".join(Config.model_fields)
         return f"unknown setting {name}; " + (
             f"did you mean {near}?" if near else f"the sections are {sections}"

@@ -23,11 +23,15 @@ TopK = Annotated[Count, pydantic.BeforeValidator(lambda value: 0 if value == -1 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
+def as_tuple(value: Any) -> Any:
+    """A list as a tuple, which cannot change."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def _sources(value: Any) -> Any:
-    """A list as a tuple, which cannot change; a list of one source as that source."""
-    if not isinstance(value, list | tuple):
-        return value
-    return value[0] if len(value) == 1 else tuple(value)
+    """A list as a tuple; a list of one source as that source."""
+    value = as_tuple(value)
+    return value[0] if isinstance(value, tuple) and len(value) == 1 else value
 
 
 def _folder(value: str) -> str:

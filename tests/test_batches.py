@@ -18,18 +18,23 @@ from hypothesis import strategies as st
 
 from llm.errors import DataError
 from llm.text import batches as batches_module
-from llm.text.batches import TrainingBatches, _permuted, evaluation_batches
-from llm.text.splits import TokenSplit
+from llm.text.batches import RingWindows, TrainingBatches, _permuted, evaluation_batches
+from llm.text.splits import Span, TokenSplit
 from llm.text.stream import StreamWriter, TokenStream
 
 VOCAB = 1000
 
 
-def make_split(folder, ids: np.ndarray, start: int = 0, shard_tokens: int = 64) -> TokenSplit:
-    writer = StreamWriter(folder, "train", "uint16", shard_tokens)
-    writer.begin_document("document")
-    writer.add(ids.astype(np.int32))
-    return TokenSplit(TokenStream(folder, writer.finish(), VOCAB, hashed=True), start, len(ids))
+def make_split(folder, ids: np.ndarray, start: int = 0, of_each: int = 64) -> TokenSplit:
+    """The ids from `start` on, as a split of several streams."""
+    spans = []
+    for first in range(0, len(ids), of_each):
+        writer = StreamWriter(folder, f"train-{first}", "uint16")
+        writer.begin_document("document")
+        writer.add(ids[first : first + of_each].astype(np.int32))
+        stream = TokenStream(folder, writer.finish(), VOCAB, hashed=True)
+        spans.append(Span(stream, 0, len(stream)))
+    return TokenSplit(spans).part(start, len(ids))
 
 
 class Counting:
@@ -68,10 +73,8 @@ def test_each_token_is_a_target_at_most_once_an_epoch(sizes, seed, epoch):
     """And exactly once where the context divides the split: counted by hand."""
     tokens, context = sizes
     windows = tokens // context
-    batches = TrainingBatches(
-        Counting(tokens), context_length=context, batch_size=windows, seed=seed
-    )
-    assert batches.windows_per_epoch == windows and batches.steps_per_epoch == 1
+    batches = TrainingBatches(RingWindows(Counting(tokens), context), batch_size=windows, seed=seed)
+    assert batches.epochs(1) == [1.0]
     counts = [0] * tokens
     for row in batches[epoch].tokens.tolist():
         for target in row[1:]:
@@ -83,7 +86,7 @@ def test_each_token_is_a_target_at_most_once_an_epoch(sizes, seed, epoch):
 
 
 def test_what_one_epoch_leaves_out_another_predicts():
-    batches = TrainingBatches(Counting(100), context_length=70, batch_size=1, seed=0)
+    batches = TrainingBatches(RingWindows(Counting(100), 70), batch_size=1, seed=0)
     seen = Counter(t for epoch in range(200) for t in batches[epoch].tokens[0, 1:].tolist())
     assert len(seen) == 100
     # Binomial(200, 0.7): 140 +- 6.5 for each token, the first and the last like any other.
@@ -92,16 +95,16 @@ def test_what_one_epoch_leaves_out_another_predicts():
 
 def test_batches_run_on_across_epochs():
     """Batch size 4 over epochs of 7 windows: the windows come as those of batch size 1."""
-    one = TrainingBatches(Counting(75), context_length=10, batch_size=1, seed=3)
-    four = TrainingBatches(Counting(75), context_length=10, batch_size=4, seed=3)
+    one = TrainingBatches(RingWindows(Counting(75), 10), batch_size=1, seed=3)
+    four = TrainingBatches(RingWindows(Counting(75), 10), batch_size=4, seed=3)
     singles = np.concatenate([one[step].tokens for step in range(40)])
     assert np.array_equal(np.concatenate([four[step].tokens for step in range(10)]), singles)
-    assert four.steps_per_epoch == 7 / 4
+    assert four.epochs(10) == [40 / 7]
 
 
 def test_a_batch_may_be_larger_than_an_epoch():
-    batches = TrainingBatches(Counting(35), context_length=10, batch_size=8, seed=3)
-    one = TrainingBatches(Counting(35), context_length=10, batch_size=1, seed=3)
+    batches = TrainingBatches(RingWindows(Counting(35), 10), batch_size=8, seed=3)
+    one = TrainingBatches(RingWindows(Counting(35), 10), batch_size=1, seed=3)
     assert np.array_equal(
         batches[1].tokens, np.concatenate([one[step].tokens for step in range(8, 16)])
     )
@@ -109,7 +112,7 @@ def test_a_batch_may_be_larger_than_an_epoch():
 
 def test_windows_are_the_text_of_the_split_taken_as_a_ring(split):
     ring = np.concatenate([split.read(0, len(split))] * 2)
-    batches = TrainingBatches(split, context_length=90, batch_size=5, seed=1)
+    batches = TrainingBatches(RingWindows(split, 90), batch_size=5, seed=1)
     for step in range(6):
         starts = batches.window_starts(step)
         assert starts.dtype == np.int64 and starts.shape == (5,)
@@ -119,7 +122,7 @@ def test_windows_are_the_text_of_the_split_taken_as_a_ring(split):
 
 
 def test_batches_are_contiguous_int32(split):
-    batches = TrainingBatches(split, context_length=7, batch_size=5, seed=1)
+    batches = TrainingBatches(RingWindows(split, 7), batch_size=5, seed=1)
     for batch in (batches[0], next(batches.iterate(0))):
         assert batch.tokens.dtype == np.int32 and batch.tokens.shape == (5, 8)
         assert batch.tokens.flags.c_contiguous
@@ -130,16 +133,16 @@ def test_batches_are_contiguous_int32(split):
 
 
 def test_batch_n_is_the_same_in_any_order_and_by_any_object(split):
-    first = TrainingBatches(split, context_length=30, batch_size=4, seed=9)
+    first = TrainingBatches(RingWindows(split, 30), batch_size=4, seed=9)
     forward = [first[step] for step in range(30)]
-    second = TrainingBatches(split, context_length=30, batch_size=4, seed=9)
+    second = TrainingBatches(RingWindows(split, 30), batch_size=4, seed=9)
     for step in reversed(range(30)):
         assert np.array_equal(second[step].tokens, forward[step].tokens)
 
 
 def test_the_order_is_the_one_that_it_always_was():
     """Runs of earlier versions resume: these numbers never change."""
-    batches = TrainingBatches(Counting(1_000_003), context_length=64, batch_size=4, seed=1337)
+    batches = TrainingBatches(RingWindows(Counting(1_000_003), 64), batch_size=4, seed=1337)
     assert batches.window_starts(0).tolist() == [733444, 513156, 208769, 916228]
     assert batches.window_starts(123_456_789).tolist() == [996812, 454537, 228809, 146697]
 
@@ -154,7 +157,7 @@ def test_the_order_is_the_one_that_it_always_was():
 def test_the_order_is_the_one_that_the_formulas_give(tokens, context, seed, step):
     """The same in plain integers, one window at a time, without NumPy's wrapping arithmetic."""
     context = min(context, tokens - 1)
-    batches = TrainingBatches(Counting(tokens), context_length=context, batch_size=3, seed=seed)
+    batches = TrainingBatches(RingWindows(Counting(tokens), context), batch_size=3, seed=seed)
     expected = [reference_start(tokens, context, seed, 3 * step + row) for row in range(3)]
     assert batches.window_starts(step).tolist() == expected
 
@@ -186,7 +189,7 @@ def reference_start(tokens: int, context: int, seed: int, number: int) -> int:
 def test_seeds_and_epochs_give_other_orders():
     def starts(seed, step):
         return TrainingBatches(
-            Counting(6400), context_length=64, batch_size=100, seed=seed
+            RingWindows(Counting(6400), 64), batch_size=100, seed=seed
         ).window_starts(step)
 
     orders = [starts(seed, epoch) for seed in (0, 1, 2, -1, 2**32, 2**63) for epoch in range(3)]
@@ -198,11 +201,11 @@ def test_seeds_and_epochs_give_other_orders():
 
 @pytest.mark.parametrize("hosts", [1, 3, 5])
 def test_the_slices_of_n_hosts_are_the_global_batch(split, hosts):
-    whole = TrainingBatches(split, context_length=20, batch_size=15, seed=5)
+    whole = TrainingBatches(RingWindows(split, 20), batch_size=15, seed=5)
     per_host = 15 // hosts
     slices = [slice(host * per_host, (host + 1) * per_host) for host in range(hosts)]
-    sizes = {"context_length": 20, "batch_size": 15, "seed": 5}
-    local = [TrainingBatches(split, **sizes, rows=own) for own in slices]
+    windows = RingWindows(split, 20)
+    local = [TrainingBatches(windows, batch_size=15, seed=5, rows=own) for own in slices]
     for step in (0, 1, 17):
         assert np.array_equal(np.concatenate([b[step].tokens for b in local]), whole[step].tokens)
         for batches in local:
@@ -221,7 +224,7 @@ def test_the_iterator_gives_the_same_batches_from_any_step(
     split, from_step, block_tokens, monkeypatch
 ):
     monkeypatch.setattr(batches_module, "_BLOCK_TOKENS", block_tokens)
-    batches = TrainingBatches(split, context_length=16, batch_size=3, seed=2)
+    batches = TrainingBatches(RingWindows(split, 16), batch_size=3, seed=2)
     for step, batch in zip(
         range(from_step, from_step + 150), batches.iterate(from_step), strict=False
     ):
@@ -236,7 +239,7 @@ def test_reading_ahead_is_bounded(split):
             read.append(len(starts))
             return super().windows(starts, length)
 
-    batches = TrainingBatches(Watched(10_000), context_length=1000, batch_size=8, seed=2)
+    batches = TrainingBatches(RingWindows(Watched(10_000), 1000), batch_size=8, seed=2)
     iterator = batches.iterate(0)
     for _ in range(5):
         next(iterator)
@@ -250,7 +253,7 @@ def test_a_closed_iterator_ends_its_threads(split):
         return [t for t in threading.enumerate() if t.name == "read-ahead"]
 
     before = set(reading())
-    batches = TrainingBatches(split, context_length=16, batch_size=3, seed=2)
+    batches = TrainingBatches(RingWindows(split, 16), batch_size=3, seed=2)
     closed, abandoned = batches.iterate(0), batches.iterate(5)
     for iterator in (closed, abandoned, closed, abandoned):
         next(iterator)  # the second is the first that was read ahead
@@ -268,9 +271,9 @@ def test_a_closed_iterator_ends_its_threads(split):
 @pytest.mark.thorough
 def test_a_program_that_lets_an_iterator_be_ends(tmp_path):
     code = (
-        "import sys, numpy as np\nfrom llm.text.batches import TrainingBatches\n"
+        "import sys, numpy as np\nfrom llm.text.batches import RingWindows, TrainingBatches\n"
         "sys.path.insert(0, sys.argv[1])\nfrom test_batches import Counting\n"
-        "it = TrainingBatches(Counting(9999), context_length=8, batch_size=2, seed=0).iterate(0)\n"
+        "it = TrainingBatches(RingWindows(Counting(9999), 8), batch_size=2, seed=0).iterate(0)\n"
         "next(it), next(it)\nprint('ends')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -280,13 +283,13 @@ def test_a_program_that_lets_an_iterator_be_ends(tmp_path):
 
 
 def test_an_id_outside_the_vocabulary_stops_the_iterator(tmp_path):
-    split = make_split(tmp_path, np.full(100, 5), shard_tokens=50)
-    shard = tmp_path / "train-00001.bin"
+    split = make_split(tmp_path, np.full(100, 5), of_each=50)
+    shard = tmp_path / "train-50.bin"
     content = np.frombuffer(shard.read_bytes(), "<u2").copy()
     content[20] = VOCAB
     with open(shard, "r+b") as file:
         file.write(content.tobytes())
-    batches = TrainingBatches(split, context_length=50, batch_size=2, seed=0)
+    batches = TrainingBatches(RingWindows(split, 50), batch_size=2, seed=0)
     with pytest.raises(DataError, match="token id 1000; expected ids below the vocabulary's 1000"):
         list(itertools.islice(batches.iterate(0), 4))
 
@@ -298,10 +301,10 @@ def test_an_error_of_the_reader_follows_the_batches_that_were_read_before_it(spl
                 raise OSError("the disk is gone")
             return super()._block(step, batches)
 
-    batches = Failing(split, context_length=16, batch_size=3, seed=2)
+    batches = Failing(RingWindows(split, 16), batch_size=3, seed=2)
     iterator = batches.iterate(0)
     taken = [next(iterator) for _ in range(1 + 64)]  # the first batch, then one block
-    whole = TrainingBatches(split, context_length=16, batch_size=3, seed=2)
+    whole = TrainingBatches(RingWindows(split, 16), batch_size=3, seed=2)
     assert all(np.array_equal(b.tokens, whole[step].tokens) for step, b in enumerate(taken))
     said = queue.SimpleQueue()
 

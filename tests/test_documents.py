@@ -352,7 +352,7 @@ def test_a_row_without_text_is_named_or_left_out_and_counted(write, row, message
     found, reader = read([origin], bad_rows="skip")
     assert found == [("rows.jsonl#0", "first"), ("rows.jsonl#4", "last")]
     # An empty text is a text.
-    assert reader.skipped == 2 and message in reader.first_skipped
+    assert reader.dropped["row without text"] == 2 and message in reader.first_bad
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -361,7 +361,7 @@ def test_null_in_columns_is_left_out_too(columns, kind):
     with pytest.raises(DataError, match="rows, row 0 has no text: the field 'text' is null"):
         read([origin])
     found, reader = read([origin], bad_rows="skip")
-    assert (found, reader.skipped) == ([("rows#1", "x")], 2)
+    assert (found, reader.dropped["row without text"]) == ([("rows#1", "x")], 2)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

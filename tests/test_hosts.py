@@ -29,7 +29,7 @@ from llm.config import DistributedConfig
 from llm.errors import UsageError
 from llm.run.cluster import find_cluster
 from llm.run.hosts import Hosts, Sign, check_port_is_free, find_lost
-from llm.text.batches import TrainingBatches
+from llm.text.batches import RingWindows, TrainingBatches
 
 STEPS = 6
 CHANGES = {
@@ -447,7 +447,7 @@ def test_rows_by_number_are_those_of_the_whole_batch(one):
             return starts[:, None] + np.arange(length)
 
     def batches(rows):
-        return TrainingBatches(Tokens(), context_length=8, batch_size=6, seed=1, rows=rows)
+        return TrainingBatches(RingWindows(Tokens(), 8), batch_size=6, seed=1, rows=rows)
 
     rows = np.array([1, 4, 5])
     np.testing.assert_array_equal(batches(rows)[3].tokens, batches(None)[3].tokens[rows])

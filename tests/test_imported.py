@@ -273,9 +273,9 @@ def test_a_corpus_has_each_document_whole_between_its_beginning_and_end(
     ids = corpus.train.read(0, len(corpus.train))
     assert ids.tolist() == [id_ for document in documents for id_ in document]
     assert (tokenizer.token_name(tokenizer.begin_of_text), tokenizer.begin_of_text) == begin
-    assert corpus.text_bytes == tokenizer.byte_lengths()[ids].sum()
+    assert corpus.sources[0].text_bytes == tokenizer.byte_lengths()[ids].sum()
     assert tokenizer.decode(ids) == "".join(CORPUS)
-    assert tokenizer.sha256 in (corpus.folder / "header.json").read_text()
+    assert tokenizer.sha256 in (corpus.train.spans[0].stream.folder / "header.json").read_text()
 
 
 def test_bytes_that_nfc_changes_are_counted_and_said(tmp_path):

@@ -24,15 +24,15 @@ from llm.measure.memorization import (
     rivals,
     separation,
 )
-from llm.text.splits import TokenSplit
+from llm.text.splits import Span, TokenSplit
 
 LENGTH = PREFIX + SUFFIX
 
 
 def split_of(ids):
     stream = Numbered([len(ids)])
-    stream.tokens = np.asarray(ids, np.int32)
-    return TokenSplit(stream, 0, len(ids))
+    stream.ids = np.asarray(ids, np.int32)
+    return TokenSplit([Span(stream, 0, len(ids))])
 
 
 def test_occurrences_are_those_that_a_search_finds(monkeypatch):

@@ -14,7 +14,7 @@ from llm.model.gpt import ModelSpec, initialise
 from llm.model_config import ModelConfig
 from llm.text.batches import Batch
 from llm.text.packing import PackedWindows, best_fit, cut_documents, pack
-from llm.text.splits import TokenSplit
+from llm.text.splits import Span, TokenSplit
 from llm.training.step import accumulate_gradients
 
 END = 0
@@ -26,15 +26,14 @@ SPEC = ModelSpec(
 class Numbered:
     """A stream whose token n is n, and 0 where a document ends."""
 
+    vocab_size = 2**31
+
     def __init__(self, ends):
-        self.tokens = np.arange(1, (ends[-1] if len(ends) else 0) + 2, dtype=np.int32)[:-1]
-        self.tokens[np.asarray(ends) - 1] = END
+        self.ids = np.arange(1, (ends[-1] if len(ends) else 0) + 2, dtype=np.int32)[:-1]
+        self.ids[np.asarray(ends) - 1] = END
 
-    def read_into(self, out, start):
-        out[:] = self.tokens[start : start + len(out)]
-
-    def check_ids(self, ids):
-        pass
+    def tokens(self):
+        return self.ids
 
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
@@ -44,11 +43,11 @@ def packed(lengths, context, opens, cut=0, end=None):
     """The split [cut, end) of documents that each end in END."""
     stops = np.cumsum(lengths)
     stream = Numbered(stops)
-    end = len(stream.tokens) if end is None else end
+    end = len(stream.ids) if end is None else end
     starts = np.concatenate([[0], stops[:-1]])
     inside = starts[(starts >= cut) & (starts < end)] - cut
     pieces = cut_documents(inside, end - cut, context, opens)
-    split = TokenSplit(stream, cut, end)
+    split = TokenSplit([Span(stream, cut, end)])
     return PackedWindows(split, *pack(pieces, context, opens), context, END if opens else None)
 
 
@@ -73,7 +72,7 @@ def test_each_target_is_predicted_once_from_its_own_document(lengths, context, o
     cut = data.draw(st.integers(0, size - 1))
     end = data.draw(st.integers(cut + 1, size))
     windows = packed(lengths, context, opens, cut, end)
-    expected, start, tokens = [], 0, windows.split.stream.tokens.tolist()
+    expected, start, tokens = [], 0, windows.split.spans[0].stream.ids.tolist()
     for length in lengths:
         whole = tokens[max(start, cut) : min(start + length, end)]
         if opens and start >= cut and whole:

@@ -3,6 +3,7 @@
 import collections
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -18,8 +19,8 @@ import pytest
 
 from llm.config import DataConfig, TokenizerConfig
 from llm.errors import DataError, UsageError
-from llm.text import bpe, documents, shards, sources, splits, tokenizer
-from llm.text.batches import TrainingBatches
+from llm.text import bpe, documents, encoding, shards, sources, splits, tokenizer
+from llm.text.batches import RingWindows, TrainingBatches
 from llm.text.cache import silent
 from llm.text.shards import HEADER, prepare
 from llm.text.tokenizer import FILE_NAME, ByteTokenizer
@@ -40,7 +41,7 @@ def corpus(tmp_path):
     root = tmp_path / "corpus"
     root.mkdir()
     for n in range(40):
-        (root / f"{n:02d}.txt").write_text(f"document {n}: 學而時習之 " * (n // 4 + 1), "utf-8")
+        (root / f"{n:02d}.txt").write_text(f"document {n}! 學而時習之 " * (n // 4 + 1), "utf-8")
     (root / "empty.txt").write_text("")
     return root
 
@@ -56,6 +57,12 @@ def make(cache):
         return prepare(DataConfig(**data), settings, on_progress=on_progress)
 
     return make
+
+
+def folder_of(prepared) -> Path:
+    """The folder of a corpus whose shards are all in one."""
+    [folder] = {span.stream.folder for split in prepared.sources[0].splits for span in split.spans}
+    return folder
 
 
 def ids(split) -> list[int]:
@@ -93,9 +100,10 @@ def test_documents_are_their_bytes_and_an_end_of_text(make, corpus):
     prepared = make(corpus, validation="none")
     assert ids(prepared.train) == joined(texts(corpus))
     assert len(prepared.validation) == 0
-    assert prepared.documents == 40
-    assert prepared.text_bytes == sum(map(len, texts(corpus)))
-    assert len(prepared.train) == prepared.text_bytes + 40
+    [source] = prepared.sources
+    assert source.documents == 40 and source.dropped == {"empty": 1}
+    assert source.text_bytes == sum(map(len, texts(corpus)))
+    assert len(prepared.train) == source.text_bytes + 40
     assert [origin.name for origin in prepared.origins][:2] == ["00.txt", "01.txt"]
 
 
@@ -138,13 +146,11 @@ def test_gpt2_in_parallel_is_gpt2_of_the_whole_text(make, monkeypatch, name, wor
         pytest.skip("no shared data")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken-cache"))
     monkeypatch.setattr(documents, "PIECE_BYTES", 20_000)
-    monkeypatch.setattr(shards, "_TASK_CHARACTERS", 10_000)
-    monkeypatch.setattr(shards, "SHARD_TOKENS", 50_000)
+    monkeypatch.setattr(encoding, "_TASK_CHARACTERS", 10_000)
     prepared = make(SHARED / "data" / name, "gpt2", validation="none", workers=workers)
-    encoding = tiktoken.get_encoding("gpt2")
+    gpt2 = tiktoken.get_encoding("gpt2")
     text = (SHARED / "data" / name).read_text("utf-8")
-    assert ids(prepared.train) == [*encoding.encode_ordinary(text), encoding.eot_token]
-    assert len(prepared.train.stream.manifest.shards) > 5
+    assert ids(prepared.train) == [*gpt2.encode_ordinary(text), gpt2.eot_token]
 
 
 def test_a_trained_vocabulary_encodes_its_corpus(make, corpus):
@@ -167,7 +173,7 @@ def test_a_corpus_too_small_for_its_vocabulary_is_noted(make, tmp_path):
 def test_how_the_work_is_shared_out_changes_no_token(
     make, corpus, monkeypatch, workers, task_characters
 ):
-    monkeypatch.setattr(shards, "_TASK_CHARACTERS", task_characters)
+    monkeypatch.setattr(encoding, "_TASK_CHARACTERS", task_characters)
     monkeypatch.setattr(documents, "PIECE_BYTES", 50)
     prepared = make(corpus, validation="none", workers=workers)
     assert ids(prepared.train) == joined(texts(corpus))
@@ -189,7 +195,7 @@ def test_replacements_are_counted_and_noted(make, tmp_path):
     with pytest.raises(DataError, match="byte 0xff at offset 1"):
         make(tmp_path / "a.txt", validation="none")
     prepared = make(tmp_path / "a.txt", validation="none", errors="replace")
-    assert prepared.replaced == 2 and "2 characters U+FFFD" in prepared.notes[0]
+    assert prepared.sources[0].replaced == 2 and "2 characters U+FFFD" in prepared.notes[0]
     assert ids(prepared.train) == joined(["a\ufffd\ufffdb".encode()])
 
 
@@ -203,22 +209,21 @@ def test_tokens_are_stored_in_as_few_bytes_as_the_vocabulary_needs(
     if vocab_size == 70_000:
         monkeypatch.setattr(tokenizer, "ByteTokenizer", Wide)
     prepared = make(corpus, validation="none")
-    assert prepared.train.stream.manifest.dtype == dtype
+    assert prepared.train.spans[0].stream.manifest.dtype == dtype
     assert ids(prepared.train) == joined(texts(corpus))
 
 
 def test_the_header_says_what_is_there(make, corpus):
     prepared = make(corpus, validation="documents:0.3")
-    header = json.loads((prepared.folder / HEADER).read_text())
-    assert header["fingerprint"] == prepared.fingerprint
+    header = json.loads((folder_of(prepared) / HEADER).read_text())
+    assert header["fingerprint"][:32] == folder_of(prepared).name
     assert header["tokenizer"]["sha256"] == prepared.tokenizer.sha256
     for name, split in (("train", prepared.train), ("validation", prepared.validation)):
         stream = header["streams"][name]
-        assert header["splits"][name] == {"stream": name, "start": 0, "stop": len(split)}
         assert stream["tokens"] == len(split)
         assert stream["largest_id"] == max(ids(split))
-        for file in (*stream["shards"], stream["index"], stream["names"]):
-            content = (prepared.folder / file["name"]).read_bytes()
+        for file in (stream["shard"], stream["index"], stream["names"]):
+            content = (folder_of(prepared) / file["name"]).read_bytes()
             assert (file["bytes"], file["sha256"]) == (
                 len(content),
                 hashlib.sha256(content).hexdigest(),
@@ -227,7 +232,95 @@ def test_the_header_says_what_is_there(make, corpus):
     assert by_name["07.txt"] == hashlib.sha256((corpus / "07.txt").read_bytes()).hexdigest()
 
 
-# Once
+# Once, folder by folder
+
+
+@pytest.fixture
+def folders(monkeypatch):
+    """Groups of a few small files: the folders that are made, each with its files."""
+    monkeypatch.setattr(shards, "PART_BYTES", 4 * 2**12)
+    made, tokenise = [], shards._tokenise
+
+    def record(folder, data, origins, *rest):
+        made.append([origin.name for origin in origins])
+        return tokenise(folder, data, origins, *rest)
+
+    monkeypatch.setattr(shards, "_tokenise", record)
+    return made
+
+
+@pytest.mark.parametrize("validation", ["none", "tail:0.3", "documents:0.3"])
+def test_folders_of_shards_are_one_corpus(make, corpus, tmp_path, folders, validation):
+    many = make(corpus, validation=validation)
+    assert 5 < len(folders) < 25 and [*itertools.chain(*folders)] == sorted(os.listdir(corpus))
+    shards.PART_BYTES = 2**24
+    one = make(corpus, validation=validation, cache_dir=str(tmp_path / "other"))
+    assert one.fingerprint == many.fingerprint
+    for a, b in zip(one.sources[0].splits, many.sources[0].splits, strict=True):
+        assert ids(a) == ids(b) and names(a) == names(b)
+        assert a.document_starts().tolist() == b.document_starts().tolist()
+
+
+def test_the_beginnings_of_documents_are_where_they_end(make, corpus, folders):
+    split = make(corpus, validation="none").train
+    ends = np.cumsum([len(text) + 1 for text in texts(corpus)])
+    assert split.document_starts().tolist() == [0, *ends[:-1]]
+
+
+def test_one_more_file_costs_the_folder_that_it_is_in(make, corpus, folders):
+    make(corpus, validation="none")
+    before = [*folders]
+    (corpus / "20b.txt").write_text("a new one")
+    prepared = make(corpus, validation="none")
+    (again,) = folders[len(before) :]
+    assert [name for name in again if name != "20b.txt"] in before
+    assert not prepared.reused and ids(prepared.train) == joined(texts(corpus))
+
+
+def test_a_large_file_stands_alone(make, corpus, folders):
+    (corpus / "20b.txt").write_text("large" * 4 * 2**12)
+    make(corpus, validation="none")
+    assert ["20b.txt"] in folders
+    before = len(folders)
+    (corpus / "20b.txt").write_text("large!" * 4 * 2**12)
+    make(corpus, validation="none")
+    assert folders[before:] == [["20b.txt"]]
+
+
+def test_a_preparation_that_was_stopped_goes_on_with_the_folders_that_are_missing(
+    make, corpus, folders, monkeypatch
+):
+    def stop(what, done, _total):
+        if what == "tokenising" and done > 4_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(corpus, validation="none", on_progress=stop)
+    done = folders[:-1]
+    assert len(done) > 2
+    del folders[:]
+    prepared = make(corpus, validation="none")
+    assert [*itertools.chain(*done, *folders)] == sorted(os.listdir(corpus))
+    assert ids(prepared.train) == joined(texts(corpus))
+
+
+def test_two_processes_prepare_one_corpus(make, corpus, cache):
+    """Both at once, in folders of one file; neither sees half of what the other writes."""
+    code = (
+        "import sys\nfrom llm.config import DataConfig, TokenizerConfig\n"
+        "from llm.text import shards\nshards.PART_BYTES = 1\n"
+        "data = DataConfig(source=sys.argv[1], cache_dir=sys.argv[2], validation='none')\n"
+        "corpus = shards.prepare(data, TokenizerConfig())\n"
+        "print(corpus.train.read(0, len(corpus.train)).tolist())\n"
+    )
+    command = [sys.executable, "-c", code, corpus, cache]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert {one.communicate(timeout=60)[0] for one in both} == {f"{joined(texts(corpus))}\n"}
+    assert len([path for path in (cache / "shards").iterdir() if path.is_dir()]) == 41
 
 
 def test_the_same_settings_reuse_the_shards(make, corpus, monkeypatch):
@@ -328,7 +421,7 @@ def test_a_cache_that_cannot_be_written_serves_what_it_holds(make, corpus, kind,
     # The hashes of large files cannot be remembered, and nothing else is missing.
     assert second.reused and ids(second.train) == ids(first.train) and refused
     with pytest.raises(UsageError, match=r"Read-only file system; .* set data.cache_dir to a") as e:
-        make(corpus, kind, validation="tail:0.5")
+        make(corpus, kind, validation="documents:0.5")
     assert e.value.exit_code == 2
 
 
@@ -406,16 +499,17 @@ def test_an_unknown_tokenizer_is_refused_before_anything_is_read(make):
 def test_shards_of_another_tokenizer_are_refused(make, corpus):
     prepared = make(corpus, validation="none")
     others = make(corpus, "characters", validation="none")
-    shutil.rmtree(prepared.folder)
-    others.folder.rename(prepared.folder)
-    with pytest.raises(DataError, match=f"found {others.fingerprint}; delete") as caught:
+    expected, folder = folder_of(prepared), folder_of(others)
+    shutil.rmtree(expected)
+    folder.rename(expected)
+    with pytest.raises(DataError, match=rf"found {folder_of(others).name}\w*; delete") as caught:
         make(corpus, validation="none")
-    assert f"expected the fingerprint {prepared.fingerprint}" in str(caught.value)
+    assert f"expected the fingerprint {expected.name}" in str(caught.value)
 
 
 def test_any_changed_byte_of_any_file_is_found(make, corpus):
     prepared = make(corpus, validation="documents:0.3")
-    for path in sorted(prepared.folder.iterdir()):
+    for path in sorted(folder_of(prepared).iterdir()):
         content = path.read_bytes()
         for place in {0, len(content) // 3, len(content) - 1}:
             changed = bytearray(content)
@@ -423,14 +517,14 @@ def test_any_changed_byte_of_any_file_is_found(make, corpus):
             path.write_bytes(bytes(changed))
             with pytest.raises(DataError, match=path.name) as caught:
                 make(corpus, validation="documents:0.3")
-            assert f"delete {prepared.folder}" in str(caught.value)
+            assert f"delete {folder_of(prepared)}" in str(caught.value)
         path.write_bytes(content)
     assert make(corpus, validation="documents:0.3").reused
 
 
 def test_any_truncated_or_missing_file_is_found(make, corpus):
     prepared = make(corpus, validation="documents:0.3")
-    for path in sorted(prepared.folder.iterdir()):
+    for path in sorted(folder_of(prepared).iterdir()):
         content = path.read_bytes()
         path.write_bytes(content[:-1])
         with pytest.raises(DataError, match=path.name):
@@ -444,15 +538,15 @@ def test_any_truncated_or_missing_file_is_found(make, corpus):
 @pytest.mark.parametrize("value", ["[]", "{}", "null", "", '{"sha256": "", "streams": {}}'])
 def test_a_header_that_is_none_is_refused(make, corpus, value):
     prepared = make(corpus, validation="none")
-    (prepared.folder / HEADER).write_text(value)
+    (folder_of(prepared) / HEADER).write_text(value)
     with pytest.raises(DataError, match=HEADER):
         make(corpus, validation="none")
 
 
 def test_deleting_the_folder_is_the_remedy(make, corpus):
     prepared = make(corpus, validation="none")
-    (prepared.folder / "text-00000.bin").write_bytes(b"")
-    shutil.rmtree(prepared.folder)
+    (folder_of(prepared) / "text.bin").write_bytes(b"")
+    shutil.rmtree(folder_of(prepared))
     assert ids(make(corpus, validation="none").train) == joined(texts(corpus))
 
 
@@ -461,13 +555,13 @@ def test_large_shards_are_verified_on_request_and_their_ids_as_they_are_read(
 ):
     prepared = make(corpus, validation="none")
     monkeypatch.setattr(shards, "VERIFY_ON_OPEN_BYTES", 0)
-    path = prepared.folder / "text-00000.bin"
+    path = folder_of(prepared) / "text.bin"
     path.write_bytes(np.full(len(prepared.train), 999, "<u2").tobytes())
     opened = make(corpus, validation="none")
     with pytest.raises(DataError, match="has changed"):
-        opened.train.stream.verify()
+        opened.train.spans[0].stream.verify()
     with pytest.raises(DataError, match="token id 999; expected ids below the vocabulary's 257"):
-        TrainingBatches(opened.train, context_length=8, batch_size=2, seed=0)[0]
+        TrainingBatches(RingWindows(opened.train, 8), batch_size=2, seed=0)[0]
     with pytest.raises(DataError, match="token id 999"):
         opened.train.read(0, 1)
 
@@ -487,10 +581,10 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from llm.config import DataConfig, TokenizerConfig
-from llm.text import cache, documents, shards
+from llm.text import cache, documents, encoding, shards
 
 place, number, source, cache_dir, kind = sys.argv[1:]
-documents.PIECE_BYTES = shards._TASK_CHARACTERS = 200
+documents.PIECE_BYTES = encoding._TASK_CHARACTERS = 200
 calls = 0
 
 def die(*_):
@@ -575,7 +669,7 @@ def test_the_work_on_a_corpus_grows_as_its_files_do(make, tmp_path, monkeypatch)
 
         make(root, validation="none")  # what is imported or compiled once is no part of it
         shutil.rmtree(tmp_path / "cache")
-        monkeypatch.setattr(shards, "_in_order", lambda function, items, _: map(function, items))
+        monkeypatch.setattr(encoding, "_in_order", lambda function, items, _: map(function, items))
         sys.setprofile(count)
         try:
             make(root, validation="none")
@@ -595,7 +689,7 @@ def test_preparing_sums_the_sizes_of_all_files_a_fixed_number_of_times(
         sources.Found, "text_bytes", property(lambda found: asked.append(1) or size(found))
     )
     prepared = make(corpus, kind, validation="none")
-    assert prepared.documents == 40
+    assert prepared.sources[0].documents == 40
     # Once for the vocabulary, once for the tokens; not once for each piece of text.
     assert len(asked) == (1 if kind == "bytes" else 2)
 
@@ -654,7 +748,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_made(corpus, cache):
 def test_memory_does_not_grow_with_the_corpus(make, corpus, tmp_path, monkeypatch):
     """24 MB of text, 48 MB of tokens, at most 8 MB at a time."""
     monkeypatch.setattr(documents, "PIECE_BYTES", 2**16)
-    monkeypatch.setattr(shards, "_TASK_CHARACTERS", 2**16)
+    monkeypatch.setattr(encoding, "_TASK_CHARACTERS", 2**16)
     (tmp_path / "large.txt").write_text("all work and no play " * (24_000_000 // 21))
     make(corpus, validation="none")  # imports are no part of it
     tracemalloc.start()
@@ -663,7 +757,7 @@ def test_memory_does_not_grow_with_the_corpus(make, corpus, tmp_path, monkeypatc
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert len(prepared.train.stream) > 23_000_000
+    assert len(prepared.train) + len(prepared.validation) > 23_000_000
     assert peak < 8_000_000, peak
 
 
@@ -675,7 +769,7 @@ def test_no_more_work_is_begun_than_threads_can_hold():
             begun.append(n)
             yield n
 
-    for n, result in enumerate(shards._in_order(lambda n: n * n, items(), 3)):
+    for n, result in enumerate(encoding._in_order(lambda n: n * n, items(), 3)):
         assert result == n * n
         assert len(begun) <= n + 1 + 2 * 3
     assert n == 99
@@ -689,6 +783,6 @@ def test_an_error_in_a_thread_comes_out_where_its_item_stood():
 
     done = []
     with pytest.raises(ValueError, match="five"):
-        for item in shards._in_order(fail_at_5, range(100), 2):
+        for item in encoding._in_order(fail_at_5, range(100), 2):
             done.append(item)
     assert done == [0, 1, 2, 3, 4]

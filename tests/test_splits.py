@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llm.errors import DataError, UsageError
 from llm.text.splits import (
+    Span,
     TokenSplit,
     check_held_out,
     check_window,
@@ -23,7 +24,7 @@ IDS = np.arange(50, dtype=np.int32) * 7 % 53
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stream")
-    writer = StreamWriter(folder, "train", "uint16", 8)
+    writer = StreamWriter(folder, "train", "uint16")
     for name, start, stop in (("a", 0, 20), ("b", 20, 50)):
         writer.begin_document(name)
         writer.add(IDS[start:stop])
@@ -32,11 +33,11 @@ def stream(tmp_path_factory):
 
 def split_of(tokens: int) -> TokenSplit:
     """A split of that length, of which nothing is read."""
-    return TokenSplit(None, 0, tokens)
+    return TokenSplit([Span(None, 0, tokens)])
 
 
 def test_a_split_reads_its_own_tokens(stream):
-    split = TokenSplit(stream, 10, 40)
+    split = TokenSplit([Span(stream, 10, 40)])
     assert len(split) == 30
     assert split.read(0, 30).tolist() == IDS[10:40].tolist()
     assert split.read(5, 3).tolist() == IDS[15:18].tolist()
@@ -45,20 +46,71 @@ def test_a_split_reads_its_own_tokens(stream):
 @pytest.mark.parametrize(("start", "count"), [(-1, 2), (29, 2), (0, 31), (3, -1)])
 def test_a_split_gives_no_token_of_another(stream, start, count):
     with pytest.raises(IndexError):
-        TokenSplit(stream, 10, 40).read(start, count)
+        TokenSplit([Span(stream, 10, 40)]).read(start, count)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 29), min_size=1, max_size=5), st.integers(1, 30))
 def test_windows_go_round(stream, starts, length):
-    split = TokenSplit(stream, 10, 40)
+    split = TokenSplit([Span(stream, 10, 40)])
     ring = np.concatenate([IDS[10:40]] * 2)
     expected = [ring[start : start + length].tolist() for start in starts]
     assert split.windows(np.array(starts), length).tolist() == expected
 
 
+@pytest.mark.parametrize("bad", [53, 2**31 - 1, -1])
+def test_an_id_outside_the_vocabulary_is_found_as_it_is_read(tmp_path, bad):
+    """Of two streams, the one that holds it is named."""
+    spans = []
+    for name, ids in (("good", [0, 52]), ("bad", [1, bad % 2**32])):
+        (tmp_path / name).mkdir()
+        writer = StreamWriter(tmp_path / name, "train", "uint32")
+        writer.begin_document("a")
+        writer.add(np.array([0, 0]))
+        opened = TokenStream(tmp_path / name, writer.finish(), 53, hashed=True)
+        (tmp_path / name / "train.bin").write_bytes(np.array(ids, "<u4").tobytes())
+        spans.append(Span(opened, 0, 2))
+    split = TokenSplit(spans)
+    assert split.read(0, 3).tolist() == [0, 52, 1]
+    with pytest.raises(DataError, match=f"/bad hold the token id {bad}; .* vocabulary's 53"):
+        split.read(2, 2)
+
+
+# Several streams
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(0, 52), max_size=6), max_size=6), st.data())
+def test_spans_of_many_streams_are_one_row(tmp_path_factory, documents, data):
+    """Of each stream a part: tokens, windows around the end, documents and their beginnings."""
+    spans, row, places, starts = [], [], [], []
+    for n, ids in enumerate(documents):
+        folder = tmp_path_factory.mktemp("stream")
+        writer = StreamWriter(folder, "train", "uint16")
+        for half in (ids[:3], ids[3:]):
+            writer.begin_document(f"{n}")
+            writer.add(np.array(half, np.int32))
+        stream = TokenStream(folder, writer.finish(), 53, hashed=True)
+        start = data.draw(st.integers(0, len(ids)))
+        stop = data.draw(st.integers(start, len(ids)))
+        spans.append(Span(stream, start, stop))
+        begins = (0, min(3, len(ids)))
+        starts += [len(row) + first - start for first in begins if start <= first < stop]
+        row += ids[start:stop]
+        places += [(f"{n}", place % 3 if place < 3 else place - 3) for place in range(start, stop)]
+    split = TokenSplit(spans)
+    assert split.read(0, len(split)).tolist() == row
+    assert [split.document_at(n) for n in range(len(split))] == places
+    assert split.document_starts().tolist() == starts
+    if row:
+        start, length = data.draw(st.integers(0, len(row) - 1)), data.draw(st.integers(1, len(row)))
+        assert split.windows(np.array([start]), length)[0].tolist() == (row * 2)[start:][:length]
+        part = split.part(start, start + length)
+        assert part.read(0, len(part)).tolist() == row[start:][:length]
+
+
 def test_a_token_of_a_split_knows_its_document(stream):
-    split = TokenSplit(stream, 10, 40)
+    split = TokenSplit([Span(stream, 10, 40)])
     assert split.document_at(0) == ("a", 10)
     assert split.document_at(10) == ("b", 0)
     with pytest.raises(IndexError):

@@ -73,12 +73,11 @@ def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[st
     from llm.run.hosts import Hosts
     from llm.run.setup import make_setup
     from llm.text.shards import prepare
-    from llm.text.splits import check_window
     from llm.training.loop import Job
 
     with make_display(config.logging.progress) as display:
         corpus = prepare(config.data, config.tokenizer, on_progress=display.prepare)
-        check_window(corpus.train, config.model.context_length)
+        corpus.check_windows(config.model.context_length, config.data.validation)
         setup = make_setup(config, corpus.tokenizer.vocab_size)
         job = Job(config, setup.spec, setup.mesh, corpus, Hosts())
         display.say("measuring the machine")

@@ -26,7 +26,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from llm.commands.outputs import check_outputs
-from llm.config import Config, expected, known_files, load_config
+from llm.config import Config, MixtureSource, expected, known_files, load_config
 from llm.errors import UsageError
 from llm.names import nearest
 from llm.section import Section, setting
@@ -169,15 +169,16 @@ def spelled(name: str) -> str:
 
 
 def flags_of(model: type[pydantic.BaseModel], section: str = "") -> dict[str, Flag]:
-    """Every field by its name; a setting by `section.key`."""
+    """Every field by its name; a setting by `section.key`. Tables of a file are no flags."""
     flags: dict[str, Flag] = {}
     for key, info in model.model_fields.items():
         kind = info.annotation
+        types = tuple(_types(kind))
         if isinstance(kind, type) and issubclass(kind, Section):
             flags |= flags_of(kind, "" if kind is Config else f"{key}.")
-        else:
+        elif MixtureSource not in types:
             name = section + (info.alias or key)
-            flags[name] = Flag(name, info, tuple(_types(kind)))
+            flags[name] = Flag(name, info, types)
     return flags
 
 

@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
     chosen = parse(Options, arguments)
 
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import batch_size_at, check_corpus, check_trained
-    from llm.text.batches import TrainingBatches
+    from llm.run.provenance import check_corpus, check_trained, phases_of
+    from llm.text.batches import training_batches
     from llm.text.shards import prepare
 
     run = RunDirectory(Path(chosen.run))
@@ -44,24 +44,24 @@ def main(arguments: list[str]) -> int:
     check_step(run, chosen.step)
     corpus = prepare(config.data, config.tokenizer, of_run=run.tokenizer)
     check_corpus(run, corpus)
-    batches = TrainingBatches(
-        corpus.train,
-        context_length=config.model.context_length,
-        batch_size=batch_size_at(run, config, chosen.step),
-        seed=config.run.seed,
-    )
     index = chosen.step - 1
-    sequences = [
-        {
-            "row": row,
-            "ids": ids.tolist(),
-            "text": corpus.tokenizer.decode(ids, continues=True),
-            "documents": list(documents(corpus.train, int(start), len(ids))),
-        }
-        for row, (start, ids) in enumerate(
-            zip(batches.window_starts(index), batches[index].tokens, strict=True)
+    phases = phases_of(run.read_provenance()["starts"], config)
+    batches = training_batches(
+        config, corpus, phases=[phase for phase in phases if phase.from_step <= index]
+    )
+    places = zip(batches.window_sources(index), batches.window_starts(index), strict=True)
+    sequences = []
+    for row, (place, ids) in enumerate(zip(places, batches[index].tokens, strict=True)):
+        source = corpus.sources[place[0]]
+        sequences.append(
+            {
+                "row": row,
+                **({"source": source.name} if source.name else {}),
+                "ids": ids.tolist(),
+                "text": corpus.tokenizer.decode(ids, continues=True),
+                "documents": list(documents(source.train, int(place[1]), len(ids))),
+            }
         )
-    ]
     text = "\n".join(for_people(chosen.step, sequence) for sequence in sequences)
     whole = json.dumps({"step": chosen.step, "sequences": sequences}) if chosen.as_json else text
     show(f"{whole}\n")
@@ -106,4 +106,5 @@ def for_people(step: int, sequence: dict[str, Any]) -> str:
         for part in sequence["documents"]
     ]
     head, ids = f"step {step}, sequence {sequence['row']}", f"  ids {sequence['ids']}"
+    head += f", from {sequence['source']}" if "source" in sequence else ""
     return "\n".join([head, *sources, ids, sequence["text"], ""])

@@ -23,7 +23,7 @@ from llm.run.stop import StopRequest, end_on
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
-    from llm.text.shards import TokenizedCorpus
+    from llm.text.corpus import TokenizedCorpus
     from llm.training.loop import Job, Sampler
 
 
@@ -97,6 +97,7 @@ def _train(
         with hosts.collective():
             state = restore_or_create(job, checkpoints, display.say)
         step = int(state.step)
+        job = _in_phases(job, run, changed, step)
         record = partial(record_start, run, config, step, changed, job.mesh, job.spec.attention)
         rows = hosts.decide("the start", lambda: record(metrics, checkpoints))
         if not hosts.is_first:
@@ -127,7 +128,7 @@ def _make_job(
     from llm.model.sharding import make_mesh
     from llm.run.provenance import dtype_to_train
     from llm.run.setup import choose_kernels, make_setup
-    from llm.text.splits import check_held_out, check_window
+    from llm.text.batches import check_epochs, training_batches
     from llm.training.loop import Job
     from llm.training.state import check_room
 
@@ -143,8 +144,9 @@ def _make_job(
     end_on(signal.SIGBUS, corpus.why_unreadable, DataError.exit_code)
     for note in corpus.notes:
         display.say(note)
-    check_window(corpus.train, config.model.context_length)
-    check_held_out(corpus.validation, config.data.validation)
+    corpus.check_windows(config.model.context_length, config.data.validation)
+    if not run.exists():
+        check_epochs(config, training_batches(config, corpus))
     spec = make_setup(decided, corpus.tokenizer.vocab_size, mesh).spec
     check_room(spec, mesh, config.training.micro_batch_size or config.training.batch_size)
     return Job(config, spec, mesh, corpus, hosts)
@@ -186,8 +188,29 @@ def _prepare_once(
     return corpus
 
 
+def _in_phases(job: "Job", run: RunDirectory, changed: dict[str, Any], step: int) -> "Job":
+    """The job with the weights that its mixture had and has, at a step that it goes on from.
+
+    Raises:
+      UsageError: a source would be read too often.
+    """
+    from llm.run.provenance import phases_of
+    from llm.text.batches import check_epochs
+    from llm.text.mixture import Phase
+
+    if not job.config.data.mixture:
+        return job
+    now = [{"from_step": step, "changed": changed}]
+    begun = run.read_provenance()["starts"]
+    phases = job.hosts.decide("the mixture", lambda: phases_of([*begun, *now], job.config))
+    job = replace(job, phases=[Phase(*one) for one in phases])
+    check_epochs(job.config, job.batches(whole=True))
+    return job
+
+
 def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display) -> None:
     from llm.model.flops import parameter_count
+    from llm.text.batches import shares
 
     devices = list(job.mesh.devices.flat)
     corpus = job.corpus
@@ -199,6 +222,8 @@ def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display)
         + " products" * job.spec.rounded
         + (f", {job.spec.attention} attention" if job.spec.attention != "plain" else "")
     )
+    for line in shares(job.config, corpus, job.batches(whole=True)):
+        display.say(line)
     display.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))
 
 

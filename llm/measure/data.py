@@ -11,7 +11,8 @@ from typing import Any
 from llm.config import DataConfig, TokenizerConfig
 from llm.measure.machine import time_turns
 from llm.text.batches import TrainingBatches
-from llm.text.shards import TokenizedCorpus, prepare
+from llm.text.corpus import TokenizedCorpus
+from llm.text.shards import prepare
 from llm.training.loop import Job
 
 _MIB = 2**20

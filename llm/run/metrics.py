@@ -4,6 +4,8 @@
      "step_seconds","mfu"}
     {"kind":"eval","step","split","loss","bits_per_byte","tokens"}
 
+In a run on a mixture, a row {"kind":"eval","source",...} for each source stands before that of the
+whole.
 Losses are nats per token. A number that is not finite is null, and its row has "finite": false.
 """
 
@@ -43,6 +45,7 @@ class _Row(TypedDict, total=False):
     tokens: int
     step_seconds: float
     split: str
+    source: str
     finite: bool
     spike: bool
 
@@ -139,12 +142,14 @@ class MetricsFile:
 
         Of the rows that are kept, only the evaluations and the newest steps are parsed.
         """
-        redone, kept, end, unread = [], [], 0, NEWEST_ROWS
+        redone, end, unread = [], 0, NEWEST_ROWS
+        kept: list[Any] = []
         for place, line in _newest_lines(self._path):
             if unread <= 0 and b'"eval"' not in line:
                 continue
             row = _parsed(self._path, place, line)
-            if row is not None and row["step"] > step:
+            # A crash may have left the rows of sources without that of the whole.
+            if row is not None and (row["step"] > step or ("source" in row and not kept)):
                 redone.append(row)
             elif row is not None:
                 end = end or place + len(line) + 1
@@ -210,12 +215,12 @@ class MetricsFile:
         evaluated = [
             (row["loss"], row["step"])
             for row in self._evaluated
-            if row["split"] == "validation" and row["loss"] is not None
+            if row["split"] == "validation" and row["loss"] is not None and "source" not in row
         ]
         return min(evaluated)[::-1] if evaluated else None
 
     def has_evaluation(self, step: int) -> bool:
-        return any(row["step"] == step for row in self._evaluated)
+        return any(row["step"] == step and "source" not in row for row in self._evaluated)
 
     def close(self) -> None:
         if self._file is not None:

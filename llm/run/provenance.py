@@ -14,19 +14,21 @@ import os
 import platform
 import socket
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
-from llm.config import Config
+from llm.config import Config, flatten, whole_weights
 from llm.errors import DataError, UsageError
 from llm.files import now
 from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec
 from llm.run.directory import RunDirectory
 from llm.run.setup import compute_dtype
-from llm.text.shards import TokenizedCorpus
+from llm.text.corpus import TokenizedCorpus
+from llm.text.mixture import Phase
 from llm.text.sources import check_unchanged
 from llm.text.tokenizer import Tokenizer
 
@@ -40,9 +42,10 @@ def describe_run(run: RunDirectory, spec: ModelSpec, corpus: TokenizedCorpus) ->
         **_identity(corpus.tokenizer),
         "train_tokens": len(corpus.train),
         "validation_tokens": len(corpus.validation),
-        "documents": corpus.documents,
-        "text_bytes": corpus.text_bytes,
-        "replaced": corpus.replaced,
+        **{
+            name: sum(getattr(source, name) for source in corpus.sources)
+            for name in ("documents", "text_bytes", "replaced")
+        },
         "origins": [dataclasses.asdict(origin) for origin in corpus.origins],
     }
     return _description(run, spec, data)
@@ -133,14 +136,34 @@ def dtype_to_train(run: RunDirectory, choice: str, device: Any) -> str:
     return dtype
 
 
-def batch_size_at(run: RunDirectory, config: Config, step: int) -> int:
-    """The training.batch_size of a step, counted from 1: later recorded changes are undone."""
-    size, name = config.training.batch_size, "training.batch_size"
-    for start in reversed(run.read_provenance()["starts"]):
-        if start["from_step"] < step:
-            break
-        size = start["changed"].get(name, [size])[0]
-    return size
+def phases_of(starts: Sequence[Mapping[str, Any]], config: Config) -> list[Phase]:
+    """The batch sizes and weights of a run, in the order of its steps.
+
+    A start that went on from an earlier step than another undoes what that one had changed.
+
+    Args:
+      starts: `from_step` and `changed` of each, as run.json has them.
+      config: the settings of the last of them.
+    """
+
+    def phase(from_step: int) -> Phase:
+        size, *weights = settings.values()
+        return Phase(from_step, size, whole_weights(weights))
+
+    flat, size = flatten(config), "training.batch_size"
+    weights = [f"data.mixture.{one.name}.weight" for one in config.data.mixture]
+    settings = {name: flat[name] for name in (size, *weights)}
+    history = []
+    for start in reversed(starts):
+        history.append(phase(start["from_step"]))
+        settings |= {name: old for name, (old, _) in start["changed"].items() if name in settings}
+    phases = [phase(0)]
+    for one in reversed(history):
+        while phases[1:] and phases[-1].from_step >= one.from_step:
+            phases.pop()
+        if one[1:] != phases[-1][1:]:
+            phases.append(one)
+    return phases
 
 
 def versions() -> dict[str, str]:

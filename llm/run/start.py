@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import re
 import socket
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,7 @@ from llm.run.directory import RunDirectory, explained
 from llm.run.display import Display
 from llm.run.metrics import MetricsFile, newest_rows
 from llm.run.provenance import check_trained, describe_run, describe_start
-from llm.text.shards import TokenizedCorpus
+from llm.text.corpus import TokenizedCorpus
 from llm.text.tokenizer import FILE_NAME, load_tokenizer
 
 
@@ -161,6 +162,8 @@ FREE_SETTINGS = (
     "run.allow_change",
     "run.deterministic",
     "data.source",  # the content must be the same: its fingerprint is compared
+    "data.mixture.source",
+    "data.mixture.max_epochs",
     "data.cache_dir",
     "data.workers",
     "training.steps",
@@ -178,6 +181,11 @@ ALLOWED_SECTIONS = ("optimizer", "training")
 NEVER = ("optimizer.kind", "training.compute_dtype")
 
 
+def _of_any_source(name: str) -> str:
+    """The name of a setting without that of a source: data.mixture.weight."""
+    return re.sub(r"^data\.mixture\..*\.", "data.mixture.", name)
+
+
 def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that differ from the run's and are taken: name -> (before, now).
 
@@ -188,7 +196,7 @@ def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]
     refused = {
         name
         for name in changed
-        if name.split(".")[0] not in FREE_SECTIONS and name not in FREE_SETTINGS
+        if name.split(".")[0] not in FREE_SECTIONS and _of_any_source(name) not in FREE_SETTINGS
     }
     if "auto" in changed.get("training.compute_dtype", ()):
         # What "auto" stands for is compared once the devices are known: provenance.py.
@@ -198,6 +206,10 @@ def changes_on_resume(before: Config, now_: Config) -> dict[str, tuple[Any, Any]
     may_be_allowed = {
         name for name in refused if name.split(".")[0] in ALLOWED_SECTIONS and name not in NEVER
     }
+    if "data.mixture" not in changed:  # the same sources in the same order
+        may_be_allowed |= {
+            name for name in refused if _of_any_source(name) == "data.mixture.weight"
+        }
     if now_.run.allow_change:
         refused -= may_be_allowed
     if refused:

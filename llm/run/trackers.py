@@ -16,7 +16,7 @@ from llm.console import say
 from llm.errors import UsageError
 from llm.run.directory import RunDirectory, explained
 
-NOT_PLOTTED = ("kind", "step", "split", "finite")
+NOT_PLOTTED = ("kind", "step", "split", "source", "finite")
 
 
 @dataclass
@@ -33,9 +33,10 @@ class Tracker:
     failed: bool = False
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Log the numbers of a row, each named after the kind of the row."""
+        """Log the numbers of a row, each named after the kind of the row, and its source."""
+        group = "/".join(row[name] for name in ("kind", "source") if name in row)
         plotted = {
-            f"{row['kind']}/{name}": value
+            f"{group}/{name}": value
             for name, value in row.items()
             if name not in NOT_PLOTTED and value is not None
         }

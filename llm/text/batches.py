@@ -2,7 +2,8 @@
 
 An epoch cuts the split, taken as a ring, into windows that share no target. Where the cutting
 begins and the order of the windows are new in each epoch, and both are computed, never stored: a
-run needs one integer to find its place, and n hosts agree without a word.
+run needs one integer to find its place, and n hosts agree without a word. Of several sources, each
+has its own epochs, and llm/text/mixture.py says whose turn it is.
 
 No library's randomness is used here, because none promises the same order across its versions. The
 windows of whole blocks of batches are computed at once, which is several times faster than one
@@ -15,16 +16,19 @@ network and the cycle walk); Steele et al. 2014, "Fast Splittable Pseudorandom N
 
 import itertools
 import math
+import operator
 import queue
 import threading
-from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.config import Config
-from llm.text.shards import TokenizedCorpus
+from llm.errors import UsageError
+from llm.text.corpus import TokenizedCorpus
+from llm.text.mixture import Mixture, Phase, mixture_of
 from llm.text.splits import TokenSplit
 
 _Words = npt.NDArray[np.uint64]
@@ -59,48 +63,100 @@ class Batch(NamedTuple):
     segments: Any = None
 
 
-class TrainingBatches:
-    """Batches of windows of context_length + 1 tokens, for as many epochs as are asked for.
+class Windows(Protocol):
+    """The windows of one epoch after the other of a split.
+
+    Attributes:
+      per_epoch: W, how many windows an epoch has.
+    """
+
+    per_epoch: int
+
+    def read(self, keys: _Words, windows: _Words) -> Batch:
+        """A row for each window, which is in [0, W). Each key is that of the window's epoch."""
+        ...
+
+    def starts(self, keys: _Words, windows: _Words) -> npt.NDArray[np.int64]:
+        """int64 [n]: where each window begins in the split."""
+        ...
+
+
+class RingWindows:
+    """Windows of context_length + 1 tokens that cut a split, taken as a ring.
 
     Epoch e has W = floor(N / T) windows of the N tokens, window k from token
     (phase_e + k T) mod N on; so each token is predicted at most once an epoch, and the N mod T that
-    are left out are others in each. Batches run on from one epoch into the next.
+    are left out are others in each.
 
     Args:
       context_length: T; the split has more tokens than that (`splits.check_window`).
+    """
+
+    def __init__(self, split: TokenSplit, context_length: int):
+        assert len(split) > context_length, "check_window comes first"
+        self._split, self._context_length = split, context_length
+        self.per_epoch = len(split) // context_length
+
+    def read(self, keys: _Words, windows: _Words) -> Batch:
+        """Tokens alone."""
+        return Batch(self._split.windows(self.starts(keys, windows), self._context_length + 1))
+
+    def starts(self, keys: _Words, windows: _Words) -> npt.NDArray[np.int64]:
+        """int64 [n]: where each window begins in the split."""
+        tokens = np.uint64(len(self._split))
+        starts = (_mix(keys) % tokens + windows * np.uint64(self._context_length)) % tokens
+        return starts.astype(np.int64)
+
+
+class TrainingBatches:
+    """Batches of windows, for as many epochs as are asked for; they run on across epochs.
+
+    Args:
+      windows: those of the only source, or of each source of a mixture.
       batch_size: sequences of the global batch of each step.
       seed: any integer.
       rows: of each global batch, those that this host reads; None: all.
+      mixture: whose turn it is; None: there is one source.
     """
 
     def __init__(
         self,
-        split: TokenSplit,
+        windows: Windows | Sequence[Windows],
         *,
-        context_length: int,
         batch_size: int,
         seed: int,
         rows: Rows | None = None,
+        mixture: Mixture | None = None,
     ):
-        assert len(split) > context_length, "check_window comes first"
-        self._split, self._context_length = split, context_length
-        self._batch_size = batch_size
+        self._windows = windows if isinstance(windows, Sequence) else [windows]
+        assert (mixture is None) <= (len(self._windows) == 1), "several sources need a mixture"
+        self._batch_size, self._mixture = batch_size, mixture
+        self._from_step = mixture.phase.from_step if mixture else 0
         self._own_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
         self._key = _mix(np.array([seed % 2**64], np.uint64))
-        self.windows_per_epoch = len(split) // context_length
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """How many steps see each window once; rarely a whole number."""
-        return self.windows_per_epoch / self._batch_size
 
     def __getitem__(self, step: int) -> Batch:
         """This host's rows of batch `step`, counted from 0."""
-        return Batch(self._block(step, 1)[0])
+        return _mapped(self._block(step, 1), operator.itemgetter(0))
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each source was read when `step` steps are complete."""
+        read = self._mixture.read(step) if self._mixture else [step * self._batch_size]
+        return [n / one.per_epoch for n, one in zip(read, self._windows, strict=True)]
+
+    def window_sources(self, step: int) -> npt.NDArray[np.int64]:
+        """int64 [batch_size]: which source each row of the global batch is from."""
+        out = np.empty(self._batch_size, np.int64)
+        for rows, source, _, _ in self._places(self._numbers(step, np.arange(self._batch_size))):
+            out[rows] = source
+        return out
 
     def window_starts(self, step: int) -> npt.NDArray[np.int64]:
-        """int64 [batch_size]: where each row of the global batch begins in the split."""
-        return self._starts(step * self._batch_size + np.arange(self._batch_size))
+        """int64 [batch_size]: where each row of the global batch begins in its source's split."""
+        out = np.empty(self._batch_size, np.int64)
+        for rows, source, *place in self._places(self._numbers(step, np.arange(self._batch_size))):
+            out[rows] = self._windows[source].starts(*place)
+        return out
 
     def iterate(self, from_step: int = 0) -> Generator[Batch, None, None]:
         """Batch `from_step` and all that follow, read ahead by a thread.
@@ -108,10 +164,10 @@ class TrainingBatches:
         An error of the thread is raised here, after the batches that were read before it. Closing
         the iterator, or letting go of it, ends the thread.
         """
-        yield self[from_step]
-        batch_tokens = max(1, len(self._own_rows)) * (self._context_length + 1)
-        size = max(1, min(_BLOCK_BATCHES, _BLOCK_TOKENS // batch_tokens))
-        blocks: queue.SimpleQueue[npt.NDArray[np.int32] | Exception] = queue.SimpleQueue()
+        first = self[from_step]
+        yield first
+        size = max(1, min(_BLOCK_BATCHES, _BLOCK_TOKENS // max(1, first.tokens.size)))
+        blocks: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
         room, ended = threading.Semaphore(_BLOCKS_AHEAD), threading.Event()
 
         def read() -> None:
@@ -128,42 +184,103 @@ class TrainingBatches:
         try:
             while not isinstance(block := blocks.get(), Exception):
                 room.release()
-                yield from map(Batch, block)
+                for number in range(len(block.tokens)):
+                    yield _mapped(block, operator.itemgetter(number))
             raise block
         finally:
             ended.set()
             room.release()
 
-    def _block(self, step: int, batches: int) -> npt.NDArray[np.int32]:
-        """int32 [batches, rows, T + 1]: the steps from `step` on."""
+    def _block(self, step: int, batches: int) -> Batch:
+        """The steps from `step` on: arrays [batches, rows, ...]."""
         steps = step + np.arange(batches, dtype=np.int64)
-        numbers = steps[:, None] * self._batch_size + self._own_rows
-        length = self._context_length + 1
-        return self._split.windows(self._starts(numbers.ravel()), length).reshape(
-            *numbers.shape, length
-        )
+        numbers = self._numbers(steps[:, None], self._own_rows)
+        whole: Batch | None = None
+        for rows, source, *place in self._places(numbers.ravel()):
+            part = self._windows[source].read(*place)
+            if whole is None and len(part.tokens) == numbers.size:
+                whole = part
+                break
+            if whole is None:
+                whole = _mapped(part, lambda a: np.empty((numbers.size, *a.shape[1:]), a.dtype))
+            for out, values in zip(whole, part, strict=True):
+                if values is not None:
+                    out[rows] = values
+        assert whole is not None
+        return _mapped(whole, lambda array: array.reshape(*numbers.shape, *array.shape[1:]))
 
-    def _starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where the windows with these running numbers, counted over all epochs, begin."""
-        tokens, context_length = len(self._split), self._context_length
-        epoch, place = np.divmod(numbers.astype(np.uint64), np.uint64(self.windows_per_epoch))
-        key = _mix(self._key + epoch)
-        window = _permuted(place, self.windows_per_epoch, key)
-        phase = _mix(key) % np.uint64(tokens)
-        return ((phase + window * np.uint64(context_length)) % np.uint64(tokens)).astype(np.int64)
+    def _numbers(self, step: Any, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The running number of each row's window, counted over all epochs of the phase."""
+        return (step - self._from_step) * self._batch_size + rows
+
+    def _places(self, numbers: npt.NDArray[np.int64]) -> Iterator[tuple[Any, int, _Words, _Words]]:
+        """For each source: the rows that it gives, its number, their epochs' keys and windows."""
+        if self._mixture is None:
+            yield slice(None), 0, *self._order(numbers, self._windows[0].per_epoch)
+            return
+        sources, within = self._mixture.place(numbers)
+        for source in np.unique(sources).tolist() or [0]:
+            rows = np.flatnonzero(sources == source)
+            yield rows, source, *self._order(within[rows], self._windows[source].per_epoch)
+
+    def _order(self, numbers: npt.NDArray[np.int64], per_epoch: int) -> tuple[_Words, _Words]:
+        """The epoch's key and the window of each running number of one source."""
+        epoch, place = np.divmod(numbers.astype(np.uint64), np.uint64(per_epoch))
+        keys = _mix(self._key + epoch)
+        return keys, _permuted(place, per_epoch, keys)
+
+
+def _mapped(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    """A batch with the function's result for each array that it has."""
+    return Batch(*(None if array is None else function(array) for array in batch))
 
 
 def training_batches(
-    config: Config, corpus: TokenizedCorpus, rows: Rows | None = None
+    config: Config,
+    corpus: TokenizedCorpus,
+    rows: Rows | None = None,
+    phases: Sequence[Phase] = (),
 ) -> TrainingBatches:
-    """The batches of a run, whose text holds one window (`splits.check_window`)."""
+    """The batches of a run, whose sources hold one window each (`splits.check_window`).
+
+    Args:
+      phases: the batch sizes and weights that the run had, up to the steps that are asked for;
+        empty: those of the configuration, from the first step on.
+    """
+    size = phases[-1].batch_size if phases else config.training.batch_size
+    mixture = None
+    if config.data.mixture:
+        mixture = mixture_of(phases or [Phase(0, size, config.data.proportions)])
     return TrainingBatches(
-        corpus.train,
-        context_length=config.model.context_length,
-        batch_size=config.training.batch_size,
+        [RingWindows(one.train, config.model.context_length) for one in corpus.sources],
+        batch_size=size,
         seed=config.run.seed,
         rows=rows,
+        mixture=mixture,
     )
+
+
+def check_epochs(config: Config, batches: TrainingBatches) -> None:
+    """Raise a UsageError if the run would read a source of its mixture too often."""
+    steps = config.training.steps
+    epochs = batches.epochs(steps)
+    for one, times in zip(config.data.mixture, epochs, strict=False):
+        if times > one.max_epochs:
+            raise UsageError(
+                f"data.mixture: {one.name!r} would be read {times:.3g} times in {steps:,} steps, "
+                f"expected at most max_epochs = {one.max_epochs:g}: lower its weight "
+                f"({one.weight:g}), train fewer steps, add text to it, or set its max_epochs"
+            )
+
+
+def shares(config: Config, corpus: TokenizedCorpus, batches: TrainingBatches) -> Iterator[str]:
+    """A line for each source of a mixture: its tokens, its share, and how often it is read."""
+    epochs, whole = batches.epochs(config.training.steps), sum(config.data.proportions)
+    for source, part, times in zip(corpus.sources, config.data.proportions, epochs, strict=False):
+        yield (
+            f"  {source.name}: {len(source.train):,} training tokens, {100 * part / whole:.3g} % "
+            f"of the windows, {times:.3g} epochs; {len(source.validation):,} held out"
+        )
 
 
 def evaluation_batches(

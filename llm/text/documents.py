@@ -5,6 +5,7 @@ in pieces, which end only at places that no token can span. Newlines stay as the
 """
 
 import codecs
+import collections
 import hashlib
 import json
 import re
@@ -34,6 +35,9 @@ _BATCH_ROWS = 256
 _EXPECTED_JSON = "expected one JSON object a line, or a list of them"
 # Control characters inside of texts are let through.
 _JSON = json.JSONDecoder(strict=False)
+
+# Why a document is left out.
+EMPTY, WITHOUT_TEXT = "empty", "row without text"
 
 _SKIP = "or set data.bad_rows = 'skip' to leave out and count such rows"
 
@@ -83,8 +87,8 @@ class Reader:
       bad_rows: what to do with rows without such a text: raise, or leave out and count them.
     Attributes:
       replaced: how many replacement characters were inserted so far.
-      skipped: how many rows were left out so far.
-      first_skipped: which row was left out first, and why.
+      dropped: how many documents were left out so far, by the reason.
+      first_bad: which row without text was left out first, and why.
     """
 
     def __init__(
@@ -94,8 +98,9 @@ class Reader:
         bad_rows: Literal["error", "skip"] = "error",
     ):
         self.errors, self.text_field, self.bad_rows = errors, text_field, bad_rows
-        self.replaced = self.skipped = 0
-        self.first_skipped = ""
+        self.replaced = 0
+        self.dropped: collections.Counter[str] = collections.Counter()
+        self.first_bad = ""
 
     def documents(self, origins: Iterable[Origin]) -> Iterator[Document]:
         """Every document that is not empty, in order.
@@ -114,6 +119,8 @@ class Reader:
         """The whole file is one document."""
         if origin.bytes:
             yield Document(origin.name, origin.sha256, pieces(self._blocks(origin)))
+        else:
+            self.dropped[EMPTY] += 1
 
     def json_rows(self, origin: Origin) -> Iterator[Row]:
         """Rows of JSON lines, or of one list of rows, which has to fit into memory.
@@ -200,12 +207,14 @@ class Reader:
             except _BadRow as problem:
                 if self.bad_rows == "error":
                     raise DataError(f"{origin.name}, row {number} {problem}, {_SKIP}") from None
-                self.first_skipped = self.first_skipped or f"{origin.name}, row {number} {problem}"
-                self.skipped += 1
+                self.first_bad = self.first_bad or f"{origin.name}, row {number} {problem}"
+                self.dropped[WITHOUT_TEXT] += 1
                 continue
             if text:
                 sha256 = hashlib.sha256(text.encode()).hexdigest()
                 yield Document(f"{origin.name}#{number}", sha256, pieces(_slices(text)))
+            else:
+                self.dropped[EMPTY] += 1
 
     def _blocks(self, origin: Origin) -> Iterator[str]:
         """The decoded file, block by block. At its end, its hash is compared with the origin's."""

@@ -166,10 +166,8 @@ class PackedWindows:
                 place = begin + opened
                 if opened and self._end_of_text is not None:
                     tokens[row, begin] = self._end_of_text
-                ids = tokens[row, place : place + count]
-                self.split.stream.read_into(ids, self.split.start + first)
+                tokens[row, place : place + count] = self.split.read(first, count)
                 place, closed = place + count, closes
                 weights[row, begin : place - 1] = 1.0
                 segments[row, begin:place] = number
-        self.split.stream.check_ids(tokens)
         return Batch(tokens, weights, segments)

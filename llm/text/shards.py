@@ -1,27 +1,25 @@
 """Prepare a corpus: tokenise it once into shards on disk, find them again, open them.
 
-    CACHE/shards/FINGERPRINT/header.json    what is there: counts, bounds, hashes, sources, splits
-    CACHE/shards/FINGERPRINT/STREAM*        streams (llm/text/stream.py): train and validation for
+    CACHE/shards/FINGERPRINT/header.json    what is there: counts, bounds, hashes, origins
+    CACHE/shards/FINGERPRINT/STREAM.*       streams (llm/text/stream.py): train and validation for
                                             data.validation = "documents:F", else one, text
     CACHE/tokenizers/FINGERPRINT/           tokenizers that were made from a corpus
 
-A fingerprint is a hash of everything that decides the content of the folder: the files, the
-tokenizer and the split. Equal settings on equal content find the same folder, wherever the corpus
-lies.
+A folder of shards holds the tokens of one origin, or of some small ones (`_groups`). Its
+fingerprint is a hash of everything that decides its content: the files, the tokenizer and how
+documents are split. Equal settings on equal content find the same folders, wherever the corpus
+lies; a file that is new costs its own folder, and a preparation that was killed goes on with the
+folders that are missing.
 """
 
 import collections
 import contextlib
-import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from llm.config import DataConfig, TokenizerConfig
@@ -29,14 +27,15 @@ from llm.errors import CheckpointError, DataError, UsageError
 from llm.files import is_disk_full
 from llm.text.bpe import LONGEST_WORD, PATTERN, TRAINING_CHARACTERS, UNBROKEN, train_bpe
 from llm.text.cache import OnProgress, built_once, cache_root, no_room, silent
-from llm.text.documents import KINDS, Document, Origin, Reader
+from llm.text.corpus import Source, TokenizedCorpus, of_source
+from llm.text.documents import KINDS, WITHOUT_TEXT, Origin, Reader
+from llm.text.encoding import encoded, marked_pieces
 from llm.text.sources import Found, find_origins
-from llm.text.splits import TokenSplit, is_held_out, tail_boundary
+from llm.text.splits import Span, TokenSplit, tail_boundary
 from llm.text.stream import StreamManifest, StreamWriter, TokenStream, remedy, smallest_dtype
 from llm.text.tokenizer import (
     MADE_FROM_CORPUS,
     CharacterTokenizer,
-    Ids,
     Tokenizer,
     characters_of,
     check_kind,
@@ -48,68 +47,28 @@ from llm.text.tokenizer import (
     utf8_length,
 )
 
-# Increase it when the same settings and content would give other tokens or another layout.
+# Increase it when the same settings and content would give other tokens. `shard_tokens` is in the
+# fingerprint of a corpus because it always was: runs that began with it go on.
 FORMAT = 1
-SHARD_TOKENS = 100_000_000
+_SHARD_TOKENS = 100_000_000
+# Increase it when the same tokens would be stored in another way.
+LAYOUT = 2
 HEADER = "header.json"
+
+# The text whose tokens lie in one folder: a second or two of work. A small file counts as a block
+# of a disk, so that there are not too many in a folder.
+PART_BYTES = 2**24
+_BLOCK_BYTES = 2**12
 
 # Up to this size, opening compares the sha256 of every file. Beyond it, opening checks sizes and
 # bounds, and the ids of each batch are checked as they are read.
 VERIFY_ON_OPEN_BYTES = 2**26
 
-# One task of a tokenising thread: large enough that handing it over costs little in comparison.
-_TASK_CHARACTERS = 2**18
-
 _NO_TEXT = "the corpus has no text: every document is empty; point data.source at text"
 
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
-
-@dataclass(frozen=True)
-class TokenizedCorpus:
-    """A corpus ready to train on.
-
-    Attributes:
-      train, validation: the splits; validation is empty for data.validation = "none".
-      fingerprint: identifies these tokens; equal for equal content, tokenizer and split.
-      folder: the folder that holds the shards.
-      documents: number of documents that are not empty.
-      text_bytes: size of all documents as UTF-8.
-      replaced: how many replacement characters data.errors = "replace" inserted.
-      origins: the files, with sizes and hashes.
-      notes: what a person should know, one sentence each.
-      reused: whether the shards existed before.
-    """
-
-    tokenizer: Tokenizer
-    train: TokenSplit
-    validation: TokenSplit
-    fingerprint: str
-    folder: Path
-    documents: int
-    text_bytes: int
-    replaced: int
-    origins: tuple[Origin, ...]
-    notes: tuple[str, ...]
-    reused: bool
-
-    def check_sizes(self) -> None:
-        """Raise a DataError if a shard is not as long as it was: the system gives zeros for the
-        tokens that are missing on a page, and ends a process that reads a page without any."""
-        self.train.stream.check_sizes()
-        self.validation.stream.check_sizes()
-
-    def why_unreadable(self) -> str:
-        """What is wrong with the shards, for a process that the system ends because of them."""
-        try:
-            self.check_sizes()
-        except DataError as error:
-            return str(error)
-        return (
-            f"{self.folder} or another file in memory cannot be read any more: a disk failed, or a "
-            "network file system is gone. When it is back, run the same command again"
-        )
+# The sources of a corpus by their names: the settings of each, and what it names.
+_Sources = Mapping[str, tuple[DataConfig, Found]]
 
 
 def prepare(
@@ -125,7 +84,7 @@ def prepare(
       of_run: the folder of a run's own tokenizer, which is taken if the settings name a file: the
         file may have changed since, or be gone.
       on_progress: called with (what, bytes done, bytes in all or None), often enough for a progress
-        bar. An exception from it stops the preparation, which leaves nothing behind.
+        bar. An exception from it stops the preparation, which leaves nothing half-made behind.
     Raises:
       DataError: no text, text that cannot be read, shards that cannot be trusted, a full disk.
       UsageError: a setting that cannot be used, a split that leaves one side empty, half of a
@@ -137,16 +96,16 @@ def prepare(
         own = load_tokenizer(of_run)
     else:
         check_kind(tokenizer.kind)
-    found = Found((), ())
+    found: dict[str, tuple[DataConfig, Found]] = {}
+    parts: dict[str, list[_Part]] = {}
     try:
-        found = find_origins(data.source, root, on_progress)
-        encoder = own or _tokenizer_for(tokenizer, data, found, root, on_progress)
-        fingerprint = _fingerprint(data, found.origins, encoder)
-        folder = root / "shards" / fingerprint[:32]
-        with built_once(folder, on_progress) as partial:
-            if partial is not None:
-                header = _tokenise(partial, data, found, encoder, on_progress)
-                _write_header(partial, {"fingerprint": fingerprint, **header})
+        for name, settings in data.by_source.items():
+            with of_source(name):
+                found[name] = settings, find_origins(settings.source, root, on_progress)
+        encoder = own or _tokenizer_for(tokenizer, found, root, on_progress)
+        for name, (settings, origins) in found.items():
+            with of_source(name):
+                parts[name] = _prepared(root, settings, origins, encoder, on_progress, name)
     except OSError as error:
         if is_disk_full(error):
             raise no_room("the token shards", root, _needed(found), error) from None
@@ -155,50 +114,147 @@ def prepare(
             f"{error.filename or root}: {error.strerror}; this corpus has to be prepared first, so "
             "set data.cache_dir to a folder that can be written"
         ) from None
-    header = _read_header(folder, fingerprint)
+    hashed = sum(part.stored_bytes for of in parts.values() for part in of) <= VERIFY_ON_OPEN_BYTES
+    sources = tuple(
+        _opened(name, *found[name], parts[name], encoder, hashed=hashed) for name in found
+    )
+    fingerprints = [[source.name, source.fingerprint] for source in sources]
     return TokenizedCorpus(
-        **_open_splits(folder, header, encoder.vocab_size),
         tokenizer=encoder,
-        fingerprint=fingerprint,
-        folder=folder,
-        documents=header["documents"],
-        text_bytes=header["text_bytes"],
-        replaced=header["replaced"],
-        # The shards may have been made from the same files in another place.
-        origins=found.origins,
-        notes=(*found.notes, *_notes(header, encoder, tokenizer)),
-        reused=partial is None,
+        sources=sources,
+        fingerprint=sha256_of_json({"sources": fingerprints})
+        if data.mixture
+        else fingerprints[0][1],
+        folder=root / "shards",
+        notes=(
+            *(f"{one.name}: {note}" if one.name else note for one in sources for note in one.notes),
+            *_notes(encoder, tokenizer),
+        ),
+        reused=not any(part.is_new for of in parts.values() for part in of),
     )
 
 
-def _open_splits(folder: Path, header: dict[str, Any], vocab_size: int) -> dict[str, TokenSplit]:
-    """The splits of a corpus by their names.
+class _Part(NamedTuple):
+    """A folder of shards, its header, and whether it was made now."""
 
-    Raises:
-      DataError: a file is not as the header says; the message says what was expected and found.
+    folder: Path
+    header: dict[str, Any]
+    is_new: bool
+
+    @property
+    def streams(self) -> dict[str, StreamManifest]:
+        return _MANIFESTS.validate_python(self.header["streams"])
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(file.bytes for stream in self.streams.values() for file in stream.files)
+
+
+_MANIFESTS = TypeAdapter(dict[str, StreamManifest])
+
+
+def _prepared(
+    root: Path,
+    data: DataConfig,
+    found: Found,
+    encoder: Tokenizer,
+    on_progress: OnProgress,
+    name: str,
+) -> list[_Part]:
+    """The folders that hold the tokens of one source, in order, each from the cache or made now."""
+    parts: list[_Part] = []
+    done, total, what = 0, found.text_bytes, f"tokenising {name}".strip()
+    for origins in _groups(found.origins):
+        fingerprint = _fingerprint_of_part(data, origins, encoder)
+        folder = root / "shards" / fingerprint[:32]
+        with built_once(folder, on_progress) as partial:
+            if partial is not None:
+                # It is called before `done` changes.
+                report = lambda new: on_progress(what, done + new, total)  # noqa: B023, E731
+                header = _tokenise(partial, data, origins, encoder, report)
+                _write_header(partial, {"fingerprint": fingerprint, **header})
+        parts.append(_Part(folder, _read_header(folder, fingerprint), partial is not None))
+        done += parts[-1].header["text_bytes"]
+    return parts
+
+
+def _groups(origins: Iterable[Origin]) -> Iterator[list[Origin]]:
+    """The origins in order, those in groups whose tokens share a folder.
+
+    A file of PART_BYTES stands alone. Smaller files end a group by chance, by their own hashes and
+    sizes, each PART_BYTES on the average; so a new file changes no group but that which it is in.
     """
-    manifests = TypeAdapter(dict[str, StreamManifest]).validate_python(header["streams"])
-    stored = sum(file.bytes for manifest in manifests.values() for file in manifest.files)
-    hashed = stored <= VERIFY_ON_OPEN_BYTES
-    streams = {
-        name: TokenStream(folder, manifest, vocab_size, hashed=hashed)
-        for name, manifest in manifests.items()
-    }
-    return {
-        name: TokenSplit(streams[split["stream"]], split["start"], split["stop"])
-        for name, split in header["splits"].items()
-    }
+    group: list[Origin] = []
+    for origin in origins:
+        size = max(origin.bytes, _BLOCK_BYTES)
+        alone = size >= PART_BYTES or origin.kind == "hub"
+        if alone and group:
+            yield group
+            group = []
+        group.append(origin)
+        if alone or int(origin.sha256[:16], 16) * PART_BYTES < size << 64:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _opened(
+    name: str,
+    data: DataConfig,
+    found: Found,
+    parts: Sequence[_Part],
+    encoder: Tokenizer,
+    *,
+    hashed: bool,
+) -> Source:
+    """One source, from its folders.
+
+    Args:
+      hashed: compare the sha256 of each file.
+    Raises:
+      DataError: a file is not as its header says; the message says what was expected and found.
+    """
+    spans = collections.defaultdict[str, list[Span]](list)
+    for part in parts:
+        for stream, manifest in part.streams.items():
+            opened = TokenStream(part.folder, manifest, encoder.vocab_size, hashed=hashed)
+            spans[stream].append(Span(opened, 0, len(opened)))
+    headers = [part.header for part in parts]
+    totals: dict[str, Any] = {"dropped": collections.Counter()}
+    for key in ("documents", "text_bytes", "replaced", "normalised"):
+        totals[key] = sum(header[key] for header in headers)
+    for header in headers:
+        totals["dropped"].update(header["dropped"])
+    totals["first_bad"] = next((h["first_bad"] for h in headers if h["first_bad"]), "")
+    with of_source(name):
+        train, validation = _splits(data.validation, spans, totals["documents"])
+    return Source(
+        name=name,
+        train=train,
+        validation=validation,
+        fingerprint=_fingerprint(data, found.origins, encoder),
+        # The shards may have been made from the same files in another place.
+        origins=found.origins,
+        documents=totals["documents"],
+        text_bytes=totals["text_bytes"],
+        replaced=totals["replaced"],
+        dropped=dict(totals["dropped"]),
+        notes=(*found.notes, *_notes_on_text(totals, encoder)),
+    )
 
 
 def _tokenizer_for(
-    config: TokenizerConfig, data: DataConfig, found: Found, root: Path, on_progress: OnProgress
+    config: TokenizerConfig, found: _Sources, root: Path, on_progress: OnProgress
 ) -> Tokenizer:
     """The tokenizer of the settings. One that is made from the corpus uses held-out text too, as in
     nanoGPT.
     """
     if config.kind not in MADE_FROM_CORPUS:
         return named_tokenizer(config.kind, lossy=config.lossy)
-    recipe = {"format": FORMAT, "kind": config.kind, **_content(data, found.origins)}
+    contents: list[Any] = [[name, _content(data, of.origins)] for name, (data, of) in found.items()]
+    content: dict[str, Any] = contents[0][1] if "" in found else {"sources": contents}
+    recipe = {"format": FORMAT, "kind": config.kind, **content}
     if config.kind == "bpe":
         recipe |= {
             "vocab_size": config.vocab_size,
@@ -208,7 +264,7 @@ def _tokenizer_for(
     folder = root / "tokenizers" / sha256_of_json(recipe)[:32]
     with built_once(folder, on_progress) as partial:
         if partial is not None:
-            texts = _all_text(data, found, on_progress)
+            texts = _all_text(found, on_progress)
             if config.kind == "bpe":
                 made: Tokenizer = train_bpe(texts, config.vocab_size, on_progress)
             else:
@@ -220,24 +276,40 @@ def _tokenizer_for(
         raise DataError(f"{error}{remedy(folder)}") from None
 
 
-def _all_text(data: DataConfig, found: Found, on_progress: OnProgress) -> Iterator[str]:
-    done, total = 0, found.text_bytes
-    reader = Reader(data.errors, data.text_field, data.bad_rows)
-    for document in reader.documents(found.origins):
-        for text in document.pieces:
-            on_progress("reading the vocabulary", done, total)
-            yield text
-            done += utf8_length(text)
+def _all_text(found: _Sources, on_progress: OnProgress) -> Iterator[str]:
+    done, sizes = 0, [of.text_bytes for _, of in found.values()]
+    total = None if None in sizes else sum(filter(None, sizes))
+    for name, (data, of) in found.items():
+        with of_source(name):
+            reader = Reader(data.errors, data.text_field, data.bad_rows)
+            for document in reader.documents(of.origins):
+                for text in document.pieces:
+                    on_progress("reading the vocabulary", done, total)
+                    yield text
+                    done += utf8_length(text)
     if not done:
         raise DataError(_NO_TEXT)
 
 
 def _fingerprint(data: DataConfig, origins: Iterable[Origin], encoder: Tokenizer) -> str:
+    """Of the tokens of one source, in their order and splits."""
     decides = {
         "format": FORMAT,
-        "shard_tokens": SHARD_TOKENS,
+        "shard_tokens": _SHARD_TOKENS,
         "tokenizer": encoder.sha256,
         "validation": data.validation,
+        **_content(data, origins),
+    }
+    return sha256_of_json(decides)
+
+
+def _fingerprint_of_part(data: DataConfig, origins: Iterable[Origin], encoder: Tokenizer) -> str:
+    """Of what a folder of shards holds. Any tail of it may be held out."""
+    decides = {
+        "format": FORMAT,
+        "layout": LAYOUT,
+        "tokenizer": encoder.sha256,
+        "held_out": data.validation if data.validation.startswith("documents:") else None,
         **_content(data, origins),
     }
     return sha256_of_json(decides)
@@ -256,21 +328,22 @@ def _content(data: DataConfig, origins: Iterable[Origin]) -> dict[str, Any]:
 
 
 def _tokenise(
-    folder: Path, data: DataConfig, found: Found, encoder: Tokenizer, on_progress: OnProgress
+    folder: Path,
+    data: DataConfig,
+    origins: Iterable[Origin],
+    encoder: Tokenizer,
+    on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write the streams of the corpus, and return the header that describes them."""
+    """Write the streams of some origins, and return the header that describes them."""
     reader = Reader(data.errors, data.text_field, data.bad_rows)
-    pieces = _marked_pieces(reader.documents(found.origins), data.validation, encoder)
+    pieces = marked_pieces(reader.documents(origins), data.validation, encoder)
     names = ("train", "validation") if data.validation.startswith("documents:") else ("text",)
     dtype = smallest_dtype(encoder.vocab_size)
-    text_bytes, changed, total = 0, 0, found.text_bytes
+    text_bytes = changed = 0
     with contextlib.ExitStack() as files:
-        writers = {
-            name: files.enter_context(StreamWriter(folder, name, dtype, SHARD_TOKENS))
-            for name in names
-        }
-        for piece, ids, size, differs in _encoded(pieces, encoder, data.workers or _cores()):
-            on_progress("tokenising", text_bytes, total)
+        writers = {name: files.enter_context(StreamWriter(folder, name, dtype)) for name in names}
+        for piece, ids, size, differs in encoded(pieces, encoder, data.workers):
+            on_progress(text_bytes)
             if piece.begins:
                 writers[piece.stream].begin_document(piece.document)
             writers[piece.stream].add(ids)
@@ -280,28 +353,31 @@ def _tokenise(
     return {
         "tokenizer": {"name": encoder.name, "sha256": encoder.sha256},
         "streams": {name: asdict(manifest) for name, manifest in manifests.items()},
-        "splits": _splits(data.validation, manifests),
         "documents": sum(manifest.documents for manifest in manifests.values()),
         "text_bytes": text_bytes,
         "replaced": reader.replaced,
-        "skipped": reader.skipped,
-        "first_skipped": reader.first_skipped,
+        "dropped": dict(reader.dropped),
+        "first_bad": reader.first_bad,
         "normalised": changed,
-        "origins": [asdict(origin) for origin in found.origins],
+        "origins": [asdict(origin) for origin in origins],
     }
 
 
-def _notes(header: dict[str, Any], encoder: Tokenizer, wanted: TokenizerConfig) -> Iterator[str]:
-    """What a person should know of the tokens, wherever their text lies now."""
-    if count := header["replaced"]:
+def _notes_on_text(totals: Mapping[str, Any], encoder: Tokenizer) -> Iterator[str]:
+    """What a person should know of the tokens of a source, wherever their text lies now."""
+    if count := totals["replaced"]:
         yield f"bytes that are not UTF-8 were replaced by {count} characters U+FFFD"
-    if count := header.get("skipped"):
-        yield f"left out {count} rows without text; the first: {header['first_skipped']}"
-    if count := header.get("normalised"):
+    if count := totals["dropped"].get(WITHOUT_TEXT):
+        yield f"left out {count} rows without text; the first: {totals['first_bad']}"
+    if count := totals["normalised"]:
         yield (
-            f"the tokenizer {header['tokenizer']['name']!r} reads text in NFC, which spells "
-            f"{count} bytes of it in another way: the text is as NFC has it"
+            f"the tokenizer {encoder.name!r} reads text in NFC, which spells {count} bytes of it "
+            "in another way: the text is as NFC has it"
         )
+
+
+def _notes(encoder: Tokenizer, wanted: TokenizerConfig) -> Iterator[str]:
+    """What a person should know of the tokenizer."""
     if encoder.lossy:
         yield lossy_note(encoder)
     if wanted.kind == "bpe" and encoder.vocab_size < wanted.vocab_size:
@@ -311,132 +387,32 @@ def _notes(header: dict[str, Any], encoder: Tokenizer, wanted: TokenizerConfig) 
         )
 
 
-class _Piece(NamedTuple):
-    """A piece of a document, the stream it goes to, and whether it is the first or the last."""
-
-    stream: str
-    document: str
-    text: str
-    begins: bool
-    ends: bool
-
-
-def _marked_pieces(
-    documents: Iterable[Document], validation: str, encoder: Tokenizer
-) -> Iterator[_Piece]:
-    kind, _, fraction = validation.partition(":")
-    stream = "text"
-    for document in documents:
-        if kind == "documents":
-            held_out = is_held_out(document.sha256, float(fraction))
-            stream = "validation" if held_out else "train"
-        begins = True
-        pieces = _encodable(document.pieces, encoder)
-        for text, following in itertools.pairwise(itertools.chain(pieces, [""])):
-            yield _Piece(stream, document.name, text, begins, ends=not following)
-            begins = False
-
-
-def _encodable(pieces: Iterable[str], encoder: Tokenizer) -> Iterator[str]:
-    """The same text in pieces that the tokenizer may encode one by one."""
-    held: list[str] = []
-    for piece in pieces:
-        cut = encoder.last_cut(piece)
-        held.append(piece[:cut] if cut else piece)
-        if cut:
-            yield "".join(held)
-            held = [piece[cut:]] if cut < len(piece) else []
-    if held:
-        yield "".join(held)
-
-
-def _encoded(
-    pieces: Iterable[_Piece], encoder: Tokenizer, workers: int
-) -> Iterator[tuple[_Piece, Ids, int, int]]:
-    """Each piece in order, its ids, and its size in bytes. A beginning and an end of text, if the
-    tokenizer has them, stand before and behind each document.
-    """
-    end = [] if encoder.end_of_text is None else [encoder.end_of_text]
-    end_ids = np.array(end, np.int32)
-
-    def encode(piece: _Piece) -> tuple[_Piece, Ids, int, int]:
-        ids = encoder.encode(piece.text, continues=not piece.begins)
-        ids = encoder.begun(ids) if piece.begins else ids
-        ids = np.concatenate([ids, end_ids]) if piece.ends else ids
-        return piece, ids, utf8_length(piece.text), encoder.changed(piece.text)
-
-    tasks = _in_order(lambda task: [encode(piece) for piece in task], _grouped(pieces), workers)
-    return itertools.chain.from_iterable(tasks)
-
-
-def _grouped(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    group: list[_Piece] = []
-    characters = 0
-    for piece in pieces:
-        group.append(piece)
-        characters += len(piece.text)
-        if characters >= _TASK_CHARACTERS:
-            yield group
-            group, characters = [], 0
-    if group:
-        yield group
-
-
-def _in_order(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int
-) -> Iterator[_Result]:
-    """The function's result for each item, in order, computed by threads.
-
-    Threads suffice, because tiktoken and NumPy release the interpreter's lock, and threads copy
-    nothing. At most two items per thread are in flight, so memory is bounded.
-    """
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="tokenise")
-    pending: collections.deque[Future[_Result]] = collections.deque()
-    try:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _cores() -> int:
-    """How many cores this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _splits(validation: str, manifests: dict[str, StreamManifest]) -> dict[str, dict[str, Any]]:
-    """The place of each split: a stream, and the first and last token there.
+def _splits(
+    validation: str, spans: Mapping[str, Sequence[Span]], documents: int
+) -> tuple[TokenSplit, TokenSplit]:
+    """The tokens that train and those that are held out, from the spans of each stream.
 
     Raises:
       DataError: there are no tokens.
       UsageError: documents are held out, and one side has none.
     """
-    if not any(manifest.tokens for manifest in manifests.values()):
+    if not documents:
         raise DataError(_NO_TEXT)
     kind, _, fraction = validation.partition(":")
-    if kind == "documents":
-        documents = sum(manifest.documents for manifest in manifests.values())
-        for name, held_out in (("train", "all"), ("validation", "none")):
-            if not manifests[name].tokens:
-                raise UsageError(
-                    f"data.validation = {validation!r} goes by the hash of each document and holds "
-                    f"out {held_out} of the {documents} there are: the {name} split is empty; set "
-                    f"data.validation = 'tail:{fraction}', which holds out the end of the text, or "
-                    "'none'"
-                )
-        places = {name: (name, 0, manifest.tokens) for name, manifest in manifests.items()}
-    else:
-        tokens = manifests["text"].tokens
-        boundary = tokens if kind == "none" else tail_boundary(tokens, fraction)
-        places = {"train": ("text", 0, boundary), "validation": ("text", boundary, tokens)}
-    keys = ("stream", "start", "stop")
-    return {name: dict(zip(keys, place, strict=True)) for name, place in places.items()}
+    if kind != "documents":
+        text = TokenSplit(spans["text"])
+        boundary = len(text) if kind == "none" else tail_boundary(len(text), fraction)
+        return text.part(0, boundary), text.part(boundary, len(text))
+    splits = TokenSplit(spans["train"]), TokenSplit(spans["validation"])
+    for split, name, held_out in zip(splits, spans, ("all", "none"), strict=True):
+        if not len(split):
+            raise UsageError(
+                f"data.validation = {validation!r} goes by the hash of each document and holds "
+                f"out {held_out} of the {documents} there are: the {name} split is empty; set "
+                f"data.validation = 'tail:{fraction}', which holds out the end of the text, or "
+                "'none'"
+            )
+    return splits
 
 
 def _write_header(folder: Path, header: dict[str, Any]) -> None:
@@ -464,10 +440,12 @@ def _read_header(folder: Path, fingerprint: str) -> dict[str, Any]:
     return header
 
 
-def _needed(found: Found) -> str:
-    if found.text_bytes is None:
+def _needed(found: _Sources) -> str:
+    sizes = [of.text_bytes for _, of in found.values()]
+    if None in sizes or not sizes:
         return "how much the corpus needs is not known beforehand"
+    text = sum(filter(None, sizes))
     return (
-        f"{found.text_bytes} bytes of text need up to {2 * found.text_bytes} (2 for each token, 4 "
-        "if the vocabulary has more than 65,536)"
+        f"{text} bytes of text need up to {2 * text} (2 for each token, 4 if the vocabulary has "
+        "more than 65,536)"
     )

@@ -5,12 +5,17 @@ side and new documents move none of the old. `tail:F` holds out the end of the t
 shakespeare_char does.
 """
 
+import bisect
+import itertools
+from collections.abc import Iterable
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from llm.errors import DataError, UsageError
-from llm.text.stream import TokenStream
+from llm.text.stream import TokenStream, remedy
 from llm.text.tokenizer import Ids
 
 # A corpus shorter than this is no corpus for any context length that people use: below it the
@@ -18,28 +23,49 @@ from llm.text.tokenizer import Ids
 SMALLEST_CORPUS_TOKENS = 256
 
 
-class TokenSplit:
+# The system maps at most 65,530 files into one process.
+_MOST_MAPPED = 2**13
+
+
+class Span(NamedTuple):
     """The tokens [start, stop) of a stream."""
 
-    def __init__(self, stream: TokenStream, start: int, stop: int):
-        self.stream, self.start, self.stop = stream, start, stop
+    stream: TokenStream
+    start: int
+    stop: int
+
+
+class TokenSplit:
+    """Spans of streams, one after the other, as one row of tokens.
+
+    No document goes on from one stream into the next.
+    """
+
+    def __init__(self, spans: Iterable[Span]):
+        self.spans = tuple(span for span in spans if span.stop > span.start)
+        sizes = (span.stop - span.start for span in self.spans)
+        self._begins = [0, *itertools.accumulate(sizes)]  # one more than there are spans
+        self._mapped: dict[int, npt.NDArray] = {}
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return self._begins[-1]
 
-    @property
-    def vocab_size(self) -> int:
-        return self.stream.vocab_size
+    def part(self, start: int, stop: int) -> "TokenSplit":
+        """The tokens [start, stop) of this split as a split."""
+        return TokenSplit(
+            Span(
+                span.stream,
+                span.start + max(0, start - begin),
+                span.start + min(span.stop - span.start, stop - begin),
+            )
+            for span, begin in zip(self.spans, self._begins, strict=False)
+        )
 
     def read(self, start: int, count: int) -> Ids:
         """int32 [count]: the tokens from `start` on, which must exist."""
         if not 0 <= start <= start + count <= len(self):
             raise IndexError(f"tokens [{start}, {start + count}) of a split of {len(self)}")
-        out = np.empty(count, np.int32)
-        if count:
-            self.stream.read_into(out, self.start + start)
-        self.stream.check_ids(out)
-        return out
+        return self.windows(np.array([start]), count)[0]
 
     def windows(self, starts: np.ndarray, length: int) -> Ids:
         """int32 [len(starts), length]: the tokens from each start on, the split taken as a ring.
@@ -47,23 +73,62 @@ class TokenSplit:
         Args:
           starts: int [n], each in [0, len(self)).
           length: at most len(self).
+        Raises:
+          DataError: an id is not in the vocabulary. Its embedding would be NaN, and the error
+            would show far from its cause.
         """
         out = np.empty((len(starts), length), np.int32)
         for row, start in zip(out, starts.tolist(), strict=True):
-            before_end = len(self) - start
-            if before_end >= length:
-                self.stream.read_into(row, self.start + start)
-            else:
-                self.stream.read_into(row[:before_end], self.start + start)
-                self.stream.read_into(row[before_end:], self.start)
-        self.stream.check_ids(out)
+            done = 0
+            while done < length:
+                number, place = self._at((start + done) % len(self))
+                span = self.spans[number]
+                part = self._tokens(number)[place : min(place + length - done, span.stop)]
+                row[done : done + len(part)] = part
+                done += len(part)
+        # Viewed as unsigned numbers, negative ids are large: one comparison finds both kinds.
+        if out.size and int(out.view(np.uint32).max()) >= self.spans[0].stream.vocab_size:
+            self._refuse(out, starts)
         return out
 
     def document_at(self, position: int) -> tuple[str, int]:
         """The name of the document that holds the split's token, and the token's place in it."""
         if not 0 <= position < len(self):
             raise IndexError(f"token {position} of a split of {len(self)}")
-        return self.stream.document_at(self.start + position)
+        number, place = self._at(position)
+        return self.spans[number].stream.document_at(place)
+
+    def document_starts(self) -> npt.NDArray[np.int64]:
+        """int64 [documents]: the first token of each document that begins in the split."""
+        starts = [np.empty(0, np.int64)]
+        for span, begin in zip(self.spans, self._begins, strict=False):
+            firsts = span.stream.places()[:-1, 0]
+            inside = firsts[(firsts >= span.start) & (firsts < span.stop)]
+            starts.append(inside - span.start + begin)
+        return np.concatenate(starts)
+
+    def _at(self, position: int) -> tuple[int, int]:
+        """Which span holds a token of the split, and the token's place in the span's stream."""
+        number = bisect.bisect_right(self._begins, position) - 1
+        return number, self.spans[number].start + position - self._begins[number]
+
+    def _tokens(self, number: int) -> npt.NDArray:
+        tokens = self._mapped.get(number)
+        if tokens is None:
+            if len(self._mapped) >= _MOST_MAPPED:
+                self._mapped.clear()
+            tokens = self._mapped[number] = self.spans[number].stream.tokens()
+        return tokens
+
+    def _refuse(self, ids: Ids, starts: np.ndarray) -> None:
+        """Raise the DataError for the first of the ids that is not in the vocabulary."""
+        vocab_size = self.spans[0].stream.vocab_size
+        row, column = np.argwhere((ids < 0) | (ids >= vocab_size))[0].tolist()
+        folder = self.spans[self._at((int(starts[row]) + column) % len(self))[0]].stream.folder
+        raise DataError(
+            f"the shards in {folder} hold the token id {ids[row, column]}; expected ids below the "
+            f"vocabulary's {vocab_size}{remedy(folder)}"
+        )
 
 
 def is_held_out(document_sha256: str, fraction: float) -> bool:

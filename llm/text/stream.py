@@ -1,7 +1,6 @@
-"""One long row of token ids on disk, in memory-mapped shards, with the places of its documents.
+"""A row of token ids on disk, memory-mapped, with the places of its documents.
 
-    train-00000.bin ...    token ids, little-endian uint16 or uint32, `shard_tokens` in each but
-                           the last
+    train.bin              token ids, little-endian uint16 or uint32
     train.documents        int64 pairs: a document's first token, and the first byte of its name in
                            train.names; a last pair holds the ends
     train.names            the documents' names, UTF-8, one after the other
@@ -40,17 +39,16 @@ class StreamManifest:
     """
 
     dtype: str
-    shard_tokens: int
     tokens: int
     documents: int
     largest_id: int
-    shards: tuple[StoredFile, ...]
+    shard: StoredFile
     index: StoredFile
     names: StoredFile
 
     @property
     def files(self) -> tuple[StoredFile, ...]:
-        return (*self.shards, self.index, self.names)
+        return self.shard, self.index, self.names
 
 
 def smallest_dtype(vocab_size: int) -> str:
@@ -83,10 +81,9 @@ class StreamWriter(AbstractContextManager):
     Leaving its context closes every file, whether the stream is finished or not.
     """
 
-    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int):
-        self._folder, self._name, self._files = folder, name, ExitStack()
-        self._dtype, self._shard_tokens = np.dtype(dtype).newbyteorder("<"), shard_tokens
-        self._shards: list[_HashedFile] = []  # the last one is open
+    def __init__(self, folder: Path, name: str, dtype: str):
+        self._files, self._dtype = ExitStack(), np.dtype(dtype).newbyteorder("<")
+        self._shard = _HashedFile(folder / f"{name}.bin", self._files)
         self._index = _HashedFile(folder / f"{name}.documents", self._files)
         self._names = _HashedFile(folder / f"{name}.names", self._files)
         self.tokens = self.documents = 0
@@ -102,24 +99,17 @@ class StreamWriter(AbstractContextManager):
         """Append token ids."""
         if len(ids):
             self._largest_id = max(self._largest_id, int(ids.max()))
-        while len(ids):
-            room = len(self._shards) * self._shard_tokens - self.tokens
-            if room == 0:
-                self._begin_shard()
-                room = self._shard_tokens
-            self._shards[-1].write(ids[:room].astype(self._dtype).tobytes())
-            self.tokens += len(ids[:room])
-            ids = ids[room:]
+        self._shard.write(ids.astype(self._dtype).tobytes())
+        self.tokens += len(ids)
 
     def finish(self) -> StreamManifest:
         self._mark()
         return StreamManifest(
             dtype=self._dtype.name,
-            shard_tokens=self._shard_tokens,
             tokens=self.tokens,
             documents=self.documents,
             largest_id=self._largest_id,
-            shards=tuple(shard.close() for shard in self._shards),
+            shard=self._shard.close(),
             index=self._index.close(),
             names=self._names.close(),
         )
@@ -130,15 +120,9 @@ class StreamWriter(AbstractContextManager):
     def _mark(self) -> None:
         self._index.write(np.array([self.tokens, self._names.bytes], "<i8").tobytes())
 
-    def _begin_shard(self) -> None:
-        if self._shards:
-            self._shards[-1].close()
-        name = f"{self._name}-{len(self._shards):05d}.bin"
-        self._shards.append(_HashedFile(self._folder / name, self._files))
-
 
 class TokenStream:
-    """A stream that was written, memory-mapped.
+    """A stream that was written.
 
     Args:
       folder: the folder that holds its files.
@@ -162,9 +146,6 @@ class TokenStream:
         self.check_sizes()
         if hashed:
             self.verify()
-        dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._shards = [_mapped(folder / shard.name, dtype) for shard in manifest.shards]
-        self._index = _mapped(folder / manifest.index.name, np.dtype("<i8")).reshape(-1, 2)
 
     def __len__(self) -> int:
         return self.manifest.tokens
@@ -193,34 +174,21 @@ class TokenStream:
                     f"{found}{remedy(self.folder)}"
                 )
 
-    def read_into(self, out: Ids, start: int) -> None:
-        """Fill `out` with the tokens from `start` on; all of them must exist."""
-        number, offset = divmod(start, self.manifest.shard_tokens)
-        part = self._shards[number][offset : offset + len(out)]
-        if len(part) == len(out):
-            out[:] = part
-        else:
-            out[: len(part)] = part
-            self.read_into(out[len(part) :], start + len(part))
+    def tokens(self) -> npt.NDArray:
+        """The token ids [N], mapped anew by each call."""
+        dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        return _mapped(self.folder / self.manifest.shard.name, dtype)
 
-    def check_ids(self, ids: Ids) -> None:
-        """Raise a DataError if one of the ids, as just read, is not in the vocabulary.
-
-        The embedding of such an id would be NaN, and the error would show far from its cause.
-        """
-        # Viewed as unsigned numbers, negative ids are large: one comparison finds both kinds.
-        if ids.size and int(ids.view(np.uint32).max()) >= self.vocab_size:
-            found = int(ids[(ids < 0) | (ids >= self.vocab_size)].flat[0])
-            raise DataError(
-                f"the shards in {self.folder} hold the token id {found}; expected ids below the "
-                f"vocabulary's {self.vocab_size}{remedy(self.folder)}"
-            )
+    def places(self) -> npt.NDArray[np.int64]:
+        """int64 [documents + 1, 2]: what the .documents file holds, mapped anew by each call."""
+        return _mapped(self.folder / self.manifest.index.name, np.dtype("<i8")).reshape(-1, 2)
 
     def document_at(self, position: int) -> tuple[str, int]:
         """The name of the document that holds a token, and the token's index in it."""
-        number = int(np.searchsorted(self._index[:, 0], position, side="right")) - 1
-        start, name_start = self._index[number].tolist()
-        name_stop = int(self._index[number + 1, 1])
+        places = self.places()
+        number = int(np.searchsorted(places[:, 0], position, side="right")) - 1
+        start, name_start = places[number].tolist()
+        name_stop = int(places[number + 1, 1])
         with open(self.folder / self.manifest.names.name, "rb") as names:
             names.seek(name_start)
             return names.read(name_stop - name_start).decode(), position - start

@@ -21,11 +21,32 @@ EvaluationStep = Callable[[Params, Batch], jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """loss_nats: mean negative log-likelihood per token. tokens: how many were predicted."""
+    """The negative log-likelihood of some tokens; the sum of two evaluations is that of both.
 
-    loss_nats: float
-    bits_per_byte: float | None
+    Attributes:
+      nats: over all tokens.
+      tokens: how many were predicted.
+      text_bytes: how many bytes of text are in them.
+    """
+
+    nats: float
     tokens: int
+    text_bytes: int
+
+    @property
+    def loss_nats(self) -> float:
+        """Mean per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Total nats / (total bytes ln 2); None if the tokens have no text."""
+        return self.nats / (self.text_bytes * math.log(2)) if self.text_bytes else None
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(
+            self.nats + other.nats, self.tokens + other.tokens, self.text_bytes + other.text_bytes
+        )
 
 
 def make_evaluation_step(spec: ModelSpec, mesh: Mesh) -> EvaluationStep:
@@ -53,7 +74,7 @@ def evaluate(
     byte_lengths: np.ndarray,
     split: TokenSplit | None = None,
 ) -> Evaluation:
-    """Mean nats per token, and bits per byte = total nats / (total bytes ln 2).
+    """The negative log-likelihood of a split's targets.
 
     Args:
       batches: cover the split once; a target counts if its weight is 1 and not if it is 0.
@@ -74,11 +95,7 @@ def evaluate(
         tokens, text_bytes = _count(split, byte_lengths)
     # Summed in float64 on the host: thousands of float32 batch sums would lose digits.
     total = math.fsum(float(batch) for batch in jax.device_get(nats))
-    return Evaluation(
-        loss_nats=total / tokens,
-        bits_per_byte=total / (text_bytes * math.log(2)) if text_bytes else None,
-        tokens=tokens,
-    )
+    return Evaluation(total, tokens, text_bytes)
 
 
 def _count(split: TokenSplit, byte_lengths: np.ndarray, at_once: int = 2**20) -> tuple[int, int]:

@@ -8,9 +8,11 @@ What it is not: the mathematics (step.py), or the formats of files (llm/run/).
 
 import contextlib
 import dataclasses
+import functools
 import math
+import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +35,9 @@ from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, recei
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
 from llm.text.batches import Batch, TrainingBatches, evaluation_batches, training_batches
-from llm.text.shards import TokenizedCorpus
+from llm.text.corpus import TokenizedCorpus
+from llm.text.mixture import Phase
+from llm.text.splits import TokenSplit
 from llm.training.evaluate import Evaluation, evaluate, make_evaluation_step
 from llm.training.optimizer import make_optimizer
 from llm.training.state import (
@@ -51,13 +55,18 @@ Sampler = Callable[[Any], str]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is trained, on what, where, and by which processes."""
+    """What is trained, on what, where, and by which processes.
+
+    Attributes:
+      phases: batch sizes and weights until now, of a run on a mixture.
+    """
 
     config: Config
     spec: ModelSpec
     mesh: Mesh
     corpus: TokenizedCorpus
     hosts: Hosts
+    phases: Sequence[Phase] = ()
 
     def rows(self, batch_size: int) -> np.ndarray:
         """This process's share of a batch."""
@@ -66,7 +75,7 @@ class Job:
     def batches(self, whole: bool = False) -> TrainingBatches:
         """This process's rows of each batch, or all of them."""
         rows = None if whole else self.rows(self.config.training.batch_size)
-        return training_batches(self.config, self.corpus, rows)
+        return training_batches(self.config, self.corpus, rows, self.phases)
 
     @property
     def tokens_per_step(self) -> int:
@@ -310,20 +319,26 @@ class Validation:
     def run(self, state: TrainState, step: int) -> None:
         """Evaluate once a step. A stop ends it after the batch under way; the next start evaluates
         this step anew."""
-        split, metrics = self._job.corpus.validation, self._outputs.metrics
-        if len(split) < 2 or metrics.has_evaluation(step):
+        metrics, sources = self._outputs.metrics, self._job.corpus.sources
+        if len(self._job.corpus.validation) < 2 or metrics.has_evaluation(step):
             return
         try:
-            result = evaluate(
-                self._step_fn,
-                state.weights,
-                self._until_stopped(step),
-                self._job.corpus.tokenizer.byte_lengths(),
-                None if self._job.hosts.alone else split,
-            )
+            results = {
+                source.name: evaluate(
+                    self._step_fn,
+                    state.weights,
+                    self._until_stopped(step, source.validation),
+                    self._job.corpus.tokenizer.byte_lengths(),
+                    None if self._job.hosts.alone else source.validation,
+                )
+                for source in sources
+            }
         except _EvaluationStoppedError:
             return
-        self._write(step, result)
+        for name, result in results.items():
+            if name:
+                self._write(step, result, name)
+        self._write(step, functools.reduce(operator.add, results.values()))
         best = metrics.best_evaluation()
         if self._job.config.checkpoint.keep_best and best is not None:
             self._outputs.checkpoints.best = best[0]
@@ -334,11 +349,11 @@ class Validation:
             self._outputs.display.say(text)
         self._report.restart_clock()
 
-    def _until_stopped(self, step: int) -> Iterator[Batch]:
+    def _until_stopped(self, step: int, split: TokenSplit) -> Iterator[Batch]:
         settings = self._job.config.training
         size = settings.eval_batch_size or settings.micro_batch_size or settings.batch_size
         for batch in evaluation_batches(
-            self._job.corpus.validation,
+            split,
             context_length=self._job.spec.config.context_length,
             batch_size=size,
             rows=self._job.rows(size),
@@ -353,22 +368,22 @@ class Validation:
             self._stop.read(leave=1)
         self._stop.read()
 
-    def _write(self, step: int, result: Evaluation) -> None:
-        self._outputs.write(
-            {
-                "kind": "eval",
-                "step": step,
-                "split": "validation",
-                "loss": result.loss_nats,
-                "bits_per_byte": result.bits_per_byte,
-                "tokens": result.tokens,
-            }
-        )
+    def _write(self, step: int, result: Evaluation, source: str = "") -> None:
+        row = {
+            "kind": "eval",
+            "step": step,
+            "split": "validation",
+            "loss": result.loss_nats,
+            "bits_per_byte": result.bits_per_byte,
+            "tokens": result.tokens,
+        }
+        self._outputs.write(row | ({"source": source} if source else {}))
         bits = result.bits_per_byte
+        of = f"on {source} " if source else ""
         in_bits = f", {bits:.4f} bits per byte" if bits is not None else ""
         self._outputs.display.say(
-            f"step {step}: validation loss {result.loss_nats:.4f} nats per token{in_bits} "
-            f"({result.tokens:,} tokens)"
+            f"step {step}: validation loss {of}{result.loss_nats:.4f} nats per token"
+            f"{in_bits} ({result.tokens:,} tokens)"
         )
 
 
