@@ -1,6 +1,7 @@
 """One training step of ours and of nanoGPT, side by side on this machine.
 
-    python benchmarks/nanogpt.py PATH/TO/nanoGPT [--recipe RECIPE] [--compile] [--theirs PYTHON]
+    python benchmarks/nanogpt.py PATH/TO/nanoGPT [--recipe RECIPE] [--dtype DTYPE ...]
+        [--compile] [--theirs PYTHON]
 
 PATH is a clone of https://github.com/karpathy/nanoGPT, which stays outside this repository; its
 model and its optimizer are used as they are. Each side runs in a process of its own with the whole
@@ -15,8 +16,10 @@ What it is not: a comparison of losses, which is configs/shakespeare_char_cpu.to
     gpt2    12 layers x 768, batch 16 x 1024, GPT-2's vocabulary: for a GPU
     small   2 layers x 64, batch 4 x 32: to see that the script runs
 
-All without dropout and biases; float32 on a CPU, bfloat16 on a GPU. With --compile also nanoGPT
-through torch.compile, as its train.py does by default.
+All without dropout and biases. --dtype names what nanoGPT computes in, each in a turn of its own:
+bfloat16 is torch's autocast; by default float32 on a CPU and bfloat16 on a GPU. Ours computes in
+the last that is named. With --compile also nanoGPT through
+torch.compile, as its train.py does by default.
 """
 
 import argparse
@@ -45,14 +48,18 @@ def main() -> None:
     """Start both sides, let them take turns, print the table and one JSON line."""
     options = parse_options()
     recipe = RECIPES[options.recipe]
-    ours = Side("ours", [sys.executable, __file__, "--side", "ours", "."], recipe)
-    theirs = Side(
-        "nanoGPT", [options.theirs, __file__, "--side", "theirs", options.nanogpt], recipe
-    )
-    sides = [ours, theirs]
-    if options.compile:
-        command = [options.theirs, __file__, "--side", "theirs", options.nanogpt]
-        sides.append(Side("nanoGPT, torch.compile", command, {**recipe, "compiled": True}))
+    command = [options.theirs, __file__, "--side", "theirs", options.nanogpt]
+    sides = [
+        Side(
+            "ours",
+            [sys.executable, __file__, "--side", "ours", "."],
+            {**recipe, "dtype": options.dtype[-1]},
+        )
+    ]
+    for dtype in options.dtype:
+        for compiled in (False, True)[: 1 + options.compile]:
+            name = f"nanoGPT {dtype}".removesuffix(" auto") + ", torch.compile" * compiled
+            sides.append(Side(name, command, {**recipe, "dtype": dtype, "compiled": compiled}))
     take_turns(sides, options.rounds)
 
 
@@ -60,6 +67,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="One step of ours and of nanoGPT, side by side.")
     parser.add_argument("nanogpt", help="a clone of nanoGPT")
     parser.add_argument("--recipe", choices=RECIPES, default="cpu")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=["auto", "float32", "bfloat16"], default=["auto"]
+    )
     parser.add_argument("--compile", action="store_true", help="also through torch.compile")
     parser.add_argument("--rounds", type=int, default=15, help="turns of each side")
     parser.add_argument(
@@ -97,6 +107,7 @@ def our_step(recipe):
         "model.bias": False,
         "training.batch_size": recipe["batch"],
         "training.micro_batch_size": 0,
+        "training.compute_dtype": recipe["dtype"],
     }
     config = load_config(ROOT / "configs" / recipe["config"], flags).resolved()
     setup = make_setup(config, recipe["vocabulary"])
@@ -115,16 +126,17 @@ def our_step(recipe):
 
 
 def their_step(nanogpt, recipe):
-    """As nanoGPT's train.py does it: AdamW with its groups, clipped gradients; on GPUs bfloat16."""
+    """As nanoGPT's train.py does it: AdamW with its groups, clipped gradients, autocast."""
     sys.path.insert(0, nanogpt)
     import torch
     from model import GPT, GPTConfig
 
     torch.manual_seed(1337)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = device == "cuda"
+    auto = "bfloat16" if device == "cuda" else "float32"
+    in_bfloat16 = (auto if recipe["dtype"] == "auto" else recipe["dtype"]) == "bfloat16"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    narrow = torch.autocast(device, torch.bfloat16) if on_gpu else contextlib.nullcontext()
+    narrow = torch.autocast(device, torch.bfloat16) if in_bfloat16 else contextlib.nullcontext()
     model = GPT(
         GPTConfig(
             block_size=recipe["context"],
