@@ -13,7 +13,7 @@ import math
 import re
 import reprlib
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -270,6 +270,16 @@ class TrainingConfig(Settings):
         0.0, "skip an update whose loss is this many standard deviations above recent ones; 0: off"
     )
     max_skipped: Positive = setting(10, "skipped updates in a row after which to stop")
+    init_from: Folder = setting(
+        "",
+        "begin with the parameters and the tokenizer of another run (RUN, or RUN@STEP) or of a "
+        "Hugging Face folder; the model's settings are those it has there",
+    )
+    resize_vocabulary: bool = setting(
+        False,
+        "with init_from: take the tokenizer that tokenizer.kind names, which may add tokens; their "
+        "rows begin as the mean of the others",
+    )
 
     @property
     def accumulation(self) -> int:
@@ -385,16 +395,24 @@ class Config(Settings):
         return self.model_copy(update={"model": self.model.resolved()})
 
 
-def load_config(path: str | Path, flags: Mapping[str, Any] | None = None) -> Config:
+# Puts what other files say into the tables of a file: (path, tables, flags) -> tables.
+Inherit = Callable[[str | Path, dict[str, Any], Mapping[str, Any]], dict[str, Any]]
+
+
+def load_config(
+    path: str | Path, flags: Mapping[str, Any] | None = None, inherit: Inherit | None = None
+) -> Config:
     """Defaults, then the file, then the flags.
 
     Args:
       path: a TOML file.
       flags: `section.key` -> value.
+      inherit: what training.init_from names; None: its settings are not looked at.
     Raises:
       UsageError: names the setting, what was found and what was expected.
     """
     values = read_toml(path)
+    values = inherit(path, values, flags or {}) if inherit else values
     config = validate(values, where=str(path))
     for name, value in (flags or {}).items():
         section, key = name.split(".")

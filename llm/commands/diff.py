@@ -5,6 +5,7 @@ For two files that `score --probs` wrote of the same text, it says how well the 
 predict the text; --html FILE writes a page that compares the probabilities of each token.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -76,17 +77,19 @@ def compare_dumps(
 def compare(*runs: RunDirectory) -> dict[str, Any]:
     """Where the losses of two runs part, and what differs between the runs, by kind.
 
-    Keys: recorded_steps of each run, common_steps of both, first_difference {step, loss_a, loss_b}
-    or None, then the kinds.
+    Keys: ancestry (what both come from, or None), recorded_steps of each run, common_steps of both,
+    first_difference {step, loss_a, loss_b} or None, then the kinds.
     """
-    from llm.run.provenance import check_trained  # JAX, which `--help` does without
+    from llm.run.provenance import check_trained, lineage  # JAX, which `--help` does without
 
     config = differences(*(run.read_config() for run in runs))
     changed = {name: list(pair) for name, pair in config.items() if name not in IGNORED}
     randomness = {name: changed.pop(name) for name in ("run.seed",) if name in changed}
     records = [run.read_provenance() for run in runs]
+    ancestry = common_ancestor(*map(lineage, runs))
     for run in runs:
-        check_trained(run)
+        if ancestry is None:
+            check_trained(run)
     losses = [
         {row["step"]: row["loss"] for row in newest_rows(run.metrics) if row["kind"] == "train"}
         for run in runs
@@ -100,6 +103,7 @@ def compare(*runs: RunDirectory) -> dict[str, Any]:
         return values if values[0] != values[1] else []
 
     return {
+        "ancestry": ancestry,
         "recorded_steps": [len(of_run) for of_run in losses],
         "common_steps": len(common),
         "first_difference": next((p for p in pairs if p["loss_a"] != p["loss_b"]), None),
@@ -114,6 +118,21 @@ def compare(*runs: RunDirectory) -> dict[str, Any]:
     }
 
 
+def common_ancestor(
+    line_a: list[dict[str, Any]], line_b: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """The nearest run or folder that two runs come from: its name, and the step at which each of
+    them was trained on from it; None for a run that is it."""
+
+    def key(of: dict[str, Any]) -> Any:
+        return (of["created"], of["name"]) if of["created"] else of["params_sha256"]
+
+    for a, b in itertools.product(line_a, line_b):
+        if key(a) == key(b) and (a is not line_a[0] or b is not line_b[0]):
+            return {"name": a["name"], "step_a": a.get("step"), "step_b": b.get("step")}
+    return None
+
+
 def for_people(report: dict[str, Any]) -> str:
     """The report as lines of text: how many steps are compared, where they part, and the causes."""
     common, parting = report["common_steps"], report["first_difference"]
@@ -121,6 +140,11 @@ def for_people(report: dict[str, Any]) -> str:
     lines = [f"{counted(common, 'step')} in both"]
     if not common:
         lines = ["no step is recorded in both, so no losses are compared"]
+    if ancestry := report["ancestry"]:
+        a, b = ancestry["step_a"], ancestry["step_b"]
+        both = f"both were trained on from {ancestry['name']}, at step {a} and at step {b}"
+        from_one = f"B was trained on from A at step {b}" if a is None else both
+        lines.insert(0, f"A was trained on from B at step {a}" if b is None else from_one)
     if not one == other == common > 0:
         lines[0] += f": the first run has {one} recorded, the second {other}"
     if parting:

@@ -96,7 +96,9 @@ def parse(options: type[Options], words: Sequence[str]) -> Options:
     if "settings" in options.model_fields:
         changes = {name: given.pop(name) for name in [*given] if "." in name}
     if "config" in given:
-        given["settings"] = load_config(given["config"], changes)
+        from llm.commands.init_from import inherit  # which spells flags
+
+        given["settings"] = load_config(given["config"], changes, inherit)
     if given.get("help"):
         print(_help(options, usage, description, given.get("settings", Config())), flush=True)
         raise SystemExit(0)

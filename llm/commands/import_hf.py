@@ -2,7 +2,7 @@
 
 FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. The new
 run has one checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was
-not trained here, and train does not continue it.
+not trained here: another run trains on from it, with --training.init-from RUN.
 
 The tokenizer is the folder's (docs/text.md), or the one that --tokenizer names.
 """
@@ -32,6 +32,7 @@ from llm.section import setting
 if TYPE_CHECKING:
     import numpy as np
 
+    from llm.config import TokenizerConfig
     from llm.model.gpt import ModelSpec
     from llm.text.tokenizer import Tokenizer
 
@@ -127,19 +128,20 @@ def tokenizer_of(
         model.
       DataError: a tiktoken encoding that is not on this machine.
     """
-    from llm.text.tokenizer import FILE_NAME, MADE_FROM_CORPUS, load_tokenizer, named_tokenizer
-    from llm.text.tokenizer_folder import FILES, open_tokenizer
+    from llm.text.tokenizer import MADE_FROM_CORPUS, named_tokenizer
+    from llm.text.tokenizer_folder import FILES
 
     if named in MADE_FROM_CORPUS:
         raise UsageError(f"--tokenizer {named}: its tokens are those of a corpus, not of its name")
     if named:
-        tokenizer = named_tokenizer(named, vocab_size, lossy=lossy)
-    elif (folder / "tokenizer" / FILE_NAME).is_file():
-        tokenizer = load_tokenizer(folder / "tokenizer")
-    elif any((folder / name).exists() for name in FILES):
-        tokenizer = open_tokenizer(folder, vocab_size, lossy=lossy)
+        tokenizer: Tokenizer | None = named_tokenizer(named, vocab_size, lossy=lossy)
     else:
-        tokenizer = _gpt2_tokenizer(folder, vocab_size)
+        tokenizer = own_tokenizer(folder, vocab_size, lossy)
+    if tokenizer is None:
+        raise UsageError(
+            f"{folder} holds no tokenizer ({', '.join(FILES)}); say which one the model was "
+            "trained with: --tokenizer KIND"
+        )
     if tokenizer.vocab_size != vocab_size:
         raise UsageError(
             f"{folder} predicts {vocab_size} tokens and the tokenizer {tokenizer.name!r} has "
@@ -148,17 +150,32 @@ def tokenizer_of(
     return tokenizer
 
 
+def own_tokenizer(folder: Path, vocab_size: int, lossy: bool) -> "Tokenizer | None":
+    """The tokenizer of a folder, which may have more tokens than its model; None if it has none."""
+    from llm.text.tokenizer import FILE_NAME, load_tokenizer
+    from llm.text.tokenizer_folder import FILES, open_tokenizer
+
+    if (folder / "tokenizer" / FILE_NAME).is_file():
+        return load_tokenizer(folder / "tokenizer")
+    if any((folder / name).exists() for name in FILES):
+        return open_tokenizer(folder, vocab_size, lossy=lossy)
+    return _gpt2_tokenizer(folder, vocab_size) if (folder / "vocab.json").exists() else None
+
+
+def settings_of(tokenizer: "Tokenizer", folder: Path) -> "TokenizerConfig":
+    """How settings name the tokenizer of a folder."""
+    from llm.config import TokenizerConfig
+
+    is_file = tokenizer.definition()["kind"] == "imported"
+    kind = str(folder.resolve()) if is_file else tokenizer.name
+    return TokenizerConfig(kind=kind, lossy=tokenizer.lossy)
+
+
 def _gpt2_tokenizer(folder: Path, vocab_size: int) -> "Tokenizer":
     """GPT-2's tokenizer, if the folder's vocab.json is GPT-2's."""
     from llm.text.tokenizer import byte_of_symbol, tiktoken_tokenizer
-    from llm.text.tokenizer_folder import FILES
 
     path = folder / "vocab.json"
-    if not path.exists():
-        raise UsageError(
-            f"{folder} holds no tokenizer ({', '.join(FILES)}); say which one the model was "
-            "trained with: --tokenizer KIND"
-        )
     try:
         vocabulary = dict(read_json(path))
     except (OSError, ValueError, TypeError) as error:
@@ -200,7 +217,7 @@ def write_run(
     import jax
     import numpy as np
 
-    from llm.config import Config, RunConfig, TokenizerConfig
+    from llm.config import Config, RunConfig
     from llm.run.checkpoint import Checkpoints, read_receipt
     from llm.run.directory import RunDirectory
     from llm.run.provenance import describe_import
@@ -223,13 +240,10 @@ def write_run(
     checkpoints.clean()
     checkpoints.save(0, groups, lambda: make_receipt(tokens_BT, logprobs_BT, tokenizer.sha256))
     checkpoints.wait()
-    imported = tokenizer.definition()["kind"] == "imported"
     config = Config(
         run=RunConfig(dir=str(path)),
         model=spec.config,
-        tokenizer=TokenizerConfig(
-            kind=str(folder.resolve()) if imported else tokenizer.name, lossy=tokenizer.lossy
-        ),
+        tokenizer=settings_of(tokenizer, folder),
     )
     run.write_config(config.resolved())
     return read_receipt(run.checkpoints / "0")["params_sha256"], float(np.mean(logprobs_BT))

@@ -48,11 +48,13 @@ def main(arguments: list[str]) -> int:
     from llm.inference.score import Scorer
     from llm.measure import memorization as measure
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import check_corpus
+    from llm.run.provenance import check_corpus, kept_tokenizer
     from llm.text.shards import prepare
 
     run = RunDirectory(opened.path)
-    corpus = prepare(opened.config.data, opened.config.tokenizer, of_run=run.tokenizer)
+    corpus = prepare(
+        opened.config.data, opened.config.tokenizer, own=kept_tokenizer(run, opened.config)
+    )
     check_corpus(run, corpus)
     scorer = Scorer(opened.spec, opened.params, opened.tokenizer, TOP)
     canaries = [measure.canary_exposure(scorer, text, options.seed) for text in options.canary]

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     chosen = parse(Options, arguments)
 
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import check_corpus, check_trained, phases_of
+    from llm.run.provenance import check_corpus, check_trained, kept_tokenizer, phases_of
     from llm.text.batches import training_batches
     from llm.text.shards import prepare
 
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     config = run.read_config()
     check_trained(run)
     check_step(run, chosen.step)
-    corpus = prepare(config.data, config.tokenizer, of_run=run.tokenizer)
+    corpus = prepare(config.data, config.tokenizer, own=kept_tokenizer(run, config))
     check_corpus(run, corpus)
     index = chosen.step - 1
     phases = phases_of(run.read_provenance()["starts"], config)

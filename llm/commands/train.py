@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import CommandLine, argument, parse
+from llm.commands.init_from import default_dir, open_source, source_tokenizer
 from llm.config import Config
 from llm.errors import DataError, UsageError
 from llm.faults import fault_point
@@ -61,8 +62,8 @@ def configure(arguments: list[str]) -> Config:
       UsageError: no configuration file, or settings that cannot be used.
     """
     options = parse(Options, arguments)
-    config, name = options.settings, f"runs/{Path(options.config).stem}"
-    run = config.run.model_copy(update={"dir": config.run.dir or name})
+    config = options.settings
+    run = config.run.model_copy(update={"dir": config.run.dir or default_dir(options.config)})
     return config.model_copy(update={"run": run}).resolved()
 
 
@@ -79,7 +80,8 @@ def _train(
     from llm.run.metrics import MetricsFile
     from llm.run.start import begin, record_end, record_start
     from llm.run.trackers import check_trackers, make_trackers
-    from llm.training.loop import Outputs, restore_or_create, train
+    from llm.training.initial import restore_or_create
+    from llm.training.loop import Outputs, train
     from llm.training.optimizer import jump_of_rate
 
     if hosts.is_first:
@@ -95,15 +97,16 @@ def _train(
     outputs = Outputs(run, checkpoints, metrics, display, [])
     try:
         with hosts.collective():
-            state = restore_or_create(job, checkpoints, display.say)
+            source = open_source(config)
+            state, ancestor = restore_or_create(job, checkpoints, display.say, source)
         step = int(state.step)
         job = _in_phases(job, run, changed, step)
         record = partial(record_start, run, config, step, changed, job.mesh, job.spec.attention)
-        rows = hosts.decide("the start", lambda: record(metrics, checkpoints))
+        rows = hosts.decide("the start", lambda: record(ancestor, metrics, checkpoints))
         if not hosts.is_first:
             metrics.remember(rows, step)
         outputs.trackers = make_trackers(config, run, step) if hosts.is_first else []
-        _say_what_starts(job, run, step, display)
+        _say_what_starts(job, run, step, ancestor, display)
         if step and (jump := jump_of_rate(config, changed, step)):
             display.say(jump)
         stop.check("nothing was trained yet")
@@ -161,7 +164,7 @@ def _prepare_once(
     Raises:
       DataError: the text is not what the run began with, or not the same everywhere.
     """
-    from llm.run.provenance import check_corpus
+    from llm.run.provenance import check_corpus, kept_tokenizer
     from llm.text.shards import prepare
 
     def on_progress(what: str, done: int, total: int | None) -> None:
@@ -171,8 +174,8 @@ def _prepare_once(
         display.prepare(what, done, total)
 
     def prepared() -> "TokenizedCorpus":
-        of_run = run.tokenizer if run.exists() else None
-        return prepare(config.data, config.tokenizer, of_run=of_run, on_progress=on_progress)
+        own = kept_tokenizer(run, config) or source_tokenizer(config)
+        return prepare(config.data, config.tokenizer, own=own, on_progress=on_progress)
 
     corpus = prepared() if hosts.is_first else None
     if corpus is not None and run.exists():
@@ -208,7 +211,9 @@ def _in_phases(job: "Job", run: RunDirectory, changed: dict[str, Any], step: int
     return job
 
 
-def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display) -> None:
+def _say_what_starts(
+    job: "Job", run: RunDirectory, step: int, ancestor: dict[str, Any] | None, display: Display
+) -> None:
     from llm.model.flops import parameter_count
     from llm.text.batches import shares
 
@@ -224,7 +229,12 @@ def _say_what_starts(job: "Job", run: RunDirectory, step: int, display: Display)
     )
     for line in shares(job.config, corpus, job.batches(whole=True)):
         display.say(line)
-    display.say(f"{run.path}: " + (f"resuming from step {step}" if step else "starting"))
+    begins = "starting"
+    if ancestor:
+        begins += " with the parameters of {from}, step {step} (sha256 {params_sha256})".format(
+            **ancestor
+        )
+    display.say(f"{run.path}: " + (f"resuming from step {step}" if step else begins))
 
 
 def _make_sampler(job: "Job") -> "Sampler":

@@ -1,6 +1,7 @@
 """python -m llm verify RUN [--step N | --all] [--json]: is a checkpoint what was saved?
 
-Prints one JSON object for each step: step, params_sha256, manifest_ok, receipt_max_abs_diff. Every
+Prints one JSON object for each step: step, params_sha256, manifest_ok, receipt_max_abs_diff, and
+ancestor if the run was trained on from other parameters, with which its step 0 is compared. Every
 file is compared with the manifest; then the model is opened, and its parameters are compared with
 their sha256 and with what they predicted. Any machine will do, also one without the accelerator
 that trained the run.
@@ -56,6 +57,9 @@ def main(arguments: list[str]) -> int:
             problems.append(problem)
         elif not chosen.as_json:
             say_result(f"step {result['step']}: manifest, parameters and receipt hold")
+            if "ancestor" in result:
+                said = "the run was trained on from {from}, step {step} (sha256 {params_sha256})"
+                say_result(said.format(**result["ancestor"]))
     if problems:
         raise CheckpointError("\n  ".join(problems))
     return 0
@@ -64,8 +68,7 @@ def main(arguments: list[str]) -> int:
 def verify(chosen: Options) -> list[dict[str, Any]]:
     """The results of `verify_step` for the chosen steps, without steps that the run removes
     meanwhile."""
-    from llm.run.checkpoint import saved_steps
-    from llm.run.directory import RunDirectory
+    from llm.run.directory import RunDirectory, saved_steps
 
     run = RunDirectory(Path(chosen.run))
     run.read_config()
@@ -111,6 +114,13 @@ def verify_step(run: "RunDirectory", step: int) -> dict[str, Any] | None:
             opened = open_model(run.path, step)
             result["params_sha256"] = opened.params_sha256
             result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
+            if ancestor := run.read_provenance().get("ancestor"):
+                result["ancestor"] = {x: ancestor[x] for x in ("from", "step", "params_sha256")}
+                if step == 0 and opened.params_sha256 != ancestor["step_0_sha256"]:
+                    result["problem"] = (
+                        f"{folder} does not hold what the run began with, from {ancestor['from']}: "
+                        f"expected sha256 {ancestor['step_0_sha256']}, found {opened.params_sha256}"
+                    )
         except CheckpointError as error:
             result["problem"] = str(error)
             verify_files(folder)  # a damaged step is read again, to name the file

@@ -52,19 +52,7 @@ def from_hf(
       CheckpointError: the weights are not those that config.json describes.
     """
     folder = Path(folder)
-    source = folder / "config.json"
-    read = read_description(folder)
-    family = family_of(read, folder)
-    config, described = read_config(family, read, source, context_length)
-    vocab_size = vocab_size_of(read, source)
-    tensors = Tensors(folder, family.prefix)
-    if config.n_layer * config.n_expert > len(tensors):
-        raise CheckpointError(
-            f"{source} describes {config.n_layer} layers of {config.n_expert} experts each, and "
-            f"the files of {folder} hold no more than {len(tensors)} weights"
-        )
-    config = _untied_by(tensors, family, config)
-    spec = ModelSpec(config, vocab_size)
+    spec, family, described, tensors = _opened(folder, context_length)
     params = {
         # What no module of the family holds is neutral, and so is the padding of the vocabulary.
         name: np.full(leaf.shape, name.endswith(".scale"), np.float32)
@@ -78,11 +66,37 @@ def from_hf(
             f"{folder} holds weights that this model has no place for: {', '.join(extra[:5])}"
             f"{' ...' if len(extra) > 5 else ''}"
         )
+    config = spec.config
     if context_length is not None:
         config = config.model_copy(update={"context_length": context_length})
         if "embed.position" in params:
             params["embed.position"] = params["embed.position"][:context_length]
     return config, spec.vocab_size, params
+
+
+def describe_folder(folder: Path) -> tuple[ModelConfig, int]:
+    """(configuration, vocabulary size) of a Hugging Face model folder; raises as `from_hf`."""
+    spec = _opened(folder, None)[0]
+    return spec.config, spec.vocab_size
+
+
+def _opened(
+    folder: Path, context_length: int | None
+) -> tuple[ModelSpec, Family, Description, Tensors]:
+    """The model of a folder, its family, the value of each key, and the arrays."""
+    source = folder / "config.json"
+    read = read_description(folder)
+    family = family_of(read, folder)
+    config, described = read_config(family, read, source, context_length)
+    vocab_size = vocab_size_of(read, source)
+    tensors = Tensors(folder, family.prefix)
+    if config.n_layer * config.n_expert > len(tensors):
+        raise CheckpointError(
+            f"{source} describes {config.n_layer} layers of {config.n_expert} experts each, and "
+            f"the files of {folder} hold no more than {len(tensors)} weights"
+        )
+    config = _untied_by(tensors, family, config)
+    return ModelSpec(config, vocab_size), family, described, tensors
 
 
 def to_hf(

@@ -21,7 +21,6 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 import shutil
 import threading
 import warnings
@@ -57,6 +56,7 @@ from llm.run.arrays import (
     stored_arrays,
     write_pieces,
 )
+from llm.run.directory import folders, saved_steps
 from llm.run.hosts import ALONE, Hosts
 
 MANIFEST = "manifest.json"
@@ -99,21 +99,6 @@ class _Groups(BaseModel):
 
 class DamageError(CheckpointError):
     """A step's files are not those that were saved."""
-
-
-def saved_steps(root: Path) -> list[int]:
-    """Complete steps, ascending. They are not verified: see `verify_files`."""
-    return sorted(map(int, _folders(root, "0|[1-9][0-9]{0,17}")))
-
-
-def holds_steps(root: Path) -> bool:
-    """Whether anything is there that was trained, damaged or not."""
-    return bool(_folders(root, r"[0-9]+(\.deleting|\.damaged.*)?"))
-
-
-def _folders(root: Path, pattern: str) -> list[str]:
-    """The names of the folders that are ours; nothing else is looked at."""
-    return [p.name for p in root.glob("*") if re.fullmatch(pattern, p.name) and p.is_dir()]
 
 
 def read_receipt(folder: Path) -> dict[str, Any]:
@@ -262,6 +247,12 @@ def read_step(folder: Path, wanted: Abstract, hosts: Hosts = ALONE) -> Restored:
     return Restored(int(folder.name), folder, groups, receipt)
 
 
+def params_sha256(params: Mapping[str, jax.Array], hosts: Hosts = ALONE) -> str:
+    """The sha256 that a receipt of these parameters has. Collective."""
+    said = hosts.gather("the parameters", element_sums(own_pieces(params)))
+    return identity(one for sums in said for one in sums)
+
+
 def _check_shapes(folder: Path, held: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in sorted({*held, *wanted}):
         found, expected = (
@@ -318,7 +309,7 @@ class Checkpoints:
     def clean(self) -> None:
         """Remove what a dead process left half-written or half-deleted. In process 0."""
         self.root.mkdir(parents=True, exist_ok=True)
-        for name in _folders(self.root, r"[0-9]+\.(partial|deleting)"):
+        for name in folders(self.root, r"[0-9]+\.(partial|deleting)"):
             shutil.rmtree(self.root / name, ignore_errors=True)
 
     def save(self, step: int, groups: Groups, make_receipt: MakeReceipt) -> None:

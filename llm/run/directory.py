@@ -14,6 +14,7 @@ or a link.
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,21 @@ from pydantic import BaseModel, Field, PositiveInt, Strict, ValidationError
 from llm.config import Config, read_toml, to_toml, validate
 from llm.errors import CheckpointError, UsageError
 from llm.files import check_regular, free_bytes, is_disk_full, read_json, why, write_atomic
+
+
+def saved_steps(root: Path) -> list[int]:
+    """Complete steps, ascending. They are not verified: see llm/run/checkpoint.py:verify_files."""
+    return sorted(map(int, folders(root, "0|[1-9][0-9]{0,17}")))
+
+
+def holds_steps(root: Path) -> bool:
+    """Whether anything is there that was trained, damaged or not."""
+    return bool(folders(root, r"[0-9]+(\.deleting|\.damaged.*)?"))
+
+
+def folders(root: Path, pattern: str) -> list[str]:
+    """The names of the folders that are ours; nothing else is looked at."""
+    return [p.name for p in root.glob("*") if re.fullmatch(pattern, p.name) and p.is_dir()]
 
 
 class RunDirectory:
@@ -140,6 +156,16 @@ class _Imported(BaseModel):
     source: str = Field(alias="from")
 
 
+class _Ancestor(BaseModel):
+    source: str = Field(alias="from")
+    name: str
+    created: str
+    step: int
+    params_sha256: str
+    step_0_sha256: str = ""
+    ancestor: "_Ancestor | None" = None
+
+
 class _Provenance(BaseModel):
     """The fields of run.json that are read; provenance.py writes more."""
 
@@ -147,6 +173,7 @@ class _Provenance(BaseModel):
     data: _Data
     starts: list[_Start]
     imported: _Imported | None = None
+    ancestor: _Ancestor | None = None
 
 
 @contextlib.contextmanager

@@ -15,9 +15,10 @@ import jax
 from llm.config import Config
 from llm.errors import CheckpointError, UsageError
 from llm.model.gpt import ModelSpec, Params, abstract_params, logical_axes
-from llm.model.sharding import tree_shardings
-from llm.run.checkpoint import restore, saved_steps
-from llm.run.directory import RunDirectory
+from llm.model.sharding import Mesh, shares, tree_shardings
+from llm.run.checkpoint import restore
+from llm.run.directory import RunDirectory, saved_steps
+from llm.run.hosts import ALONE, Hosts
 from llm.run.receipt import check_receipt
 from llm.run.setup import setup_to_predict
 from llm.text.tokenizer import Tokenizer, load_tokenizer, lossy_note
@@ -51,12 +52,18 @@ class OpenedModel:
 
 
 def open_model(
-    run_dir: str | Path, step: int | None = None, devices: Sequence[jax.Device] | None = None
+    run_dir: str | Path,
+    step: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    mesh: Mesh | None = None,
+    hosts: Hosts = ALONE,
 ) -> OpenedModel:
-    """The model of a run at `step`, or at its newest step that verifies.
+    """The model of a run at `step`, or at its newest step that verifies. Collective.
 
     Args:
       devices: the devices to spread it over; None: all accelerators of this machine, or its CPU.
+      mesh: replaces the mesh of these devices; it may be one of several processes.
 
     Only complete steps are read, so that another process may train here at the same time. If it
     deletes the step that is being read, a newer one is opened.
@@ -76,12 +83,12 @@ def open_model(
         raise UsageError(f"{run.path} has no checkpoint of step {step}; there are: {there_are}")
     setup = setup_to_predict(config, tokenizer.vocab_size, devices)
     spec = dataclasses.replace(setup.spec, unassigned=tokenizer.unassigned)
-    shardings = tree_shardings(setup.mesh, logical_axes(setup.spec))
+    shardings = reading_shardings(mesh or setup.mesh, spec)
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
         for name, leaf in abstract_params(spec).items()
     }
-    restored = restore(run.checkpoints, {"params": abstract}, "pass over", step=step)
+    restored = restore(run.checkpoints, {"params": abstract}, "pass over", step=step, hosts=hosts)
     if restored is None:
         raise CheckpointError(
             f"{run.path} has no checkpoint yet; train until the first is saved (checkpoint.every, "
@@ -100,3 +107,13 @@ def open_model(
         run=run.name,
         path=run.path,
     )
+
+
+def reading_shardings(mesh: Mesh, spec: ModelSpec) -> dict[str, jax.sharding.NamedSharding]:
+    """How a model's parameters lie on a mesh that was made for another vocabulary."""
+    whole = "vocab" if spec.padded_vocab_size % shares("vocab", mesh) else None
+    axes = {
+        name: tuple(None if axis == whole else axis for axis in of_name)
+        for name, of_name in logical_axes(spec).items()
+    }
+    return tree_shardings(mesh, axes)

@@ -3,6 +3,8 @@
 schema, name, created
 model     parameters, FLOPs per token, vocabulary, compute dtype
 data      fingerprint, hashes of the tokenizer and the sources, counts
+ancestor  of a run that was trained on from other parameters: where they came from, their step and
+          sha256, the sha256 of step 0, and the ancestor of that run in turn
 starts    an entry for each start: its first step, versions, devices, settings that changed, and
           the steps that a crash made it repeat, with the seconds that they had taken before
 """
@@ -30,7 +32,7 @@ from llm.run.setup import compute_dtype
 from llm.text.corpus import TokenizedCorpus
 from llm.text.mixture import Phase
 from llm.text.sources import check_unchanged
-from llm.text.tokenizer import Tokenizer
+from llm.text.tokenizer import Tokenizer, known_kinds, load_tokenizer
 
 SCHEMA = 1
 
@@ -87,14 +89,53 @@ def _description(run: RunDirectory, spec: ModelSpec, data: dict[str, Any]) -> di
     }
 
 
+def describe_ancestor(
+    path: Path, step: int, params_sha256: str, step_0_sha256: str
+) -> dict[str, Any]:
+    """The ancestor of a run that begins with the parameters of a run or a Hugging Face folder.
+
+    Args:
+      step_0_sha256: of the parameters as they begin here: others if the vocabulary or the
+        positions have another size.
+    """
+    source = RunDirectory(path)
+    record = source.read_provenance() if source.exists() else {}
+    return {
+        "from": str(path.resolve()),
+        "name": record.get("name", source.name),
+        "created": record.get("created", ""),
+        "step": step,
+        "params_sha256": params_sha256,
+        "step_0_sha256": step_0_sha256,
+        "ancestor": record.get("ancestor"),
+    }
+
+
+def lineage(run: RunDirectory) -> list[dict[str, Any]]:
+    """A run and its ancestors, the nearest first, each as run.json has it; the run has no step."""
+    record = run.read_provenance()
+    line = [{"name": run.name, "created": record.get("created", ""), **record}]
+    while line[-1].get("ancestor"):
+        line.append(line[-1]["ancestor"])
+    return line
+
+
 def check_trained(run: RunDirectory) -> None:
     """Raise a UsageError if the run was imported, since it then has no steps to look at."""
     imported = run.read_provenance().get("imported")
     if imported is not None:
         raise UsageError(
             f"{run.path} was imported from {imported['from']}: it was not trained here, so it has "
-            "no steps; expected a run that was, or to train, another run.dir"
+            "no steps; expected a run that was, or to train on from it, another run.dir with "
+            f"--training.init-from {run.path}"
         )
+
+
+def kept_tokenizer(run: RunDirectory, config: Config) -> Tokenizer | None:
+    """The tokenizer of a run, if its settings cannot make it again: a file may have changed, and
+    training.init_from brings one that no corpus here gives. None for other runs."""
+    made_again = config.tokenizer.kind in known_kinds() and not config.training.init_from
+    return load_tokenizer(run.tokenizer) if run.exists() and not made_again else None
 
 
 def check_corpus(run: RunDirectory, corpus: TokenizedCorpus) -> None:

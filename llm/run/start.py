@@ -17,12 +17,12 @@ from typing import IO, Any
 from jax.sharding import Mesh
 
 from llm.config import Config, differences
-from llm.console import lost
+from llm.console import lost, say
 from llm.errors import CheckpointError, RunLockedError, UsageError
 from llm.files import now
 from llm.model.gpt import ModelSpec
-from llm.run.checkpoint import Checkpoints, holds_steps, saved_steps, verify_files
-from llm.run.directory import RunDirectory, explained
+from llm.run.checkpoint import Checkpoints, verify_files
+from llm.run.directory import RunDirectory, explained, holds_steps, saved_steps
 from llm.run.display import Display
 from llm.run.metrics import MetricsFile, newest_rows
 from llm.run.provenance import check_trained, describe_run, describe_start
@@ -175,10 +175,11 @@ FREE_SETTINGS = (
     "training.on_nonfinite",
     "training.spike_zscore",
     "training.max_skipped",
+    "training.resize_vocabulary",  # the run has its tokenizer
 )
 # Settings that change the result, perhaps on purpose: taken with run.allow_change, and recorded.
 ALLOWED_SECTIONS = ("optimizer", "training")
-NEVER = ("optimizer.kind", "training.compute_dtype")
+NEVER = ("optimizer.kind", "training.compute_dtype", "training.init_from")
 
 
 def _of_any_source(name: str) -> str:
@@ -264,7 +265,10 @@ def begin(run: RunDirectory, config: Config, spec: ModelSpec, corpus: TokenizedC
         corpus.tokenizer.save(run.tokenizer)
     if run.exists():
         return
-    run.write_provenance(describe_run(run, spec, corpus))
+    record = describe_run(run, spec, corpus)
+    if config.training.init_from and run.provenance.exists():
+        record |= {"ancestor": run.read_provenance().get("ancestor")}  # of a start before this one
+    run.write_provenance(record)
     run.write_config(config)
 
 
@@ -275,10 +279,14 @@ def record_start(
     changed: dict[str, Any],
     mesh: Mesh,
     attention: str,
+    ancestor: dict[str, Any] | None,
     metrics: MetricsFile,
     checkpoints: Checkpoints,
 ) -> list[dict[str, Any]]:
     """Append this start to run.json, with the steps that a crash made the run repeat.
+
+    Args:
+      ancestor: what the run begins with, if this start has read it.
 
     Returns the rows of metrics that decide how training goes on.
     """
@@ -294,6 +302,15 @@ def record_start(
     }
     record = run.read_provenance()
     record["starts"].append(start)
+    if ancestor is not None:
+        before = record.get("ancestor") or ancestor
+        if before["params_sha256"] != ancestor["params_sha256"]:
+            say(
+                "WARNING: the run begins with other parameters than its last start, which trained "
+                f"nothing: it had those of {before['from']}, step {before['step']} (sha256 "
+                f"{before['params_sha256']})"
+            )
+        record["ancestor"] = ancestor
     run.write_provenance(record)
     if changed:
         run.write_config(config)

@@ -39,7 +39,6 @@ from llm.text.tokenizer import (
     Tokenizer,
     characters_of,
     check_kind,
-    known_kinds,
     load_tokenizer,
     lossy_note,
     named_tokenizer,
@@ -75,14 +74,13 @@ def prepare(
     data: DataConfig,
     tokenizer: TokenizerConfig,
     *,
-    of_run: Path | None = None,
+    own: Tokenizer | None = None,
     on_progress: OnProgress = silent,
 ) -> TokenizedCorpus:
     """The corpus of the settings, tokenised: from the cache, or made now.
 
     Args:
-      of_run: the folder of a run's own tokenizer, which is taken if the settings name a file: the
-        file may have changed since, or be gone.
+      own: the tokenizer, if a run has it already; None: the one that the settings name.
       on_progress: called with (what, bytes done, bytes in all or None), often enough for a progress
         bar. An exception from it stops the preparation, which leaves nothing half-made behind.
     Raises:
@@ -91,10 +89,7 @@ def prepare(
         surrogate pair in the text.
     """
     root = cache_root(data.cache_dir)
-    own = None
-    if of_run is not None and tokenizer.kind not in known_kinds():
-        own = load_tokenizer(of_run)
-    else:
+    if own is None:
         check_kind(tokenizer.kind)
     found: dict[str, tuple[DataConfig, Found]] = {}
     parts: dict[str, list[_Part]] = {}

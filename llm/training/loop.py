@@ -26,12 +26,12 @@ from llm.faults import fault_point
 from llm.model.flops import mfu
 from llm.model.gpt import ModelSpec
 from llm.model.sharding import own_rows, shard_batch
-from llm.run.checkpoint import Checkpoints, restore
+from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
 from llm.run.display import Display
 from llm.run.hosts import Hosts, SharedStop
 from llm.run.metrics import MetricsFile
-from llm.run.receipt import check_receipt, make_receipt, receipt_logprobs, receipt_tokens
+from llm.run.receipt import make_receipt, receipt_logprobs, receipt_tokens
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
 from llm.text.batches import Batch, TrainingBatches, evaluation_batches, training_batches
@@ -39,14 +39,7 @@ from llm.text.corpus import TokenizedCorpus
 from llm.text.mixture import Phase
 from llm.text.splits import TokenSplit
 from llm.training.evaluate import Evaluation, evaluate, make_evaluation_step
-from llm.training.optimizer import make_optimizer
-from llm.training.state import (
-    TrainState,
-    abstract_state,
-    create_state,
-    from_groups,
-    to_groups,
-)
+from llm.training.state import TrainState, to_groups
 from llm.training.step import BATCH_AXES, ROUTER_METRICS, Metrics, make_train_step
 
 # Draws text from the current parameters, for a person to read.
@@ -115,28 +108,6 @@ class Outputs:
             tracker.close()
 
 
-def restore_or_create(job: Job, checkpoints: Checkpoints, say: Callable[[str], None]) -> TrainState:
-    """The newest state that verifies, or a fresh one when nothing was ever saved. Collective.
-
-    Raises:
-      CheckpointError: there are steps and none is good, or one is not the model that was saved.
-    """
-    optimizer = make_optimizer(job.config.optimizer)
-    stacked = job.config.training.scan_layers
-    abstract = abstract_state(job.spec, optimizer, job.mesh, stacked=stacked)
-    restored = restore(checkpoints.root, to_groups(abstract), "set aside", hosts=job.hosts, say=say)
-    if restored is None:
-        return create_state(job.spec, optimizer, job.config.run.seed, job.mesh, stacked=stacked)
-    check_receipt(
-        job.spec,
-        restored.groups["params"],
-        restored.receipt,
-        job.corpus.tokenizer.sha256,
-        str(restored.folder),
-    )
-    return from_groups(abstract, restored.groups)
-
-
 def train(
     job: Job,
     outputs: Outputs,
@@ -159,6 +130,11 @@ def train(
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
     validation = Validation(job, outputs, shared_stop, sampler, report)
+    if config.training.init_from and not step:
+        # On disk before there is a row of metrics: a run without it begins again from its source.
+        save(job, outputs, report, state, step)
+        outputs.checkpoints.wait()
+        validation.run(state, step)
     if step and is_due(step, evaluations):
         validation.run(state, step)  # a stop may have come between a save and its evaluation
     if config.run.deterministic and step < steps:

@@ -93,10 +93,16 @@ def create_state(
     mesh: Mesh,
     *,
     stacked: bool = False,
+    weights: Params | None = None,
 ) -> TrainState:
-    """A fresh state, each array created in its shards: no device ever holds the whole model."""
+    """A fresh state, each array created in its shards: no device ever holds the whole model.
+
+    Args:
+      weights: stacked or not as the state's, and taken over; None: random ones.
+    """
     create = functools.partial(_create, spec, optimizer, seed, stacked)
-    return jax.jit(create, out_shardings=state_shardings(spec, optimizer, mesh, stacked=stacked))()
+    shardings = state_shardings(spec, optimizer, mesh, stacked=stacked)
+    return jax.jit(create, out_shardings=shardings, donate_argnums=0)(weights)
 
 
 def abstract_state(
@@ -182,10 +188,15 @@ def _is_abstract(leaf: Any) -> bool:
 
 
 def _create(
-    spec: ModelSpec, optimizer: optax.GradientTransformation, seed: int, stacked: bool
+    spec: ModelSpec,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    stacked: bool,
+    weights: Params | None = None,
 ) -> TrainState:
     init_key, step_key = jax.random.split(jax.random.key(seed))
-    weights = initialise(spec, init_key, stacked=stacked)
+    if weights is None:
+        weights = initialise(spec, init_key, stacked=stacked)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         weights=weights,
