@@ -12,6 +12,7 @@ from llm.errors import UsageError
 # The name of a command and what it does; import-hf is llm/commands/import_hf.py.
 COMMANDS = {
     "train": "pretrain from a configuration file, or resume",
+    "prepare": "tokenise a corpus, and say what is in it",
     "sample": "write text, and the probability of every token",
     "score": "the probability of every token of a given text",
     "eval": "run tasks of lm-evaluation-harness",

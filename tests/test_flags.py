@@ -34,6 +34,7 @@ REQUIRED = {
     "import-hf": ["FOLDER", "RUN"],
     "export-hf": ["RUN", "FOLDER"],
     "train": [os.devnull],
+    "prepare": [os.devnull],
     "plan": [os.devnull],
     "bench": [os.devnull],
 }

@@ -402,3 +402,22 @@ def test_a_source_without_a_window_is_named(mixed, tmp_path, text, message, code
     with pytest.raises(LLMError, match=message) as caught:
         trained(mixed)
     assert caught.value.exit_code == code
+
+
+def test_prepare_says_what_each_source_holds(mixed, tmp_path, capsys):
+    """Counted by hand: the documents that are read, those left out, characters as tokens."""
+    from llm.commands.prepare import main as prepare
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "the cat"}\n{"text": null}\n{"text": ""}\n')
+    text = mixed.read_text().replace("other.txt", "rows.jsonl")
+    config = tmp_path / "rows.toml"
+    config.write_text(text.replace("[data]", '[data]\nbad_rows = "skip"'))
+    assert prepare([str(config), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["sources"]
+    size = (tmp_path / "corpus.txt").stat().st_size
+    keys = ("name", "documents", "tokens", "bytes", "bytes_per_token", "dropped")
+    left_out = {"row without text": 1, "empty": 1}
+    expected = [("corpus", 1, size, size, 1.0, {}), ("other", 1, 7, 7, 1.0, left_out)]
+    assert found == [dict(zip(keys, values, strict=True)) for values in expected]
+    assert prepare([str(config)]) == 0
+    assert "other: 1 documents, 7 tokens" in capsys.readouterr().out

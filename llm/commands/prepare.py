@@ -1,0 +1,61 @@
+"""python -m llm prepare CONFIG [--section.key VALUE ...] [--json]: tokenise, and say what is there.
+
+Prints the documents, the tokens and the bytes per token of each source, and what was left out.
+Training with the same settings then finds the tokens prepared.
+"""
+
+import json
+from typing import Any
+
+from llm.commands.flags import CommandLine, argument, parse
+from llm.config import Config
+from llm.console import say, show
+from llm.section import setting
+
+
+class Options(CommandLine):
+    """The command line."""
+
+    lists_settings = True
+
+    config: str = argument("CONFIG", "configuration file")
+    as_json: bool = setting(False, "print one JSON object", flag="json")
+    settings: Config = Config()
+
+
+def main(arguments: list[str]) -> int:
+    """Print a line for each source, or one JSON object with --json."""
+    chosen = parse(Options, arguments)
+
+    from llm.run.display import make_display
+    from llm.text.shards import prepare
+
+    config = chosen.settings
+    with make_display(config.logging.progress) as display:
+        corpus = prepare(config.data, config.tokenizer, on_progress=display.prepare)
+    for note in corpus.notes:
+        say(note)
+    sources: list[dict[str, Any]] = []
+    for source in corpus.sources:
+        tokens = len(source.train) + len(source.validation)
+        sources.append(
+            {
+                "name": source.name,
+                "documents": source.documents,
+                "tokens": tokens,
+                "bytes": source.text_bytes,
+                "bytes_per_token": source.text_bytes / tokens,
+                "dropped": source.dropped,
+            }
+        )
+    if chosen.as_json:
+        show(json.dumps({"tokenizer": corpus.tokenizer.name, "sources": sources}) + "\n")
+        return 0
+    for one in sources:
+        left = ", ".join(f"{count:,} {reason}" for reason, count in one["dropped"].items())
+        show(
+            f"{one['name'] or 'corpus'}: {one['documents']:,} documents, {one['tokens']:,} tokens "
+            f"({corpus.tokenizer.name}), {one['bytes']:,} bytes, {one['bytes_per_token']:.3f} a "
+            f"token; left out: {left or 'nothing'}\n"
+        )
+    return 0
