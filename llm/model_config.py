@@ -26,6 +26,9 @@ class ModelConfig(Settings):
     window: Count = setting(0, "tokens that a token sees, itself among them (Mistral); 0: all")
     global_every: Count = setting(0, "each n-th layer has no window (Gemma); 0: all layers have it")
     positions: Literal["learned", "rotary", "none"] = setting("learned", "how positions enter")
+    rotary_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = setting(
+        1.0, "share of a head's features that rotary positions turn, the first ones (Pythia, Phi)"
+    )
     unrotated_every: Count = setting(0, "each n-th layer has no rotary positions (SmolLM3)")
     rope_theta: PositiveFloat = setting(10000.0, "base of the rotary frequencies")
     window_rope_theta: NonNegativeFloat = setting(
@@ -37,13 +40,18 @@ class ModelConfig(Settings):
     )
     rope_factor: PositiveFloat = setting(1.0, "divides scaled frequencies")
     rope_original_length: Positive = setting(8192, "context before scaling, for llama3 and yarn")
+    block: Literal["sequential", "parallel", "parallel_one_norm"] = setting(
+        "sequential",
+        "whether the MLP reads what attention wrote, or what attention reads: through a norm of "
+        "its own (Pythia) or the same one (Phi)",
+    )
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation of each sub-layer")
     norm_place: Literal["before", "after", "both"] = setting(
         "before", "what is normalised: a sub-layer's input, its output (OLMo 2), or both (Gemma 2)"
     )
     norm_epsilon: PositiveFloat = setting(1e-5, "added to the variance in a norm")
     bias: bool = setting(True, "biases in linear layers and norms")
-    activation: Literal["gelu", "gelu_tanh", "relu_squared", "swiglu", "geglu"] = setting(
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu_squared", "swiglu", "geglu"] = setting(
         "gelu_tanh",
         "of the MLP; gelu_tanh is GPT-2's, geglu gates with it (Gemma), swiglu with silu",
     )
@@ -62,6 +70,7 @@ class ModelConfig(Settings):
     qk_norm_joint: bool = setting(False, "with qk_norm: all heads together (OLMo 2, OLMoE)")
     dropout: DropoutRate = setting(0.0, "on embeddings, attention weights and residual branches")
     tie_embeddings: bool = setting(True, "use the token embedding as the output head")
+    head_bias: bool = setting(False, "a bias of the output head, if it is not the embedding (Phi)")
     logit_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(logits / c); 0: off")
     attention_soft_cap: NonNegativeFloat = setting(0.0, "c tanh(scores / c) (Gemma 2); 0: off")
     init_std: PositiveFloat = setting(0.02, "standard deviation of initial weights")
@@ -87,9 +96,18 @@ class ModelConfig(Settings):
                 f"{self.n_kv_head}; it can be one of {divisors}"
             )
         size = self.head_size or self.d_model // self.n_head
-        if self.positions == "rotary" and size % 2:
+        turned = int(size * self.rotary_fraction)
+        if self.positions == "rotary" and (turned % 2 or not turned):
             name = "model.head_size" if self.head_size else "d_model / n_head"
-            raise ValueError(f"rotary positions need an even head size, found {name} = {size}")
+            share = f" and model.rotary_fraction = {self.rotary_fraction}"
+            raise ValueError(
+                f"rotary positions turn an even number of features, found {name} = {size}"
+                f"{share * (self.rotary_fraction != 1)}"
+            )
+        if self.head_bias and self.tie_embeddings:
+            raise ValueError(
+                "model.head_bias = true is of a head of its own; set model.tie_embeddings = false"
+            )
         return self
 
     @pydantic.model_validator(mode="after")

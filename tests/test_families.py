@@ -22,6 +22,7 @@ SIZES = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 16,
     "intermediate_size": 24, "max_position_embeddings": LENGTH,
 }  # fmt: skip
+_SOME_SIZES = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
 NO_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 # (family, settings of its own): what people use, and each switch both ways.
@@ -74,6 +75,16 @@ CASES = {
                                "layer_types": ["sliding_attention", "full_attention"]}),
     "smollm3": ("smollm3", {**SIZES, "num_hidden_layers": 5}),
     "smollm3-each-second": ("smollm3", {**SIZES, "no_rope_layer_interval": 2}),
+    "gpt_neox": ("gpt_neox", {**_SOME_SIZES, "num_attention_heads": 2, "hidden_size": 32}),
+    "gpt_neox-sequential": ("gpt_neox", {**_SOME_SIZES, "use_parallel_residual": False,
+        "attention_bias": False, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}}),
+    "phi": ("phi", {**SIZES}),
+    "phi-partly": ("phi", {**SIZES, "hidden_size": 32, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75}}),
+    "opt": ("opt", {**_SOME_SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16}),
+    "opt-no-bias": ("opt", {**_SOME_SIZES, "ffn_dim": 24, "word_embed_proj_dim": 16,
+        "enable_bias": False, "activation_function": "gelu", "tie_word_embeddings": False}),
     "gemma": ("gemma", {**SIZES, "head_dim": 6}),
     "gemma2": ("gemma2", {**SIZES, "num_hidden_layers": 4, "head_dim": 6, "sliding_window": 5,
                           "query_pre_attn_scalar": 10, "attn_logit_softcapping": 2.0,

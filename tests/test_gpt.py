@@ -48,6 +48,10 @@ MODELS = {
     "rotary, multi-query, layernorm": {
         "positions": "rotary", "n_kv_head": 1, "qk_norm": True, "activation": "relu_squared",
     },
+    "pythia": {"positions": "rotary", "rotary_fraction": 0.5, "block": "parallel",
+               "tie_embeddings": False, "activation": "relu"},
+    "phi": {"positions": "rotary", "rotary_fraction": 0.5, "block": "parallel_one_norm",
+            "tie_embeddings": False, "head_bias": True},
 }  # fmt: skip
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -99,14 +103,21 @@ def reference(spec, params, tokens, weights=None):
     for layer in range(config.n_layer):
         block = {n.removeprefix(f"blocks.{layer}."): v for n, v in p.items()}
         given = None if weights is None else weights[layer]
-        mixed, attended = reference_attention(
-            config, block, reference_norm(config, block, "attention_norm", x), given
-        )
+        read = reference_norm(config, block, "attention_norm", x)
+        mixed, attended = reference_attention(config, block, read, given)
         used.append(attended)
-        x = x + mixed
-        x = x + reference_mlp(config, block, reference_norm(config, block, "mlp_norm", x))
+        match config.block:
+            case "sequential":
+                x = x + mixed
+                x = x + reference_mlp(config, block, reference_norm(config, block, "mlp_norm", x))
+            case "parallel":
+                other = reference_norm(config, block, "mlp_norm", x)
+                x = x + mixed + reference_mlp(config, block, other)
+            case "parallel_one_norm":
+                x = x + mixed + reference_mlp(config, block, read)
     head = p["embed.weight"].T if config.tie_embeddings else p["head.weight"]
-    logits = (reference_norm(config, p, "final_norm", x) @ head)[..., : spec.vocab_size]
+    logits = reference_norm(config, p, "final_norm", x) @ head + p.get("head.bias", 0.0)
+    logits = logits[..., : spec.vocab_size]
     cap = config.logit_soft_cap
     return (cap * np.tanh(logits / cap) if cap else logits), np.stack(used)
 
@@ -138,7 +149,13 @@ def reference_attention(config, p, x, weights=None):
             for part, y in (("query", query), ("key", key))
         )  # fmt: skip
     if config.positions == "rotary":
-        query, key = (reference_rotation(y, config.rope_theta) for y in (query, key))
+        turned = int(H * config.rotary_fraction)
+        query, key = (
+            np.concatenate(
+                [reference_rotation(y[..., :turned], config.rope_theta), y[..., turned:]], -1
+            )
+            for y in (query, key)
+        )
     out, used = np.zeros((B, T, N, H)), np.zeros((B, N, T, T))
     for n in range(N):
         k = n * K // N
@@ -165,6 +182,8 @@ def reference_mlp(config, p, x):
             hidden = up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
         case "gelu_tanh":
             hidden = up * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        case "relu":
+            hidden = np.maximum(up, 0)
         case "relu_squared":
             hidden = np.maximum(up, 0) ** 2
         case "swiglu":

@@ -251,3 +251,27 @@ def test_the_loss_of_a_model_counts_the_rows_and_asks_for_the_devices_of_the_mes
     assert asked == [(2, T, spec.padded_vocab_size, 4, jax.devices()[0].device_kind)]
     expected = reference_loss(hidden, np.asarray(head), targets, weights, ALL_OPTIONS)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_bias_of_the_head_learns_how_often_each_token_comes():
+    """Its gradient is the mean over targets of p_v - [target = v]."""
+    config = ModelConfig(
+        n_layer=1, n_head=1, d_model=8, context_length=T, tie_embeddings=False, head_bias=True
+    )
+    spec, random = ModelSpec(config, VOCAB), np.random.default_rng(3)
+    tokens, targets = (jnp.int32(random.integers(0, VOCAB, (B, T))) for _ in range(2))
+    params = initialise(spec, jax.random.key(0))
+    params["head.bias"] = params["head.bias"].at[:VOCAB].set(random.normal(size=VOCAB))
+
+    @jax.jit
+    def objective(params):
+        model = bind(spec, params)
+        weights = jnp.full((B, T), 1 / (B * T))
+        return next_token_loss(model, model.hidden(tokens), targets, weights).objective
+
+    logits = np.asarray(bind(spec, params)(tokens), np.float64)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = (p - np.eye(VOCAB)[np.asarray(targets)]).mean((0, 1))
+    found = jax.grad(objective)(params)["head.bias"]
+    np.testing.assert_allclose(found[:VOCAB], expected, atol=1e-6)
+    assert not found[VOCAB:].any()

@@ -314,6 +314,7 @@ def _describe_rope(described: dict[str, Any]) -> None:
         described.pop(name) for name in ("rope_type", "rope_factor", "rope_original_length")
     )
     parts = {"rope_type": kind, "rope_theta": described["rope_theta"]}
+    parts["partial_rotary_factor"] = described.pop("partial_rotary_factor", None)
     if kind != "default":
         parts |= {"factor": factor, **_ROPE.get(kind, {})}
     if kind in ("llama3", "yarn"):

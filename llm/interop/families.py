@@ -9,14 +9,18 @@ defaults).
 
 import re
 from dataclasses import replace
+from typing import Any
 
 from llm.interop.gemma import GEMMA, GEMMA2, GEMMA3
 from llm.interop.llama import (
     DOWN,
+    DROPOUT,
+    FREQUENCIES,
     GELUS,
     GRANITE,
     KEY,
     LLAMA,
+    LLAMA_KEYS,
     MISTRAL,
     MIXTRAL,
     NO_EXTRAS,
@@ -30,6 +34,7 @@ from llm.interop.llama import (
     QWEN2,
     QWEN3,
     QWEN3_MOE,
+    ROTARY,
     SMOLLM3,
     STARCODER2,
     UP,
@@ -101,6 +106,29 @@ _GPT2 = Family(
     aliases=_OLDER_NAMES,
 )
 
+# Keys of Pythia and Phi, whose heads are turned in part.
+_PARTLY_ROTARY = (
+    *with_defaults(
+        (
+            replace(key, spellings={"default": "none"}) if key.theirs == "rope_type" else key
+            for key in LLAMA_KEYS
+            if key.theirs not in ("hidden_act", "num_key_value_heads", "head_dim", "rms_norm_eps")
+        ),
+        num_hidden_layers=44,
+        num_attention_heads=64,
+        hidden_size=6144,
+        intermediate_size=24576,
+    ),
+    Key("hidden_act", "activation", "gelu", {**GELUS, "relu": "relu"}),
+    Key("layer_norm_eps", "norm_epsilon", 1e-5),
+    Key("partial_rotary_factor", "rotary_fraction", 0.25),
+)
+
+
+def _without(fixed: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fixed.items() if name not in names}
+
+
 # StarCoder 1: a GPT-2 of one key/value head.
 _GPT_BIGCODE = replace(
     _GPT2,
@@ -111,6 +139,117 @@ _GPT_BIGCODE = replace(
         *with_defaults(_GPT2_KEYS, activation_function="gelu_pytorch_tanh"),
         Key("multi_query", "", True),
     ),
+)
+
+# Pythia. Queries, keys and values lie side by side head by head.
+_GPT_NEOX = Family(
+    class_name="GPTNeoXForCausalLM",
+    prefix="gpt_neox.",
+    head="embed_out",
+    modules=(
+        Module("embed_in", ["embed"], is_transposed=False),
+        Module("layers.{}.input_layernorm", ["blocks.{}.attention_norm"], True),
+        Module(
+            "layers.{}.attention.query_key_value",
+            [QUERY, KEY, VALUE],
+            "attention_bias",
+            is_by_head=True,
+        ),
+        Module("layers.{}.attention.dense", [OUT], "attention_bias"),
+        Module("layers.{}.post_attention_layernorm", ["blocks.{}.mlp_norm"], True),
+        Module("layers.{}.mlp.dense_h_to_4h", [UP], True),
+        Module("layers.{}.mlp.dense_4h_to_h", [DOWN], True),
+        Module("final_layer_norm", ["final_norm"], True),
+        Module("embed_out", ["head"]),
+    ),
+    fixed={"norm": "layernorm", **_without(ROTARY, "rotary_fraction", "block"), **NO_WINDOW},
+    keys=(
+        *_PARTLY_ROTARY,
+        Key("num_attention_heads", "n_kv_head", 64),
+        Key("use_parallel_residual", "block", True, {True: "parallel", False: "sequential"}),
+        Key("attention_bias", "", True),
+    ),
+    ignored=re.compile(r"\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)$"),
+    aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
+)
+
+# Phi 1 and 2: one norm is read by attention and by the MLP, and the head has a bias.
+_PHI = Family(
+    class_name="PhiForCausalLM",
+    prefix="model.",
+    modules=(
+        Module("embed_tokens", ["embed"], is_transposed=False),
+        Module("layers.{}.input_layernorm", ["blocks.{}.attention_norm"], True),
+        Module("layers.{}.self_attn.q_proj", [QUERY], True),
+        Module("layers.{}.self_attn.k_proj", [KEY], True),
+        Module("layers.{}.self_attn.v_proj", [VALUE], True),
+        Module("layers.{}.self_attn.dense", [OUT], True),
+        Module("layers.{}.mlp.fc1", [UP], True),
+        Module("layers.{}.mlp.fc2", [DOWN], True),
+        Module("final_layernorm", ["final_norm"], True),
+        Module("lm_head", ["head"], True),
+    ),
+    fixed={
+        "norm": "layernorm",
+        **_without(ROTARY, "rotary_fraction"),
+        **NO_WINDOW,
+        "block": "parallel_one_norm",
+        "head_bias": True,
+    },
+    keys=(
+        *with_defaults(
+            _PARTLY_ROTARY,
+            hidden_size=2048,
+            num_hidden_layers=24,
+            num_attention_heads=32,
+            intermediate_size=8192,
+            hidden_act="gelu_new",
+            partial_rotary_factor=0.5,
+        ),
+        Key("num_key_value_heads", "n_kv_head", None),
+        Key("qk_layernorm", "", False),
+    ),
+    ignored=FREQUENCIES,
+)
+
+# OPT counts positions from 2.
+_OPT = Family(
+    class_name="OPTForCausalLM",
+    prefix="model.decoder.",
+    modules=(
+        Module("embed_tokens", ["embed"], is_transposed=False),
+        Module("embed_positions", ["embed.position"], is_transposed=False, unused_rows=2),
+        Module("layers.{}.self_attn_layer_norm", ["blocks.{}.attention_norm"], True),
+        Module("layers.{}.self_attn.q_proj", [QUERY], "enable_bias"),
+        Module("layers.{}.self_attn.k_proj", [KEY], "enable_bias"),
+        Module("layers.{}.self_attn.v_proj", [VALUE], "enable_bias"),
+        Module("layers.{}.self_attn.out_proj", [OUT], "enable_bias"),
+        Module("layers.{}.final_layer_norm", ["blocks.{}.mlp_norm"], True),
+        Module("layers.{}.fc1", [UP], "enable_bias"),
+        Module("layers.{}.fc2", [DOWN], "enable_bias"),
+        Module("final_layer_norm", ["final_norm"], True),
+        Module("lm_head", ["head"]),
+    ),
+    fixed={**_GPT2.fixed, "norm_epsilon": 1e-5},
+    keys=(
+        Key("tie_word_embeddings", "tie_embeddings", True),
+        Key("init_std", "init_std", 0.02),
+        Key("num_hidden_layers", "n_layer", 12),
+        Key("num_attention_heads", "n_head", 12),
+        Key("num_attention_heads", "n_kv_head", 12),
+        Key("hidden_size", "d_model", 768),
+        Key("word_embed_proj_dim", "d_model", 768),
+        Key("ffn_dim", "d_ff", 3072),
+        Key("max_position_embeddings", "context_length", 2048),
+        Key("activation_function", "activation", "relu", {"relu": "relu", **GELUS}),
+        Key("enable_bias", "", True),
+        Key("do_layer_norm_before", "", True),
+        Key("_remove_final_layer_norm", "", False),
+        Key("layer_norm_elementwise_affine", "", True),
+        Key("dropout", "", 0.1, is_checked=False),
+        DROPOUT,
+    ),
+    ignored=_CAUSAL_MASK,
 )
 
 # model_type -> family. A model that several can express is written as the first of them.
@@ -130,6 +269,9 @@ FAMILIES = {
     "starcoder2": STARCODER2,
     "granite": GRANITE,
     "smollm3": SMOLLM3,
+    "gpt_neox": _GPT_NEOX,
+    "phi": _PHI,
+    "opt": _OPT,
     "gemma": GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA3,

@@ -73,6 +73,9 @@ GEMMA2_FIXED = {
     "qk_norm": False,
     "qk_norm_joint": False,
     "unrotated_every": 0,
+    "rotary_fraction": 1.0,
+    "block": "sequential",
+    "head_bias": False,
 }
 GEMMA2 = replace(
     GEMMA,

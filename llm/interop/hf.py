@@ -89,7 +89,7 @@ def _opened(
     family = family_of(read, folder)
     config, described = read_config(family, read, source, context_length)
     vocab_size = vocab_size_of(read, source)
-    tensors = Tensors(folder, family.prefix)
+    tensors = Tensors(folder, family.prefix, family.head)
     if config.n_layer * config.n_expert > len(tensors):
         raise CheckpointError(
             f"{source} describes {config.n_layer} layers of {config.n_expert} experts each, and "
@@ -147,7 +147,7 @@ def to_hf(
     for pair in _pairs(family, keys, spec):
         arrays = _to_theirs(pair, params)
         for name, array in zip(pair.theirs, arrays, strict=True):
-            tensors[name if name.startswith("lm_head") else family.prefix + name] = array
+            tensors[name if name.startswith(f"{family.head}.") else family.prefix + name] = array
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save(tensors, folder / "model.safetensors")
@@ -166,7 +166,7 @@ def _untied_by(tensors: Tensors, family: Family, config: ModelConfig) -> ModelCo
     transformers ties the head to the embedding unless the files hold both and they differ. If they
     hold the head alone, that is the embedding too.
     """
-    head = "lm_head.weight"
+    head = f"{family.head}.weight"
     if not config.tie_embeddings or head not in tensors:
         return config
     embedding = next(m.theirs for m in family.modules if m.ours == ["embed"]) + ".weight"
@@ -187,12 +187,16 @@ class _Pair:
       ours: name -> shape without the padding of the vocabulary, and the factor that transformers
         applies later.
       offset: what transformers adds before that.
+      heads: how many heads the arrays of several lie side by side in; 1: one after the other.
+      unused_rows: how many rows of theirs come before ours.
     """
 
     ours: Mapping[str, tuple[tuple[int, ...], float]]
     theirs: list[str]
     is_transposed: bool
     offset: float
+    heads: int = 1
+    unused_rows: int = 0
 
 
 def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[_Pair]:
@@ -220,7 +224,9 @@ def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[
                 shapes = [params[name].shape for name in ours]
                 held = dict(zip(ours, zip(shapes, factor, strict=True), strict=True))
                 offset = family.gain_offset if ending == ".scale" else 0.0
-                yield _Pair(held, theirs, module.is_transposed, offset)
+                heads = spec.config.n_head if module.is_by_head else 1
+                skipped = module.unused_rows
+                yield _Pair(held, theirs, module.is_transposed, offset, heads, skipped)
 
 
 def _read_pair(pair: _Pair, tensors: Tensors, params: Arrays) -> None:
@@ -230,12 +236,13 @@ def _read_pair(pair: _Pair, tensors: Tensors, params: Arrays) -> None:
     expected = (*first[len(pair.theirs) > 1 : -1], sum(widths))
     for expert, name in enumerate(pair.theirs):
         array = tensors.take(name)
-        array = array.T if pair.is_transposed else array
+        array = (array.T if pair.is_transposed else array)[pair.unused_rows :]
         if array.shape != expected:
             raise CheckpointError(
                 f"weight {name} has shape {list(array.shape)}, but config.json needs "
                 f"{list(expected)}{' (transposed)' * (pair.is_transposed and array.ndim > 1)}"
             )
+        array = _regrouped(array, pair.heads, len(widths))
         parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
         for (ours, (_, factor)), part in zip(pair.ours.items(), parts, strict=True):
             place = params[ours][expert] if len(pair.theirs) > 1 else params[ours]
@@ -251,6 +258,16 @@ def _to_theirs(pair: _Pair, params: Mapping[str, Any]) -> list[np.ndarray]:
         else np.zeros(shape, np.float32)
         for name, (shape, factor) in pair.ours.items()
     ]
-    joined = np.concatenate(parts, axis=-1)
+    joined = _regrouped(np.concatenate(parts, axis=-1), len(parts), pair.heads)
+    if pair.unused_rows:
+        joined = np.pad(joined, ((pair.unused_rows, 0), (0, 0)))
     arrays = list(joined) if len(pair.theirs) > 1 else [joined]
     return [np.ascontiguousarray(array.T if pair.is_transposed else array) for array in arrays]
+
+
+def _regrouped(array: np.ndarray, outer: int, inner: int) -> np.ndarray:
+    """The last dimension, `outer` groups of `inner` parts, as `inner` groups of `outer` parts."""
+    if outer == 1 or inner == 1:
+        return array
+    grouped = array.reshape(*array.shape[:-1], outer, inner, -1)
+    return grouped.swapaxes(-2, -3).reshape(array.shape)

@@ -22,6 +22,9 @@ NO_EXTRAS = {
     "attention_soft_cap": 0.0,
     "unrotated_every": 0,
     "window_rope_theta": 0.0,
+    "rotary_fraction": 1.0,
+    "block": "sequential",
+    "head_bias": False,
 }
 NO_WINDOW = {"window": 0, "global_every": 0}
 ROTARY = {"positions": "rotary", "n_expert": 1, **NO_EXTRAS}

@@ -26,12 +26,16 @@ class Module:
         side along the last dimension of the one array there.
       bias: whether the module has a bias there, or the key of config.json that says so.
       is_transposed: a matrix is [out, in] there, as in torch's Linear, and [in, out] here.
+      is_by_head: the arrays of several lie side by side head by head, not one after the other.
+      unused_rows: how many rows of theirs come before ours, and are used by nothing.
     """
 
     theirs: str
     ours: Sequence[str]
     bias: bool | str = False
     is_transposed: bool = True
+    is_by_head: bool = False
+    unused_rows: int = 0
 
     def has_bias(self, described: Description) -> bool:
         return bool(described[self.bias] if isinstance(self.bias, str) else self.bias)
@@ -54,7 +58,7 @@ class Key:
     theirs: str
     ours: str
     default: Any
-    spellings: Mapping[str, str] = field(default_factory=dict)
+    spellings: Mapping[Any, str] = field(default_factory=dict)
     is_checked: bool = True
 
 
@@ -84,7 +88,8 @@ class Family:
 
     Attributes:
       class_name: its class with a language modelling head.
-      prefix: the beginning of every weight's name but lm_head's. Old GPT-2 files leave it out.
+      prefix: the beginning of every weight's name but the head's. Old GPT-2 files leave it out.
+      head: the head's name.
       fixed: settings of ModelConfig that every model of the family has at this value.
       keys: of config.json, in the order in which they are written. Two keys of one setting must
         agree, and so must two settings of one key.
@@ -106,6 +111,7 @@ class Family:
     factors: Mapping[str, Callable[[Description], float]] = field(default_factory=dict)
     patterns: Sequence[Pattern] = ()
     gain_offset: float = 0.0
+    head: str = "lm_head"
 
 
 # Keys that change what any model computes. They are checked in each file, unless the family has a

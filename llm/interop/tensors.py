@@ -27,10 +27,11 @@ class Tensors:
       CheckpointError: a file of weights is damaged.
     """
 
-    def __init__(self, folder: Path, prefix: str):
+    def __init__(self, folder: Path, prefix: str, head: str):
         """
         Args:
-          prefix: what the names begin with, all or some; it is left out here. lm_head has none.
+          prefix: what the names begin with, all or some; it is left out here.
+          head: the name of the output head, which has no prefix.
         """
         self.folder = folder
         self._files: dict[str, tuple[str, Any]] = {}
@@ -38,7 +39,7 @@ class Tensors:
             opened = _open(path)
             for full_name in opened.keys():  # noqa: SIM118  (not a mapping)
                 name = full_name.removeprefix(prefix)
-                if name.startswith("lm_head."):
+                if name.startswith(f"{head}."):
                     name = full_name
                 if name in self._files:
                     raise UsageError(

@@ -55,7 +55,7 @@ def parameter_count(spec: ModelSpec, *, active: bool = False) -> int:
     Args:
       active: count what one token uses: the chosen ones of a block's experts.
     """
-    row = spec.config.d_model * (1 if spec.config.tie_embeddings else 2)
+    row = spec.config.d_model * (1 if spec.config.tie_embeddings else 2) + spec.config.head_bias
     padding = row * (spec.padded_vocab_size - spec.vocab_size)
     return sum(_sizes(spec, active=active).values()) - padding
 

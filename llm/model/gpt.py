@@ -233,9 +233,18 @@ class Attention(nnx.Module):
             )
             if self.window and config.window_rope_theta:
                 theta, scaling = config.window_rope_theta, RopeScaling()
-            query_BTNH = rotate(query_BTNH, positions_BT, theta, scaling)
-            key_BTKH = rotate(key_BTKH, positions_BT, theta, scaling)
+            query_BTNH, key_BTKH = (
+                self._turned(heads, positions_BT, theta, scaling)
+                for heads in (query_BTNH, key_BTKH)
+            )
         return query_BTNH, key_BTKH, value_BTKH
+
+    def _turned(self, x_BTNH: jax.Array, *rotary: Any) -> jax.Array:
+        """`rotate` of the share of features that model.rotary_fraction says."""
+        turned = int(self.config.head_size * self.config.rotary_fraction)
+        if turned == x_BTNH.shape[-1]:
+            return rotate(x_BTNH, *rotary)
+        return jnp.concatenate([rotate(x_BTNH[..., :turned], *rotary), x_BTNH[..., turned:]], -1)
 
     def __call__(
         self, x_BTD: jax.Array, places: Places, cached: Cached = None, dropout_key: Key = None
@@ -275,7 +284,8 @@ class Attention(nnx.Module):
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); dropout on each branch.
 
-    model.norm_place puts the norms there, after the sub-layers, or in both places.
+    In a parallel block (model.block) the MLP reads the x that attention reads. model.norm_place
+    puts the norms there, after the sub-layers, or in both places.
     With model.n_expert above 1 the MLP is a mixture of experts (experts.py).
     """
 
@@ -286,7 +296,9 @@ class Block(nnx.Module):
         self.attention_norm = stream_norm(config) if before else None
         self.attention = Attention(spec, layer)
         self.attention_out_norm = stream_norm(config) if after else None
-        self.mlp_norm = stream_norm(config) if before else None
+        self.kind = config.block
+        own = before and self.kind != "parallel_one_norm"
+        self.mlp_norm = stream_norm(config) if own else None
         self.mlp_out_norm = stream_norm(config) if after else None
         self.mlp = (Experts if config.has_experts else MLP)(config, spec.compute_dtype)
 
@@ -298,8 +310,10 @@ class Block(nnx.Module):
         read_BTD = normalised(self.attention_norm, x_BTD)
         branch_BTD, cached = self.attention(read_BTD, places, cached, keys[0])
         branch_BTD = normalised(self.attention_out_norm, branch_BTD)
-        x_BTD = x_BTD + drop(branch_BTD, self.dropout, keys[1])
-        branch_BTD, routing = self.mlp(normalised(self.mlp_norm, x_BTD))
+        before_BTD, x_BTD = x_BTD, x_BTD + drop(branch_BTD, self.dropout, keys[1])
+        if self.kind != "parallel_one_norm":
+            read_BTD = normalised(self.mlp_norm, x_BTD if self.kind == "sequential" else before_BTD)
+        branch_BTD, routing = self.mlp(read_BTD)
         branch_BTD = normalised(self.mlp_out_norm, branch_BTD)
         return x_BTD + drop(branch_BTD, self.dropout, keys[2]), routing, cached
 
@@ -337,7 +351,7 @@ class GPT(nnx.Module):
         if not config.tie_embeddings:
             linear = functools.partial(Linear, dtype=spec.compute_dtype, std=config.init_std)
             shape = (config.d_model, spec.padded_vocab_size)
-            self.head = linear(("embed", "vocab"), shape, bias=False)
+            self.head = linear(("embed", "vocab"), shape, bias=config.head_bias)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits [B, T, vocab_size]; those at t score the token at t + 1."""
@@ -400,7 +414,7 @@ class GPT(nnx.Module):
                 )
                 routings.append(routing)
             routing_L = jax.tree.map(lambda *parts: jnp.stack(parts), *routings)
-        return self.final_norm(from_zigzag(x_BTD) if zigzag else x_BTD), routing_L
+        return self._for_head(from_zigzag(x_BTD) if zigzag else x_BTD), routing_L
 
     def embedded(
         self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None
@@ -431,12 +445,24 @@ class GPT(nnx.Module):
             x_BTD, _, longer = block(x_BTD, Places(positions_BT), tuple(cached))
             layers.append(longer)
         keys, values = zip(*layers, strict=True)
-        return self.final_norm(x_BTD), KVCache(keys, values, cache.length_B + T)
+        return self._for_head(x_BTD), KVCache(keys, values, cache.length_B + T)
+
+    def _for_head(self, x_BTD: jax.Array) -> jax.Array:
+        """The final norm, with a one behind it that the head's bias multiplies, if it has one."""
+        x_BTD = self.final_norm(x_BTD)
+        if not self.spec.config.head_bias:
+            return x_BTD
+        return jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1)
 
     def head_weight(self) -> jax.Array:
-        """W_head [D, padded vocabulary] in the compute dtype; E^T when tied."""
+        """W_head [D, padded vocabulary] in the compute dtype; E^T when tied.
+
+        A bias is one row more, for the one that `hidden` then ends with.
+        """
         tied = self.spec.config.tie_embeddings
         weight_DV = self.embed.weight[...].T if tied else self.head.weight[...]
+        if self.spec.config.head_bias:
+            weight_DV = jnp.concatenate([weight_DV, self.head.bias[...][None]])
         return weight_DV.astype(self.spec.compute_dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -136,6 +136,8 @@ def _activated(kind: str, up: jax.Array, gate: jax.Array | None) -> jax.Array:
             return jax.nn.gelu(up, approximate=False)
         case "gelu_tanh":
             return jax.nn.gelu(up, approximate=True)
+        case "relu":
+            return jax.nn.relu(up)
         case "relu_squared":
             return jnp.square(jax.nn.relu(up))
     assert gate is not None, kind
