@@ -99,9 +99,9 @@ class ModelConfig(Settings):
         turned = int(size * self.rotary_fraction)
         if self.positions == "rotary" and (turned % 2 or not turned):
             name = "model.head_size" if self.head_size else "d_model / n_head"
-            share = f" and model.rotary_fraction = {self.rotary_fraction}"
+            share = f", of which model.rotary_fraction = {self.rotary_fraction} is {turned}"
             raise ValueError(
-                f"rotary positions turn an even number of features, found {name} = {size}"
+                f"rotary positions need an even head size, found {name} = {size}"
                 f"{share * (self.rotary_fraction != 1)}"
             )
         if self.head_bias and self.tie_embeddings:
