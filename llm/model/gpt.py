@@ -461,7 +461,7 @@ class GPT(nnx.Module):
         """
         tied = self.spec.config.tie_embeddings
         weight_DV = self.embed.weight[...].T if tied else self.head.weight[...]
-        if self.spec.config.head_bias:
+        if not tied and self.head.bias is not None:
             weight_DV = jnp.concatenate([weight_DV, self.head.bias[...][None]])
         return weight_DV.astype(self.spec.compute_dtype)
 
