@@ -1,13 +1,14 @@
-"""python -m llm export-hf RUN FOLDER: a Hugging Face GPT-2, Llama or Mixtral of a checkpoint.
+"""python -m llm export-hf RUN FOLDER: a Hugging Face model of a checkpoint: GPT-2, Llama, Qwen, ...
 
-Writes config.json and model.safetensors, which transformers' from_pretrained opens with the same
-logits, and tokenizer/, which import-hf reads. The model must be exactly one of these families: a
-run of the defaults is a GPT-2, and a message names each setting that keeps a run from being one.
-The tokenizer is not converted; transformers has GPT-2's under the name "gpt2".
+Writes what transformers' AutoModelForCausalLM, AutoTokenizer and pipeline open without a network:
+the weights, the tokenizer, and where texts begin and end. The model must be exactly one of the
+families of docs/models.md: a run of the defaults is a GPT-2, and a message names each setting that
+keeps a run from being one. tokenizer/ is the run's own, which import-hf reads.
 """
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from llm.commands.flags import argument, parse
 from llm.commands.import_hf import new_folder
@@ -20,6 +21,9 @@ class Options(RunOptions):
     """The command line."""
 
     folder: str = argument("FOLDER", "folder to make")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "numbers of the weights in the files"
+    )
     as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
 
 
@@ -28,17 +32,22 @@ def main(arguments: list[str]) -> int:
     options = parse(Options, arguments)
     opened = options.open()
 
+    from llm.interop.export_tokenizer import begin_and_ends, write_tokenizer
     from llm.interop.hf import to_hf
 
-    tokenizer = opened.tokenizer
+    spec, tokenizer = opened.spec, opened.tokenizer
+    begin, _ = begin_and_ends(tokenizer)
+    end = tokenizer.end_of_text
     with new_folder(Path(options.folder), Path(options.run)) as partial:
-        spec, end_of_text = opened.spec, tokenizer.end_of_text
-        model_type = to_hf(spec.config, spec.vocab_size, opened.params, partial, end_of_text)
+        model_type = to_hf(
+            spec.config, spec.vocab_size, opened.params, partial, end, begin, options.dtype
+        )
+        write_tokenizer(tokenizer, partial, spec.config.context_length)
         tokenizer.save(partial / "tokenizer")
     if options.as_json:
         print(json.dumps({**opened.checkpoint, "folder": options.folder, "model_type": model_type}))
     say(
         f"{options.folder} holds step {opened.step} of {opened.run} as a {model_type} model; open "
-        f"it: transformers.AutoModelForCausalLM.from_pretrained({options.folder!r})"
+        f"it: transformers.pipeline('text-generation', {options.folder!r})"
     )
     return 0

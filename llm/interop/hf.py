@@ -3,9 +3,8 @@
 llm/interop/families.py has a table for each family of models. Moving a weight is at most a
 transpose, a split and the padding of the vocabulary, so a round trip changes no bit.
 
-What it is not: it does not convert tokenizers, and it carries no dropout, which belongs to training
-and not to the function. A model that ModelConfig cannot express is refused by the name of the
-setting, never approximated.
+What it is not: it carries no dropout, which belongs to training and not to the function. A model
+that ModelConfig cannot express is refused by the name of the setting, never approximated.
 
 Source: https://github.com/huggingface/safetensors (file format).
 """
@@ -105,16 +104,43 @@ def to_hf(
     params: Mapping[str, Any],
     folder: str | Path,
     end_of_text: int | None = None,
+    begin_of_text: int | None = None,
+    dtype: str = "float32",
 ) -> str:
-    """Write config.json and model.safetensors, as transformers' from_pretrained reads them.
+    """Write config.json and *.safetensors, as transformers' from_pretrained reads them.
 
     Args:
       params: float32 arrays, jax or numpy; rows that pad the vocabulary are left out.
-      end_of_text: id at which generation begins and ends, if the tokenizer has one.
+      end_of_text: id at which generation ends, if the tokenizer has one.
+      begin_of_text: id at which it begins; None: the end of another text.
+      dtype: of the files: float32, bfloat16 or float16.
     Returns:
       The family that the model is written as: "gpt2", "llama", ...
     Raises:
-      UsageError: a switch of the model that no family in llm/interop/families.py has.
+      UsageError: a switch of the model that no family in llm/interop/families.py has, or a weight
+        that the dtype cannot hold.
+    """
+    described, shapes, arrays = as_family(config, vocab_size, params)
+    described |= {
+        "dtype": dtype,
+        "bos_token_id": end_of_text if begin_of_text is None else begin_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": None,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(shapes, arrays, folder, dtype)
+    write_atomic(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
+    return str(described["model_type"])
+
+
+def as_family(
+    config: ModelConfig, vocab_size: int, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[int, ...]], Iterator[np.ndarray]]:
+    """What a model is there: config.json, each weight's shape, and their arrays in this order.
+
+    The arrays are made when they are asked for, one after the other. Arguments and errors are those
+    of `to_hf`.
     """
     spec = ModelSpec(config, vocab_size)
     used = [name for name, array in params.items() if not _is_neutral(name, array)]
@@ -135,24 +161,17 @@ def to_hf(
         "model_type": model_type,
         "architectures": [family.class_name],
         "vocab_size": vocab_size,
-        "dtype": "float32",
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "pad_token_id": None,
         **keys,
     }
-    tensors = {}
-    for pair in _pairs(family, keys, spec):
-        arrays = _to_theirs(pair, params)
-        for name, array in zip(pair.theirs, arrays, strict=True):
-            tensors[name if name.startswith(f"{family.head}.") else family.prefix + name] = array
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save(tensors, folder / "model.safetensors")
-    write_atomic(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
-    return model_type
+    pairs = [*_pairs(family, keys, spec)]
+    shapes = {
+        name if name.startswith(f"{family.head}.") else family.prefix + name: pair.shape
+        for pair in pairs
+        for name in pair.theirs
+    }
+    return described, shapes, (array for pair in pairs for array in _to_theirs(pair, params))
 
 
 def _is_neutral(name: str, array: Any) -> bool:
@@ -197,6 +216,14 @@ class _Pair:
     offset: float
     heads: int = 1
     unused_rows: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of each of theirs."""
+        shapes = [shape for shape, _ in self.ours.values()]
+        whole = (*shapes[0][len(self.theirs) > 1 : -1], sum(shape[-1] for shape in shapes))
+        whole = (whole[0] + self.unused_rows, *whole[1:])
+        return whole[::-1] if self.is_transposed else whole
 
 
 def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[_Pair]:

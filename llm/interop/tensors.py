@@ -5,18 +5,24 @@ Nothing in such a file is executed. Files in other formats, pickles among them, 
 Source: https://github.com/huggingface/safetensors (file format).
 """
 
+import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llm.errors import CheckpointError, UsageError
-from llm.files import check_regular, read_json, why
+from llm.files import check_regular, read_json, why, write_atomic
 
 # What can be widened to float32. Wider numbers are rounded to it.
 DTYPES = ("F32", "BF16", "F16", "F64")
+# What can be written: numpy's name -> the file's.
+WRITTEN = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# More bytes of weights than this become several files.
+LARGEST_FILE = 5 * 10**9
 
 
 class Tensors:
@@ -127,9 +133,66 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{path} cannot be read: {why(error)}") from None
 
 
-def save(arrays: Mapping[str, np.ndarray], path: Path) -> None:
-    """Write a file of weights that transformers opens."""
-    from safetensors.numpy import save_file
+def save(
+    shapes: Mapping[str, tuple[int, ...]],
+    arrays: Iterable[np.ndarray],
+    folder: Path,
+    dtype: str = "float32",
+) -> None:
+    """Write files of weights that transformers opens, and an index if there are several.
 
-    # transformers refuses a file that does not say which framework's layout it has.
-    save_file(dict(arrays), path, metadata={"format": "pt"})
+    One array is in memory at a time.
+
+    Args:
+      shapes: name -> shape.
+      arrays: in the order of the names.
+      dtype: of the files, one of WRITTEN.
+    Raises:
+      UsageError: a number that the dtype cannot hold.
+    """
+    import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+
+    width = np.dtype(dtype).itemsize
+    files: list[dict[str, Any]] = [{}]
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + width * math.prod(shape)
+        if end > LARGEST_FILE and begin:
+            files.append({})
+            begin, end = 0, end - begin
+        span = {"dtype": WRITTEN[dtype], "shape": shape, "data_offsets": (begin, end)}
+        files[-1][name] = span
+    weight_map: dict[str, str] = {}
+    remaining = iter(arrays)
+    for n, header in enumerate(files, 1):
+        part = f"-{n:05}-of-{len(files):05}" if len(files) > 1 else ""
+        path = folder / f"model{part}.safetensors"
+        weight_map |= dict.fromkeys(header, path.name)
+        # transformers refuses a file that does not say which framework's layout it has.
+        content = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+        content += b" " * (-len(content) % 8)
+        with path.open("wb") as file:
+            file.write(len(content).to_bytes(8, "little") + content)
+            for name in header:
+                file.write(np.ascontiguousarray(narrowed(name, next(remaining), dtype)).data)
+    if len(files) > 1:
+        size = width * sum(map(math.prod, shapes.values()))
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_atomic(folder / "model.safetensors.index.json", json.dumps(index, indent=2).encode())
+
+
+def narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """The bytes of an array in a narrower dtype.
+
+    Raises:
+      UsageError: a finite number that is infinite there.
+    """
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype, copy=False)
+    lost = np.isfinite(array) & ~np.isfinite(narrow.astype(np.float32, copy=False))
+    if lost.any():
+        raise UsageError(
+            f"weight {name} has the number {array[lost][0]:.6g}, which {dtype} cannot hold; take "
+            "another --dtype"
+        )
+    return narrow.view(np.uint8) if narrow.ndim else narrow.reshape(1).view(np.uint8)

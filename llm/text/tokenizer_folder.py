@@ -57,7 +57,7 @@ def open_tokenizer(path: Path, vocab_size: int = 0, *, lossy: bool = False) -> I
         )
         described = json.loads(text)
         tokens = {token["content"]: token["id"] for token in described.get("added_tokens") or ()}
-        begin = _begin(described)
+        begin = begin_of(described)
         if file.suffix == ".model" and settings.get("add_bos_token"):
             begin = tokens.get(_spelling(settings, "bos"))
         stems = (path.resolve().parent.name, path.stem)
@@ -80,7 +80,7 @@ def _settings(path: Path) -> _Json:
     return read_json(path) if path.exists() else {}
 
 
-def _begin(described: _Json) -> int | None:
+def begin_of(described: _Json) -> int | None:
     """The id that a tokenizer.json puts before a text."""
     before: list[int] = []
     for part in parts_of(described.get("post_processor")):
