@@ -1,8 +1,9 @@
 """python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model: GPT-2, Llama, Qwen, ...
 
-FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. The new
-run has one checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was
-not trained here: another run trains on from it, with --training.init-from RUN.
+FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. It can
+also be a file: a ckpt.pt of nanoGPT or a .bin of llama2.c, with --tokenizer. The new run has one
+checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was not trained
+here: another run trains on from it, with --training.init-from RUN.
 
 The tokenizer is the folder's (docs/text.md), or the one that --tokenizer names.
 """
@@ -30,6 +31,7 @@ from llm.runtime import prepare_process
 from llm.section import setting
 
 if TYPE_CHECKING:
+    import jax
     import numpy as np
 
     from llm.config import TokenizerConfig
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 class Options(CommandLine):
     """The command line."""
 
-    folder: str = argument("FOLDER", "Hugging Face model")
+    folder: str = argument("FOLDER", "Hugging Face model, nanoGPT's ckpt.pt or llama2.c's .bin")
     run: str = argument("RUN", "run directory to make")
     tokenizer: str | None = setting(
         None, "the tokenizer, if the folder has none: as tokenizer.kind, a name or a path", "KIND"
@@ -59,13 +61,19 @@ def main(arguments: list[str]) -> int:
     options = parse(Options, arguments)
     prepare_process()  # before JAX is imported, as it is below
 
+    import jax
+
+    from llm.interop.foreign import as_folder
     from llm.interop.hf import from_hf
     from llm.model.gpt import ModelSpec
 
     folder = Path(options.folder)
-    config, vocab_size, params = from_hf(folder, options.context_length)
+    with as_folder(folder) as readable:
+        config, vocab_size, arrays = from_hf(readable, options.context_length)
     tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size, options.lossy)
     spec = ModelSpec(config, vocab_size)
+    # One by one, so that no second copy of the whole model is in memory when it is saved.
+    params = {name: jax.device_put(arrays.pop(name)) for name in [*arrays]}
     with new_folder(Path(options.run), folder) as partial:
         sha256, nats = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
@@ -201,7 +209,7 @@ def write_run(
     path: Path,
     folder: Path,
     spec: "ModelSpec",
-    params: "Mapping[str, np.ndarray]",
+    params: "Mapping[str, np.ndarray | jax.Array]",
     tokenizer: "Tokenizer",
 ) -> tuple[str, float]:
     """Write a run directory with one checkpoint, step 0, and run the model once.
