@@ -23,6 +23,7 @@ COMMANDS = {
     "diff": "where two runs part, or how two dumps of a text differ",
     "verify": "check a run's checkpoints: manifest, parameters, receipt",
     "history": "how a text became probable: at each checkpoint",
+    "average": "a run whose parameters are a mean of checkpoints",
     "memorized": "does the model repeat its training text?",
     "import-hf": "make a run of a Hugging Face model",
     "export-hf": "make a Hugging Face model of a run",
