@@ -1,10 +1,12 @@
 """Greedy continuation of a prompt, by us, by transformers and by nanoGPT, taking turns.
 
     python benchmarks/decode.py [--nanogpt PATH] [--theirs PYTHON] [--model 124m|small]
+                                [--rows N] [--prompt TOKENS] [--new TOKENS]
 
-A GPT-2 with random weights, float32, one text: 16 tokens of prompt, then 64 more, one after the
-other. The time is of the whole continuation, its prompt included. transformers decodes with its
-key/value cache; nanoGPT, a clone of https://github.com/karpathy/nanoGPT at PATH, has none.
+A GPT-2 with random weights, float32, one text or N at once: 16 tokens of prompt, then 64 more, one
+after the other. The time is of the whole continuation, its prompt included. transformers decodes
+with its key/value cache; nanoGPT, a clone of https://github.com/karpathy/nanoGPT at PATH, has none.
+With `--prompt 512 --new 1` it is nearly all the time that a prompt takes.
 
     124m     12 layers x 768, the GPT-2 vocabulary
     small    2 layers x 128: to see that the script runs
@@ -19,7 +21,7 @@ from pathlib import Path
 from turns import Side, serve, take_turns
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT, NEW, VOCABULARY, CONTEXT = 16, 64, 50257, 1024
+VOCABULARY, CONTEXT = 50257, 1024
 MODELS = {
     "124m": {"n_layer": 12, "n_head": 12, "width": 768},
     "small": {"n_layer": 2, "n_head": 2, "width": 128},
@@ -35,8 +37,14 @@ def main() -> None:
     parser.add_argument(
         "--theirs", default=sys.executable, help="a Python with torch and transformers"
     )
+    parser.add_argument("--rows", type=int, default=1, help="texts that are continued together")
+    parser.add_argument("--prompt", type=int, default=16, help="tokens of the prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens that follow it")
     options = parser.parse_args()
-    model = MODELS[options.model]
+    sizes = {name: getattr(options, name) for name in ("rows", "prompt", "new")}
+    if not (min(sizes.values()) > 0 and options.prompt + options.new <= CONTEXT):
+        parser.error(f"{sizes}: expected 1 or more of each, and texts of at most {CONTEXT} tokens")
+    model = MODELS[options.model] | sizes
     commands = {
         "ours": [sys.executable, __file__, "--side", "ours"],
         "transformers": [options.theirs, __file__, "--side", "transformers"],
@@ -72,11 +80,12 @@ def our_step(model):
     tokenizer.end_of_text = None  # random weights may draw it, and the text would end there
     spec = ModelSpec(config, tokenizer.vocab_size)
     decoder = Decoder.create(spec, initialise(spec, jax.random.key(0)), tokenizer)
-    request = Request(np.arange(PROMPT), Sampling(temperature=0.0), max_new_tokens=NEW)
+    rows, prompt, new = model["rows"], model["prompt"], model["new"]
+    request = Request(np.arange(prompt), Sampling(temperature=0.0), max_new_tokens=new)
 
     def step():
-        tokens = sum(len(progress.tokens) for progress in decoder.generate([request]))
-        assert tokens == PROMPT + NEW
+        tokens = sum(len(progress.tokens) for progress in decoder.generate([request] * rows))
+        assert tokens == rows * (prompt + new)
 
     return f"jax-{jax.__version__}", step
 
@@ -96,19 +105,19 @@ def transformers_step(model):
         eos_token_id=None,
     )
     network = GPT2LMHeadModel(config).eval()
-    tokens = torch.arange(PROMPT)[None]
+    tokens = torch.arange(model["prompt"])[None].repeat(model["rows"], 1)
 
     def step():
         with torch.inference_mode():
             text = network.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                max_new_tokens=NEW,
+                max_new_tokens=model["new"],
                 do_sample=False,
                 use_cache=True,
                 pad_token_id=0,
             )
-        assert text.shape == (1, PROMPT + NEW)
+        assert text.shape == (model["rows"], model["prompt"] + model["new"])
 
     return f"transformers-{transformers.__version__}", step
 
@@ -129,11 +138,11 @@ def nanogpt_step(path, model):
             dropout=0.0,
         )
     ).eval()
-    tokens = torch.arange(PROMPT)[None]
+    tokens = torch.arange(model["prompt"])[None].repeat(model["rows"], 1)
 
     def step():
         with torch.inference_mode():
-            network.generate(tokens, NEW, top_k=1)
+            network.generate(tokens, model["new"], top_k=1)
 
     return f"torch-{torch.__version__}", step
 
