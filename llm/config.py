@@ -93,6 +93,11 @@ class DataConfig(Settings):
         "held-out text: 'documents:F' holds out a fraction F of the documents, chosen by the hash "
         "of their text; 'tail:F' the last fraction F of all tokens; 'none' holds out nothing",
     )
+    windows: Literal["stream", "packed"] = setting(
+        "stream",
+        "what a window holds: the next tokens of one row of all documents, or whole documents, "
+        "each by itself (longer ones are cut at the context)",
+    )
     errors: Literal["strict", "replace"] = setting(
         "strict", "bytes that are not UTF-8: stop and say where, or replace and count them"
     )
@@ -280,6 +285,11 @@ class TrainingConfig(Settings):
         "with init_from: take the tokenizer that tokenizer.kind names, which may add tokens; their "
         "rows begin as the mean of the others",
     )
+
+    @property
+    def evaluation_size(self) -> int:
+        """Sequences at once in an evaluation."""
+        return self.eval_batch_size or self.micro_batch_size or self.batch_size
 
     @property
     def accumulation(self) -> int:

@@ -350,7 +350,7 @@ def assert_uniform(counts: np.ndarray) -> None:
 def permutations(size: int, keys: int) -> np.ndarray:
     """[keys, size]: the permutations of consecutive seeds, as epochs have them."""
     places = np.tile(np.arange(size, dtype=np.uint64), keys)
-    words = batches_module._mix(np.repeat(np.arange(keys, dtype=np.uint64), size))
+    words = batches_module.mix(np.repeat(np.arange(keys, dtype=np.uint64), size))
     return _permuted(places, size, words).reshape(keys, size).astype(int)
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from llm.config import TrainingConfig
 from llm.model.gpt import ModelSpec, initialise
 from llm.model_config import ModelConfig
-from llm.text.batches import Batch
 from llm.text.packing import PackedWindows, best_fit, cut_documents, pack
 from llm.text.splits import Span, TokenSplit
+from llm.text.windows import Batch
 from llm.training.step import accumulate_gradients
 
 END = 0
@@ -53,7 +53,7 @@ def packed(lengths, context, opens, cut=0, end=None):
 
 def documents_of(windows, chosen=None):
     """Of all windows: each segment's inputs and targets."""
-    batch = windows.read(np.arange(len(windows)) if chosen is None else chosen)
+    batch = windows.rows(np.arange(windows.per_epoch) if chosen is None else chosen)
     for tokens, weights, segments in zip(*batch, strict=True):
         changes = np.diff(segments[segments > 0], prepend=1)
         assert set(changes) <= {0, 1} and not segments[(segments > 0).sum() :].any()
@@ -72,7 +72,7 @@ def test_each_target_is_predicted_once_from_its_own_document(lengths, context, o
     cut = data.draw(st.integers(0, size - 1))
     end = data.draw(st.integers(cut + 1, size))
     windows = packed(lengths, context, opens, cut, end)
-    expected, start, tokens = [], 0, windows.split.spans[0].stream.ids.tolist()
+    expected, start, tokens = [], 0, windows._split.spans[0].stream.ids.tolist()
     for length in lengths:
         whole = tokens[max(start, cut) : min(start + length, end)]
         if opens and start >= cut and whole:
@@ -124,8 +124,8 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_documents_alone(opens, 
     """Weighted by their tokens, to 1e-6; in float32, each alone at the beginning of a window."""
     T = SPEC.config.context_length
     windows = packed([9, 30, 3, 14, 2, 22, 17, 8, 5, 60, 1, 11], T, opens)
-    rows = np.arange(len(windows) // 2 * 2)
-    batch = windows.read(rows)
+    rows = np.arange(windows.per_epoch // 2 * 2)
+    batch = windows.rows(rows)
     config = TrainingConfig(batch_size=len(rows), compute_dtype="float32", **training)
     found = gradients(config, batch)
     alone, tokens = [np.float64(0), np.float64(0)], 0

@@ -8,6 +8,7 @@ validation text of RUN.
 Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization".
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -97,27 +98,21 @@ def members_of(run: Any, options: Options) -> list[int]:
 
 def validation_loss(run: Any) -> Any:
     """A function of a spec and parameters: nats per token of the run's validation text, or None."""
-    import numpy as np
-
     from llm.run.provenance import check_corpus, kept_tokenizer
-    from llm.text.batches import evaluation_batches
+    from llm.text.batches import held_out_batches
     from llm.text.shards import prepare
     from llm.training.evaluate import evaluate, make_evaluation_step
 
     config = run.read_config()
     corpus = prepare(config.data, config.tokenizer, own=kept_tokenizer(run, config))
     check_corpus(run, corpus)
-    settings = config.training
-    rows = settings.eval_batch_size or settings.micro_batch_size or settings.batch_size
+    size = config.training.evaluation_size
 
     def loss(spec: Any, params: Any) -> float | None:
         if len(corpus.validation) < 2:
             return None
-        batches = evaluation_batches(
-            corpus.validation,
-            context_length=spec.config.context_length,
-            batch_size=rows,
-            rows=np.arange(rows),
+        batches = itertools.chain.from_iterable(
+            held_out_batches(config, corpus, source, size, None) for source in corpus.sources
         )
         step = make_evaluation_step(spec, next(iter(params.values())).sharding.mesh)
         return evaluate(step, params, batches, corpus.tokenizer.byte_lengths()).loss_nats

@@ -5,6 +5,7 @@ from. The corpus must be there, unchanged since the run began.
 """
 
 import bisect
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,17 +50,18 @@ def main(arguments: list[str]) -> int:
     batches = training_batches(
         config, corpus, phases=[phase for phase in phases if phase.from_step <= index]
     )
-    places = zip(batches.window_sources(index), batches.window_starts(index), strict=True)
+    numbers, windows = batches.window_sources(index), batches.window_parts(index)
     sequences = []
-    for row, (place, ids) in enumerate(zip(places, batches[index].tokens, strict=True)):
-        source = corpus.sources[place[0]]
+    for row, ids in enumerate(batches[index].tokens):
+        source = corpus.sources[numbers[row]]
+        of_window = (documents(source.train, *part) for part in windows[row])
         sequences.append(
             {
                 "row": row,
                 **({"source": source.name} if source.name else {}),
                 "ids": ids.tolist(),
                 "text": corpus.tokenizer.decode(ids, continues=True),
-                "documents": list(documents(source.train, int(place[1]), len(ids))),
+                "documents": list(itertools.chain.from_iterable(of_window)),
             }
         )
     text = "\n".join(for_people(chosen.step, sequence) for sequence in sequences)
@@ -85,12 +87,12 @@ def check_step(run: "RunDirectory", step: int) -> None:
 
 
 def documents(split: "TokenSplit", start: int, length: int) -> Iterator[dict[str, Any]]:
-    """The documents of a window of the split, which is a ring: name, offset in it, tokens."""
+    """The documents of tokens of the split that lie side by side: name, offset in it, tokens."""
     done = 0
     while done < length:
-        position = (start + done) % len(split)
+        position = start + done
         name, offset = split.document_at(position)
-        places = range(position, min(position + length - done, len(split)))
+        places = range(position, start + length)
         # Find the end of the document by bisection: its places come before all others.
         tokens = bisect.bisect_left(
             places, True, key=lambda place: split.document_at(place)[1] - offset != place - position

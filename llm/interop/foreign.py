@@ -58,7 +58,8 @@ def as_folder(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {why(error)}") from None
     with tempfile.TemporaryDirectory(prefix="import-hf-") as made:
-        save(arrays, Path(made) / "model.safetensors")
+        shapes = {name: array.shape for name, array in arrays.items()}
+        save(shapes, arrays.values(), Path(made))
         (Path(made) / "config.json").write_text(json.dumps(described))
         del arrays
         yield Path(made)

@@ -20,18 +20,18 @@ import operator
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from llm.config import Config
 from llm.errors import UsageError
-from llm.text.corpus import TokenizedCorpus
+from llm.text.corpus import Source, TokenizedCorpus
 from llm.text.mixture import Mixture, Phase, mixture_of
+from llm.text.packing import packed
 from llm.text.splits import TokenSplit
-
-_Words = npt.NDArray[np.uint64]
+from llm.text.windows import GOLDEN, Batch, RingWindows, Windows, Words, mix
 
 # Some rows of a global batch: a slice, or their numbers.
 Rows = slice | npt.NDArray[np.int64]
@@ -46,66 +46,6 @@ _ROUNDS = 8
 _BLOCK_BATCHES = 64
 _BLOCK_TOKENS = 2**16
 _BLOCKS_AHEAD = 3
-
-
-class Batch(NamedTuple):
-    """Windows of text, as the loader makes them and the loss and the evaluation read them.
-
-    Attributes:
-      tokens: int32 [B, T + 1]; each token but the first of a window is a target.
-      weights: float32 [B, T], how much each target counts; None: all the same.
-      segments: int32 [B, T], the document of each input if several are packed in a window, each in
-        one piece; None: each window is one text.
-    """
-
-    tokens: Any
-    weights: Any = None
-    segments: Any = None
-
-
-class Windows(Protocol):
-    """The windows of one epoch after the other of a split.
-
-    Attributes:
-      per_epoch: W, how many windows an epoch has.
-    """
-
-    per_epoch: int
-
-    def read(self, keys: _Words, windows: _Words) -> Batch:
-        """A row for each window, which is in [0, W). Each key is that of the window's epoch."""
-        ...
-
-    def starts(self, keys: _Words, windows: _Words) -> npt.NDArray[np.int64]:
-        """int64 [n]: where each window begins in the split."""
-        ...
-
-
-class RingWindows:
-    """Windows of context_length + 1 tokens that cut a split, taken as a ring.
-
-    Epoch e has W = floor(N / T) windows of the N tokens, window k from token
-    (phase_e + k T) mod N on; so each token is predicted at most once an epoch, and the N mod T that
-    are left out are others in each.
-
-    Args:
-      context_length: T; the split has more tokens than that (`splits.check_window`).
-    """
-
-    def __init__(self, split: TokenSplit, context_length: int):
-        assert len(split) > context_length, "check_window comes first"
-        self._split, self._context_length = split, context_length
-        self.per_epoch = len(split) // context_length
-
-    def read(self, keys: _Words, windows: _Words) -> Batch:
-        """Tokens alone."""
-        return Batch(self._split.windows(self.starts(keys, windows), self._context_length + 1))
-
-    def starts(self, keys: _Words, windows: _Words) -> npt.NDArray[np.int64]:
-        """int64 [n]: where each window begins in the split."""
-        tokens = np.uint64(len(self._split))
-        starts = (_mix(keys) % tokens + windows * np.uint64(self._context_length)) % tokens
-        return starts.astype(np.int64)
 
 
 class TrainingBatches:
@@ -133,7 +73,7 @@ class TrainingBatches:
         self._batch_size, self._mixture = batch_size, mixture
         self._from_step = mixture.phase.from_step if mixture else 0
         self._own_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
-        self._key = _mix(np.array([seed % 2**64], np.uint64))
+        self._key = mix(np.array([seed % 2**64], np.uint64))
 
     def __getitem__(self, step: int) -> Batch:
         """This host's rows of batch `step`, counted from 0."""
@@ -155,7 +95,19 @@ class TrainingBatches:
         """int64 [batch_size]: where each row of the global batch begins in its source's split."""
         out = np.empty(self._batch_size, np.int64)
         for rows, source, *place in self._places(self._numbers(step, np.arange(self._batch_size))):
-            out[rows] = self._windows[source].starts(*place)
+            out[rows] = [parts[0][0] for parts in self._windows[source].parts(*place)]
+        return out
+
+    def window_parts(self, step: int) -> list[list[tuple[int, int]]]:
+        """Of each row of the global batch: the pieces of its source's split, (start, tokens)."""
+        out: list[Any] = [None] * self._batch_size
+        for rows, source, *place in self._places(self._numbers(step, np.arange(self._batch_size))):
+            for row, parts in zip(
+                np.arange(self._batch_size)[rows].tolist(),
+                self._windows[source].parts(*place),
+                strict=True,
+            ):
+                out[row] = parts
         return out
 
     def iterate(self, from_step: int = 0) -> Generator[Batch, None, None]:
@@ -213,7 +165,7 @@ class TrainingBatches:
         """The running number of each row's window, counted over all epochs of the phase."""
         return (step - self._from_step) * self._batch_size + rows
 
-    def _places(self, numbers: npt.NDArray[np.int64]) -> Iterator[tuple[Any, int, _Words, _Words]]:
+    def _places(self, numbers: npt.NDArray[np.int64]) -> Iterator[tuple[Any, int, Words, Words]]:
         """For each source: the rows that it gives, its number, their epochs' keys and windows."""
         if self._mixture is None:
             yield slice(None), 0, *self._order(numbers, self._windows[0].per_epoch)
@@ -223,10 +175,10 @@ class TrainingBatches:
             rows = np.flatnonzero(sources == source)
             yield rows, source, *self._order(within[rows], self._windows[source].per_epoch)
 
-    def _order(self, numbers: npt.NDArray[np.int64], per_epoch: int) -> tuple[_Words, _Words]:
+    def _order(self, numbers: npt.NDArray[np.int64], per_epoch: int) -> tuple[Words, Words]:
         """The epoch's key and the window of each running number of one source."""
         epoch, place = np.divmod(numbers.astype(np.uint64), np.uint64(per_epoch))
-        keys = _mix(self._key + epoch)
+        keys = mix(self._key + epoch)
         return keys, _permuted(place, per_epoch, keys)
 
 
@@ -251,8 +203,13 @@ def training_batches(
     mixture = None
     if config.data.mixture:
         mixture = mixture_of(phases or [Phase(0, size, config.data.proportions)])
+    length = config.model.context_length
+    is_packed = config.data.windows == "packed"
     return TrainingBatches(
-        [RingWindows(one.train, config.model.context_length) for one in corpus.sources],
+        [
+            packed(corpus, one, "train", length) if is_packed else RingWindows(one.train, length)
+            for one in corpus.sources
+        ],
         batch_size=size,
         seed=config.run.seed,
         rows=rows,
@@ -283,6 +240,30 @@ def shares(config: Config, corpus: TokenizedCorpus, batches: TrainingBatches) ->
         )
 
 
+def held_out_batches(
+    config: Config, corpus: TokenizedCorpus, source: Source, batch_size: int, rows: Rows | None
+) -> Iterator[Batch]:
+    """What a source holds out, in windows as the run trains on, each target once.
+
+    The batches are of one shape. The weight of a target that counts is 1, of padding 0.
+
+    Args:
+      rows: of each global batch, those that this host reads; None: all.
+    """
+    length = config.model.context_length
+    if config.data.windows == "stream":
+        sizes = {"context_length": length, "batch_size": batch_size}
+        yield from evaluation_batches(source.validation, rows=rows, **sizes)
+        return
+    windows = packed(corpus, source, "validation", length)
+    all_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
+    for first in range(0, windows.per_epoch, batch_size):
+        numbers = first + all_rows
+        batch = windows.rows(np.minimum(numbers, windows.per_epoch - 1))
+        batch.weights[numbers >= windows.per_epoch] = 0.0
+        yield batch
+
+
 def evaluation_batches(
     split: TokenSplit, *, context_length: int, batch_size: int, rows: Rows | None = None
 ) -> Iterator[Batch]:
@@ -307,7 +288,7 @@ def evaluation_batches(
         yield Batch(tokens_BT, weights_BT)
 
 
-def _permuted(places: _Words, size: int, keys: _Words) -> _Words:
+def _permuted(places: Words, size: int, keys: Words) -> Words:
     """Each place, in [0, size), under the permutation that its key chooses.
 
     A Feistel network permutes pairs (left, right) in [0, a) x [0, b), where a b is the least such
@@ -321,23 +302,11 @@ def _permuted(places: _Words, size: int, keys: _Words) -> _Words:
     return permuted
 
 
-def _network(places: _Words, a: np.uint64, b: np.uint64, keys: _Words) -> _Words:
+def _network(places: Words, a: np.uint64, b: np.uint64, keys: Words) -> Words:
     left, right = np.divmod(places, b)
     for _ in range(_ROUNDS):
-        keys = keys + _GOLDEN
-        left = (left + _mix(keys + right)) % a
-        keys = keys + _GOLDEN
-        right = (right + _mix(keys + left)) % b
+        keys = keys + GOLDEN
+        left = (left + mix(keys + right)) % a
+        keys = keys + GOLDEN
+        right = (right + mix(keys + left)) % b
     return left * b + right
-
-
-# The odd number nearest to 2^64 / golden ratio: its multiples are spread evenly.
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(words: _Words) -> _Words:
-    """SplitMix64's output function: a permutation of uint64 without visible structure."""
-    words = words + _GOLDEN
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -19,13 +19,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from llm.text.batches import Batch
+from llm.text.cache import built_once
+from llm.text.corpus import Source, TokenizedCorpus
 from llm.text.splits import TokenSplit
+from llm.text.tokenizer import sha256_of_json
+from llm.text.windows import Batch, Words
 
 # first: where a piece's tokens begin in the split. tokens: how many; the last is a target alone.
 # opened: an end of text stands before them, as their first input.
 # closed: the last of them ends a document.
 PIECE = np.dtype([("first", "<i8"), ("tokens", "<i4"), ("opened", "?"), ("closed", "?")])
+
+# Increase it when the same documents would be packed in another way.
+FORMAT = 1
 
 Pieces = npt.NDArray[Any]  # PIECE [P]
 
@@ -122,7 +128,7 @@ def best_fit(costs: npt.NDArray[np.int64], capacity: int) -> npt.NDArray[np.int6
 
 
 class PackedWindows:
-    """The windows of a split whose documents are packed.
+    """The windows of a split whose documents are packed: the same in each epoch, in another order.
 
     Args:
       pieces, ends: as `pack` gives them.
@@ -137,19 +143,27 @@ class PackedWindows:
         context: int,
         end_of_text: int | None,
     ):
-        self.split, self.pieces, self.ends = split, pieces, ends
+        self._split, self._pieces, self._ends = split, pieces, ends
         self._context, self._end_of_text = context, end_of_text
-
-    def __len__(self) -> int:
-        return len(self.ends) - 1
+        self.per_epoch = len(ends) - 1
 
     @property
     def padding(self) -> float:
         """The share of all inputs that predict nothing."""
-        targets = int(self.pieces["tokens"].sum() - np.count_nonzero(~self.pieces["opened"]))
-        return 1 - targets / (len(self) * self._context)
+        pieces = self._pieces
+        targets = int(pieces["tokens"].sum()) - int(np.count_nonzero(~pieces["opened"]))
+        return 1 - targets / (self.per_epoch * self._context)
 
-    def read(self, windows: npt.NDArray[np.int64]) -> Batch:
+    def read(self, keys: Words, windows: Words) -> Batch:
+        """As `rows`."""
+        return self.rows(windows.astype(np.int64))
+
+    def parts(self, keys: Words, windows: Words) -> list[list[tuple[int, int]]]:
+        """The pieces of documents, without the end of text that opens one."""
+        found = (self._of(window) for window in windows.tolist())
+        return [[(first, count) for first, count, _, _ in pieces] for pieces in found]
+
+    def rows(self, windows: npt.NDArray[np.int64]) -> Batch:
         """tokens int32 [n, T + 1], weights float32 [n, T], segments int32 [n, T].
 
         The segments are numbered from 1; padding is segment 0.
@@ -160,14 +174,46 @@ class PackedWindows:
         segments = np.zeros((len(windows), T), np.int32)
         for row, window in enumerate(windows.tolist()):
             place, closed = 0, False  # the next free place; whether an end of text is before it
-            pieces = self.pieces[self.ends[window] : self.ends[window + 1]]
-            for number, (first, count, opened, closes) in enumerate(pieces.tolist(), start=1):
+            for number, (first, count, opened, closes) in enumerate(self._of(window), start=1):
                 begin = place - (opened and closed)
                 place = begin + opened
                 if opened and self._end_of_text is not None:
                     tokens[row, begin] = self._end_of_text
-                tokens[row, place : place + count] = self.split.read(first, count)
+                tokens[row, place : place + count] = self._split.read(first, count)
                 place, closed = place + count, closes
                 weights[row, begin : place - 1] = 1.0
                 segments[row, begin:place] = number
         return Batch(tokens, weights, segments)
+
+    def _of(self, window: int) -> list[tuple[int, int, bool, bool]]:
+        pieces: list[Any] = self._pieces[self._ends[window] : self._ends[window + 1]].tolist()
+        return pieces
+
+
+def packed(corpus: TokenizedCorpus, source: Source, part: str, context: int) -> PackedWindows:
+    """The packed windows of a source's split, planned once and kept beside the shards.
+
+    Args:
+      part: "train" or "validation".
+    """
+    split = source.train if part == "train" else source.validation
+    tokenizer = corpus.tokenizer
+    opener = tokenizer.end_of_text if tokenizer.begin_of_text is None else None
+    opens = opener is not None
+    decides = {
+        "format": FORMAT,
+        "tokens": source.fingerprint,
+        "part": part,
+        "context": context,
+        "opens": opens,
+    }
+    folder = corpus.folder.parent / "packings" / sha256_of_json(decides)[:32]
+    with built_once(folder) as partial:
+        if partial is not None:
+            starts = split.document_starts()
+            pieces = cut_documents(starts, len(split), context, opens)
+            pieces, ends = pack(pieces, context, opens)
+            np.save(partial / "pieces.npy", pieces)
+            np.save(partial / "ends.npy", ends)
+    pieces, ends = (np.load(folder / f"{x}.npy", mmap_mode="r") for x in ("pieces", "ends"))
+    return PackedWindows(split, pieces, ends, context, opener)

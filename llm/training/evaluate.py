@@ -11,8 +11,7 @@ from jax.sharding import Mesh
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import next_token_loss
 from llm.model.sharding import shard_batch
-from llm.text.batches import Batch
-from llm.text.splits import TokenSplit
+from llm.text.windows import Batch
 from llm.training.step import BATCH_AXES, split_batch
 
 # The total negative log-likelihood of a batch's targets, nats, each times its weight.
@@ -72,35 +71,32 @@ def evaluate(
     params: Params,
     batches: Iterable[Batch],
     byte_lengths: np.ndarray,
-    split: TokenSplit | None = None,
+    whole: Iterable[Batch] | None = None,
 ) -> Evaluation:
     """The negative log-likelihood of a split's targets.
 
     Args:
       batches: cover the split once; a target counts if its weight is 1 and not if it is 0.
       byte_lengths: int32 [V], bytes of text in each token; 0 for end of text.
-      split: counted instead of the batches, if these are only this process's rows.
+      whole: counted instead of the batches, if these are only this process's rows.
     """
-    nats, tokens, text_bytes = [], 0, 0
+    nats, counted = [], []
     for batch in batches:
         nats.append(step(params, batch))
         # One batch ahead of the device, no more: what was sent to it cannot be called back when
         # the run is told to stop, and all batches of a large split would lie in its memory.
         jax.block_until_ready(nats[-2:-1])
-        if split is None:
-            predicted = batch.tokens[:, 1:][np.asarray(batch.weights, dtype=bool)]
-            tokens += predicted.size
-            text_bytes += int(byte_lengths[predicted].sum())
-    if split is not None:
-        tokens, text_bytes = _count(split, byte_lengths)
+        if whole is None:
+            counted.append(_counted(batch, byte_lengths))
+    if whole is not None:
+        counted = [_counted(batch, byte_lengths) for batch in whole]
+    tokens, text_bytes = (sum(numbers) for numbers in zip((0, 0), *counted, strict=True))
     # Summed in float64 on the host: thousands of float32 batch sums would lose digits.
     total = math.fsum(float(batch) for batch in jax.device_get(nats))
     return Evaluation(total, tokens, text_bytes)
 
 
-def _count(split: TokenSplit, byte_lengths: np.ndarray, at_once: int = 2**20) -> tuple[int, int]:
-    """Predicted tokens of a split (all but the first), and their bytes."""
-    text_bytes = 0
-    for start in range(1, len(split), at_once):
-        text_bytes += int(byte_lengths[split.read(start, min(at_once, len(split) - start))].sum())
-    return len(split) - 1, text_bytes
+def _counted(batch: Batch, byte_lengths: np.ndarray) -> tuple[int, int]:
+    """The tokens that a batch predicts, and their bytes."""
+    predicted = batch.tokens[:, 1:][np.asarray(batch.weights, dtype=bool)]
+    return predicted.size, int(byte_lengths[predicted].sum())

@@ -34,10 +34,10 @@ from llm.run.metrics import MetricsFile
 from llm.run.receipt import make_receipt, receipt_logprobs, receipt_tokens
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
-from llm.text.batches import Batch, TrainingBatches, evaluation_batches, training_batches
-from llm.text.corpus import TokenizedCorpus
+from llm.text.batches import TrainingBatches, held_out_batches, training_batches
+from llm.text.corpus import Source, TokenizedCorpus
 from llm.text.mixture import Phase
-from llm.text.splits import TokenSplit
+from llm.text.windows import Batch
 from llm.training.evaluate import Evaluation, evaluate, make_evaluation_step
 from llm.training.state import TrainState, to_groups
 from llm.training.step import BATCH_AXES, ROUTER_METRICS, Metrics, make_train_step
@@ -303,9 +303,9 @@ class Validation:
                 source.name: evaluate(
                     self._step_fn,
                     state.weights,
-                    self._until_stopped(step, source.validation),
+                    self._until_stopped(step, source),
                     self._job.corpus.tokenizer.byte_lengths(),
-                    None if self._job.hosts.alone else source.validation,
+                    None if self._job.hosts.alone else self._batches(source, None),
                 )
                 for source in sources
             }
@@ -325,15 +325,13 @@ class Validation:
             self._outputs.display.say(text)
         self._report.restart_clock()
 
-    def _until_stopped(self, step: int, split: TokenSplit) -> Iterator[Batch]:
-        settings = self._job.config.training
-        size = settings.eval_batch_size or settings.micro_batch_size or settings.batch_size
-        for batch in evaluation_batches(
-            split,
-            context_length=self._job.spec.config.context_length,
-            batch_size=size,
-            rows=self._job.rows(size),
-        ):
+    def _batches(self, source: Source, rows: np.ndarray | None) -> Iterator[Batch]:
+        size = self._job.config.training.evaluation_size
+        return held_out_batches(self._job.config, self._job.corpus, source, size, rows)
+
+    def _until_stopped(self, step: int, source: Source) -> Iterator[Batch]:
+        size = self._job.config.training.evaluation_size
+        for batch in self._batches(source, self._job.rows(size)):
             if self._stop.requested:
                 self._stop.read()
                 raise _EvaluationStoppedError
