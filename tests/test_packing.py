@@ -1,6 +1,10 @@
 """Documents packed into windows: each target once, each document by itself, little padding."""
 
 import functools
+import hashlib
+import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.flatten_util
@@ -8,7 +12,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import copied, train, write_config
 
+from llm.__main__ import main
+from llm.api.language_model import LanguageModel
 from llm.config import TrainingConfig
 from llm.model.gpt import ModelSpec, initialise
 from llm.model_config import ModelConfig
@@ -144,3 +151,80 @@ def test_a_packed_batch_has_the_loss_and_gradient_of_its_documents_alone(opens, 
     for value, expected in zip(found, alone, strict=True):
         expected /= tokens
         assert np.linalg.norm(value - expected) <= 1e-6 * np.linalg.norm(expected)
+
+
+def write_documents(folder):
+    """Forty documents of 5 to 90 characters, some longer than the context."""
+    random = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(40):
+        words = random.choice(["the", "cat", "sat", "on", "mat"], random.integers(2, 25))
+        (folder / f"{number:02}.txt").write_text(f"{number} {' '.join(words)}")
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["bytes", "characters"])
+def packed_run(request, tmp_path_factory):
+    """The folder of a run on packed documents, with an end of text and without one."""
+    folder = tmp_path_factory.mktemp("packed")
+    data = {
+        "source": write_documents(folder / "texts"),
+        "windows": "packed",
+        "validation": "documents:0.2",
+    }
+    assert train(write_config(folder, data=data, tokenizer={"kind": request.param})) == 0
+    return folder
+
+
+def test_the_validation_loss_is_that_of_each_document_alone(packed_run):
+    """After an end of text where there is one; a document is cut at the context."""
+    lm = LanguageModel.load(packed_run / "run")
+    T, end = lm.spec.config.context_length, lm.tokenizer.end_of_text
+    rows = map(json.loads, (packed_run / "run" / "metrics.jsonl").read_text().splitlines())
+    found = [row for row in rows if row["kind"] == "eval"][-1]
+    nats, targets = [], 0
+    for path in (packed_run / "texts").iterdir():
+        text = path.read_bytes()
+        if int(hashlib.sha256(text).hexdigest()[:16], 16) >= 0.2 * 2**64:
+            continue
+        ids = lm.tokenizer.encode(text.decode()).tolist()
+        ids = ids if end is None else [end, *ids, end]
+        for start in range(0, len(ids) - 1, T):
+            scored = lm.score(ids[start : start + T + 1]).tokens[1:]
+            nats += [-token.logprob for token in scored]
+            targets += len(scored)
+    assert found["tokens"] == targets > 0
+    assert found["loss"] == pytest.approx(np.sum(nats) / targets, rel=1e-6)
+
+
+def test_a_resumed_run_reads_the_packed_windows_of_an_unbroken_one(packed_run, tmp_path):
+    config = copied(packed_run, tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    schedule = "--optimizer.decay-steps", "12"
+    assert train(config, *schedule, "--training.steps", "6") == 0
+    assert train(config, *schedule) == 0
+    one, other = (
+        LanguageModel.load(folder / "run").params_sha256 for folder in (packed_run, tmp_path)
+    )
+    assert one == other
+
+
+def test_replay_names_the_documents_of_a_packed_window(packed_run, capsys):
+    assert main(["replay", str(packed_run / "run"), "--step", "3", "--json"]) == 0
+    sequences = json.loads(capsys.readouterr().out)["sequences"]
+    assert len(sequences) == 8
+    for sequence in sequences:
+        for part in sequence["documents"]:
+            text = (packed_run / "texts" / Path(part["document"]).name).read_text()
+            held = text[part["offset"] : part["offset"] + part["tokens"]]
+            assert held and held in sequence["text"]
+
+
+def test_packing_leaves_little_room(tmp_path):
+    """Lengths as texts have them, far more documents than windows: below 1 %."""
+    lengths = np.random.default_rng(1).lognormal(5, 1, 20_000).astype(int) + 1
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    for opens in (True, False):
+        pieces = cut_documents(starts[:-1], int(starts[-1]), 1024, opens)
+        windows = PackedWindows(None, *pack(pieces, 1024, opens), 1024, 0)
+        assert 0 <= windows.padding < 0.01
