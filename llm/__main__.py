@@ -27,6 +27,7 @@ COMMANDS = {
     "memorized": "does the model repeat its training text?",
     "import-hf": "make a run of a Hugging Face model",
     "export-hf": "make a Hugging Face model of a run",
+    "export-gguf": "make a GGUF file of a run, for llama.cpp and Ollama",
 }
 
 

@@ -33,6 +33,7 @@ REQUIRED = {
     "diff": ["A", "B"],
     "import-hf": ["FOLDER", "RUN"],
     "export-hf": ["RUN", "FOLDER"],
+    "export-gguf": ["RUN", "FILE"],
     "train": [os.devnull],
     "prepare": [os.devnull],
     "plan": [os.devnull],

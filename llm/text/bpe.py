@@ -15,10 +15,11 @@ from llm.errors import UsageError
 from llm.text.cache import OnProgress, silent
 from llm.text.tokenizer import END_OF_TEXT, BytePairTokenizer, byte_of_symbol
 
-# GPT-4's pattern with numbers of at most two digits instead of three, as in nanochat's
-# tokenizer.py: a small vocabulary then wastes fewer tokens on numbers.
+# GPT-4's pattern with single digits, which is the one that llama.cpp calls "bailingmoe". Numbers of
+# two digits, as in nanochat's tokenizer.py, save 0.2 % of the tokens of Python at 4,096 tokens and
+# 0.6 % at 16,384, none of Shakespeare's, and travel nowhere. Older vocabularies keep their pattern.
 PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 

@@ -1,0 +1,58 @@
+"""python -m llm export-gguf RUN FILE: a GGUF file of a checkpoint, for llama.cpp and Ollama.
+
+The model must be of a family that llama.cpp has, with a tokenizer of bytes or byte pairs; a message
+names what is in the way (docs/models.md). Needs the extra `gguf`.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Literal
+
+from llm.commands.flags import argument, parse
+from llm.commands.shared import RunOptions
+from llm.console import say
+from llm.errors import UsageError
+from llm.files import disk_full_reason, free_bytes, readable_bytes, why
+from llm.section import setting
+
+
+class Options(RunOptions):
+    """The command line."""
+
+    file: str = argument("FILE", "file to make, such as model.gguf")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "numbers of the matrices in the file"
+    )
+    as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes as in docs/design.md; errors are raised as LLMError."""
+    options = parse(Options, arguments)
+    path = Path(options.file)
+    if os.path.lexists(path):
+        raise UsageError(f"{path} exists already; give the name of a new file")
+    opened = options.open()
+
+    from llm.interop.gguf import to_gguf
+
+    partial = path.with_name(f"{path.name}.partial")
+    config, tokenizer = opened.spec.config, opened.tokenizer
+    try:
+        family = to_gguf(config, opened.params, tokenizer, partial, opened.run, options.dtype)
+        partial.rename(path)
+    except OSError as error:
+        if reason := disk_full_reason(error):
+            free = readable_bytes(free_bytes(path.parent))
+            reason = f"no room ({reason}; {free} are free), and nothing was left there"
+        raise UsageError(f"{path} cannot be written: {reason or why(error)}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    if options.as_json:
+        print(json.dumps({**opened.checkpoint, "file": options.file, "architecture": family}))
+    say(
+        f"{options.file} holds step {opened.step} of {opened.run} as a {family} model; open it: "
+        f"llama-cli -m {options.file}"
+    )
+    return 0
