@@ -102,7 +102,7 @@ def to_gguf(
     order = _pairwise(config if family == "llama" else None)
     for theirs, array, kind, is_turned in zip(shapes, arrays, dtypes, turned, strict=True):
         array = order(theirs, array.T if is_turned else array)
-        writer.write_tensor_data(narrowed(theirs, np.ascontiguousarray(array), kind))
+        writer.write_tensor_data(narrowed(theirs, array, kind))
     writer.close()
     return family
 

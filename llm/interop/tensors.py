@@ -174,7 +174,7 @@ def save(
         with path.open("wb") as file:
             file.write(len(content).to_bytes(8, "little") + content)
             for name in header:
-                file.write(np.ascontiguousarray(narrowed(name, next(remaining), dtype)).data)
+                file.write(narrowed(name, next(remaining), dtype).data)
     if len(files) > 1:
         size = width * sum(map(math.prod, shapes.values()))
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
@@ -188,11 +188,11 @@ def narrowed(name: str, array: np.ndarray, dtype: str) -> np.ndarray:
       UsageError: a finite number that is infinite there.
     """
     with np.errstate(over="ignore"):
-        narrow = array.astype(dtype, copy=False)
+        narrow = np.ascontiguousarray(array).astype(dtype, copy=False)
     lost = np.isfinite(array) & ~np.isfinite(narrow.astype(np.float32, copy=False))
     if lost.any():
         raise UsageError(
             f"weight {name} has the number {array[lost][0]:.6g}, which {dtype} cannot hold; take "
             "another --dtype"
         )
-    return narrow.view(np.uint8) if narrow.ndim else narrow.reshape(1).view(np.uint8)
+    return narrow.view(np.uint8)
