@@ -16,7 +16,7 @@ from pathlib import Path
 CORE = ("config", "text", "model", "training", "run", "inference")
 CORE += ("console", "errors", "files", "faults", "model_config", "names", "runtime", "section")
 # Whoever adds a capability may raise a budget, and says by how much and for what.
-BUDGETS = {"core": 9_600, "planning": 900, "llm": 17_500}
+BUDGETS = {"core": 9_600, "planning": 900, "llm": 17_600}
 LARGEST_FILE = 400
 LARGEST_FUNCTION = 60
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llm.console import say
-from llm.errors import UsageError
+from llm.errors import UsageError, needing
 from llm.interop.export_tokenizer import begin_and_ends, merges_of, symbols_of
 from llm.interop.hf import as_family
 from llm.interop.tensors import WRITTEN, narrowed
@@ -69,12 +69,9 @@ def to_gguf(
       UsageError: llama.cpp has no such model or no such tokenizer, a weight that the dtype cannot
         hold, or the package gguf is not installed.
     """
-    try:
+    with needing("export-gguf", "'glassbox-gpt[gguf]'"):
         import gguf
-    except ImportError:
-        raise UsageError(
-            "export-gguf needs the package gguf: pip install 'glassbox-gpt[gguf]'"
-        ) from None
+
     described, shapes, arrays = as_family(config, tokenizer.vocab_size, params)
     family = described["model_type"]
     _check(config, family)
