@@ -162,9 +162,8 @@ class DataConfig(Settings):
         if sum(self.proportions) > _LONGEST_PERIOD:
             weights = ", ".join(f"{one.name} {one.weight!r}" for one in self.mixture)
             raise ValueError(
-                f"data.mixture: the weights ({weights}) are the proportions of "
-                f"{sum(self.proportions):,} windows; expected at most {_LONGEST_PERIOD:,}: "
-                "round them, to four digits for example"
+                f"data.mixture: the weights ({weights}) are exact only over more than "
+                f"{_LONGEST_PERIOD:,} windows: round them, to four digits for example"
             )
         return self
 

@@ -9,10 +9,12 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 
 import jax
 import numpy as np
 import pytest
+import tomli_w
 from runs import (
     QUICK_COMPILING,
     ROOT,
@@ -461,3 +463,19 @@ def test_hosts_hear_of_no_place_until_the_step_was_compiled_by_all(tmp_path, mon
     settings = ("--training.steps=5", "--training.eval-every=0", "--checkpoint.every=0")
     assert train(write_config(tmp_path), *settings) == 0
     assert [one for one in places if "," not in one] == ["step 2", "step 3", "step 4"]
+
+
+def test_two_processes_read_the_windows_of_a_mixture_that_one_reads(tmp_path):
+    tables = []
+    for name, weight in (("one", 3), ("other", 1)):
+        (tmp_path / f"{name}.txt").write_text(f"{name} red deer ran to the door. " * 60)
+        source = str(tmp_path / f"{name}.txt")
+        tables.append({"name": name, "source": source, "weight": float(weight)})
+    config = write_config(tmp_path, **CHANGES, data={"mixture": tables})
+    settings = tomllib.loads(config.read_text())
+    del settings["data"]["source"]
+    config.write_text(tomli_w.dumps(settings))
+    results = together(config, 2, "--run.dir", str(tmp_path / "two"))
+    assert codes(results) == [0, 0], results
+    assert alone(config, "--run.dir", str(tmp_path / "one"))[0] == 0
+    same_losses(tmp_path / "two", tmp_path / "one")

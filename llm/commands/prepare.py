@@ -8,6 +8,8 @@ import json
 from typing import Any
 
 from llm.commands.flags import CommandLine, argument, parse
+from llm.commands.init_from import source_tokenizer
+from llm.commands.shared import counted
 from llm.config import Config
 from llm.console import say, show
 from llm.section import setting
@@ -32,7 +34,8 @@ def main(arguments: list[str]) -> int:
 
     config = chosen.settings
     with make_display(config.logging.progress) as display:
-        corpus = prepare(config.data, config.tokenizer, on_progress=display.prepare)
+        own = source_tokenizer(config)
+        corpus = prepare(config.data, config.tokenizer, own=own, on_progress=display.prepare)
     for note in corpus.notes:
         say(note)
     sources: list[dict[str, Any]] = []
@@ -54,8 +57,9 @@ def main(arguments: list[str]) -> int:
     for one in sources:
         left = ", ".join(f"{count:,} {reason}" for reason, count in one["dropped"].items())
         show(
-            f"{one['name'] or 'corpus'}: {one['documents']:,} documents, {one['tokens']:,} tokens "
-            f"({corpus.tokenizer.name}), {one['bytes']:,} bytes, {one['bytes_per_token']:.3f} a "
-            f"token; left out: {left or 'nothing'}\n"
+            f"{one['name'] or 'corpus'}: {counted(one['documents'], 'document')}, "
+            f"{counted(one['tokens'], 'token')} ({corpus.tokenizer.name}), "
+            f"{counted(one['bytes'], 'byte')}, {one['bytes_per_token']:.3f} a token; left out: "
+            f"{left or 'nothing'}\n"
         )
     return 0

@@ -206,7 +206,8 @@ def _in_phases(job: "Job", run: RunDirectory, changed: dict[str, Any], step: int
     now = [{"from_step": step, "changed": changed}]
     begun = run.read_provenance()["starts"]
     phases = job.hosts.decide("the mixture", lambda: phases_of([*begun, *now], job.config))
-    job = replace(job, phases=[Phase(*one) for one in phases])
+    # What another process decided came as JSON, with lists in the place of tuples.
+    job = replace(job, phases=[Phase(at, size, tuple(whole)) for at, size, whole in phases])
     check_epochs(job.config, job.batches(whole=True))
     return job
 

@@ -236,7 +236,8 @@ def is_finished(run: RunDirectory, config: Config, display: Display) -> bool:
     if not steps or steps[-1] < config.training.steps:
         return False
     rows = itertools.takewhile(lambda row: row["step"] >= steps[-1], newest_rows(run.metrics))
-    row = next((row for row in rows if row["kind"] == "eval"), None)
+    # A kill may have left the rows of the sources of a mixture without that of the whole.
+    row = next((row for row in rows if row["kind"] == "eval" and "source" not in row), None)
     if config.data.validation != "none" and row is None:
         return False
     try:
