@@ -1,8 +1,10 @@
 """average: the mean of checkpoints against numpy in float64, and what is refused."""
 
+import gc
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from runs import saved_arrays, train, write_config
@@ -39,7 +41,7 @@ def test_the_mean_is_numpys_and_a_run_to_open(trained, tmp_path, capsys):
     assert report["members"][-1]["validation_loss"] == pytest.approx(evaluated[12], abs=1e-6)
     record = json.loads((output / "run.json").read_text())
     assert record["imported"]["members"] == report["members"]
-    with pytest.raises(UsageError, match="not trained here"):
+    with pytest.raises(UsageError, match=f"holds the mean of checkpoints of {trained}: it was not"):
         train(trained.parent / "config.toml", "--run.dir", str(output))
 
 
@@ -85,3 +87,21 @@ def test_a_damaged_member_is_no_member(trained, tmp_path):
     with pytest.raises(CheckpointError, match="8"):
         main(["average", str(tmp_path / "run"), "--last", "3", "--output", str(tmp_path / "mean")])
     assert not (tmp_path / "mean").exists()
+
+
+def test_one_model_is_in_memory_when_the_next_is_opened(trained, tmp_path, monkeypatch):
+    held = []
+
+    def opened(*arguments):
+        gc.collect()
+        # Two arrays may show one buffer: the whole, and its only shard.
+        arrays = [array for array in jax.live_arrays() if len(array.devices()) == 1]
+        buffers = {array.unsafe_buffer_pointer(): array.nbytes for array in arrays}
+        held.append(sum(buffers.values()))
+        return open_model(*arguments)
+
+    monkeypatch.setattr("llm.run.open.open_model", opened)
+    output = tmp_path / "mean"
+    assert main(["average", str(trained), "--last", "3", "--output", str(output)]) == 0
+    size = sum(array.nbytes for array in open_model(output).params.values())
+    assert [round((now - held[0]) / size) for now in held] == [0, 1, 1]

@@ -392,3 +392,19 @@ def test_stories260k_learns_another_text_and_a_kill_changes_nothing(tmp_path):
     )
     evaluations = [loss for kind, _, loss in losses(tmp_path / "whole" / "run") if kind == "eval"]
     assert evaluations[-1] < evaluations[0] - 0.5
+
+
+@pytest.mark.parametrize(("table", "said"), [({"kind": 5}, "kind = 5"), ({"knd": "x"}, "knd")])
+def test_a_tokenizer_that_is_no_setting_is_a_message(source, tmp_path, table, said):
+    with pytest.raises(UsageError, match=f"tokenizer.{said}"):
+        train(config_from(source, tmp_path, tokenizer=table))
+
+
+def test_training_finds_what_was_prepared_in_the_vocabulary_of_the_source(source, tmp_path):
+    from llm.commands import prepare
+
+    config = config_from(source, tmp_path, text="the red deer " * 99, training={"steps": 1})
+    assert run_command(prepare.main, [str(config)]) == 0
+    prepared = set((tmp_path / "cache" / "shards").iterdir())
+    assert train(config) == 0
+    assert set((tmp_path / "cache" / "shards").iterdir()) == prepared

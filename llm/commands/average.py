@@ -8,6 +8,8 @@ validation text of RUN.
 Source: Izmailov et al. 2018, "Averaging Weights Leads to Wider Optima and Better Generalization".
 """
 
+import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -47,6 +49,12 @@ def main(arguments: list[str]) -> int:
     steps = members_of(run, options)
     if run.path.resolve() in target.resolve().parents:
         raise UsageError(f"--output {target} lies in {run.path}; name a folder outside of it")
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def add(mean: Any, member: Any, n: Any) -> Any:
+        """A running mean: two models are in memory, and equal members give themselves."""
+        return jax.tree.map(lambda a, b: a + (b - a) / n, mean, member)
+
     with new_folder(target, run.path) as partial:
         loss_of = validation_loss(run)
         mean, members = None, list[dict[str, Any]]()
@@ -54,12 +62,8 @@ def main(arguments: list[str]) -> int:
             opened = open_model(run.path, step)
             member = {"step": step, "params_sha256": opened.params_sha256}
             members.append(member | {"validation_loss": loss_of(opened.spec, opened.params)})
-            # A running mean, so that two models are in memory, and equal members give themselves.
-            mean = (
-                opened.params
-                if mean is None
-                else jax.tree.map(lambda a, b, n=n: a + (b - a) / n, mean, opened.params)
-            )
+            mean = opened.params if mean is None else add(mean, opened.params, n)
+            opened = dataclasses.replace(opened, params={})
         sha256 = write_run(partial, target, run, opened, mean, members)
         loss = loss_of(opened.spec, mean)
     report = {"run": options.output, "step": steps[-1], "params_sha256": sha256}

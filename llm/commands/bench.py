@@ -27,6 +27,7 @@ from typing import Any, Literal, get_args
 from pydantic import PositiveInt
 
 from llm.commands.flags import CommandLine, argument, parse
+from llm.commands.init_from import source_tokenizer
 from llm.config import Config
 from llm.runtime import prepare_process
 from llm.section import setting
@@ -76,7 +77,8 @@ def measure(config: Config, options: Options, folder: Path) -> Iterator[tuple[st
     from llm.training.loop import Job
 
     with make_display(config.logging.progress) as display:
-        corpus = prepare(config.data, config.tokenizer, on_progress=display.prepare)
+        own = source_tokenizer(config)
+        corpus = prepare(config.data, config.tokenizer, own=own, on_progress=display.prepare)
         corpus.check_windows(config.model.context_length, config.data.validation)
         setup = make_setup(config, corpus.tokenizer.vocab_size)
         job = Job(config, setup.spec, setup.mesh, corpus, Hosts())

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from llm.commands.flags import spelled
 from llm.config import Config, TokenizerConfig, read_toml
 from llm.errors import UsageError
@@ -123,8 +125,9 @@ def inherit(path: str | Path, tables: _Tables, flags: Mapping[str, Any]) -> _Tab
             )
         model, tokenizer = source.model.model_dump(), source.kind.model_dump()
         _check_model(source, given["model"], flags)
-        wanted = TokenizerConfig.model_validate({**tokenizer, **given["tokenizer"]})
-        source.tokenizer_for(wanted, given["training"].get("resize_vocabulary") is True)
+        with contextlib.suppress(ValidationError):  # `validate` says what is wrong
+            wanted = TokenizerConfig.model_validate({**tokenizer, **given["tokenizer"]})
+            source.tokenizer_for(wanted, given["training"].get("resize_vocabulary") is True)
     else:
         return tables
     return tables | {
@@ -249,10 +252,12 @@ def _of_folder(name: str, folder: Path, lossy: bool) -> Source:
 
         spec = ModelSpec(model, vocab_size)
         arrays, shardings = from_hf(folder)[2], reading_shardings(mesh, spec)
-        params: Params = {
-            name: jax.make_array_from_callback(array.shape, shardings[name], array.__getitem__)
-            for name, array in arrays.items()
-        }
+        params: Params = {}
+        for name in [*arrays]:  # one by one, so that the model is not in memory twice
+            array = arrays.pop(name)
+            params[name] = jax.make_array_from_callback(
+                array.shape, shardings[name], array.__getitem__
+            )
         return Opened(folder, 0, spec, params)
 
     return Source(name, folder, model, vocab_size, tokenizer, kind, opened)

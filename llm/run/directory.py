@@ -162,7 +162,7 @@ class _Ancestor(BaseModel):
     created: str
     step: int
     params_sha256: str
-    step_0_sha256: str = ""
+    step_0_sha256: str
     ancestor: "_Ancestor | None" = None
 
 

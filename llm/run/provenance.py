@@ -121,11 +121,12 @@ def lineage(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def check_trained(run: RunDirectory) -> None:
-    """Raise a UsageError if the run was imported, since it then has no steps to look at."""
+    """Raise a UsageError if the run was imported or averaged: it then has no steps to look at."""
     imported = run.read_provenance().get("imported")
     if imported is not None:
+        came = "holds the mean of checkpoints of" if "members" in imported else "was imported from"
         raise UsageError(
-            f"{run.path} was imported from {imported['from']}: it was not trained here, so it has "
+            f"{run.path} {came} {imported['from']}: it was not trained here, so it has "
             "no steps; expected a run that was, or to train on from it, another run.dir with "
             f"--training.init-from {run.path}"
         )

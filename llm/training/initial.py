@@ -67,8 +67,10 @@ def restore_or_create(
                 "with another model in training.init_from"
             )
         params = _fitted(opened, job.spec, job.mesh)
-        hashes = [params_sha256(held, job.hosts) for held in (opened.params, params)]
-        ancestor = describe_ancestor(opened.path, opened.step, *hashes)
+        sha256 = begun = params_sha256(opened.params, job.hosts)
+        if any(params[name] is not array for name, array in opened.params.items()):
+            begun = params_sha256(params, job.hosts)
+        ancestor = describe_ancestor(opened.path, opened.step, sha256, begun)
         weights = stack_layers(params, abstract.weights)
         if (size := job.spec.vocab_size) != opened.spec.vocab_size:
             say(
