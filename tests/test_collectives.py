@@ -114,6 +114,22 @@ def test_muon_trades_rows_for_whole_matrices_once_and_back(stacked):
     assert sum(one.bytes * one.count for one in found if one.kind != "all-to-all") < 1000
 
 
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str
+)
+def test_muon_copies_no_stack_whole_on_a_mesh_of_several_axes(axes, capfd):
+    """Else the compiler warns on standard error that it replicates what it cannot move."""
+    optimizer = make_optimizer(OptimizerConfig(kind="muon"))
+    mesh = make_mesh(MeshConfig(**axes))
+    state = abstract_state(SPEC, optimizer, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, (state.weights, state.opt_state))
+    update = jax.jit(optimizer.update, out_shardings=placed)
+    with jax.set_mesh(mesh):
+        found = update.lower(state.weights, state.opt_state, state.weights).compile()
+    assert "all-to-all" in {one.kind for one in read_collectives(found.as_text())}
+    assert "rematerialization" not in capfd.readouterr().err
+
+
 def test_the_embedding_trades_columns_for_rows_and_copies_no_activation_whole(capfd):
     """Else the compiler warns on standard error, and gathers what it cannot move. Where the mesh
     has both fsdp and expert, and where it has tensor and context."""

@@ -42,7 +42,11 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "mlp_in": ("tensor", "fsdp"),
     "vocab": "tensor",
     "expert": "expert",
-    "matrix": ("data", "fsdp", "tensor", "context"),  # one of a stack (training/optimizer.py)
+    # Whole matrices of a stack (training/optimizer.py): first those whose rows lie over fsdp, then
+    # with fsdp last, so that devices trade rows for matrices. In one step the compiler finds no way
+    # on meshes with several axes, and copies the whole stack to every device.
+    "matrix_of_rows": ("data", "tensor", "context"),
+    "matrix": ("data", "tensor", "context", "fsdp"),
     "router": None,
     "position": None,
     "norm": None,

@@ -163,9 +163,11 @@ def orthogonal(updates: Mapping[str, Any], iterations: int) -> dict[str, Any]:
         # Filled up with zeros, which stay zeros.
         padding = -len(stack) % shares("matrix")
         stack = jnp.pad(stack, [(0, padding), *[(0, 0)] * len(shape)])
+        stack = constrain(stack, "matrix_of_rows", *experts, "embed", None)
         stack = constrain(stack, "matrix", *experts, None, None)
         stack = _in_parts(functools.partial(_newton_schulz, iterations=iterations), stack)
         stack = constrain(stack, "matrix", *experts, None, None)
+        stack = constrain(stack, "matrix_of_rows", *experts, "embed", None)
         stack = constrain(stack, None, *experts, "embed", None)
         parts = jnp.split(stack[: sum(sizes)], np.cumsum(sizes)[:-1].tolist())
         for name, layers in zip(members, parts, strict=True):
