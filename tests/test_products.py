@@ -17,7 +17,7 @@ from llm.model import products
 from llm.model.gpt import ModelSpec
 from llm.model.products import contract, rounded
 from llm.model_config import ModelConfig
-from llm.run import setup
+from llm.run import provenance, setup
 from llm.run.directory import RunDirectory
 from llm.run.provenance import dtype_to_train
 from llm.runtime import has_bfloat16_units
@@ -125,6 +125,11 @@ def test_the_compiled_step_multiplies_by_the_units():
     for product in dots:
         name, operands = re.match(r"%([\w.]+) \((.*)\) -> f32", product).groups()
         assert name in by_units and operands.count("bf16[") == 2, product
+        # Row-major, M K by K N, behind the batch: another order is half as fast.
+        batch = (re.search(r"lhs_batch_dims={([\d,]*)}", product) or ["", ""])[1]
+        count = len(batch.split(",")) if batch else 0
+        assert f"lhs_contracting_dims={{{count + 1}}}" in product, product
+        assert f"rhs_contracting_dims={{{count}}}" in product, product
 
 
 @pytest.fixture(scope="module")
@@ -187,13 +192,17 @@ def test_auto_is_bfloat16_where_the_cpu_has_units_and_on_accelerators(monkeypatc
 
 
 def test_a_run_keeps_its_dtype_or_is_told_why_not(trained, monkeypatch):
-    monkeypatch.setattr(setup, "has_bfloat16_units", lambda: False)
+    for module in (setup, provenance):
+        monkeypatch.setattr(module, "has_bfloat16_units", lambda: False)
     run = RunDirectory(trained[0])
     with pytest.raises(
         UsageError, match=r"has 'bfloat16', this .* 'float32' .*-dtype bfloat16 .* no units for it"
     ):
         dtype_to_train(run, "auto", CPU)
     assert dtype_to_train(run, "bfloat16", CPU) == "bfloat16"
+    monkeypatch.setattr(provenance, "has_bfloat16_units", lambda: True)
+    with pytest.raises(UsageError, match=r"-dtype bfloat16 to go on with it, or run.dir"):
+        dtype_to_train(run, "float32", CPU)
 
 
 def test_a_run_that_began_in_float32_goes_on_so_where_there_are_units(copy, monkeypatch):

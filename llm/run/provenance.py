@@ -29,6 +29,7 @@ from llm.model.flops import flops_per_token, parameter_count
 from llm.model.gpt import ModelSpec
 from llm.run.directory import RunDirectory
 from llm.run.setup import compute_dtype
+from llm.runtime import has_bfloat16_units
 from llm.text.corpus import TokenizedCorpus
 from llm.text.mixture import Phase
 from llm.text.sources import check_unchanged
@@ -168,7 +169,8 @@ def dtype_to_train(run: RunDirectory, choice: str, device: Any) -> str:
     if choice == "auto" and on_cpu and recorded == "float32":
         return recorded
     if recorded != dtype:
-        slower = " (slower: this CPU has no units for it)" * (on_cpu and dtype == "float32")
+        slow = on_cpu and recorded == "bfloat16" and not has_bfloat16_units()
+        slower = " (slower: this CPU has no units for it)" * slow
         raise UsageError(
             f"{run.path} holds a run with another training.compute_dtype: the run has "
             f"{recorded!r}, this command has {dtype!r} on these devices; set "
