@@ -109,6 +109,17 @@ def test_a_pickle_is_not_executed(tmp_path, capsys):
     assert "without executing it" in said.err and "EXECUTED" not in said.out
 
 
+def test_a_checkpoint_of_nanochat_is_refused_by_name(tmp_path, capsys):
+    """Its model_000650.pt holds the weights alone, compiled or not."""
+    torch, _ = torch_and_transformers()
+    for prefix in ("", "_orig_mod."):
+        weights = {f"{prefix}transformer.h.0.attn.c_q.weight": torch.zeros(4, 4)}
+        torch.save(weights, tmp_path / "model_000650.pt")
+        run = [str(tmp_path / "model_000650.pt"), str(tmp_path / "run"), "--tokenizer", "bytes"]
+        assert run_command(import_hf.main, run) == UsageError.exit_code
+        assert "a checkpoint of nanochat, which import-hf does not read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

@@ -72,6 +72,11 @@ def _nanogpt(path: Path) -> tuple[dict[str, Any], Arrays]:
 
     try:
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if any(name.endswith("transformer.h.0.attn.c_q.weight") for name in held):
+            raise UsageError(
+                f"{path} is a checkpoint of nanochat, which import-hf does not read: the model "
+                "mixes neighbouring embeddings and adds value embeddings, and [model] has neither"
+            )
         settings, weights = held["model_args"], held["model"]
         arrays = {
             name.removeprefix("_orig_mod."): tensor.float().numpy()
@@ -79,6 +84,8 @@ def _nanogpt(path: Path) -> tuple[dict[str, Any], Arrays]:
         }
         described = {x: settings[x] for x in ("n_layer", "n_head", "n_embd", "vocab_size")}
         described |= {"n_positions": settings["block_size"], "activation_function": "gelu"}
+    except UsageError:
+        raise
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = (str(error).splitlines() or [""])[0][:200]
         raise CheckpointError(
