@@ -9,6 +9,7 @@ from test_packing import Numbered
 
 from llm.__main__ import main
 from llm.api.language_model import LanguageModel
+from llm.commands.memorized import for_people
 from llm.errors import UsageError
 from llm.inference.score import Scorer
 from llm.measure.memorization import (
@@ -163,6 +164,24 @@ def test_what_stands_more_often_in_the_text_is_repeated_more_often(tmp_path, cap
     numbers = predictions(Scorer(opened.spec, opened.params, opened.tokenizer), windows)
     assert (numbers.ranks[:, -SUFFIX:] == 1).all(1).tolist() == by_hand
     assert 0 < sum(by_hand) < len(by_hand)
+
+
+def test_a_run_that_was_not_trained_here_has_no_training_text(copy):
+    path = copy / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"imported": {"from": "model"}}))
+    with pytest.raises(UsageError, match="was imported from model: it was not trained here"):
+        main(["memorized", str(copy / "run")])
+
+
+def test_a_window_that_stands_once_is_said_to_stand_once():
+    numbers = predictions_of([0.5, 0.5], [1, 1])
+    report = {
+        "prefix_tokens": PREFIX, "suffix_tokens": SUFFIX, **extraction(numbers),
+        "by_occurrences": by_occurrences(np.array([1, 4]), numbers),
+        "held_out": extraction(numbers), "membership": membership(numbers, numbers), "canaries": [],
+    }  # fmt: skip
+    said = for_people(report)
+    assert "  once (1 window)" in said and "  4 to 7 times (1 window)" in said
 
 
 @pytest.mark.thorough

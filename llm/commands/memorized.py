@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 
 from llm.commands.flags import OutputFile, parse
-from llm.commands.shared import RunOptions
+from llm.commands.shared import RunOptions, counted
 from llm.console import escaped, show
 from llm.errors import UsageError
 from llm.files import write_output
@@ -48,10 +48,11 @@ def main(arguments: list[str]) -> int:
     from llm.inference.score import Scorer
     from llm.measure import memorization as measure
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import check_corpus, kept_tokenizer
+    from llm.run.provenance import check_corpus, check_trained, kept_tokenizer
     from llm.text.shards import prepare
 
     run = RunDirectory(opened.path)
+    check_trained(run)
     corpus = prepare(
         opened.config.data, opened.config.tokenizer, own=kept_tokenizer(run, opened.config)
     )
@@ -127,7 +128,9 @@ def for_people(report: dict[str, Any]) -> str:
         lines.append(row(name, one["share"], other["share"]))
     lines.append("by how often a window stands in the training text:")
     for group in report["by_occurrences"]:
-        name = f"{group['at_least']:,} to {group['at_most']:,} times ({group['windows']} windows)"
+        least, most = group["at_least"], group["at_most"]
+        times = "once" if most == 1 else f"{least:,} to {most:,} times"
+        name = f"{times} ({counted(group['windows'], 'window')})"
         lines.append(row(name, group["verbatim_share"]) + "  by greedy decoding")
     lines.append(
         "told apart from held-out text (0.5 is chance): by the loss AUC "
