@@ -128,7 +128,7 @@ def check_trained(run: RunDirectory) -> None:
         came = "holds the mean of checkpoints of" if "members" in imported else "was imported from"
         raise UsageError(
             f"{run.path} {came} {imported['from']}: it was not trained here, so it has "
-            "no steps; expected a run that was, or to train on from it, another run.dir with "
+            "no steps; name a run that was. To train on from it, set another run.dir and "
             f"--training.init-from {run.path}"
         )
 
