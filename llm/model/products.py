@@ -100,13 +100,12 @@ def _einsum(letters: str, x: jax.Array, y: jax.Array) -> jax.Array:
 def _matrices(x: jax.Array, of_x: str, *groups: list[str]) -> jax.Array:
     """One dimension for each group of letters; the last two make a matrix."""
     order = [of_x.index(c) for group in groups for c in group]
-    if order != sorted(order):
-        # Behind a barrier: the compiler would otherwise leave the transposition to the product.
-        x = jax.lax.optimization_barrier(x.transpose(order))
+    x = x.transpose(order)
     sizes = iter(x.shape)
     matrices = x.reshape([math.prod(next(sizes) for _ in group) for group in groups])
     return _row_major(matrices)
 
 
 def _row_major(x: jax.Array) -> jax.Array:
+    """x, laid out so; the compiler would otherwise leave transpositions to the products."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
