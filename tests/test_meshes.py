@@ -82,3 +82,15 @@ def test_losses_are_those_of_one_device(axes, training):
     expected = losses_of_one_device()
     assert expected[-1] < 0.92 * expected[0]
     np.testing.assert_allclose(losses_on(axes, training), expected, rtol=1e-5)
+
+
+@pytest.mark.thorough
+def test_a_head_with_a_bias_gives_the_same_losses_on_a_mesh():
+    """Its matrix has D + 1 rows, which no axis of a mesh divides evenly."""
+    config = SPEC.config.model_copy(
+        update={"block": "parallel_one_norm", "tie_embeddings": False, "head_bias": True}
+    )
+    spec = ModelSpec(config, 70)
+    expected = losses_on({}, PLAIN, spec, steps=3)
+    found = losses_on({"data": 2, "fsdp": 2, "tensor": 2}, PLAIN, spec, steps=3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

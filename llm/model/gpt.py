@@ -358,7 +358,7 @@ class GPT(nnx.Module):
         return self.logits(self.hidden(tokens_BT))
 
     def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
-        """What the head reads: [B, T, D] after the final norm.
+        """What the head reads: [B, T, D] after the final norm, or [B, T, D + 1] with a head's bias.
 
         Args:
           tokens_BT: int32 ids in [0, vocab_size), T <= context_length. Ids outside are the
@@ -448,7 +448,7 @@ class GPT(nnx.Module):
         return self._for_head(x_BTD), KVCache(keys, values, cache.length_B + T)
 
     def _for_head(self, x_BTD: jax.Array) -> jax.Array:
-        """The final norm, with a one behind it that the head's bias multiplies, if it has one."""
+        """The final norm, followed by a one for the head's bias to multiply, if there is one."""
         x_BTD = self.final_norm(x_BTD)
         if not self.spec.config.head_bias:
             return x_BTD
@@ -457,7 +457,7 @@ class GPT(nnx.Module):
     def head_weight(self) -> jax.Array:
         """W_head [D, padded vocabulary] in the compute dtype; E^T when tied.
 
-        A bias is one row more, for the one that `hidden` then ends with.
+        A bias is one more row, which multiplies the one at the end of `hidden`.
         """
         tied = self.spec.config.tie_embeddings
         weight_DV = self.embed.weight[...].T if tied else self.head.weight[...]
