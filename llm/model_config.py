@@ -106,7 +106,7 @@ class ModelConfig(Settings):
             )
         if self.head_bias and self.tie_embeddings:
             raise ValueError(
-                "model.head_bias = true is of a head of its own; set model.tie_embeddings = false"
+                "model.head_bias = true needs a head of its own; set model.tie_embeddings = false"
             )
         return self
 
