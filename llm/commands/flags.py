@@ -26,7 +26,8 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from llm.commands.outputs import check_outputs
-from llm.config import Config, MixtureSource, expected, known_files, load_config
+from llm.config import Config, expected, known_files, load_config
+from llm.data_config import MixtureSource
 from llm.errors import UsageError
 from llm.names import nearest
 from llm.section import Section, setting

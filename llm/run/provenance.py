@@ -22,7 +22,8 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from llm.config import Config, flatten, whole_weights
+from llm.config import Config, flatten
+from llm.data_config import whole_weights
 from llm.errors import DataError, UsageError
 from llm.files import now
 from llm.model.flops import flops_per_token, parameter_count
