@@ -14,7 +14,17 @@ from pathlib import Path
 
 # The six rooms of the core, and the files at the top that all of them stand on.
 CORE = ("config", "text", "model", "training", "run", "inference")
-CORE += ("console", "data_config", "errors", "files", "faults", "model_config", "names", "runtime", "section")
+CORE += (
+    "console",
+    "data_config",
+    "errors",
+    "files",
+    "faults",
+    "model_config",
+    "names",
+    "runtime",
+    "section",
+)
 # Whoever adds a capability may raise a budget, and says by how much and for what.
 BUDGETS = {"core": 9_600, "planning": 900, "llm": 17_600}
 LARGEST_FILE = 400
