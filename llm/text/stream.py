@@ -175,7 +175,12 @@ class TokenStream:
                 )
 
     def tokens(self) -> npt.NDArray:
-        """The token ids [N], mapped anew by each call."""
+        """The token ids [N], mapped anew by each call.
+
+        Raises:
+          DataError: the file is not as long as it was.
+        """
+        self.check_sizes()
         dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         return _mapped(self.folder / self.manifest.shard.name, dtype)
 
