@@ -71,7 +71,7 @@ def documents_of(windows, chosen=None):
         assert not weights[segments == 0].any()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(lengths=LENGTHS, context=st.integers(1, 50), opens=st.booleans(), data=st.data())
 def test_each_target_is_predicted_once_from_its_own_document(lengths, context, opens, data):
     """By hand: each document, with the end of text before it, cut into runs of T inputs."""
@@ -105,7 +105,7 @@ def first_best_fit(costs, capacity):
     return sorted(rooms)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(costs=st.lists(st.integers(1, 30), min_size=1, max_size=60), capacity=st.integers(30, 60))
 def test_windows_are_as_full_as_best_fit_makes_them_piece_by_piece(costs, capacity):
     window_of = best_fit(np.array(costs), capacity)
@@ -197,6 +197,7 @@ def test_the_validation_loss_is_that_of_each_document_alone(packed_run):
     assert found["loss"] == pytest.approx(np.sum(nats) / targets, rel=1e-6)
 
 
+@pytest.mark.thorough(keep=1)
 def test_a_resumed_run_reads_the_packed_windows_of_an_unbroken_one(packed_run, tmp_path):
     config = copied(packed_run, tmp_path)
     shutil.rmtree(tmp_path / "run")
