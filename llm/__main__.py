@@ -36,8 +36,9 @@ def main(arguments: list[str]) -> int:
     name, *words = arguments or ["--help"]
     if name in ("-h", "--help"):
         print("usage: python -m llm COMMAND ...\n\nCommands:\n")
+        width = max(map(len, COMMANDS))
         for command, meaning in COMMANDS.items():
-            print(f"  {command:9}  {meaning}")
+            print(f"  {command:{width}}  {meaning}")
         print("\npython -m llm COMMAND --help lists the flags of a command.")
         return 0
     if name.replace("_", "-") not in COMMANDS:
