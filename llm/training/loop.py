@@ -130,12 +130,12 @@ def train(
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
     validation = Validation(job, outputs, shared_stop, sampler, report)
-    if config.training.init_from and not step:
+    is_another_model = config.training.init_from and not step
+    if is_another_model:
         # On disk before there is a row of metrics: a run without it begins again from its source.
         save(job, outputs, report, state, step)
         outputs.checkpoints.wait()
-        validation.run(state, step)
-    if step and is_due(step, evaluations):
+    if is_another_model or (step and is_due(step, evaluations)):
         validation.run(state, step)  # a stop may have come between a save and its evaluation
     if config.run.deterministic and step < steps:
         check_repeats(job, step_fn, state, step)
