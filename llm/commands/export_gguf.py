@@ -7,24 +7,18 @@ names what is in the way (docs/models.md). Needs the extra `gguf`.
 import json
 import os
 from pathlib import Path
-from typing import Literal
 
 from llm.commands.flags import argument, parse
-from llm.commands.shared import RunOptions
+from llm.commands.shared import ExportOptions
 from llm.console import say
 from llm.errors import UsageError
 from llm.files import disk_full_reason, free_bytes, readable_bytes, why
-from llm.section import setting
 
 
-class Options(RunOptions):
+class Options(ExportOptions):
     """The command line."""
 
     file: str = argument("FILE", "file to make, such as model.gguf")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "numbers of the matrices in the file"
-    )
-    as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
 
 
 def main(arguments: list[str]) -> int:

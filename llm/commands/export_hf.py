@@ -8,23 +8,17 @@ keeps a run from being one. tokenizer/ is the run's own, which import-hf reads.
 
 import json
 from pathlib import Path
-from typing import Literal
 
 from llm.commands.flags import argument, parse
 from llm.commands.import_hf import new_folder
-from llm.commands.shared import RunOptions
+from llm.commands.shared import ExportOptions
 from llm.console import say
-from llm.section import setting
 
 
-class Options(RunOptions):
+class Options(ExportOptions):
     """The command line."""
 
     folder: str = argument("FOLDER", "folder to make")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting(
-        "float32", "numbers of the weights in the files"
-    )
-    as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
 
 
 def main(arguments: list[str]) -> int:

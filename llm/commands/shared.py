@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeInt
 
@@ -45,6 +45,15 @@ class RunOptions(CommandLine):
         with warnings.catch_warnings():
             warnings.showwarning = warn
             return open_model(self.run, self.step)
+
+
+class ExportOptions(RunOptions):
+    """How a checkpoint is written for other programs."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "numbers of the weights that are written"
+    )
+    as_json: bool = setting(False, "print what was made as one JSON object", flag="json")
 
 
 class RecordOptions(RunOptions):
