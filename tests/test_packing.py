@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -198,7 +199,8 @@ def test_the_validation_loss_is_that_of_each_document_alone(packed_run):
 
 
 @pytest.mark.thorough(keep=1)
-def test_a_resumed_run_reads_the_packed_windows_of_an_unbroken_one(packed_run, tmp_path):
+def test_a_resumed_run_reads_the_packed_windows_of_an_unbroken_one(packed_run, tmp_path, capsys):
+    """And the start says how much of them is padding."""
     config = copied(packed_run, tmp_path)
     shutil.rmtree(tmp_path / "run")
     schedule = "--optimizer.decay-steps", "12"
@@ -208,6 +210,8 @@ def test_a_resumed_run_reads_the_packed_windows_of_an_unbroken_one(packed_run, t
         LanguageModel.load(folder / "run").params_sha256 for folder in (packed_run, tmp_path)
     )
     assert one == other
+    said = capsys.readouterr().err
+    assert re.search(r"documents: packed in \d+ windows, \d+\.\d\d % of them padding", said)
 
 
 def test_replay_names_the_documents_of_a_packed_window(packed_run, capsys):

@@ -29,7 +29,7 @@ from llm.config import Config
 from llm.errors import UsageError
 from llm.text.corpus import Source, TokenizedCorpus
 from llm.text.mixture import Mixture, Phase, mixture_of
-from llm.text.packing import packed
+from llm.text.packing import PackedWindows, packed
 from llm.text.splits import TokenSplit
 from llm.text.windows import GOLDEN, Batch, RingWindows, Windows, Words, mix
 
@@ -57,6 +57,9 @@ class TrainingBatches:
       seed: any integer.
       rows: of each global batch, those that this host reads; None: all.
       mixture: whose turn it is; None: there is one source.
+
+    Attributes:
+      windows: of each source.
     """
 
     def __init__(
@@ -68,8 +71,8 @@ class TrainingBatches:
         rows: Rows | None = None,
         mixture: Mixture | None = None,
     ):
-        self._windows = windows if isinstance(windows, Sequence) else [windows]
-        assert (mixture is None) <= (len(self._windows) == 1), "several sources need a mixture"
+        self.windows = windows if isinstance(windows, Sequence) else [windows]
+        assert (mixture is None) <= (len(self.windows) == 1), "several sources need a mixture"
         self._batch_size, self._mixture = batch_size, mixture
         self._from_step = mixture.phase.from_step if mixture else 0
         self._own_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
@@ -82,7 +85,7 @@ class TrainingBatches:
     def epochs(self, step: int) -> list[float]:
         """How often each source was read when `step` steps are complete."""
         read = self._mixture.read(step) if self._mixture else [step * self._batch_size]
-        return [n / one.per_epoch for n, one in zip(read, self._windows, strict=True)]
+        return [n / one.per_epoch for n, one in zip(read, self.windows, strict=True)]
 
     def window_sources(self, step: int) -> npt.NDArray[np.int64]:
         """int64 [batch_size]: which source each row of the global batch is from."""
@@ -95,7 +98,7 @@ class TrainingBatches:
         """int64 [batch_size]: where each row of the global batch begins in its source's split."""
         out = np.empty(self._batch_size, np.int64)
         for rows, source, *place in self._places(self._numbers(step, np.arange(self._batch_size))):
-            out[rows] = [parts[0][0] for parts in self._windows[source].parts(*place)]
+            out[rows] = [parts[0][0] for parts in self.windows[source].parts(*place)]
         return out
 
     def window_parts(self, step: int) -> list[list[tuple[int, int]]]:
@@ -104,7 +107,7 @@ class TrainingBatches:
         for rows, source, *place in self._places(self._numbers(step, np.arange(self._batch_size))):
             for row, parts in zip(
                 np.arange(self._batch_size)[rows].tolist(),
-                self._windows[source].parts(*place),
+                self.windows[source].parts(*place),
                 strict=True,
             ):
                 out[row] = parts
@@ -149,7 +152,7 @@ class TrainingBatches:
         numbers = self._numbers(steps[:, None], self._own_rows)
         whole: Batch | None = None
         for rows, source, *place in self._places(numbers.ravel()):
-            part = self._windows[source].read(*place)
+            part = self.windows[source].read(*place)
             if whole is None and len(part.tokens) == numbers.size:
                 whole = part
                 break
@@ -168,12 +171,12 @@ class TrainingBatches:
     def _places(self, numbers: npt.NDArray[np.int64]) -> Iterator[tuple[Any, int, Words, Words]]:
         """For each source: the rows that it gives, its number, their epochs' keys and windows."""
         if self._mixture is None:
-            yield slice(None), 0, *self._order(numbers, self._windows[0].per_epoch)
+            yield slice(None), 0, *self._order(numbers, self.windows[0].per_epoch)
             return
         sources, within = self._mixture.place(numbers)
         for source in np.unique(sources).tolist() or [0]:
             rows = np.flatnonzero(sources == source)
-            yield rows, source, *self._order(within[rows], self._windows[source].per_epoch)
+            yield rows, source, *self._order(within[rows], self.windows[source].per_epoch)
 
     def _order(self, numbers: npt.NDArray[np.int64], per_epoch: int) -> tuple[Words, Words]:
         """The epoch's key and the window of each running number of one source."""
@@ -231,13 +234,23 @@ def check_epochs(config: Config, batches: TrainingBatches) -> None:
 
 
 def shares(config: Config, corpus: TokenizedCorpus, batches: TrainingBatches) -> Iterator[str]:
-    """A line for each source of a mixture: its tokens, its share, and how often it is read."""
+    """What a person should know before the first step: a line for each source.
+
+    Of a mixture: its tokens, its share, and how often it is read. Of packed documents: how many
+    windows they fill, and how much of these is padding.
+    """
     epochs, whole = batches.epochs(config.training.steps), sum(config.data.proportions)
     for source, part, times in zip(corpus.sources, config.data.proportions, epochs, strict=False):
         yield (
             f"  {source.name}: {len(source.train):,} training tokens, {100 * part / whole:.3g} % "
             f"of the windows, {times:.3g} epochs; {len(source.validation):,} held out"
         )
+    for source, windows in zip(corpus.sources, batches.windows, strict=True):
+        if isinstance(windows, PackedWindows):
+            yield (
+                f"  {source.name or 'documents'}: packed in {windows.per_epoch:,} windows, "
+                f"{100 * windows.padding:.2f} % of them padding"
+            )
 
 
 def held_out_batches(
