@@ -72,7 +72,7 @@ def documents_of(windows, chosen=None):
         assert not weights[segments == 0].any()
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=300)
 @given(lengths=LENGTHS, context=st.integers(1, 50), opens=st.booleans(), data=st.data())
 def test_each_target_is_predicted_once_from_its_own_document(lengths, context, opens, data):
     """By hand: each document, with the end of text before it, cut into runs of T inputs."""
@@ -92,6 +92,16 @@ def test_each_target_is_predicted_once_from_its_own_document(lengths, context, o
     assert sorted(documents_of(windows)) == sorted(expected)
 
 
+def test_an_end_of_text_closes_one_document_and_opens_the_next():
+    """In one place, so that documents of 11 tokens have 12 inputs at most."""
+    windows = packed([3, 3, 3, 2], 12, True)
+    [tokens], [weights], [segments] = windows.rows(np.array([0]))
+    assert windows.per_epoch == 1
+    assert tokens.tolist() == [END, 1, 2, END, 4, 5, END, 7, 8, END, 10, END, 0]
+    assert segments.tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert weights.tolist() == 11 * [1.0] + [0.0]
+
+
 def first_best_fit(costs, capacity):
     """Best-fit decreasing, one piece at a time."""
     rooms, window_of = [], {}
@@ -106,7 +116,7 @@ def first_best_fit(costs, capacity):
     return sorted(rooms)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=300)
 @given(costs=st.lists(st.integers(1, 30), min_size=1, max_size=60), capacity=st.integers(30, 60))
 def test_windows_are_as_full_as_best_fit_makes_them_piece_by_piece(costs, capacity):
     window_of = best_fit(np.array(costs), capacity)
