@@ -214,6 +214,17 @@ def test_an_imported_run_has_no_steps_to_compare_or_to_replay(tmp_path, capsys):
         assert "was not trained here" in capsys.readouterr().err
 
 
+def test_training_into_an_imported_run_is_told_how_to_train_on_from_it(tmp_path):
+    """Though its settings are others: to restore them would not help."""
+    write_golden(GOLDENS[0], tmp_path / "theirs")
+    CHARACTERS.save(tmp_path / "theirs" / "tokenizer")
+    mine = tmp_path / "mine"
+    assert run(import_hf, tmp_path / "theirs", mine) == 0
+    config = write_config(tmp_path, run={"dir": str(mine)})
+    with pytest.raises(UsageError, match=f"--training.init-from {re.escape(str(mine))}"):
+        train(config)
+
+
 def test_nothing_is_overwritten(golden, trained, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").write_text("mine")

@@ -65,9 +65,9 @@ def _changes(run: RunDirectory, config: Config) -> dict[str, Any] | None:
             f"{'checkpoints' if holds else 'metrics.jsonl'}: put config.toml back, or set another "
             "run.dir"
         )
+    check_trained(run)  # to restore the settings of a model that came from elsewhere is no help
     before = run.read_config()
     changed = changes_on_resume(before, config)
-    check_trained(run)
     _check_steps(run, config)
     if newest is not None and not holds:
         _check_checkpoints(run, before, newest)
