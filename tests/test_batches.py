@@ -423,3 +423,12 @@ def test_evaluation_reads_the_split(split):
     batches = evaluation_batches(split, context_length=33, batch_size=4)
     found = np.concatenate([t[:, 1:][m.astype(bool)] for t, m, _ in batches])
     assert np.array_equal(found, text[1:])
+
+
+def test_a_batch_that_is_larger_than_memory_costs_the_rows_that_are_read():
+    """One number for each row of this one would be eight terabytes."""
+    windows = RingWindows(Counting(1000), 10)
+    batches = TrainingBatches(windows, batch_size=10**12, seed=1, rows=slice(3, 5))
+    whole = TrainingBatches(windows, batch_size=8, seed=1)
+    assert np.array_equal(batches[0].tokens, whole[0].tokens[3:5])
+    assert batches.epochs(2) == [2e12 / 100]

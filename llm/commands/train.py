@@ -149,7 +149,7 @@ def _make_job(
         display.say(note)
     corpus.check_windows(config.model.context_length, config.data.validation)
     if not run.exists():
-        check_epochs(config, training_batches(config, corpus))
+        check_epochs(config, training_batches(config, corpus, rows=slice(0, 0)))
     spec = make_setup(decided, corpus.tokenizer.vocab_size, mesh).spec
     check_room(spec, mesh, config.training.micro_batch_size or config.training.batch_size)
     return Job(config, spec, mesh, corpus, hosts)

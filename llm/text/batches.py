@@ -75,7 +75,11 @@ class TrainingBatches:
         assert (mixture is None) <= (len(self.windows) == 1), "several sources need a mixture"
         self._batch_size, self._mixture = batch_size, mixture
         self._from_step = mixture.phase.from_step if mixture else 0
-        self._own_rows = np.arange(batch_size)[slice(None) if rows is None else rows]
+        rows = slice(None) if rows is None else rows
+        # Nothing is as large as the batch, which may be too large for this machine.
+        self._own_rows = (
+            np.arange(*rows.indices(batch_size)) if isinstance(rows, slice) else np.asarray(rows)
+        )
         self._key = mix(np.array([seed % 2**64], np.uint64))
 
     def __getitem__(self, step: int) -> Batch:
