@@ -174,6 +174,7 @@ def test_learned_positions_are_cut(source, tmp_path):
     assert said["step_0_sha256"] == identity_of(held) == params_sha256(tmp_path / "run", 0)
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     "place", ["step:step=3:kill", "checkpoint.before_commit:kill", "evaluation:kill"]
 )
