@@ -22,6 +22,7 @@ COMMANDS = {
     "replay": "the exact batch that a step was trained on",
     "diff": "where two runs part, or how two dumps of a text differ",
     "verify": "check a run's checkpoints: manifest, parameters, receipt",
+    "report": "a run as a page: curves, time, a text being learnt; or several compared",
     "history": "how a text became probable: at each checkpoint",
     "average": "a run whose parameters are a mean of checkpoints",
     "memorized": "does the model repeat its training text?",

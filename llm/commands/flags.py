@@ -211,7 +211,8 @@ def _read(flags: Mapping[str, Flag], words: Sequence[str], usage: str) -> dict[s
             found.setdefault(flag.name, []).extend(map(flag.read, values))
             hint = f"{flag.spelling} takes {'true or false' if bool in flag.types else 'one value'}"
         elif places and word in (places[0].choices or [word]):
-            found[places.pop(0).name] = [word]
+            place = places[0] if tuple in places[0].types else places.pop(0)
+            found.setdefault(place.name, []).append(word)
         else:
             raise UsageError(f"unexpected word {word!r}; {hint}")
     return {

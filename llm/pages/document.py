@@ -29,6 +29,7 @@ def document(
     scripts: Sequence[str],
     data: Any,
     connect: str = "'none'",
+    styles: Sequence[str] = ("page.css",),
     **parts: object,
 ) -> str:
     """The whole document.
@@ -40,9 +41,10 @@ def document(
       scripts: names of script files beside this one, run in this order after the body.
       data: what the scripts read, as JSON.
       connect: the policy's connect-src; "'self'" for a page that talks to its server.
+      styles: names of stylesheets beside this one.
       parts: what the template of the body asks for, as HTML that is already escaped.
     """
-    style, heading = _asset("page.css") + scales.css_colours(), escape(title)
+    style, heading = "\n".join(map(_asset, styles)) + scales.css_colours(), escape(title)
     script = "\n".join(_asset(name) for name in scripts)
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; "

@@ -283,7 +283,7 @@ class Sample {
   }
 
   makeSection() {
-    const label = `Sample ${this.name}`;
+    const label = this.page.labels?.get(this.name) ?? `Sample ${this.name}`;
     const text = el("div", "text");
     text.setAttribute("tabindex", 0);
     text.setAttribute("role", "group");
@@ -296,7 +296,7 @@ class Sample {
     section.id = `s${this.name}`;
     byId("samples").append(section);
     const headings = byId("samples").querySelectorAll("h2");
-    if (headings.length > 1) headings.forEach((heading) => heading.removeAttribute("class"));
+    if (headings.length > 1 || this.page.labels) headings.forEach((heading) => heading.removeAttribute("class"));
     return section;
   }
 
@@ -497,7 +497,7 @@ function scores(token) {
       + "could predict it: it has no probability."));
   }
   return el("p", "score", el("b", "", percent(token.logprob)),
-    el("span", "", `rank ${grouped(token.rank)}`), el("span", "", `one in ${oneIn(token.logprob)}`));
+    token.rank === null ? "" : el("span", "", `rank ${grouped(token.rank)}`), el("span", "", `one in ${oneIn(token.logprob)}`));
 }
 
 function scoresOfBoth(token) {
@@ -522,7 +522,7 @@ function details(page, sample, index) {
     const was = token.before ? (value) => `${nats(value)} → ` : () => "";
     rows.push(["surprisal", was(negative(token.before?.logprob ?? null))
       + `${nats(negative(token.logprob))} nats, ${nats(negative(token.logprob) / Math.LN2)} bits`]);
-    rows.push(["entropy", was(token.before?.entropy) + `${nats(token.entropy)} nats`
+    if (token.entropy !== null) rows.push(["entropy", was(token.before?.entropy) + `${nats(token.entropy)} nats`
       + (token.before ? "" : `, as ${oneIn(-token.entropy)} equal choices`)]);
   }
   if (token.kept_mass !== null && token.kept_tokens < page.vocabSize) {

@@ -4,6 +4,7 @@
     run.json              provenance: what was trained on, and every start
     tokenizer/            everything to encode and decode offline
     metrics.jsonl         llm/run/metrics.py
+    probes.jsonl          llm/run/probes.py
     checkpoints/STEP/     llm/run/checkpoint.py
     run.lock              held while a process trains
 
@@ -53,6 +54,7 @@ class RunDirectory:
         self.provenance = path / "run.json"
         self.tokenizer = path / "tokenizer"
         self.metrics = path / "metrics.jsonl"
+        self.probes = path / "probes.jsonl"
         self.checkpoints = path / "checkpoints"
         self.lock = path / "run.lock"
 

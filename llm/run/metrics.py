@@ -115,22 +115,91 @@ def _parsed(path: Path, place: int, line: bytes) -> Any:
     )
 
 
-class MetricsFile:
-    """Appends rows. A row that cannot be written is counted, with one warning: training goes on.
+def rows_of(path: Path, row: Any, broken: list[bytes] | None = None) -> Iterator[Any]:
+    """The rows of a file of JSON lines, in order; a line that is still being written is none.
 
     Args:
-      writes: False in all processes of a run but one, which only remember their rows.
+      row: their type, for msgspec.
+      broken: takes the lines that are no rows.
+    Raises:
+      CheckpointError: the file cannot be read.
+    """
+    decode = msgspec.json.Decoder(row).decode
+    try:
+        with open_regular(path) as file:
+            for line in file:
+                try:
+                    if line.endswith(b"\n"):
+                        yield decode(line)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                    if broken is not None:
+                        broken.append(line)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {why(error)}") from None
+
+
+class LineFile:
+    """Appends lines. One that cannot be written is counted, with one warning: training goes on.
+
+    Args:
+      writes: False in all processes of a run but one.
     Attributes:
-      skipped: how many updates in a row, up to the step that training resumes from, were refused.
-      lost: how many rows could not be written.
+      lost: how many lines could not be written.
     """
 
     def __init__(self, path: Path, writes: bool = True):
         self._path, self._writes = path, writes
         self._file: IO[bytes] | None = None
+        self.lost = 0
+
+    def append(self, line: bytes, step: int | None = None) -> None:
+        """Append the whole line or, if the disk is full, nothing, and hand it to the system.
+
+        Args:
+          step: of a row of metrics.jsonl, for its fault points.
+        """
+        if not self._writes:
+            return
+        try:
+            action = None if step is None else fault_point("metrics.write", step)
+            if self._file is None:
+                self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (held until close)
+            size = self._file.seek(0, os.SEEK_END)
+            if action == "torn":
+                self._file.write(line[: len(line) // 2])
+                fault_point("metrics.torn")
+            written = self._file.write(line)
+            if written < len(line):
+                self._file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not self.lost:
+                say(
+                    f"warning: {self._path} cannot be written ({error.strerror}); training goes "
+                    "on, and the lines that are lost are counted"
+                )
+            self.lost += 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class MetricsFile(LineFile):
+    """Appends rows. Processes that do not write remember their rows all the same.
+
+    Attributes:
+      skipped: how many updates in a row, up to the step that training resumes from, were refused.
+    """
+
+    def __init__(self, path: Path, writes: bool = True):
+        super().__init__(path, writes)
         self._evaluated: list[dict[str, Any]] = []
         self._trained: collections.deque[dict[str, Any]] = collections.deque(maxlen=NEWEST_ROWS)
-        self.skipped = self.lost = 0
+        self.skipped = 0
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -180,31 +249,7 @@ class MetricsFile:
             for name, value in row.items()
         }
         (self._trained if row["kind"] == "train" else self._evaluated).append(row)
-        if not self._writes:
-            return
-        try:
-            action = fault_point("metrics.write", row["step"])
-            self._append(_line(row).encode(), action)
-        except OSError as error:
-            if not self.lost:
-                say(
-                    f"warning: {self._path} cannot be written ({error.strerror}); training goes "
-                    "on, and the lines that are lost are counted"
-                )
-            self.lost += 1
-
-    def _append(self, line: bytes, action: str | None) -> None:
-        """Append the whole line or, if the disk is full, nothing."""
-        if self._file is None:
-            self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 (held until close)
-        size = self._file.seek(0, os.SEEK_END)
-        if action == "torn":
-            self._file.write(line[: len(line) // 2])
-            fault_point("metrics.torn")
-        written = self._file.write(line)
-        if written < len(line):
-            self._file.truncate(size)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.append(_line(row).encode(), row["step"])
 
     def memory(self) -> list[dict[str, Any]]:
         """The rows that decide how training goes on, for processes that do not read the file."""
@@ -221,11 +266,6 @@ class MetricsFile:
 
     def has_evaluation(self, step: int) -> bool:
         return any(row["step"] == step and "source" not in row for row in self._evaluated)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def _is_refused(row: Mapping[str, Any]) -> bool:

@@ -1,0 +1,293 @@
+"""The report of one run or of several: `gather` reads their files, `report_page` makes the page.
+
+The page is one file that loads nothing: report.js draws the curves with uPlot (pages/vendor, MIT)
+and ties points to tokens; page.js shows texts as it does on the page of probabilities.
+"""
+
+import base64
+import gzip
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from llm.config import flatten
+from llm.errors import CheckpointError
+from llm.files import now, write_atomic
+from llm.inference.records import Record, Spellings, as_json
+from llm.pages.document import document, escape
+from llm.pages.report_data import (
+    Metrics,
+    changed_settings,
+    curves,
+    marks,
+    receipt,
+    spread,
+    time_spent,
+)
+from llm.run.directory import RunDirectory
+from llm.run.metrics import rows_of
+from llm.run.probes import ProbeRow
+from llm.text.tokenizer import load_tokenizer
+
+# Of a run: samples that the page shows, and steps at which a text is drawn.
+MOST_SAMPLES, MOST_COLUMNS = 8, 120
+# The place of a run does not change what it computes.
+PLACES = ("run.dir", "data.cache_dir")
+
+Report = dict[str, Any]
+_NO_TOKENS = {"train_tokens": 0, "validation_tokens": 0}
+
+
+def write_report(run: RunDirectory) -> None:
+    """RUN/report.html, replaced as a whole.
+
+    Raises:
+      LLMError, OSError: something of the run cannot be read, or the page not be written.
+    """
+    write_atomic(run.path / "report.html", report_page(gather([run])).encode())
+
+
+def gather(runs: Sequence[RunDirectory], whole: bool = False) -> Report:
+    """Everything that the page shows, as JSON.
+
+    Args:
+      whole: every row of the curves, not only what can be seen.
+    Raises:
+      UsageError, CheckpointError: a run has files that cannot be read.
+    """
+    # The shortest names that tell the runs apart.
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    metrics = [Metrics(run.metrics) for run in runs]
+    parts = [_one(*one, whole) for one in zip(names, runs, metrics, strict=True)]
+    settings = {
+        name: values
+        for name in {name: None for part in parts for name in part["all"]}
+        for values in [[part["all"].get(name) for part in parts]]
+        if name not in PLACES and any(value != values[0] for value in values)
+    }
+    for part in parts:
+        del part["all"]
+    return {
+        "written": now(),
+        "runs": parts,
+        "differences": settings,
+        "parting": [_parting(metrics[0], other) for other in metrics[1:]],
+    }
+
+
+def _parting(one: Metrics, other: Metrics) -> dict[str, Any]:
+    """The steps that two runs both have, and the first at which their losses are not equal."""
+    losses = [dict(zip(m.train["step"], m.train["loss"], strict=True)) for m in (one, other)]
+    common = sorted(losses[0].keys() & losses[1].keys())
+    pairs = ((n, losses[0][n], losses[1][n]) for n in common)
+    step = next((int(n) for n, a, b in pairs if a != b and not a != a != b != b), None)
+    return {"common": len(common), "step": step}
+
+
+def _one(name: str, run: RunDirectory, metrics: Metrics, whole: bool) -> Report:
+    config, record = run.read_config(), run.read_provenance()
+    steps = metrics.train["step"]
+    reached = int(steps[-1]) if len(steps) else 0
+    notes = []
+    if metrics.broken:
+        notes.append(f"{metrics.broken} lines of metrics.jsonl are damaged and are left out.")
+    if "imported" in record:
+        notes.append(f"The model came from {record['imported']['from']}; no step was taken here.")
+    elif not metrics.evaluations:
+        why = "holds nothing out" if config.data.validation == "none" else "has not evaluated yet"
+        notes.append(f"There is no validation loss: this run {why}.")
+    texts, samples = _texts(run, notes)
+    return {
+        "name": name,
+        "state": _state(run, record, reached, config.training.steps),
+        "facts": _facts(record, config),
+        "settings": changed_settings(config),
+        "all": flatten(config),
+        "steps": config.training.steps,
+        "flops_per_token": record["model"].get("flops_per_token"),
+        "vocab_size": record["model"].get("vocab_size"),
+        **curves(metrics, whole),
+        "marks": marks(metrics, record),
+        "time": time_spent(metrics, record["starts"]),
+        "texts": texts,
+        "samples": samples,
+        "notes": notes,
+        "next": _next(run, record, metrics, reached, config.training.steps),
+    }
+
+
+def _state(run: RunDirectory, record: Mapping[str, Any], reached: int, steps: int) -> str:
+    """How far the run is, and how it ended."""
+    ended = record["starts"][-1].get("ended") if record["starts"] else None
+    how_far = f"step {reached:,} of {steps:,}"
+    if "imported" in record:
+        return "imported"
+    if ended is None and _is_locked(run):
+        return f"training, {how_far}" if reached else "beginning"
+    if reached >= steps and ended in (None, "finished"):
+        return f"finished, {how_far}"
+    return f"{how_far}: {ended or 'it ended without a word, as after a kill or a loss of power'}"
+
+
+def _is_locked(run: RunDirectory) -> bool:
+    """Whether a process of this machine trains, without taking the lock even for a moment."""
+    try:
+        inode = os.stat(run.lock).st_ino
+        with open("/proc/locks") as file:
+            return any(f":{inode} " in line for line in file)
+    except OSError:
+        return False
+
+
+def _facts(record: Mapping[str, Any], config: Any) -> list[tuple[str, str]]:
+    model, data = record["model"], record["data"]
+    sources = [one.name for one in config.data.mixture] or config.data.source
+    starts = record["starts"]
+    facts = [
+        ("parameters", f"{model['parameters']:,}" if "parameters" in model else None),
+        ("text", sources if isinstance(sources, str) else ", ".join(sources)),
+        (
+            "tokens",
+            f"{data.get('train_tokens', 0):,}, {data.get('validation_tokens', 0):,} held out",
+        ),
+        ("tokenizer", f"{config.tokenizer.kind}, {model.get('vocab_size', 0):,} tokens"),
+        ("products", model["compute_dtype"]),
+        ("begun", record.get("created")),
+    ]
+    if starts:
+        last = starts[-1]
+        devices = "{count} x {kind}".format(**{"count": "?", "kind": "?"} | last["devices"])
+        processes = last.get("processes", 1)
+        facts += [
+            ("devices", devices + f", {processes} processes" * (processes != 1)),
+            ("starts", f"{len(starts):,}"),
+            ("versions", ", ".join(f"{name} {value}" for name, value in last["versions"].items())),
+        ]
+    if ancestor := record.get("ancestor"):
+        facts.append(("trained on from", f"{ancestor['from']}, step {ancestor['step']:,}"))
+    return [(term, value) for term, value in facts if value]
+
+
+def _texts(run: RunDirectory, notes: list[str]) -> tuple[list[Record], list[Record]]:
+    """Texts being learnt, and texts to read: samples of evaluations and the receipt's.
+
+    A text has its `tokens`, and what was `said` of each at each of its `steps`; a text to read has
+    a `label` and whole records.
+    """
+    try:
+        spellings = Spellings(load_tokenizer(run.tokenizer))
+        size = spellings.tokenizer.vocab_size
+        rows = [
+            row
+            for row in rows_of(run.probes, ProbeRow)
+            if max(row.ids, default=0) < size
+            and all(said is None or (said.likeliest or 0) < size for said in row.said)
+        ]
+    except CheckpointError as error:
+        notes.append(f"The texts cannot be shown: {error}")
+        return [], []
+    # A text that the settings changed is another text; a step that was scored twice counts once.
+    learnt: dict[Any, dict[int, ProbeRow]] = {}
+    for row in rows:
+        key = "" if row.prompt is not None else (row.name, *row.ids)
+        learnt.setdefault(key, {})[row.step] = row
+    written = learnt.pop("", {})
+    texts = [
+        learning([of[step] for step in spread(sorted(of), MOST_COLUMNS)], spellings)
+        for of in learnt.values()
+    ]
+    shown = [written[step] for step in spread(sorted(written), MOST_SAMPLES)[::-1]] + receipt(run)
+    samples = [
+        {
+            "label": f"{row.name}, step {row.step:,}",
+            "records": list(map(as_json, row.records(spellings, number))),
+        }
+        for number, row in enumerate(shown)
+    ]
+    return texts, samples
+
+
+def learning(rows: Sequence[ProbeRow], spellings: Spellings) -> Record:
+    """One text at several steps, as the page draws it."""
+    likeliest = {said.likeliest for row in rows for said in row.said if said} - {None}
+    return {
+        "name": rows[-1].name,
+        "tokens": list(map(as_json, rows[-1].records(spellings))),
+        "steps": [row.step for row in rows],
+        "said": [msgspec.to_builtins(row.said) for row in rows],
+        "spelled": {str(id_): spellings[id_][0] for id_ in likeliest if id_ is not None},
+    }
+
+
+def _next(
+    run: RunDirectory, record: Mapping[str, Any], metrics: Metrics, reached: int, steps: int
+) -> list[tuple[str, str]]:
+    """What to do next: a sentence, and the words of a shell for it, which may be empty."""
+    path = shlex.quote(str(run.path))
+    losses = [
+        (row.loss, row.step) for row in metrics.evaluations.get("", []) if row.loss is not None
+    ]
+    advice = []
+    if reached < steps and record["starts"] and "imported" not in record:
+        command = shlex.join(["python", *record["starts"][-1].get("command", ["train.py"])])
+        advice.append(("Go on from the last checkpoint: the same command resumes.", command))
+    if losses and min(losses) != losses[-1]:
+        loss, step = min(losses)
+        worse = (
+            f"The validation loss was lowest at step {step:,}, with {loss:.4f} nats, and is "
+            f"{losses[-1][0]:.4f} now: more steps on this text may not help. That step is kept "
+            "if checkpoint.keep_best is on."
+        )
+        advice.append((worse, f"python sample.py {path} --step {step}"))
+    elif len(losses) > 1:
+        fell = losses[-2][0] - losses[-1][0]
+        better = f"The validation loss fell by {fell:.4f} nats since the evaluation before"
+        advice.append((f"{better}: more steps may help (training.steps).", ""))
+    return [
+        *advice,
+        (
+            "Write text, with the probability of each token.",
+            f"python sample.py {path} --html S.html",
+        ),
+        ("See how a text of yours became probable.", f"python -m llm history {path} --text TEXT"),
+        ("Compare with another run.", f"python -m llm report {path} OTHER --html BOTH.html"),
+    ]
+
+
+def report_page(report: Report, *, live: bool = False, title: str = "") -> str:
+    """One HTML document.
+
+    Args:
+      live: the page asks the server that sent it for newer numbers (report_server.py).
+    """
+    names = [run["name"] for run in report["runs"]]
+    rows = [
+        f"<tr><td>{escape(run['name'])}<td>{escape(of['source'] or 'the whole')}<td>{step:,}"
+        f"<td>{'not finite' if loss is None else format(loss, '.4f')}</tr>"
+        for run in report["runs"]
+        for of in run["evaluations"]
+        for step, loss in list(zip(of["step"], of["loss"], strict=True))[-20:]
+    ]
+    return document(
+        title or ", ".join(names),
+        "report.html",
+        kind="tokens",
+        styles=("page.css", "vendor/uPlot.min.css", "report.css"),
+        scripts=("vendor/uPlot.iife.min.js", "page.js", "report.js"),
+        data={"report": packed(report), "growing": live},
+        connect="'self'" if live else "'none'",
+        state="; ".join(f"{escape(run['name'])}: {escape(run['state'])}" for run in report["runs"]),
+        plain="".join(rows),
+    )
+
+
+def packed(report: Report) -> str:
+    """JSON, gzipped, in base64."""
+    text = json.dumps(report, allow_nan=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()

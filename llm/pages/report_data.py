@@ -1,0 +1,263 @@
+"""What the report of a run shows, as numbers: curves, marks, time, texts being learnt.
+
+Everything is read from the files of the run, while it trains too. What a crash left of a line is
+passed over. Curves are thinned by what can be seen: of each bucket of rows the extremes of every
+curve stay, so that no peak is lost, and what stays are rows of metrics.jsonl, not means of them.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from llm.config import Config, differences
+from llm.files import read_json
+from llm.run.directory import RunDirectory, saved_steps
+from llm.run.metrics import rows_of
+from llm.run.probes import ProbeRow
+
+Column = npt.NDArray[np.float64]
+
+# The curves of training, in the order of the page; a run has those that its rows have.
+CURVES = (
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "memory_bytes",
+    "mfu",
+    "load_balancing_loss",
+    "router_z_loss",
+    "router_load_max",
+)
+# A chart is about a thousand pixels wide; up to MOST_ROWS nothing is left out.
+BUCKETS, MOST_ROWS = 300, 3000
+# A smoothed curve is the mean over a fiftieth of the rows.
+SMOOTHED = 50
+# Skipped updates that are marked, and evaluations that are drawn.
+MOST_MARKS, MOST_EVALUATIONS = 200, 1000
+
+_Step = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
+class _Train(msgspec.Struct, tag_field="kind", tag="train"):
+    step: _Step
+    tokens: _Step
+    step_seconds: float
+    loss: float | None
+    grad_norm: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    memory_bytes: float | None = None
+    mfu: float | None = None
+    load_balancing_loss: float | None = None
+    router_z_loss: float | None = None
+    router_load_max: float | None = None
+    finite: bool = True
+    spike: bool = False
+
+
+class _Evaluation(msgspec.Struct, tag_field="kind", tag="eval"):
+    step: _Step
+    loss: float | None
+    bits_per_byte: float | None = None
+    source: str = ""
+
+
+class Metrics:
+    """metrics.jsonl in columns, each step once.
+
+    Attributes:
+      train: "step", "tokens", "seconds" and the curves; NaN where a row has no number. Seconds are
+        those of the steps until then, without evaluations, saves and what was done again.
+      evaluations: source -> its rows; "" is the whole.
+      skipped: (step, why) of updates that were not applied.
+      broken: how many lines are no rows.
+    """
+
+    def __init__(self, path: Path):
+        broken: list[bytes] = []
+        steps: dict[int, _Train] = {}
+        found: dict[tuple[str, int], _Evaluation] = {}
+        for row in rows_of(path, _Train | _Evaluation, broken):
+            if isinstance(row, _Train):
+                steps[row.step] = row
+            else:
+                found[row.source, row.step] = row
+        rows = [steps[step] for step in sorted(steps)]
+        self.broken = len(broken)
+        self.skipped = [
+            (row.step, "a spike" if row.spike else "not finite")
+            for row in rows
+            if row.spike or not row.finite
+        ]
+        self.train: dict[str, Column] = {
+            name: np.array([getattr(row, name) for row in rows], np.float64)
+            for name in ("step", "tokens", *CURVES)
+        }
+        step = self.train["step"]
+        # With logging.every a row stands for the steps since the row before it.
+        each = np.array([row.step_seconds for row in rows], np.float64)
+        self.train["seconds"] = np.cumsum(each * np.diff(step, prepend=0.0))
+        self.evaluations: dict[str, list[_Evaluation]] = {}
+        for (source, _), one in sorted(found.items(), key=lambda item: item[0]):
+            self.evaluations.setdefault(source, []).append(one)
+
+    def at(self, name: str, steps: Sequence[int]) -> list[float]:
+        """Tokens or seconds after some steps."""
+        known = [0.0, *self.train["step"]], [0.0, *self.train[name]]
+        return [float(x) for x in np.interp(steps, *known)]
+
+
+def visible(columns: Sequence[Column], buckets: int = BUCKETS) -> npt.NDArray[np.int64]:
+    """The rows that a chart shows: the first, the last, and each bucket's extremes in each column.
+
+    Buckets are equal in number of rows and, for a logarithmic axis, in its logarithm.
+    """
+    length = len(columns[0])
+    if length <= MOST_ROWS:
+        return np.arange(length)
+    even = np.linspace(0, length, buckets + 1).astype(int)
+    edges = np.unique([*even, *np.geomspace(1, length, buckets + 1).astype(int)])
+    kept = [0, length - 1]
+    for column, (start, stop) in itertools.product(columns, itertools.pairwise(edges)):
+        part = column[start:stop]
+        if not np.isnan(part).all():
+            kept += [start + np.nanargmin(part), start + np.nanargmax(part)]
+    return np.unique(kept)
+
+
+def smoothed(column: Column) -> Column:
+    """The mean of the finite numbers around each row, over a fiftieth of all rows."""
+    half = max(1, len(column) // SMOOTHED // 2)
+    known = ~np.isnan(column)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, column, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    places = np.arange(len(column))
+    start, stop = np.maximum(places - half, 0), np.minimum(places + half + 1, len(column))
+    counted = counts[stop] - counts[start]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(counted > 0, (sums[stop] - sums[start]) / counted, np.nan)
+
+
+def numbers(column: Any) -> list[float | int | None]:
+    """A column as JSON: whole numbers without a point, null for NaN and infinities."""
+    return [
+        None if not math.isfinite(x) else int(x) if x.is_integer() and abs(x) < 2**53 else x
+        for x in map(float, column)
+    ]
+
+
+def curves(metrics: Metrics, whole: bool) -> dict[str, Any]:
+    """The curves of training and validation, ready for JSON."""
+    train = metrics.train
+    present = (
+        [name for name in CURVES if not np.isnan(train[name]).all()] if len(train["step"]) else []
+    )
+    kept = visible([train[name] for name in present] or [train["step"]])
+    kept = np.arange(len(train["step"])) if whole else kept
+    evaluations = []
+    for source, rows in metrics.evaluations.items():
+        rows = rows if whole else spread(rows, MOST_EVALUATIONS)
+        steps = [row.step for row in rows]
+        evaluations.append(
+            {
+                "source": source,
+                "step": steps,
+                "tokens": numbers(metrics.at("tokens", steps)),
+                "seconds": numbers(metrics.at("seconds", steps)),
+                "loss": [row.loss for row in rows],
+                "bits_per_byte": [row.bits_per_byte for row in rows],
+            }
+        )
+    names = ("step", "tokens", "seconds", *present)
+    return {
+        "train": {name: numbers(train[name][kept]) for name in names},
+        "smoothed": {name: numbers(smoothed(train[name])[kept]) for name in present},
+        "evaluations": evaluations,
+        "rows": len(train["step"]),
+    }
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of a row of things, evenly, the first and the last among them."""
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def changed_settings(config: Config) -> dict[str, Any]:
+    """`section.key` -> value of settings that were chosen: neither default nor a consequence."""
+    default = Config()
+    given = {name: new for name, (_, new) in differences(default.resolved(), config).items()}
+    for key in [name.removeprefix("model.") for name in given if name.startswith("model.")]:
+        update = {key: getattr(default.model, key)}
+        if config.model.model_copy(update=update).resolved() == config.model:
+            del given[f"model.{key}"]
+    return given
+
+
+def marks(metrics: Metrics, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Restarts and skipped updates, by step."""
+    found = [
+        (start["from_step"], "restart", start.get("time", "")) for start in record["starts"][1:]
+    ]
+    found += [(step, "skipped", why) for step, why in spread(metrics.skipped, MOST_MARKS)]
+    found.sort()
+    steps = [step for step, _, _ in found]
+    columns = found, metrics.at("tokens", steps), metrics.at("seconds", steps)
+    return [
+        {"step": step, "tokens": tokens, "seconds": seconds, "what": what, "why": why}
+        for (step, what, why), tokens, seconds in zip(*columns, strict=True)
+    ]
+
+
+def time_spent(metrics: Metrics, starts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Seconds by what took them, over all starts; and how many starts did not say.
+
+    A start says how long it prepared text, evaluated and saved, and when its first step was
+    complete (llm/run/start.py:record_end). The time of steps is in their rows; the first row of a
+    start has its compilation too. A restart costs its text, its compilation and the steps that were
+    done again.
+    """
+    spent = dict.fromkeys(("text", "compiling", "steps", "evaluation", "saves", "restarts"), 0.0)
+    each = np.diff(metrics.train["seconds"], prepend=0.0)
+    of_step = dict(zip(metrics.train["step"].tolist(), each.tolist(), strict=True))
+    spent["steps"], unsaid, total = float(each.sum()), 0, 0.0
+    for number, start in enumerate(starts):
+        told = start.get("seconds") or {}
+        unsaid += not told
+        first = of_step.get(start["from_step"] + 1, 0.0)
+        spent["steps"] -= first
+        begun = {"text": told.get("text", 0.0), "compiling": told.get("compiling", first)}
+        for part, seconds in begun.items():
+            spent[part if number == 0 else "restarts"] += seconds
+        spent["restarts"] += start.get("redone_seconds", 0.0)
+        for part in ("evaluation", "saves"):
+            spent[part] += told.get(part, 0.0)
+        total += told.get("total", 0.0)
+    if not unsaid:
+        spent["other"] = max(0.0, total - sum(spent.values()))
+    return {"seconds": spent, "unsaid": unsaid}
+
+
+def receipt(run: RunDirectory) -> list[ProbeRow]:
+    """The texts of the receipt of the newest step that has one, with their log-probabilities."""
+    for step in reversed(saved_steps(run.checkpoints)):
+        try:
+            found = read_json(run.checkpoints / str(step) / "receipt.json")
+            return [
+                msgspec.convert(
+                    {"step": step, "name": "Held-out text of the receipt", "ids": ids}
+                    | {"said": [None, *([logprob] for logprob in logprobs)]},
+                    ProbeRow,
+                )
+                for ids, logprobs in zip(found["tokens"], found["logprobs"], strict=True)
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return []

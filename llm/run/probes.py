@@ -1,0 +1,103 @@
+"""probes.jsonl: what the model said of a few fixed texts, and what it wrote, as it learnt.
+
+    {"step", "name", "ids": [id, ...], "said": [null, [logprob, rank, entropy, likeliest, its
+     logprob], ...]}
+
+A row is one text at one step, with what the model said of each token; of a first token, which
+nothing predicts, it says nothing. `likeliest` is the id of the token that it held likeliest in that
+place. The row of a text that the model wrote has `prompt` too, the number of tokens that it was
+given.
+"""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from llm.files import write_atomic
+from llm.inference.records import NO_NUMBERS, Alternative, Spellings, TokenRecord
+from llm.inference.transcript import Transcript
+from llm.run.directory import explained
+from llm.run.metrics import LineFile, rows_of
+
+_Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
+
+class Said(msgspec.Struct, frozen=True, array_like=True):
+    """What a model said of one token, in nats; an array in JSON."""
+
+    logprob: float
+    rank: int | None = None
+    entropy: float | None = None
+    likeliest: _Id | None = None
+    likeliest_logprob: float | None = None
+
+
+class ProbeRow(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a model said of each token of a text."""
+
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    name: str
+    ids: list[_Id]
+    said: list[Said | None]
+    prompt: int | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.said) != len(self.ids):
+            raise ValueError("ids and said have other lengths")
+
+    @classmethod
+    def of(
+        cls, step: int, name: str, records: Sequence[TokenRecord], prompt: int | None = None
+    ) -> "ProbeRow":
+        """Of records that list at least one alternative."""
+        said = [
+            Said(one.logprob, one.rank, one.entropy, one.top[0].id, one.top[0].logprob)
+            if one.logprob is not None
+            else None
+            for one in records
+        ]
+        return cls(step, name, [one.id for one in records], said, prompt)
+
+    def records(self, spellings: Spellings, sample: int = 0) -> list[TokenRecord]:
+        """The records again, with one alternative each."""
+        transcript = Transcript(spellings, sample)
+        records = []
+        for place, (id_, said) in enumerate(zip(self.ids, self.said, strict=True)):
+            numbers: Any = NO_NUMBERS
+            if said is not None:
+                top: tuple[Alternative, ...] = ()
+                if (most := said.likeliest) is not None and said.likeliest_logprob is not None:
+                    top = (Alternative(most, *spellings[most], said.likeliest_logprob, None, 1),)
+                numbers = said.logprob, said.rank, said.entropy, None, None, None, top
+            given = self.prompt is None or place < self.prompt
+            records.append(transcript.add(id_, "prompt" if given else "generated", numbers))
+        records[-1:] = map(transcript.close, records[-1:])
+        return records
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ProbesFile(LineFile):
+    """Appends rows, as metrics.jsonl is written."""
+
+    def rewind(self, step: int) -> bool:
+        """Keep the rows up to the step that training resumes from; whether that step has rows.
+
+        Raises:
+          CheckpointError: the file cannot be read.
+          UsageError: it cannot be written.
+        """
+        kept = [row for row in rows_of(self._path, ProbeRow) if row.step <= step]
+        content = b"".join(_encode(row) + b"\n" for row in kept)
+        with explained(self._path), contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(self._path) != len(content):
+                write_atomic(self._path, content)
+        return any(row.step == step and row.prompt is None for row in kept)
+
+    def write(self, row: ProbeRow) -> None:
+        """Append one row, which has finite numbers."""
+        self.append(_encode(row) + b"\n")

@@ -1,0 +1,154 @@
+"""The report of a run: its numbers are those of metrics.jsonl, whatever happened to the run."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from llm.__main__ import main
+from llm.errors import UsageError
+from llm.pages.report_data import MOST_ROWS, Metrics, smoothed, visible
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def reported(capsys, *words):
+    assert main(["report", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def write_rows(path, count, losses, **more):
+    with open(path, "w") as file:
+        for step, loss in zip(range(1, count + 1), losses, strict=True):
+            row = {"kind": "train", "step": step, "tokens": 8 * step, "loss": loss,
+                   "grad_norm": 1.0, "learning_rate": 0.1, "tokens_per_second": 4.0,
+                   "step_seconds": 2.0, "mfu": None}  # fmt: skip
+            row |= {name: of[step] for name, of in more.items() if step in of}
+            file.write(json.dumps(row) + "\n")
+
+
+def test_numbers_are_those_of_the_metrics(unbroken, capsys):
+    rows = rows_of(unbroken / "run")
+    (run,) = reported(capsys, unbroken / "run")["runs"]
+    for name in ("step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second"):
+        assert run["train"][name] == [row[name] for row in rows if row["kind"] == "train"]
+    seconds = np.cumsum([row["step_seconds"] for row in rows if row["kind"] == "train"])
+    np.testing.assert_allclose(run["train"]["seconds"], seconds, rtol=1e-12)
+    (of,) = run["evaluations"]
+    for name in ("step", "loss", "bits_per_byte"):
+        assert of[name] == [row[name] for row in rows if row["kind"] == "eval"]
+    assert "mfu" not in run["train"]  # null in every row
+    assert "optimizer.learning_rate" in run["settings"] and "model.d_ff" not in run["settings"]
+
+
+def test_thinned_rows_keep_the_extremes_of_every_curve_and_are_rows(tmp_path):
+    count = 200_000
+    random = np.random.default_rng(0)
+    losses = 5 / np.sqrt(np.arange(1, count + 1)) + random.normal(0, 0.01, count) ** 2
+    losses[[77_777, 150_001]] = 40.0, 1e-6
+    norms = random.exponential(1.0, count)
+    norms[123_456] = np.nan
+    kept = visible([losses, norms])
+    assert len(kept) < MOST_ROWS and set(kept) >= {0, 77_777, 150_001, count - 1}
+    for part in np.array_split(np.arange(count), 100):
+        seen = kept[(kept >= part[0]) & (kept <= part[-1])]
+        assert np.nanmax(norms[seen]) > 0.7 * np.nanmax(norms[part])
+    assert list(visible([np.arange(MOST_ROWS)])) == list(range(MOST_ROWS))
+
+
+def test_a_smoothed_curve_is_the_mean_of_the_finite_numbers_around_each_row():
+    column = np.arange(500.0) ** 2
+    column[100] = np.nan
+    found = smoothed(column)
+    for place in (0, 50, 98, 100, 499):
+        around = column[max(0, place - 5) : place + 6]
+        assert found[place] == pytest.approx(np.nanmean(around), rel=1e-12)
+    assert np.isnan(smoothed(np.full(3, np.nan))).all()
+
+
+def test_rows_that_are_broken_cut_or_not_finite_leave_the_others(copy, capsys):
+    metrics = copy / "run" / "metrics.jsonl"
+    write_rows(metrics, 5, [3.0, None, 2.0, 1e9, 1.0], finite={2: False}, spike={4: True})
+    with open(metrics, "a") as file:
+        file.write('{"kind":"train","step":\n[]\n{"kind":"train","step":"x"}\n{"kind":"tra')
+    (run,) = reported(capsys, copy / "run")["runs"]
+    assert run["train"]["loss"] == [3.0, None, 2.0, 1e9, 1.0]
+    assert [(mark["step"], mark["why"]) for mark in run["marks"]] == [
+        (2, "not finite"),
+        (4, "a spike"),
+    ]
+    assert run["notes"][0].startswith("3 lines of metrics.jsonl are damaged")
+    assert "no validation loss" in run["notes"][1]
+    assert run["marks"][1]["tokens"] == 32 and run["marks"][1]["seconds"] == 8.0
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_run_of_no_or_one_step_has_a_page(copy, capsys, count):
+    write_rows(copy / "run" / "metrics.jsonl", count, [1.5] * count)
+    shutil.rmtree(copy / "run" / "checkpoints")
+    assert main(["report", str(copy / "run")]) == 0
+    assert (copy / "run" / "report.html").read_text().startswith("<!doctype html>")
+    (run,) = reported(capsys, copy / "run")["runs"]
+    assert run["train"]["step"] == [1] * count and run["samples"] == []
+
+
+def test_ten_starts_are_nine_restarts_and_their_time_is_counted(copy, capsys):
+    path = copy / "run" / "run.json"
+    record = json.loads(path.read_text())
+    (start,) = record["starts"]
+    told = {"text": 1.0, "compiling": 2.0, "evaluation": 0.5, "saves": 0.25, "total": 20.0}
+    record["starts"] = [
+        start | {"from_step": n, "redone_seconds": 0.5 * (n > 0), "seconds": told}
+        for n in range(10)
+    ]
+    path.write_text(json.dumps(record))
+    write_rows(copy / "run" / "metrics.jsonl", 12, [1.0] * 12)
+    (run,) = reported(capsys, copy / "run")["runs"]
+    assert [mark["step"] for mark in run["marks"]] == list(range(1, 10))
+    # Two seconds a step; the first step of each of ten starts is in its compilation.
+    assert run["time"]["seconds"] == {
+        "text": 1.0, "compiling": 2.0, "steps": 4.0, "evaluation": 5.0, "saves": 2.5,
+        "restarts": 9 * 3.5, "other": 200.0 - 46.0,
+    }  # fmt: skip
+
+
+def test_two_runs_show_settings_that_differ_and_where_they_part(unbroken, copy, tmp_path, capsys):
+    other = copy / "run"
+    text = (other / "config.toml").read_text()
+    (other / "config.toml").write_text(text.replace("spike_zscore = 0.0", "spike_zscore = 6.5"))
+    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    changed = json.loads(lines[7]) | {"loss": 9.0}
+    (other / "metrics.jsonl").write_text("".join([*lines[:7], json.dumps(changed) + "\n"]))
+    report = reported(capsys, unbroken / "run", other)
+    assert report["differences"] == {"training.spike_zscore": [0.0, 6.5]}
+    steps = [json.loads(line)["step"] for line in lines[:8] if '"train"' in line]
+    assert report["parting"] == [{"common": len(steps), "step": changed["step"]}]
+    html = tmp_path / "both.html"
+    assert main(["report", str(unbroken / "run"), str(other), "--html", str(html)]) == 0
+    with pytest.raises(UsageError, match="several runs have no page of their own"):
+        main(["report", str(unbroken / "run"), str(other)])
+
+
+def test_a_folder_that_is_no_run_and_a_pipe_for_its_metrics_are_refused(tmp_path, copy):
+    from runs import make_strange
+
+    from llm.errors import CheckpointError
+
+    with pytest.raises(UsageError, match="is not a run directory"):
+        main(["report", str(tmp_path / "nowhere")])
+    make_strange("pipe", copy / "run" / "metrics.jsonl")
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read"):
+        main(["report", str(copy / "run")])
+
+
+def test_a_step_counts_once_and_seconds_stand_for_the_steps_between_rows(tmp_path):
+    write_rows(tmp_path / "metrics.jsonl", 3, [3.0, 2.0, 1.0])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    later = json.dumps(json.loads(lines[2]) | {"step": 7, "loss": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[1], later]) + "\n")
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    assert list(metrics.train["step"]) == [1, 2, 3, 7]
+    assert list(metrics.train["seconds"]) == [2.0, 4.0, 6.0, 14.0]
