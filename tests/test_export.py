@@ -31,6 +31,7 @@ from llm.text.tokenizer import (
     CharacterTokenizer,
     tiktoken_tokenizer,
 )
+from llm.text.tokenizer_folder import open_tokenizer
 
 ENGLISH = (ROOT / "README.md").read_text() + (ROOT / "llm" / "files.py").read_text()
 CHINESE = "道可道，非常道。名可名，非常名。無名天地之始；有名萬物之母。故常無，欲以觀其妙。"
@@ -209,6 +210,38 @@ def test_the_export_of_an_import_is_its_file_and_comes_back(tokenizer, tmp_path)
         real = np.asarray(after.params[name])[tuple(map(slice, array.shape))]
         np.testing.assert_array_equal(real, array)
     assert after.tokenizer.sha256 == before.tokenizer.sha256
+
+
+def test_a_chat_template_and_special_tokens_go_through_a_run(tmp_path):
+    _, transformers = torch_and_transformers()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text(with_template(1, (2,)).definition()["file"])
+    settings = {
+        "eos_token": "</s>", "bos_token": "<s>", "padding_side": "left",
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "not this one",
+    }  # fmt: skip
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    roles = {"pad_token": "</s>", "additional_special_tokens": ["<end>"],
+             "unk_token": {"content": "<unk>", "lstrip": False, "rstrip": False,
+                           "normalized": False, "single_word": False}}  # fmt: skip
+    (source / "special_tokens_map.json").write_text(json.dumps(roles))
+    template = "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    (source / "chat_template.jinja").write_text(template)
+    ours = open_tokenizer(source)
+    run_folder = as_run(ours, tmp_path / "run")
+    assert open_model(run_folder).tokenizer.sha256 == ours.sha256
+    assert ours.sha256 == ImportedTokenizer("", *[*ours.definition().values()][1:]).sha256
+    assert run(run_folder, tmp_path / "out") == 0
+    before, after = (transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+                     for name in ("source", "out"))  # fmt: skip
+    messages = [{"role": "user", "content": "a bad cab"}]
+    for tokenize in (False, True):
+        chat = before.apply_chat_template(messages, tokenize=tokenize)
+        assert after.apply_chat_template(messages, tokenize=tokenize) == chat
+    assert after.chat_template == template and after.padding_side == "left"
+    assert after.special_tokens_map == before.special_tokens_map
+    assert after.added_tokens_decoder == before.added_tokens_decoder
 
 
 def test_a_beginning_that_only_the_settings_have_is_in_the_file(tmp_path):

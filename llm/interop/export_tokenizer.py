@@ -78,6 +78,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> 
     begin, ends = begin_and_ends(tokenizer)
     names = _names(tokenizer)
     settings = {
+        **tokenizer.settings,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,

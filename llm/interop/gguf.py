@@ -1,17 +1,25 @@
 """A run as a GGUF file, which llama.cpp and Ollama open.
 
 A model is written as the Hugging Face family that it is (llm/interop/hf.py), with the names that
-the package `gguf` has for that family's weights. llama.cpp turns neighbouring numbers of a Llama's
-head where transformers turns halves, so that the rows of its queries and keys are in another order.
+the package `gguf` has for that family's weights. Where llama.cpp stores numbers otherwise:
 
-llama.cpp cuts words by patterns of its own, and a file names one of them.
+    llama, olmo, smollm3    a head's neighbouring numbers turn together, not its halves, so that
+                            the rows of queries and keys are in another order
+    gptneox                 all queries stand before all keys and values, not head by head
+    gemma                   a norm's gain is stored whole, not less 1
+    mixtures                a matrix of all experts is one array
 
-Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (format and keys).
+The tokenizer is in llm/interop/gguf_tokenizer.py.
+
+Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (format and keys); what each
+model of llama.cpp reads is in its src/models.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,36 +27,78 @@ import numpy as np
 
 from llm.console import say
 from llm.errors import UsageError, needing
-from llm.interop.export_tokenizer import begin_and_ends, merges_of, symbols_of
+from llm.interop.families import FAMILIES
+from llm.interop.gguf_tokenizer import vocabulary
 from llm.interop.hf import as_family
 from llm.interop.tensors import WRITTEN, narrowed
 from llm.model_config import ModelConfig
-from llm.text.tokenizer import BytePairTokenizer, ByteTokenizer, Tokenizer
+from llm.text.tokenizer import Tokenizer
 
-# What transformers calls a family -> what the settings must be for llama.cpp's code of it, beside
-# those that the family has.
-_SCALED = {"rope_scaling": ("none", "linear"), "window": (0,)}
-_FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
-    "gpt2": {"activation": ("gelu_tanh",)},
-    "llama": _SCALED,
-    "qwen2": _SCALED,
-    "qwen3": _SCALED,
-    "starcoder2": {**_SCALED, "activation": ("gelu_tanh",)},
-    "olmo2": _SCALED,
-}
-# The words of a tokenizer, by its name or its pattern -> llama.cpp's name of a pattern that cuts
-# the same.
-_WORDS = {
-    "bytes": "gpt-2",
-    "gpt2": "gpt-2",
-    "r50k_base": "gpt-2",
-    "p50k_base": "gpt-2",
-    "cl100k_base": "llama-bpe",
-    "o200k_base": "gpt-4o",
-    "bpe": "bailingmoe",
-}
-# Kinds of tokens in a file.
-_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+# A head's neighbours turn together in these.
+_NEIGHBOURS = ("llama", "olmo", "smollm3")
+# Layers at which llama.cpp takes a model for the one of 27B, whose scores it divides by sqrt(D / N)
+# and not by sqrt(H) -> where that factor is undone.
+_OF_27B = {("gemma2", 46): "self_attn.q_proj", ("gemma3", 62): "self_attn.q_norm"}
+
+
+def _families(config: ModelConfig) -> dict[str, tuple[str, dict[str, tuple[Any, ...]]]]:
+    """What transformers calls a family -> what llama.cpp does, and the values that settings must
+    have there, beside those that the family has.
+    """
+    scaled = {"rope_scaling": ("none", "linear", "yarn"), "window": (0,)}
+    usual_heads = {**scaled, "head_size": (config.d_model // config.n_head,)}
+    tied, untied = {"tie_embeddings": (True,)}, {"tie_embeddings": (False,)}
+    gelu = {"activation": ("gelu_tanh",)}
+    gemma = {"rope_scaling": ("none", "linear"), **tied}
+    # llama.cpp scales no frequency of a layer with a window.
+    is_local = config.window and not config.window_rope_theta
+    return {
+        "gpt2": ("gpt2", gelu),
+        "gpt_bigcode": ("starcoder", gelu),
+        "llama": ("llama", {"window": (0,)}),
+        "mistral": ("llama", {"window": (0,)}),
+        "mixtral": ("llama", {"window": (0,)}),
+        "qwen2": ("qwen2", usual_heads),
+        "qwen3": ("qwen3", scaled),
+        "qwen3_moe": ("qwen3moe", {**scaled, "normalize_gates": (True,)}),
+        "olmo": ("olmo", usual_heads),
+        "olmo2": ("olmo2", {**usual_heads, **untied}),
+        "olmoe": (
+            "olmoe",
+            {**usual_heads, **untied, "normalize_gates": (False,), "n_kv_head": (config.n_head,)},
+        ),
+        "starcoder2": ("starcoder2", {**usual_heads, **gelu}),
+        "smollm3": ("smollm3", {**scaled, "unrotated_every": (4,)}),
+        "gpt_neox": ("gptneox", {"activation": ("gelu_tanh", "gelu"), **untied}),
+        "phi": ("phi2", gelu),
+        "gemma": ("gemma", gemma),
+        "gemma2": (
+            "gemma2",
+            {
+                **gemma,
+                "logit_soft_cap": (config.logit_soft_cap or "a number above 0",),
+                "attention_soft_cap": (config.attention_soft_cap or "a number above 0",),
+            },
+        ),
+        "gemma3_text": (
+            "gemma3",
+            {
+                "rope_scaling": ("none",) if is_local else ("none", "linear"),
+                "attention_soft_cap": (0.0,),
+            },
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """An array of the file, and the arrays of transformers that it holds: one, or each expert's."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    members: list[str]
 
 
 def to_gguf(
@@ -73,123 +123,182 @@ def to_gguf(
         import gguf
 
     described, shapes, arrays = as_family(config, tokenizer.vocab_size, params)
-    family = described["model_type"]
-    _check(config, family)
-    words = _vocabulary(tokenizer)
-    architecture = next(x for x, known in gguf.MODEL_ARCH_NAMES.items() if known == family)
-    known = gguf.get_tensor_name_map(architecture, config.n_layer)
-    writer = gguf.GGUFWriter(path, family)
+    architecture = _architecture(config, described)
+    words = vocabulary(tokenizer)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
     writer.add_file_type({"float32": 0, "float16": 1, "bfloat16": 32}[dtype])
-    _add_settings(writer, config, tokenizer.vocab_size)
-    for key, value in words.items():
-        getattr(writer, f"add_{key}")(value)
-    dtypes = [dtype if len(shape) > 1 else "float32" for shape in shapes.values()]
-    turned = [family == "gpt2" and _is_conv(theirs) for theirs in shapes]
-    for (theirs, shape), kind, is_turned in zip(shapes.items(), dtypes, turned, strict=True):
-        found = known.get_name(theirs, (".weight", ".bias"))
-        assert found, theirs
-        raw = gguf.GGMLQuantizationType[WRITTEN[kind]]
-        size = math.prod(shape) * np.dtype(kind).itemsize
-        width = np.dtype(np.float32 if kind == "float32" else np.float16)
-        writer.add_tensor_info(found, shape[::-1] if is_turned else shape, width, size, raw)
+    settings = _settings(config, architecture, tokenizer.vocab_size)
+    named = {f"{architecture}.{key}": value for key, value in settings.items()}
+    add: dict[type, Callable[[str, Any], None]] = {
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        bool: writer.add_bool,
+    }
+    add |= {str: writer.add_string, list: writer.add_array}
+    for key, value in {**named, **{f"tokenizer.{key}": words[key] for key in words}}.items():
+        add[type(value)](key, value)
+    tensors = [*_tensors(architecture, config.n_layer, shapes, dtype)]
+    factors = {"rope_freqs.weight": _rope_factors(config)} if _is_llama3(config) else {}
+    extra = [_Tensor(key, array.shape, "float32", []) for key, array in factors.items()]
+    for tensor in tensors + extra:
+        size = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
+        raw = gguf.GGMLQuantizationType[WRITTEN[tensor.dtype]]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    order = _pairwise(config if family == "llama" else None)
-    for theirs, array, kind, is_turned in zip(shapes, arrays, dtypes, turned, strict=True):
-        array = order(theirs, array.T if is_turned else array)
-        writer.write_tensor_data(narrowed(theirs, array, kind))
+    changed = _changes(config, architecture, described["model_type"])
+    for tensor in tensors:
+        parts = [
+            narrowed(theirs, changed(theirs, array), tensor.dtype)
+            for theirs, array in zip(tensor.members, arrays, strict=False)
+        ]
+        writer.write_tensor_data(parts[0] if len(parts) == 1 else np.stack(parts))
+    for array in factors.values():
+        writer.write_tensor_data(array)
     writer.close()
-    return family
+    return architecture
 
 
-def _check(config: ModelConfig, family: str) -> None:
-    if family not in _FAMILIES:
+def _architecture(config: ModelConfig, described: Mapping[str, Any]) -> str:
+    """llama.cpp's name of a family.
+
+    Raises:
+      UsageError: it has no such family, or not with these settings.
+    """
+    families, family = _families(config), described["model_type"]
+    if family not in families:
         raise UsageError(
             f"this model is a {family}, which export-gguf does not write; expected one of "
-            f"{', '.join(_FAMILIES)}"
+            f"{', '.join(families)}"
         )
-    for setting, values in _FAMILIES[family].items():
+    architecture, needs = families[family]
+    can_be_biased = ("llama", "gptneox")
+    if architecture not in can_be_biased and (
+        described.get("attention_bias") or described.get("mlp_bias")
+    ):
+        needs = {**needs, "bias": (False,)}
+    for setting, values in needs.items():
         if getattr(config, setting) not in values:
             raise UsageError(
-                f"llama.cpp's {family} has no model.{setting} = {getattr(config, setting)!r}; "
-                f"expected {' or '.join(map(repr, values))}"
+                f"llama.cpp's {architecture} has no model.{setting} = "
+                f"{getattr(config, setting)!r}; expected {' or '.join(map(repr, values))}"
             )
-
-
-def _is_conv(name: str) -> bool:
-    """Whether a weight of GPT-2 is stored [in, out] there."""
-    return re.search(r"\.(c_attn|c_proj|c_fc)\.weight$", name) is not None
-
-
-def _pairwise(config: ModelConfig | None) -> Callable[[str, np.ndarray], np.ndarray]:
-    """Rows of queries and keys, halves of a head -> neighbours in turn."""
-    heads = {"q_proj": config.n_head, "k_proj": config.n_kv_head} if config else {}
-
-    def order(name: str, array: np.ndarray) -> np.ndarray:
-        count = heads.get(name.split(".")[-2])
-        if count is None:
-            return array
-        halves = array.reshape(count, 2, -1, *array.shape[1:])
-        return halves.swapaxes(1, 2).reshape(array.shape)
-
-    return order
-
-
-def _add_settings(writer: Any, config: ModelConfig, vocab_size: int) -> None:
-    writer.add_vocab_size(vocab_size)
-    writer.add_context_length(config.context_length)
-    writer.add_embedding_length(config.d_model)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.d_ff)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
-    if config.norm == "layernorm":
-        writer.add_layer_norm_eps(config.norm_epsilon)
-    else:
-        writer.add_layer_norm_rms_eps(config.norm_epsilon)
-    if config.positions == "rotary":
-        writer.add_key_length(config.head_size)
-        writer.add_value_length(config.head_size)
-        writer.add_rope_dimension_count(config.head_size)
-        writer.add_rope_freq_base(config.rope_theta)
-        if config.rope_scaling == "linear":
-            from gguf import RopeScalingType
-
-            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(config.rope_factor)
-
-
-def _vocabulary(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a file says of a tokenizer, by the names of GGUFWriter's methods."""
-    is_pairs = isinstance(tokenizer, BytePairTokenizer | ByteTokenizer)
-    if not is_pairs or tokenizer.name not in _WORDS:
-        raise UsageError(
-            f"llama.cpp has no tokenizer like {tokenizer.name!r}; export-gguf writes those of "
-            f"{', '.join(_WORDS)}"
-        )
-    if r"\p{N}{1,2}" in getattr(tokenizer, "pattern", ""):
+    if config.activation == "gelu":
         say(
-            "WARNING: this vocabulary has tokens of two digits, and llama.cpp cuts numbers into "
-            "single digits: texts with numbers have other ids there, and less likely ones; every "
-            "other text has the same"
+            "WARNING: llama.cpp computes the tanh approximation of GELU, so that its "
+            "log-probabilities differ a little"
         )
-    names = {id_: spelling for spelling, id_ in tokenizer.special_tokens.items()}
-    tokens, kinds = [], []
-    for id_, data in enumerate(tokenizer.token_table):
-        tokens.append(symbols_of(data) if data else names.get(id_, f"[UNUSED{id_}]"))
-        kinds.append(_NORMAL if data else _CONTROL if id_ in names else _UNUSED)
-    # A file without merges does not open. This one makes no token, so that bytes stay bytes.
-    merges = [*merges_of(tokenizer)] or ["~ ~"]
-    begin, ends = begin_and_ends(tokenizer)
-    ids = {"bos_token_id": begin, "eos_token_id": (*ends, None)[0]}
-    return {
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": _WORDS[tokenizer.name],
-        "token_list": tokens,
-        "token_types": kinds,
-        "token_merges": merges,
-        **{key: id_ for key, id_ in ids.items() if id_ is not None},
-        "add_bos_token": tokenizer.begin_of_text is not None,
+    return architecture
+
+
+def _settings(config: ModelConfig, architecture: str, vocab_size: int) -> dict[str, Any]:
+    """What a file says of a model, by the names of keys without the architecture's."""
+    norm = "layer_norm" if config.norm == "layernorm" else "layer_norm_rms"
+    found: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "context_length": config.context_length,
+        "embedding_length": config.d_model,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.d_ff,
+        "attention.head_count": config.n_head,
+        "attention.head_count_kv": config.n_kv_head,
+        f"attention.{norm}_epsilon": config.norm_epsilon,
     }
+    if config.positions == "rotary":
+        found |= {
+            "attention.key_length": config.head_size,
+            "attention.value_length": config.head_size,
+            "rope.dimension_count": int(config.head_size * config.rotary_fraction),
+            "rope.freq_base": config.rope_theta,
+        }
+    if config.rope_scaling in ("linear", "yarn"):
+        found["rope.scaling.type"] = config.rope_scaling
+        found["rope.scaling.factor"] = config.rope_factor
+    if config.rope_scaling == "yarn":
+        found["rope.scaling.original_context_length"] = config.rope_original_length
+        # llama.cpp would multiply queries and keys by the inverse; here that is in the weights.
+        found["rope.scaling.attn_factor"] = 1 / (1 + 0.1 * math.log(config.rope_factor))
+    if config.has_experts:
+        found["expert_count"] = config.n_expert
+        found["expert_used_count"] = config.n_expert_active
+        found["expert_feed_forward_length"] = config.d_ff
+    if architecture == "gptneox":
+        found["use_parallel_residual"] = config.block == "parallel"
+    if config.window or architecture == "gemma2":  # it always has a window
+        found["attention.sliding_window"] = config.window or config.context_length
+        found["attention.sliding_window_pattern"] = config.global_every
+        found["rope.freq_base_swa"] = config.window_rope_theta or config.rope_theta
+    for key, cap in (("attn", config.attention_soft_cap), ("final", config.logit_soft_cap)):
+        if cap:
+            found[f"{key}_logit_softcapping"] = cap
+    return found
+
+
+def _is_llama3(config: ModelConfig) -> bool:
+    return config.rope_scaling == "llama3"
+
+
+def _rope_factors(config: ModelConfig) -> np.ndarray:
+    """What each frequency is divided by; llama.cpp reads llama3's scaling as an array."""
+    import jax.numpy as jnp
+
+    from llm.model.attention import RopeScaling
+
+    half = config.head_size // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = RopeScaling("llama3", config.rope_factor, config.rope_original_length)
+    scaled = scaling.apply(frequencies, config.rope_theta)
+    return np.asarray(frequencies / scaled, np.float32)
+
+
+def _tensors(
+    architecture: str, n_layer: int, shapes: Mapping[str, tuple[int, ...]], dtype: str
+) -> Iterator[_Tensor]:
+    """The file's arrays in the order of transformers' arrays; those of experts are one."""
+    import gguf
+
+    number = next(x for x, named in gguf.MODEL_ARCH_NAMES.items() if named == architecture)
+    known = gguf.get_tensor_name_map(number, n_layer)
+    for whole, group in itertools.groupby(shapes, lambda name: _EXPERT.sub(".experts.", name)):
+        members = [*group]
+        # The experts of Mixtral have a name of their own there.
+        mixtral = whole.replace("model.", "").replace("block_sparse_moe", "feed_forward")
+        names = (known.get_name(name, (".weight", ".bias")) for name in (whole, mixtral))
+        found = next(filter(None, names), None)
+        assert found, whole
+        shape = shapes[members[0]][:: -1 if _is_conv(architecture, whole) else 1]
+        shape = (len(members), *shape) if whole != members[0] else shape
+        yield _Tensor(found, shape, dtype if len(shape) > 1 else "float32", members)
+
+
+def _is_conv(architecture: str, name: str) -> bool:
+    """Whether a weight of GPT-2 is stored [in, out] by transformers."""
+    return architecture == "gpt2" and bool(re.search(r"\.c_(attn|proj|fc)\.weight$", name))
+
+
+def _changes(
+    config: ModelConfig, architecture: str, family: str
+) -> Callable[[str, np.ndarray], np.ndarray]:
+    """A function of an array's name and the array of transformers: the array of the file."""
+    # Rows in two levels of groups, which change places.
+    levels: dict[str, tuple[int, int, int]] = {"query_key_value": (1, config.n_head, 3)}
+    if architecture in _NEIGHBOURS:
+        half = config.head_size // 2
+        levels |= {"q_proj": (config.n_head, 2, half), "k_proj": (config.n_kv_head, 2, half)}
+    of_27b = _OF_27B.get((architecture, config.n_layer))
+    heads = config.d_model // config.n_head
+
+    def change(name: str, array: np.ndarray) -> np.ndarray:
+        module = name.split(".")[-2]
+        if module in levels:
+            groups = array.reshape(*levels[module], -1).swapaxes(1, 2)
+            array = groups.reshape(array.shape)
+        if module.endswith("norm"):
+            array = array + np.float32(FAMILIES[family].gain_offset)
+        if of_27b and of_27b in name:
+            array = array * np.float32(math.sqrt(heads / config.head_size))
+        return array.T if _is_conv(architecture, name) else array
+
+    return change

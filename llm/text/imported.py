@@ -60,15 +60,15 @@ class ImportedTokenizer(Tokenizer):
         lossy: bool = False,
     ):
         try:
-            self._parsed = json.loads(file)
+            self.parsed = json.loads(file)
             library = self._library_of(file)
             vocabulary = library.get_vocab(with_added_tokens=True)
-            self._described = Described.of(self._parsed, vocabulary.keys())
+            self.described = Described.of(self.parsed, vocabulary.keys())
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"it is not a tokenizer.json ({error!r})") from None
-        if self._described.losses and not lossy:
+        if self.described.losses and not lossy:
             raise ValueError(
-                f"it loses text: {', '.join(self._described.losses)}; take another tokenizer, or "
+                f"it loses text: {', '.join(self.described.losses)}; take another tokenizer, or "
                 "set tokenizer.lossy = true, which every report will repeat"
             )
         self._file, self._libraries, self.lossy = file, {(False, False): library}, lossy
@@ -100,7 +100,7 @@ class ImportedTokenizer(Tokenizer):
         super().__init__(name, table, special)
         self.begin_of_text, self.other_ends = begin, ends[1:]
         self.end_of_text = ends[0] if ends else None
-        self.prefix = b" " * self._described.prefix
+        self.prefix = b" " * self.described.prefix
 
     def _encode(self, text: str, continues: bool) -> Ids:
         ids = self._ids(text, False, continues)
@@ -125,9 +125,9 @@ class ImportedTokenizer(Tokenizer):
         """As `Tokenizer.last_cut`. A merge makes a token, so that no merge crosses two characters
         that no token has side by side, and what lies before them is encoded by itself.
         """
-        if self._described.byte_level:
+        if self.described.byte_level:
             return len(text)
-        if not self._described.local:
+        if not self.described.local:
             return 0
         spelled = text.replace(" ", SPACE)
         places = range(len(text) - 1, 0, -1)
@@ -179,7 +179,7 @@ class ImportedTokenizer(Tokenizer):
 
     def _normal(self, text: str) -> str:
         """The text that the tokenizer encodes: in NFC, where it asks for that."""
-        if text.isascii() or not self._described.composes:
+        if text.isascii() or not self.described.composes:
             return text
         from tokenizers.normalizers import NFC
 
@@ -187,24 +187,24 @@ class ImportedTokenizer(Tokenizer):
 
     def _spelled(self, token: str) -> bytes:
         """The bytes of a token of the model's vocabulary."""
-        if self._described.byte_level:
+        if self.described.byte_level:
             symbols = byte_of_symbol()
             return bytes(symbols[c] for c in token) if set(token) <= symbols.keys() else b""
-        if self._parsed["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
+        if self.parsed["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
-        if token == self._parsed["model"].get("unk_token"):
+        if token == self.parsed["model"].get("unk_token"):
             return b""
         return self._raw(token)
 
     def _raw(self, token: str) -> bytes:
-        return (token.replace(SPACE, " ") if self._described.spaces else token).encode()
+        return (token.replace(SPACE, " ") if self.described.spaces else token).encode()
 
     def _library(self, special: bool, continues: bool) -> Any:
         """The library's tokenizer; what continues a document has no space put before it."""
         if (special, continues) not in self._libraries:
             keys = ("normalizer", "pre_tokenizer") if continues else ()
-            changed = {key: without_prefix(self._parsed.get(key)) for key in keys}
-            library = self._library_of(json.dumps(self._parsed | changed))
+            changed = {key: without_prefix(self.parsed.get(key)) for key in keys}
+            library = self._library_of(json.dumps(self.parsed | changed))
             library.encode_special_tokens = not special
             self._libraries[special, continues] = library
         return self._libraries[special, continues]

@@ -61,12 +61,15 @@ class Tokenizer(abc.ABC):
       prefix: the bytes of a document's tokens that are before its text: a space, or nothing.
       lossy: the bytes of a text's tokens may be other than the text's.
       token_table: the bytes of each id; b"" for special tokens and unassigned ids.
+      settings: what else its folder said of it, such as a chat template. It changes no id, so that
+        it is no part of the definition; an export hands it on.
     """
 
     begin_of_text: int | None = None
     other_ends: tuple[int, ...] = ()
     prefix = b""
     lossy = False
+    settings: Mapping[str, Any] = {}
 
     def __init__(self, name: str, token_table: list[bytes], special_tokens: Mapping[str, int]):
         self.name = name
@@ -182,6 +185,7 @@ class Tokenizer(abc.ABC):
         """Write DIRECTORY/tokenizer.json unless it exists; all that `load_tokenizer` needs."""
         directory.mkdir(parents=True, exist_ok=True)
         saved = {"name": self.name, "sha256": self.sha256, "definition": self.definition()}
+        saved |= {"settings": self.settings} if self.settings else {}
         path, content = directory / FILE_NAME, json.dumps(saved, indent=1).encode()
         is_there = path.is_file() and path.stat().st_size == len(content)
         if not is_there or path.read_bytes() != content:
@@ -515,6 +519,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         if definition["kind"] == "imported":
             # The name of its folder is no part of the hash: a copy elsewhere is the same tokenizer.
             tokenizer.name = msgspec.convert(saved.get("name", tokenizer.name), str)
+            tokenizer.settings = msgspec.convert(saved.get("settings", {}), dict[str, Any])
         return tokenizer
     except (msgspec.ValidationError, ValueError) as error:
         raise CheckpointError(

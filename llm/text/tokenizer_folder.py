@@ -6,6 +6,9 @@
     generation_config.json  eos_token_id: one end of text or several, else that of config.json
     config.json             vocab_size
 
+What else tokenizer_config.json, special_tokens_map.json and chat_template.jinja say changes no id.
+The tokenizer keeps it for an export.
+
 Where the folder can be read in two ways, it is read as transformers 5 reads it.
 """
 
@@ -27,6 +30,11 @@ _EXPECTED = "expected a tokenizer.json, a sentencepiece .model, or a folder that
 
 # Names of an end of text, for a tokenizer that comes without a folder.
 _ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")
+
+# What is kept for an export: nothing that changes an id.
+_ROLES = ("pad", "unk", "sep", "cls", "mask")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_KEPT = ("padding_side", "truncation_side", "model_input_names")
 
 _Json = dict[str, Any]
 
@@ -61,7 +69,7 @@ def open_tokenizer(path: Path, vocab_size: int = 0, *, lossy: bool = False) -> I
         if file.suffix == ".model" and settings.get("add_bos_token"):
             begin = tokens.get(_spelling(settings, "bos"))
         stems = (path.resolve().parent.name, path.stem)
-        return ImportedTokenizer(
+        tokenizer = ImportedTokenizer(
             path.resolve().name if path.is_dir() else stems[path.stem != "tokenizer"],
             text,
             vocab_size or config.get("vocab_size") or 0,
@@ -69,6 +77,8 @@ def open_tokenizer(path: Path, vocab_size: int = 0, *, lossy: bool = False) -> I
             _ends(settings, generation, config, tokens),
             lossy,
         )
+        tokenizer.settings = _kept(path, settings) if path.is_dir() else {}
+        return tokenizer
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{file} is not a tokenizer ({error!r}); {_EXPECTED}") from None
     except (OSError, ValueError) as error:
@@ -78,6 +88,27 @@ def open_tokenizer(path: Path, vocab_size: int = 0, *, lossy: bool = False) -> I
 def _settings(path: Path) -> _Json:
     """The object in a file of the folder; empty if there is none."""
     return read_json(path) if path.exists() else {}
+
+
+def _kept(folder: Path, settings: _Json) -> _Json:
+    """What else a folder says of its tokenizer, as transformers puts it together."""
+    if "added_tokens_decoder" not in settings:  # the older files have it in this one
+        settings = settings | _settings(folder / "special_tokens_map.json")
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    found = {name: read_regular(path).decode() for name, path in files.items() if path.exists()}
+    template = found or settings.get("chat_template")
+    if isinstance(template, list):
+        template = {x["name"]: x["template"] for x in template}
+    if isinstance(template, dict) and [*template] == ["default"]:
+        template = template["default"]
+    kept = {"chat_template": template, **{key: settings.get(key) for key in _KEPT}}
+    # How tokens treat the spaces around them is in tokenizer.json.
+    kept |= {f"{role}_token": _spelling(settings, role) for role in _ROLES}
+    for key in _LISTS:
+        names = settings.get(key) or ()
+        kept[key] = [x if isinstance(x, str) else x["content"] for x in names] or None
+    return {key: value for key, value in kept.items() if value}
 
 
 def begin_of(described: _Json) -> int | None:
