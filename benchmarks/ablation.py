@@ -14,9 +14,11 @@ there, and the reverse.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import sys
+from fractions import Fraction
 
 from trials import ROOT, train
 
@@ -37,7 +39,7 @@ CORPORA = {
     "stdlib": {"model.context-length": 128, "training.batch-size": 16},
 }  # fmt: skip
 
-# What differs from the recipe in each row.
+# What differs from the recipe in each row; a Fraction is of the context.
 ROWS = {
     "the recipe": {},
     "AdamW for all": {"optimizer.kind": "adamw"},
@@ -59,7 +61,14 @@ ROWS = {
     "embedding shortcut": {"model.embedding-shortcut": "true"},
     "value embeddings, 1 table": {"model.value-embeddings": 1},
     "value embeddings, 2 tables": {"model.value-embeddings": 2},
+    "today's recipe": {},
+    "a window of half the context": {"model.window": Fraction(1, 2)},
+    "a window of a quarter": {"model.window": Fraction(1, 4)},
+    "heads twice as wide": {"model.head-size": 64},
+    "heads half as wide": {"model.head-size": 16},
 }
+# The row that a row is compared with; the others are compared with the recipe of their time.
+AGAINST = dict.fromkeys([*ROWS][[*ROWS].index("today's recipe") :], "today's recipe")
 
 
 def main() -> None:
@@ -67,24 +76,29 @@ def main() -> None:
     if options.part == "table":
         print_table()
         return
-    for row in options.only or ROWS:
-        for corpus in CORPORA:
+    # Row by row in turn, so that the machine's mood is in all of them alike.
+    for corpus, seed in itertools.product(options.corpora, options.seeds):
+        for row in options.only or ROWS:
             if row == "windows at documents" and corpus == "shakespeare":
                 continue  # a single document, without an end of text
-            for seed in SEEDS:
-                run(row, corpus, seed, options.shakespeare)
+            run(row, corpus, seed, options.shakespeare)
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What each switch of the recipe is worth.")
     parser.add_argument("part", choices=["run", "table"])
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="these rows")
+    parser.add_argument("--corpora", nargs="+", choices=CORPORA, default=[*CORPORA])
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--shakespeare", default=URL, help="Tiny Shakespeare: a file, or its URL")
     return parser.parse_args()
 
 
 def run(row: str, corpus: str, seed: int, shakespeare: str) -> None:
     settings = {**SHAPE, **CORPORA[corpus], **ROWS[row]}
+    for name, value in settings.items():
+        if isinstance(value, Fraction):
+            settings[name] = int(value * settings["model.context-length"])
     if corpus == "shakespeare":
         settings["data.source"] = shakespeare
     trial = train(CONFIG, [f"--{name}={value}" for name, value in settings.items()], seed)
@@ -108,7 +122,10 @@ def print_table() -> None:
     print("| row | " + " | ".join(heads) + " |")
     print("|---|" + "---|---|---|" * len(CORPORA))
     for row in ROWS:
-        parts = [summary(cells[row, corpus], cells["the recipe", corpus]) for corpus in CORPORA]
+        parts = [
+            summary(cells[row, corpus], cells[AGAINST.get(row, "the recipe"), corpus])
+            for corpus in CORPORA
+        ]
         print(f"| {row} | " + " | ".join(parts) + " |")
 
 

@@ -12,10 +12,15 @@ from runs import make_strange
 from safetensors.numpy import load_file, save_file
 
 from llm.commands import import_hf, run_command
+from llm.config import MeshConfig
 from llm.errors import CheckpointError, LLMError, UsageError
-from llm.interop.hf import from_hf, to_hf
+from llm.interop.families import FAMILIES
+from llm.interop.hf import from_hf, open_hf, to_hf
+from llm.interop.tensors import Tensor
 from llm.model.gpt import ModelSpec, abstract_params
+from llm.model.sharding import make_mesh
 from llm.model_config import ModelConfig
+from llm.run.open import reading_shardings
 
 VOCAB = 29
 LLAMA = ModelConfig(
@@ -226,9 +231,17 @@ def test_a_factor_that_is_no_number_is_refused_by_name(llama, name, value):
         from_hf(llama)
 
 
-def test_a_file_that_ends_early_is_named(llama):
+@pytest.mark.parametrize("damage", ["ends early", "terabyte of header", "terabyte of numbers"])
+def test_a_file_that_is_not_what_its_header_says_is_named(llama, damage):
     path = llama / "model.safetensors"
-    os.truncate(path, path.stat().st_size - 1)
+    if damage == "ends early":
+        os.truncate(path, path.stat().st_size - 1)
+    elif damage == "terabyte of header":
+        path.write_bytes((2**40).to_bytes(8, "little") + path.read_bytes()[8:])
+    else:
+        of = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
+        header = json.dumps({EMBEDDING: of}).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(99))
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
         from_hf(llama)
 
@@ -273,3 +286,52 @@ def test_a_name_of_the_hub_gets_the_command_that_fetches_it(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"hf download Qwen/Qwen3-0\.6B --local-dir DIR"):
         from_hf("Qwen/Qwen3-0.6B")
+
+
+# One of each way in which a family holds weights.
+HELD = {
+    "gpt2": GPT2,  # three matrices side by side
+    "opt": GPT2.model_copy(update={"activation": "relu"}),  # rows that are not used
+    "phi3": LLAMA,  # side by side and transposed
+    "gemma": LLAMA.model_copy(  # factors and offsets
+        update={"activation": "geglu", "head_size": 6, "norm_epsilon": 1e-6}
+    ),
+    "mixtral": LLAMA.model_copy(update={"n_expert": 4, "n_expert_active": 2}),
+    "gpt_neox": GPT2.model_copy(  # head by head
+        update={
+            "n_head": 4, "positions": "rotary", "rotary_fraction": 2 / 3, "block": "parallel",
+            "activation": "gelu", "tie_embeddings": False,
+        }
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", HELD)
+def test_a_folder_is_read_part_by_part_onto_a_mesh(model_type, tmp_path, monkeypatch):
+    """Each device's part is what the whole has there, and no more of a file is read for it."""
+    config = HELD[model_type].resolved()
+    monkeypatch.setattr("llm.interop.description.FAMILIES", {model_type: FAMILIES[model_type]})
+    to_hf(config, VOCAB, random_params(config), tmp_path)
+    whole = from_hf(tmp_path)[2]
+    model = open_hf(tmp_path)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
+    shardings = reading_shardings(mesh, model.spec)
+    numbers_read, read = [], Tensor.read
+
+    def recorded(tensor, index=()):
+        part = read(tensor, index)
+        numbers_read.append(part.size)
+        return part
+
+    monkeypatch.setattr(Tensor, "read", recorded)
+    for name, sharding in shardings.items():
+        of_heads = 3 if model_type == "gpt_neox" and "attention" in name else 1
+        for index in sharding.devices_indices_map(whole[name].shape).values():
+            numbers_read.clear()
+            part = model.part(name, index)
+            np.testing.assert_array_equal(part, whole[name][index], err_msg=name)
+            assert sum(numbers_read) <= part.size * of_heads, name
+    for name, array in model.read(shardings).items():
+        assert array.sharding == shardings[name]
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+    assert max(len(array.sharding.device_set) for array in model.read(shardings).values()) == 8

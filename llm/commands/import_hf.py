@@ -10,7 +10,7 @@ The tokenizer is the folder's (docs/text.md), or the one that --tokenizer names.
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,11 +31,8 @@ from llm.runtime import prepare_process
 from llm.section import setting
 
 if TYPE_CHECKING:
-    import jax
-    import numpy as np
-
     from llm.config import TokenizerConfig
-    from llm.model.gpt import ModelSpec
+    from llm.model.gpt import ModelSpec, Params
     from llm.text.tokenizer import Tokenizer
 
 
@@ -61,21 +58,21 @@ def main(arguments: list[str]) -> int:
     options = parse(Options, arguments)
     prepare_process()  # before JAX is imported, as it is below
 
-    import jax
-
+    from llm.config import Config
     from llm.interop.foreign import as_folder
-    from llm.interop.hf import from_hf
-    from llm.model.gpt import ModelSpec
+    from llm.interop.hf import open_hf
+    from llm.run.open import reading_shardings
+    from llm.run.setup import setup_to_predict
 
     folder = Path(options.folder)
     with as_folder(folder) as readable:
-        config, vocab_size, arrays = from_hf(readable, options.context_length)
-    tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size, options.lossy)
-    spec = ModelSpec(config, vocab_size)
-    # One by one, so that no second copy of the whole model is in memory when it is saved.
-    params = {name: jax.device_put(arrays.pop(name)) for name in [*arrays]}
-    with new_folder(Path(options.run), folder) as partial:
-        sha256, nats = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
+        model = open_hf(readable, options.context_length)
+        spec, vocab_size = model.spec, model.spec.vocab_size
+        tokenizer = tokenizer_of(folder, options.tokenizer, vocab_size, options.lossy)
+        mesh = setup_to_predict(Config(model=spec.config), vocab_size).mesh
+        with new_folder(Path(options.run), folder) as partial:
+            params = model.read(reading_shardings(mesh, spec))
+            sha256, nats = write_run(partial, Path(options.run), folder, spec, params, tokenizer)
     report = {"run": options.run, "step": 0, "params_sha256": sha256, "tokenizer": tokenizer.name}
     report["random_tokens_logprob"] = nats
     if options.as_json:
@@ -209,7 +206,7 @@ def write_run(
     path: Path,
     folder: Path,
     spec: "ModelSpec",
-    params: "Mapping[str, np.ndarray | jax.Array]",
+    params: "Params",
     tokenizer: "Tokenizer",
 ) -> tuple[str, float]:
     """Write a run directory with one checkpoint, step 0, and run the model once.

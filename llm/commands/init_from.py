@@ -2,15 +2,17 @@
 
 The parameters, the model's settings and the tokenizer come from there, and nothing else: optimizer,
 schedule and order of data are the new run's. `inherit` puts the settings into those of a command
-when it is read. `Source.open` reads the parameters onto the devices when training begins.
+when it is read. `Source.open` reads the parameters onto the devices when training begins: each
+process what its own devices hold.
 
 Once the run has a checkpoint, all of this is in its own directory, and the source is not needed.
 """
 
 import contextlib
+import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,11 @@ from llm.model_config import ModelConfig
 from llm.run.directory import RunDirectory, holds_steps, saved_steps
 
 if TYPE_CHECKING:
+    from llm.interop.hf import HFModel
     from llm.model.sharding import Mesh
     from llm.run.hosts import Hosts
     from llm.text.tokenizer import Tokenizer
-    from llm.training.initial import Opened, OpenSource
+    from llm.training.initial import Opened
 
 # Settings of a model that do not change what its parameters mean.
 FREE = ("dropout", "init_std", "zero_init_projections", "vocab_multiple")
@@ -42,19 +45,32 @@ class Source:
     Attributes:
       name: as training.init_from spells it.
       path: the run or the folder.
+      step: of a run; None: the newest.
       vocab_size: how many ids its model has.
       tokenizer: None if it has none.
       kind: how settings name the tokenizer.
-      open: reads the parameters; called in every process of a run.
+      folder: the weights of a Hugging Face folder; None: it is a run.
     """
 
     name: str
     path: Path
+    step: int | None
     model: ModelConfig
     vocab_size: int
     tokenizer: "Tokenizer | None"
     kind: TokenizerConfig
-    open: "OpenSource"
+    folder: "HFModel | None" = None
+
+    def open(self, mesh: "Mesh", hosts: "Hosts") -> "Opened":
+        """The parameters on a mesh. Collective."""
+        from llm.run.open import open_model, reading_shardings
+        from llm.training.initial import Opened
+
+        if self.folder is None:
+            model = open_model(self.path, self.step, mesh=mesh, hosts=hosts)
+            return Opened(self.path, model.step, model.spec, model.params)
+        spec = self.folder.spec
+        return Opened(self.path, 0, spec, self.folder.read(reading_shardings(mesh, spec)))
 
     def tokenizer_for(self, wanted: TokenizerConfig, resize: bool) -> "Tokenizer":
         """Its tokenizer, or the wanted one if that is the same or, with `resize`, adds to it.
@@ -137,19 +153,19 @@ def inherit(path: str | Path, tables: _Tables, flags: Mapping[str, Any]) -> _Tab
     }
 
 
-def source_tokenizer(config: Config) -> "Tokenizer | None":
-    """The tokenizer of a run that begins with a source; None for other runs."""
-    training = config.training
-    if not training.init_from:
-        return None
-    source = find_source(training.init_from, config.tokenizer.lossy)
-    return source.tokenizer_for(config.tokenizer, training.resize_vocabulary)
-
-
-def open_source(config: Config) -> "OpenSource | None":
-    """What reads the parameters that a run begins with; None if they are random."""
+def source_of(config: Config) -> Callable[[], Source] | None:
+    """What a run begins with, read when it is first called; None if its weights are random."""
     name = config.training.init_from
-    return (lambda *where: find_source(name, config.tokenizer.lossy).open(*where)) if name else None
+    return functools.cache(lambda: find_source(name, config.tokenizer.lossy)) if name else None
+
+
+def source_tokenizer(
+    config: Config, source: Callable[[], Source] | None = None
+) -> "Tokenizer | None":
+    """The tokenizer of a run that begins with a source; None for other runs."""
+    source = source or source_of(config)
+    resize = config.training.resize_vocabulary
+    return source().tokenizer_for(config.tokenizer, resize) if source else None
 
 
 def default_dir(path: str | Path) -> str:
@@ -219,16 +235,8 @@ def _of_run(name: str, run: RunDirectory, step: int | None) -> Source:
             f"{there_are}"
         )
     tokenizer = load_tokenizer(run.tokenizer)
-
-    def opened(mesh: "Mesh", hosts: "Hosts") -> "Opened":
-        from llm.run.open import open_model
-        from llm.training.initial import Opened
-
-        model = open_model(run.path, step, mesh=mesh, hosts=hosts)
-        return Opened(run.path, model.step, model.spec, model.params)
-
     size = tokenizer.vocab_size
-    return Source(name, run.path, config.model, size, tokenizer, config.tokenizer, opened)
+    return Source(name, run.path, step, config.model, size, tokenizer, config.tokenizer)
 
 
 def _of_folder(name: str, folder: Path, lossy: bool) -> Source:
@@ -236,28 +244,10 @@ def _of_folder(name: str, folder: Path, lossy: bool) -> Source:
 
     prepare_process()  # before JAX is imported
     from llm.commands.import_hf import own_tokenizer, settings_of
-    from llm.interop.hf import describe_folder
+    from llm.interop.hf import open_hf
 
-    model, vocab_size = describe_folder(folder)
-    tokenizer = own_tokenizer(folder, vocab_size, lossy)
+    model = open_hf(folder)
+    size = model.spec.vocab_size
+    tokenizer = own_tokenizer(folder, size, lossy)
     kind = settings_of(tokenizer, folder) if tokenizer is not None else TokenizerConfig()
-
-    def opened(mesh: "Mesh", hosts: "Hosts") -> "Opened":
-        import jax
-
-        from llm.interop.hf import from_hf
-        from llm.model.gpt import ModelSpec, Params
-        from llm.run.open import reading_shardings
-        from llm.training.initial import Opened
-
-        spec = ModelSpec(model, vocab_size)
-        arrays, shardings = from_hf(folder)[2], reading_shardings(mesh, spec)
-        params: Params = {}
-        for name in [*arrays]:  # one by one, so that the model is not in memory twice
-            array = arrays.pop(name)
-            params[name] = jax.make_array_from_callback(
-                array.shape, shardings[name], array.__getitem__
-            )
-        return Opened(folder, 0, spec, params)
-
-    return Source(name, folder, model, vocab_size, tokenizer, kind, opened)
+    return Source(name, folder, None, model.spec.config, size, tokenizer, kind, model)

@@ -7,13 +7,14 @@ import contextlib
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import CommandLine, argument, parse
-from llm.commands.init_from import default_dir, open_source, source_tokenizer
+from llm.commands.init_from import Source, default_dir, source_of, source_tokenizer
 from llm.config import Config
 from llm.errors import DataError, UsageError
 from llm.faults import fault_point
@@ -86,7 +87,8 @@ def _train(
 
     if hosts.is_first:
         check_trackers(config.logging)
-    job = _make_job(config, run, hosts, stop, display)
+    source = source_of(config)
+    job = _make_job(config, run, hosts, stop, display, source)
     sampler = _make_sampler(job)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, hosts)
     if hosts.is_first:
@@ -97,8 +99,8 @@ def _train(
     outputs = Outputs(run, checkpoints, metrics, display, [])
     try:
         with hosts.collective():
-            source = open_source(config)
-            state, ancestor = restore_or_create(job, checkpoints, display.say, source)
+            opened = (lambda *where: source().open(*where)) if source else None
+            state, ancestor = restore_or_create(job, checkpoints, display.say, opened)
         step = int(state.step)
         job = _in_phases(job, run, changed, step)
         record = partial(record_start, run, config, step, changed, job.mesh, job.spec.attention)
@@ -125,7 +127,12 @@ def _train(
 
 
 def _make_job(
-    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, display: Display
+    config: Config,
+    run: RunDirectory,
+    hosts: Hosts,
+    stop: StopRequest,
+    display: Display,
+    source: Callable[[], Source] | None,
 ) -> "Job":
     """The text, the model and the mesh. All are checked before anything is compiled."""
     from llm.model.sharding import make_mesh
@@ -142,7 +149,7 @@ def _make_job(
     training = config.training.model_copy(update={"compute_dtype": dtype})
     decided = config.model_copy(update={"training": training})
     choose_kernels(decided, mesh)
-    corpus = _prepare_once(config, run, hosts, stop, display)
+    corpus = _prepare_once(config, run, hosts, stop, display, source)
     # The system's answer when a shard in memory is cut short, or its disk fails.
     end_on(signal.SIGBUS, corpus.why_unreadable, DataError.exit_code)
     for note in corpus.notes:
@@ -156,7 +163,12 @@ def _make_job(
 
 
 def _prepare_once(
-    config: Config, run: RunDirectory, hosts: Hosts, stop: StopRequest, display: Display
+    config: Config,
+    run: RunDirectory,
+    hosts: Hosts,
+    stop: StopRequest,
+    display: Display,
+    source: Callable[[], Source] | None,
 ) -> "TokenizedCorpus":
     """The prepared text. Process 0 prepares it first; the other processes then find its files, or
     prepare the same text themselves if they do not share a disk.
@@ -174,7 +186,7 @@ def _prepare_once(
         display.prepare(what, done, total)
 
     def prepared() -> "TokenizedCorpus":
-        own = kept_tokenizer(run, config) or source_tokenizer(config)
+        own = kept_tokenizer(run, config) or source_tokenizer(config, source)
         return prepare(config.data, config.tokenizer, own=own, on_progress=on_progress)
 
     corpus = prepared() if hosts.is_first else None

@@ -9,13 +9,15 @@ that ModelConfig cannot express is refused by the name of the setting, never app
 Source: https://github.com/huggingface/safetensors (file format).
 """
 
+import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from llm.errors import CheckpointError, UsageError
@@ -29,11 +31,13 @@ from llm.interop.description import (
 )
 from llm.interop.families import FAMILIES
 from llm.interop.table import Description, Family
-from llm.interop.tensors import Tensors, save
-from llm.model.gpt import ModelSpec, abstract_params
+from llm.interop.tensors import Tensor, open_tensors, save
+from llm.model.gpt import ModelSpec, Params, abstract_params
 from llm.model_config import ModelConfig
 
 Arrays = dict[str, np.ndarray]
+# Rows of a table of tokens that are compared at a time.
+_ROWS = 4096
 
 
 def from_hf(
@@ -41,8 +45,62 @@ def from_hf(
 ) -> tuple[ModelConfig, int, Arrays]:
     """(configuration, vocabulary size, float32 parameters) of a Hugging Face model folder.
 
-    Rows that pad the vocabulary (model.vocab_multiple) are zero; they are never predicted. Beside
-    the result, one array of the folder is in memory at a time.
+    Arguments and errors are those of `open_hf`.
+    """
+    model = open_hf(folder, context_length)
+    params = {name: model.part(name) for name in model.shapes}
+    return model.spec.config, model.spec.vocab_size, params
+
+
+@dataclass(frozen=True)
+class HFModel:
+    """A model in a Hugging Face folder. Its parameters are not read yet.
+
+    Attributes:
+      shapes: of each parameter of ours.
+    """
+
+    spec: ModelSpec
+    shapes: Mapping[str, tuple[int, ...]]
+    _holders: Mapping[str, tuple["_Pair", list[Tensor]]]
+
+    def read(self, shardings: Mapping[str, jax.sharding.Sharding]) -> Params:
+        """The float32 parameters on devices. A process reads what its own devices hold, and beside
+        the result one array at a time is in memory."""
+        return {
+            name: jax.make_array_from_callback(
+                shape, shardings[name], functools.partial(self.part, name)
+            )
+            for name, shape in self.shapes.items()
+        }
+
+    def part(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A part of a parameter, float32, given where it lies; (): all of it. No other is read.
+
+        Rows that pad the vocabulary (model.vocab_multiple) are zero; they are never predicted.
+        """
+        shape = self.shapes[name]
+        whole = [slice(None)] * (len(shape) - len(index))
+        box = [range(*at.indices(n)) for at, n in zip([*index, *whole], shape, strict=True)]
+        # What no module of the family holds is neutral, and so is the padding of the vocabulary.
+        values = np.full([len(at) for at in box], name.endswith(".scale"), np.float32)
+        if name not in self._holders:
+            return values
+        pair, tensors = self._holders[name]
+        box = [at[: max(0, n - at.start)] for at, n in zip(box, pair.ours[name][0], strict=True)]
+        held = values[tuple(slice(len(at)) for at in box)]
+        if not held.size:
+            return values
+        if len(tensors) == 1:
+            held[...] = pair.read(name, tensors[0], box)
+        else:
+            for n, expert in enumerate(box[0]):
+                held[n] = pair.read(name, tensors[expert], box[1:])
+        return values
+
+
+def open_hf(folder: str | Path, context_length: int | None = None) -> HFModel:
+    """A Hugging Face model folder, checked as far as its weights need not be read.
 
     Args:
       context_length: see only this many tokens at once; None: as many as the model can.
@@ -51,51 +109,44 @@ def from_hf(
       CheckpointError: the weights are not those that config.json describes.
     """
     folder = Path(folder)
-    spec, family, described, tensors = _opened(folder, context_length)
-    params = {
-        # What no module of the family holds is neutral, and so is the padding of the vocabulary.
-        name: np.full(leaf.shape, name.endswith(".scale"), np.float32)
-        for name, leaf in abstract_params(spec).items()
-    }
-    for pair in _pairs(family, described, spec):
-        _read_pair(pair, tensors, params)
-    extra = sorted(name for name in tensors if not family.ignored.search(name))
-    if extra:
-        raise UsageError(
-            f"{folder} holds weights that this model has no place for: {', '.join(extra[:5])}"
-            f"{' ...' if len(extra) > 5 else ''}"
-        )
-    config = spec.config
-    if context_length is not None:
-        config = config.model_copy(update={"context_length": context_length})
-        if "embed.position" in params:
-            params["embed.position"] = params["embed.position"][:context_length]
-    return config, spec.vocab_size, params
-
-
-def describe_folder(folder: Path) -> tuple[ModelConfig, int]:
-    """(configuration, vocabulary size) of a Hugging Face model folder; raises as `from_hf`."""
-    spec = _opened(folder, None)[0]
-    return spec.config, spec.vocab_size
-
-
-def _opened(
-    folder: Path, context_length: int | None
-) -> tuple[ModelSpec, Family, Description, Tensors]:
-    """The model of a folder, its family, the value of each key, and the arrays."""
     source = folder / "config.json"
     read = read_description(folder)
     family = family_of(read, folder)
     config, described = read_config(family, read, source, context_length)
     vocab_size = vocab_size_of(read, source)
-    tensors = Tensors(folder, family.prefix, family.head)
+    tensors = open_tensors(folder, family.prefix, family.head)
     if config.n_layer * config.n_expert > len(tensors):
         raise CheckpointError(
             f"{source} describes {config.n_layer} layers of {config.n_expert} experts each, and "
             f"the files of {folder} hold no more than {len(tensors)} weights"
         )
     config = _untied_by(tensors, family, config)
-    return ModelSpec(config, vocab_size), family, described, tensors
+    holders: dict[str, tuple[_Pair, list[Tensor]]] = {}
+    for pair in _pairs(family, described, ModelSpec(config, vocab_size)):
+        held = [_checked(tensors.pop(name, None), name, pair, folder) for name in pair.theirs]
+        holders |= dict.fromkeys(pair.ours, (pair, held))
+    extra = sorted(name for name in tensors if not family.ignored.search(name))
+    if extra:
+        raise UsageError(
+            f"{folder} holds weights that this model has no place for: {', '.join(extra[:5])}"
+            f"{' ...' if len(extra) > 5 else ''}"
+        )
+    if context_length is not None:
+        config = config.model_copy(update={"context_length": context_length})
+    spec = ModelSpec(config, vocab_size)
+    return HFModel(spec, {name: x.shape for name, x in abstract_params(spec).items()}, holders)
+
+
+def _checked(tensor: Tensor | None, name: str, pair: "_Pair", folder: Path) -> Tensor:
+    """The array that holds a weight; raises if it cannot be it."""
+    if tensor is None:
+        raise CheckpointError(f"{folder} holds no weight {name}, which config.json needs")
+    tensor.check()
+    if tensor.shape != pair.shape:
+        raise CheckpointError(
+            f"weight {name} has shape {[*tensor.shape]}, but config.json needs {[*pair.shape]}"
+        )
+    return tensor
 
 
 def to_hf(
@@ -179,7 +230,7 @@ def _is_neutral(name: str, array: Any) -> bool:
     return name.endswith((".bias", ".scale")) and bool((array == name.endswith(".scale")).all())
 
 
-def _untied_by(tensors: Tensors, family: Family, config: ModelConfig) -> ModelConfig:
+def _untied_by(tensors: dict[str, Tensor], family: Family, config: ModelConfig) -> ModelConfig:
     """The model with the head that the files hold, whatever tie_word_embeddings says.
 
     transformers ties the head to the embedding unless the files hold both and they differ. If they
@@ -189,13 +240,20 @@ def _untied_by(tensors: Tensors, family: Family, config: ModelConfig) -> ModelCo
     if not config.tie_embeddings or head not in tensors:
         return config
     embedding = next(m.theirs for m in family.modules if m.ours == ["embed"]) + ".weight"
-    if embedding not in tensors:
-        tensors.rename(head, embedding)
-    elif np.array_equal(tensors.read(head), tensors.read(embedding)):
-        tensors.take(head)
-    else:
+    one, other = tensors[head], tensors.get(embedding)
+    if other is not None and not _are_equal(one, other):
         return config.model_copy(update={"tie_embeddings": False})
+    tensors[embedding] = tensors.pop(head)
     return config
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two arrays hold the same numbers; compared in parts, as they may be large."""
+    rows = range(0, max(one.shape[:1], default=0), _ROWS)
+    parts = ((slice(first, first + _ROWS),) for first in rows)
+    return one.shape == other.shape and all(
+        np.array_equal(one.read(part), other.read(part)) for part in parts
+    )
 
 
 @dataclass(frozen=True)
@@ -224,6 +282,23 @@ class _Pair:
         whole = (*shapes[0][len(self.theirs) > 1 : -1], sum(shape[-1] for shape in shapes))
         whole = (whole[0] + self.unused_rows, *whole[1:])
         return whole[::-1] if self.is_transposed else whole
+
+    def read(self, name: str, tensor: Tensor, box: Sequence[range]) -> np.ndarray:
+        """The part of a parameter, or of its one expert, that lies in a box; not an empty one."""
+        widths = [shape[-1] for shape, _ in self.ours.values()]
+        columns = _regrouped(np.arange(sum(widths)), self.heads, len(widths))
+        of_name = np.split(columns, np.cumsum(widths)[:-1])[[*self.ours].index(name)]
+        wanted = of_name[box[-1].start : box[-1].stop]
+        first, count = wanted[0], wanted[-1] + 1 - wanted[0]
+        index = [slice(at.start + self.unused_rows, at.stop + self.unused_rows) for at in box[:-1]]
+        index.append(slice(first, first + count))
+        array = tensor.read(tuple(index[::-1] if self.is_transposed else index))
+        array = array.T if self.is_transposed else array
+        if len(wanted) < count:
+            array = array[..., wanted - first]
+        factor = self.ours[name][1]
+        as_is = factor == 1.0 and not self.offset  # changes no bit, not even of -0.0
+        return array if as_is else (array + self.offset) * factor
 
 
 def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[_Pair]:
@@ -254,27 +329,6 @@ def _pairs(family: Family, described: Description, spec: ModelSpec) -> Iterator[
                 heads = spec.config.n_head if module.is_by_head else 1
                 skipped = module.unused_rows
                 yield _Pair(held, theirs, module.is_transposed, offset, heads, skipped)
-
-
-def _read_pair(pair: _Pair, tensors: Tensors, params: Arrays) -> None:
-    """Put the arrays of theirs into our parameters."""
-    (first, _), *_ = pair.ours.values()
-    widths = [shape[-1] for shape, _ in pair.ours.values()]
-    expected = (*first[len(pair.theirs) > 1 : -1], sum(widths))
-    for expert, name in enumerate(pair.theirs):
-        array = tensors.take(name)
-        array = (array.T if pair.is_transposed else array)[pair.unused_rows :]
-        if array.shape != expected:
-            raise CheckpointError(
-                f"weight {name} has shape {list(array.shape)}, but config.json needs "
-                f"{list(expected)}{' (transposed)' * (pair.is_transposed and array.ndim > 1)}"
-            )
-        array = _regrouped(array, pair.heads, len(widths))
-        parts = np.split(array, np.cumsum(widths)[:-1], axis=-1)
-        for (ours, (_, factor)), part in zip(pair.ours.items(), parts, strict=True):
-            place = params[ours][expert] if len(pair.theirs) > 1 else params[ours]
-            as_is = factor == 1.0 and not pair.offset  # changes no bit, not even of -0.0
-            place[tuple(map(slice, part.shape))] = part if as_is else (part + pair.offset) * factor
 
 
 def _to_theirs(pair: _Pair, params: Mapping[str, Any]) -> list[np.ndarray]:

@@ -8,7 +8,8 @@ Source: https://github.com/huggingface/safetensors (file format).
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,82 +18,78 @@ import numpy as np
 from llm.errors import CheckpointError, UsageError
 from llm.files import check_regular, read_json, why, write_atomic
 
-# What can be widened to float32. Wider numbers are rounded to it.
-DTYPES = ("F32", "BF16", "F16", "F64")
+# What can be widened to float32, and numpy's name of it. Wider numbers are rounded to float32.
+DTYPES = {"F32": "<f4", "BF16": "bfloat16", "F16": "<f2", "F64": "<f8"}
 # What can be written: numpy's name -> the file's.
 WRITTEN = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # More bytes of weights than this become several files.
 LARGEST_FILE = 5 * 10**9
 
 
-class Tensors:
-    """name -> array of a folder. An array is read from its file by `take`, which forgets it.
+@dataclass(frozen=True)
+class Tensor:
+    """An array in a file. Nothing of it is in memory until it is read.
 
+    Attributes:
+      name: in the file.
+      dtype: as the file spells it.
+      offset: of its first byte, from the beginning of the file.
+    """
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def check(self) -> None:
+        """Raise a UsageError if these are no numbers that can be read."""
+        if self.dtype not in DTYPES:
+            raise UsageError(
+                f"{self.path.parent}: weight {self.name} has the dtype {self.dtype}, expected one "
+                f"of {', '.join(DTYPES)}; a quantised model can be saved anew in bfloat16"
+            )
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A part of the array in float32; no other part is read.
+
+        Raises:
+          UsageError: as `check`.
+          CheckpointError: the file cannot be read any more.
+        """
+        self.check()
+        try:
+            # Mapped for this part alone: pages that stayed mapped would count as this process's.
+            held = np.memmap(self.path, DTYPES[self.dtype], "r", self.offset, self.shape)
+            return np.array(held[index], np.float32)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: weight {self.name} cannot be read: {why(error)}"
+            ) from None
+
+
+def open_tensors(folder: Path, prefix: str, head: str) -> dict[str, Tensor]:
+    """name -> array of a folder.
+
+    Args:
+      prefix: what the names begin with, all or some; it is left out here.
+      head: the name of the output head, which has no prefix.
     Raises:
       UsageError: the folder holds no weights, or can be read in two ways.
       CheckpointError: a file of weights is damaged.
     """
-
-    def __init__(self, folder: Path, prefix: str, head: str):
-        """
-        Args:
-          prefix: what the names begin with, all or some; it is left out here.
-          head: the name of the output head, which has no prefix.
-        """
-        self.folder = folder
-        self._files: dict[str, tuple[str, Any]] = {}
-        for path in _weight_files(folder):
-            opened = _open(path)
-            for full_name in opened.keys():  # noqa: SIM118  (not a mapping)
-                name = full_name.removeprefix(prefix)
-                if name.startswith(f"{head}."):
-                    name = full_name
-                if name in self._files:
-                    raise UsageError(
-                        f"{folder} holds two arrays for the weight {name}: "
-                        f"{self._files[name][0]} and {full_name} in {path.name}; expected one"
-                    )
-                self._files[name] = full_name, opened
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def read(self, name: str) -> np.ndarray:
-        """The array in float32.
-
-        Raises:
-          CheckpointError: there is none, or it does not hold numbers that can be read.
-        """
-        from safetensors import SafetensorError
-
-        if name not in self._files:
-            raise CheckpointError(f"{self.folder} holds no weight {name}, which config.json needs")
-        full_name, opened = self._files[name]
-        dtype = opened.get_slice(full_name).get_dtype()
-        if dtype not in DTYPES:
+    found: dict[str, Tensor] = {}
+    for tensor in [tensor for path in _weight_files(folder) for tensor in _tensors_of(path)]:
+        name = tensor.name.removeprefix(prefix)
+        if name.startswith(f"{head}."):
+            name = tensor.name
+        other = found.setdefault(name, tensor)
+        if other is not tensor:
             raise UsageError(
-                f"{self.folder}: weight {name} has the dtype {dtype}, expected one of "
-                f"{', '.join(DTYPES)}; a quantised model can be saved anew in bfloat16"
+                f"{folder} holds two arrays for the weight {name}: {other.name} and "
+                f"{tensor.name} in {tensor.path.name}; expected one"
             )
-        try:
-            return opened.get_tensor(full_name).astype(np.float32, copy=False)
-        except (SafetensorError, ValueError, OSError) as error:
-            raise CheckpointError(f"{self.folder}: weight {name} cannot be read: {error}") from None
-
-    def take(self, name: str) -> np.ndarray:
-        """As `read`; the name is then no longer here."""
-        array = self.read(name)
-        del self._files[name]
-        return array
-
-    def rename(self, name: str, new: str) -> None:
-        self._files[new] = self._files.pop(name)
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -113,13 +110,16 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(names))]
 
 
-def _open(path: Path) -> Any:
+def _tensors_of(path: Path) -> list[Tensor]:
     import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
     from safetensors import SafetensorError, safe_open
 
     try:
         check_regular(path)
-        return safe_open(path, framework="np")
+        safe_open(path, framework="np")  # checks that the header is true of the file
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
     except FileNotFoundError:
         others = sorted(
             x.name for x in path.parent.glob("*") if x.suffix in (".bin", ".pt", ".pth", ".gguf")
@@ -129,8 +129,13 @@ def _open(path: Path) -> Any:
             f"{path.parent} holds no {path.name}{found}; weights in another format can be saved "
             "anew with transformers' save_pretrained"
         ) from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {why(error)}") from None
+    header.pop("__metadata__", None)
+    return [
+        Tensor(path, name, of["dtype"], tuple(of["shape"]), 8 + size + of["data_offsets"][0])
+        for name, of in header.items()
+    ]
 
 
 def save(
