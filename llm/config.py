@@ -292,8 +292,11 @@ def load_config(
     values = inherit(path, values, flags or {}) if inherit else values
     config = validate(values, where=str(path))
     for name, value in (flags or {}).items():
-        section, key = name.split(".")
-        values[section] = {**values.get(section, {}), key: value}
+        *sections, key = name.split(".")
+        table = values
+        for section in sections:
+            table[section] = table = {**table.get(section, {})}
+        table[key] = value
     return validate(values, "the flags", flags) if flags else config
 
 
@@ -354,13 +357,14 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """`section.key` -> value, in the order of the sections; `data.mixture` -> the names of its
-    sources, then `data.mixture.NAME.key` -> value."""
+    """`section.key` -> value, in the order of the sections; then `data.filters.key` -> value;
+    `data.mixture` -> the names of its sources, then `data.mixture.NAME.key` -> value."""
     flat = {
         f"{section}.{key}": value
         for section, settings in config.model_dump(mode="json").items()
         for key, value in settings.items()
     }
+    flat |= {f"data.filters.{key}": value for key, value in flat.pop("data.filters").items()}
     tables, flat["data.mixture"] = flat["data.mixture"], [one.name for one in config.data.mixture]
     for table in tables:
         flat |= {f"data.mixture.{table['name']}.{key}": value for key, value in table.items()}
@@ -376,7 +380,7 @@ def _explain(problem: Any, flags: Collection[str]) -> str:
     """What is wrong with one setting."""
     path = [str(part) for part in problem["loc"]]
     in_table = path[:2] == ["data", "mixture"] and len(path) > 3
-    name = ".".join(path[: 4 if in_table else 2])
+    name = ".".join(path[: 4 if in_table else 3 if path[1:2] == ["filters"] else 2])
     if problem["type"] == "missing":
         return f"{name} is missing: expected {MixtureSource.model_fields[path[3]].description}"
     if problem["type"] == "extra_forbidden":
@@ -399,7 +403,8 @@ def expected(problem: Any) -> str:
         case "value_error":
             return str(problem["ctx"]["error"])
         case "model_type" | "dict_type":
-            return f"expected a table, [{problem['loc'][0]}]"
+            path = (part for part in problem["loc"] if isinstance(part, str))
+            return f"expected a table, [{'.'.join(path)}]"
     message = problem["msg"].removeprefix("Input should be ")
     is_bound = message.startswith(("greater", "less"))
     return f"expected {'a number ' * is_bound}{message}"

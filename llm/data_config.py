@@ -42,6 +42,28 @@ def whole_weights(weights: Iterable[float]) -> tuple[int, ...]:
 _LONGEST_PERIOD = 2**20
 
 
+class FilterConfig(Settings):
+    """Which documents are left out, and what is replaced in the others. Nothing, by default."""
+
+    deduplicate: Literal["none", "exact", "near"] = setting(
+        "none",
+        "leave out documents whose text an earlier one has: the same bytes (exact), or most of its "
+        "runs of five words (near)",
+    )
+    min_characters: Count = setting(0, "leave out documents with fewer characters")
+    quality: Literal["none", "gopher", "c4", "fineweb"] = setting(
+        "none", "leave out documents that break one of these rules (llm/text/rules.py)"
+    )
+    redact: Annotated[
+        tuple[Literal["email", "ip", "phone", "card", "key"], ...], BeforeValidator(as_tuple)
+    ] = setting((), "personal data that a placeholder replaces, <EMAIL> for example")
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is filtered."""
+        return self != FilterConfig()
+
+
 class DataConfig(Settings):
     """Which documents are read and how they are split."""
 
@@ -76,6 +98,7 @@ class DataConfig(Settings):
         "", "token shards, downloads; empty: $LLM_CACHE_DIR, else ~/.cache/llm"
     )
     workers: Count = setting(0, "threads that tokenise; 0: one for each core")
+    filters: FilterConfig = setting(FilterConfig(), "what is left out, and what is replaced")
     mixture: Annotated[tuple[MixtureSource, ...], BeforeValidator(as_tuple)] = setting(
         (), "sources with weights, in place of data.source: tables [[data.mixture]] of a file"
     )

@@ -41,6 +41,9 @@ run.dir out_dir output_dir
 data.workers num_workers
 data.validation validation_split
 data.source dataset dataset_name
+data.filters.deduplicate dedup dedupe deduplication
+data.filters.min_characters min_length min_chars
+data.filters.redact pii
 sample.max_new_tokens max_new_tokens max_tokens max_completion_tokens max_gen_toks
 n num_samples num_return_sequences
 stop until stop_sequences stop_strings

@@ -241,9 +241,9 @@ def folders(monkeypatch):
     monkeypatch.setattr(shards, "PART_BYTES", 4 * 2**12)
     made, tokenise = [], shards._tokenise
 
-    def record(folder, data, origins, *rest):
-        made.append([origin.name for origin in origins])
-        return tokenise(folder, data, origins, *rest)
+    def record(folder, data, group, *rest):
+        made.append([origin.name for origin in group.origins])
+        return tokenise(folder, data, group, *rest)
 
     monkeypatch.setattr(shards, "_tokenise", record)
     return made

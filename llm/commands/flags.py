@@ -178,7 +178,7 @@ def flags_of(model: type[pydantic.BaseModel], section: str = "") -> dict[str, Fl
         kind = info.annotation
         types = tuple(_types(kind))
         if isinstance(kind, type) and issubclass(kind, Section):
-            flags |= flags_of(kind, "" if kind is Config else f"{key}.")
+            flags |= flags_of(kind, "" if kind is Config else f"{section}{key}.")
         elif MixtureSource not in types:
             name = section + (info.alias or key)
             flags[name] = Flag(name, info, types)

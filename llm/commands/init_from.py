@@ -122,7 +122,7 @@ def inherit(path: str | Path, tables: _Tables, flags: Mapping[str, Any]) -> _Tab
         return tables  # `validate` says what is wrong
     given = {part: dict(tables.get(part, {})) for part in parts}
     for flag, value in flags.items():
-        part, key = flag.split(".")
+        part, _, key = flag.partition(".")
         given.setdefault(part, {})[key] = value
     name, folder = given["training"].get("init_from", ""), given["run"].get("dir", "")
     if not isinstance(name, str) or not isinstance(folder, str):

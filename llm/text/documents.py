@@ -78,6 +78,12 @@ class Document:
     pieces: Iterable[str]
 
 
+def document_of(name: str, text: str, sha256: str = "") -> Document:
+    """A document whose text is in memory, and the hash of the text if it is known."""
+    sha256 = sha256 or hashlib.sha256(text.encode()).hexdigest()
+    return Document(name, sha256, pieces(_slices(text)))
+
+
 class Reader:
     """Reads origins as documents.
 
@@ -211,8 +217,7 @@ class Reader:
                 self.dropped[WITHOUT_TEXT] += 1
                 continue
             if text:
-                sha256 = hashlib.sha256(text.encode()).hexdigest()
-                yield Document(f"{origin.name}#{number}", sha256, pieces(_slices(text)))
+                yield document_of(f"{origin.name}#{number}", text)
             else:
                 self.dropped[EMPTY] += 1
 

@@ -43,9 +43,10 @@ _BATCH = 2**18
 _MOST_COMPARED = 100
 
 _Shingles = npt.NDArray[np.uint32]
-_EXACT = np.dtype([("sha256", "<u8", 2)])
-_NEAR = np.dtype([("sha256", "<u8", 2), ("end", "<i8"), ("bands", "<u8", BANDS)])
-_DOCUMENTS, _SETS = "documents.bin", "sets.bin"
+# A row of a document: where its name and its set end, the start of its sha256, its bands.
+_EXACT = [("name_end", "<i8"), ("sha256", "<u8", 2)]
+_NEAR = [*_EXACT, ("end", "<i8"), ("bands", "<u8", BANDS)]
+_DOCUMENTS, _NAMES, _SETS = "documents.bin", "names.txt", "sets.bin"
 _ROWS_AT_ONCE = 2**16
 
 
@@ -72,19 +73,20 @@ class Sketch(AbstractContextManager):
 
     def __init__(self, folder: Path, *, near: bool):
         self._near, self._files = near, ExitStack()
-        # Closed when the sketch is.
-        self._documents = self._files.enter_context(open(folder / _DOCUMENTS, "wb"))  # noqa: SIM115
-        self._sets = self._files.enter_context(open(folder / _SETS, "wb"))  # noqa: SIM115
-        self._texts: list[str] = []
-        self._hashes: list[bytes] = []
-        self._characters = self._end = 0
+        self._documents, self._names, self._sets = (
+            self._files.enter_context(open(folder / name, "wb"))  # noqa: SIM115
+            for name in (_DOCUMENTS, _NAMES, _SETS)
+        )
+        self._waiting: list[tuple[str, bytes, bytes]] = []
+        self._characters = self._name_end = self._end = 0
 
-    def add(self, text: str, sha256: str) -> None:
+    def add(self, text: str, sha256: str, name: str = "") -> None:
         """The next document, and the hash of its text. For exact duplicates the hash suffices."""
-        self._texts.append(text if self._near else "")
-        self._hashes.append(bytes.fromhex(sha256[:32]))
-        self._characters += len(self._texts[-1])
-        if self._characters >= _BATCH or len(self._texts) >= _ROWS_AT_ONCE:
+        self._waiting.append(
+            (text if self._near else "", bytes.fromhex(sha256[:32]), name.encode())
+        )
+        self._characters += len(text)
+        if self._characters >= _BATCH or len(self._waiting) >= _ROWS_AT_ONCE:
             self._write()
 
     def __exit__(self, *failed: object) -> None:
@@ -93,16 +95,21 @@ class Sketch(AbstractContextManager):
                 self._write()
 
     def _write(self) -> None:
-        rows = np.zeros(len(self._texts), _NEAR if self._near else _EXACT)
-        rows["sha256"] = np.frombuffer(b"".join(self._hashes), "<u8").reshape(-1, 2)
+        if not self._waiting:
+            return
+        texts, hashes, names = zip(*self._waiting, strict=True)
+        rows = np.zeros(len(texts), _NEAR if self._near else _EXACT)
+        rows["sha256"] = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)
+        rows["name_end"] = self._name_end + np.cumsum([*map(len, names)])
+        self._name_end += self._names.write(b"".join(names))
         if self._near:
-            shingles, sizes = shingles_of(self._texts)
+            shingles, sizes = shingles_of(texts)
             rows["bands"] = bands_of(shingles, sizes)
             rows["end"] = self._end + np.cumsum(sizes)
             self._end += len(shingles)
             self._sets.write(shingles.astype("<u4").tobytes())
         self._documents.write(rows.tobytes())
-        self._texts, self._hashes, self._characters = [], [], 0
+        self._waiting, self._characters = [], 0
 
 
 def shingles_of(texts: Sequence[str]) -> tuple[_Shingles, Numbers]:
@@ -143,13 +150,37 @@ def bands_of(shingles: _Shingles, sizes: Numbers) -> npt.NDArray[np.uint64]:
     return bands
 
 
-class _Sketched:
-    """Sketches that were written, as one row of documents."""
+class Sketched:
+    """Sketches that were written, as one row of documents.
+
+    Attributes:
+      begins: the number of the first document of each sketch, and of all documents.
+    """
 
     def __init__(self, folders: Sequence[Path], near: bool):
-        self._folders, self._kind = folders, _NEAR if near else _EXACT
+        self._folders, self._kind = folders, np.dtype(_NEAR if near else _EXACT)
         sizes = [(one / _DOCUMENTS).stat().st_size // self._kind.itemsize for one in folders]
         self.begins = np.cumsum([0, *sizes])
+
+    def part_of(self, number: int) -> int:
+        """Which sketch has the document."""
+        return int(np.searchsorted(self.begins, number, side="right")) - 1
+
+    def name(self, number: int) -> str:
+        """The name of a document."""
+        part = self.part_of(number)
+        within = number - int(self.begins[part])
+        first = max(within - 1, 0)
+        rows = np.fromfile(
+            self._folders[part] / _DOCUMENTS,
+            self._kind,
+            within + 1 - first,
+            offset=first * self._kind.itemsize,
+        )
+        start, stop = int(rows["name_end"][0]) * (within > 0), int(rows["name_end"][-1])
+        with open(self._folders[part] / _NAMES, "rb") as names:
+            names.seek(start)
+            return names.read(stop - start).decode()
 
     def column(self, name: str, index: int | None = None) -> npt.NDArray:
         """A field of every document; of a field with several numbers, the one of that index."""
@@ -162,7 +193,8 @@ class _Sketched:
         return np.concatenate(parts)
 
     def shingles(self, number: int, start: int, stop: int) -> _Shingles:
-        folder = self._folders[int(np.searchsorted(self.begins, number, side="right")) - 1]
+        """The set of a document, which lies there in its sketch."""
+        folder = self._folders[self.part_of(number)]
         return np.fromfile(folder / _SETS, "<u4", stop - start, offset=4 * start)
 
 
@@ -171,7 +203,7 @@ def find_duplicates(folders: Sequence[Path], *, near: bool) -> Duplicates:
 
     Memory: 150 bytes for each document, and 170 more for one that shares a band with another.
     """
-    sketched = _Sketched(folders, near)
+    sketched = Sketched(folders, near)
     exact = _exact(sketched.column("sha256", 0), sketched.column("sha256", 1))
     if not near:
         return Duplicates(exact, np.empty((0, 2), np.int64), np.empty(0))
@@ -229,7 +261,7 @@ def _exact(high: Hashes, low: Hashes) -> Numbers:
     return pairs[np.argsort(pairs[:, 0])]
 
 
-def _buckets(sketched: _Sketched, numbers: Numbers) -> npt.NDArray[np.int32]:
+def _buckets(sketched: Sketched, numbers: Numbers) -> npt.NDArray[np.int32]:
     """int32 [BANDS, n]: the bucket of each document in each band; -1 if it is alone there."""
     buckets = np.full((BANDS, len(numbers)), -1, np.int32)
     for band in range(BANDS):

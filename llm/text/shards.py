@@ -14,11 +14,12 @@ folders that are missing.
 
 import collections
 import contextlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from pydantic import TypeAdapter
 
@@ -28,8 +29,18 @@ from llm.files import is_disk_full
 from llm.text.bpe import LONGEST_WORD, PATTERN, TRAINING_CHARACTERS, UNBROKEN, train_bpe
 from llm.text.cache import OnProgress, built_once, cache_root, no_room, silent
 from llm.text.corpus import Source, TokenizedCorpus, of_source
-from llm.text.documents import KINDS, WITHOUT_TEXT, Origin, Reader
+from llm.text.documents import KINDS, WITHOUT_TEXT, Document, Origin, Reader
 from llm.text.encoding import encoded, marked_pieces
+from llm.text.filtering import (
+    Copies,
+    Filter,
+    find_copies,
+    gathered,
+    notes_on,
+    nothing_stays,
+    recorded,
+    what_decides,
+)
 from llm.text.sources import Found, find_origins
 from llm.text.splits import Span, TokenSplit, tail_boundary
 from llm.text.stream import StreamManifest, StreamWriter, TokenStream, remedy, smallest_dtype
@@ -97,10 +108,14 @@ def prepare(
         for name, settings in data.by_source.items():
             with of_source(name):
                 found[name] = settings, find_origins(settings.source, root, on_progress)
-        encoder = own or _tokenizer_for(tokenizer, found, root, on_progress)
+        groups = _grouped(root, data, found, on_progress)
+        encoder = own or _tokenizer_for(tokenizer, found, groups, root, on_progress)
         for name, (settings, origins) in found.items():
+            total = origins.text_bytes
             with of_source(name):
-                parts[name] = _prepared(root, settings, origins, encoder, on_progress, name)
+                parts[name] = _prepared(
+                    root, settings, groups[name], total, encoder, on_progress, name
+                )
     except OSError as error:
         if is_disk_full(error):
             raise no_room("the token shards", root, _needed(found), error) from None
@@ -111,22 +126,31 @@ def prepare(
         ) from None
     hashed = sum(part.stored_bytes for of in parts.values() for part in of) <= VERIFY_ON_OPEN_BYTES
     sources = tuple(
-        _opened(name, *found[name], parts[name], encoder, hashed=hashed) for name in found
+        _opened(name, *found[name], groups[name], parts[name], encoder, hashed=hashed)
+        for name in found
     )
     fingerprints = [[source.name, source.fingerprint] for source in sources]
+    fingerprint = sha256_of_json({"sources": fingerprints}) if data.mixture else fingerprints[0][1]
+    folders = [part.folder for of in parts.values() for part in of]
     return TokenizedCorpus(
         tokenizer=encoder,
         sources=sources,
-        fingerprint=sha256_of_json({"sources": fingerprints})
-        if data.mixture
-        else fingerprints[0][1],
+        fingerprint=fingerprint,
         folder=root / "shards",
         notes=(
             *(f"{one.name}: {note}" if one.name else note for one in sources for note in one.notes),
             *_notes(encoder, tokenizer),
+            *gathered(root, data.filters, fingerprint, folders),
         ),
         reused=not any(part.is_new for of in parts.values() for part in of),
     )
+
+
+class _Group(NamedTuple):
+    """Origins whose tokens share a folder, and which of their documents repeat others."""
+
+    origins: list[Origin]
+    copies: Copies
 
 
 class _Part(NamedTuple):
@@ -151,26 +175,54 @@ _MANIFESTS = TypeAdapter(dict[str, StreamManifest])
 def _prepared(
     root: Path,
     data: DataConfig,
-    found: Found,
+    groups: Iterable[_Group],
+    total: int | None,
     encoder: Tokenizer,
     on_progress: OnProgress,
     name: str,
 ) -> list[_Part]:
     """The folders that hold the tokens of one source, in order, each from the cache or made now."""
     parts: list[_Part] = []
-    done, total, what = 0, found.text_bytes, f"tokenising {name}".strip()
-    for origins in _groups(found.origins):
-        fingerprint = _fingerprint_of_part(data, origins, encoder)
+    done, what = 0, f"tokenising {name}".strip()
+    for group in groups:
+        fingerprint = _fingerprint_of_part(data, group, encoder)
         folder = root / "shards" / fingerprint[:32]
         with built_once(folder, on_progress) as partial:
             if partial is not None:
                 # It is called before `done` changes.
                 report = lambda new: on_progress(what, done + new, total)  # noqa: B023, E731
-                header = _tokenise(partial, data, origins, encoder, report)
+                header = _tokenise(partial, data, group, encoder, report)
                 _write_header(partial, {"fingerprint": fingerprint, **header})
         parts.append(_Part(folder, _read_header(folder, fingerprint), partial is not None))
         done += parts[-1].header["text_bytes"]
     return parts
+
+
+def _grouped(
+    root: Path, data: DataConfig, found: _Sources, on_progress: OnProgress
+) -> dict[str, list[_Group]]:
+    """The groups of each source, in order, and the copies in them that data.filters leaves out."""
+    groups = [(name, one) for name, (_, of) in found.items() for one in _groups(of.origins)]
+    copies: Sequence[Copies] = [{}] * len(groups)
+    if data.filters.deduplicate != "none":
+        contents = [
+            (_content(found[name][0], one), _documents(found[name][0], _Group(one, {}))[0])
+            for name, one in groups
+        ]
+        copies = find_copies(root, data.filters, contents, on_progress)
+    grouped: dict[str, list[_Group]] = {name: [] for name in found}
+    for (name, one), of in zip(groups, copies, strict=True):
+        grouped[name].append(_Group(one, of))
+    return grouped
+
+
+def _documents(
+    data: DataConfig, group: _Group, record: TextIO | None = None
+) -> tuple[Iterable[Document], Reader, Filter]:
+    """The documents of a group that stay, and what counts the others."""
+    reader = Reader(data.errors, data.text_field, data.bad_rows)
+    filter_ = Filter(data.filters, group.copies, reader.dropped, record)
+    return filter_.documents(reader.documents(group.origins)), reader, filter_
 
 
 def _groups(origins: Iterable[Origin]) -> Iterator[list[Origin]]:
@@ -198,6 +250,7 @@ def _opened(
     name: str,
     data: DataConfig,
     found: Found,
+    groups: Sequence[_Group],
     parts: Sequence[_Part],
     encoder: Tokenizer,
     *,
@@ -216,19 +269,20 @@ def _opened(
             opened = TokenStream(part.folder, manifest, encoder.vocab_size, hashed=hashed)
             spans[stream].append(Span(opened, 0, len(opened)))
     headers = [part.header for part in parts]
-    totals: dict[str, Any] = {"dropped": collections.Counter()}
+    totals: dict[str, Any] = {
+        key: sum((collections.Counter(h.get(key)) for h in headers), collections.Counter())
+        for key in ("dropped", "redacted")
+    }
     for key in ("documents", "text_bytes", "replaced", "normalised"):
         totals[key] = sum(header[key] for header in headers)
-    for header in headers:
-        totals["dropped"].update(header["dropped"])
     totals["first_bad"] = next((h["first_bad"] for h in headers if h["first_bad"]), "")
     with of_source(name):
-        train, validation = _splits(data.validation, spans, totals["documents"])
+        train, validation = _splits(data.validation, spans, totals)
     return Source(
         name=name,
         train=train,
         validation=validation,
-        fingerprint=_fingerprint(data, found.origins, encoder),
+        fingerprint=_fingerprint(data, groups, encoder),
         # The shards may have been made from the same files in another place.
         origins=found.origins,
         documents=totals["documents"],
@@ -240,14 +294,20 @@ def _opened(
 
 
 def _tokenizer_for(
-    config: TokenizerConfig, found: _Sources, root: Path, on_progress: OnProgress
+    config: TokenizerConfig,
+    found: _Sources,
+    groups: Mapping[str, Sequence[_Group]],
+    root: Path,
+    on_progress: OnProgress,
 ) -> Tokenizer:
     """The tokenizer of the settings. One that is made from the corpus uses held-out text too, as in
     nanoGPT.
     """
     if config.kind not in MADE_FROM_CORPUS:
         return named_tokenizer(config.kind, lossy=config.lossy)
-    contents: list[Any] = [[name, _content(data, of.origins)] for name, (data, of) in found.items()]
+    contents: list[Any] = [
+        [name, _content_of(data, groups[name])] for name, (data, _) in found.items()
+    ]
     content: dict[str, Any] = contents[0][1] if "" in found else {"sources": contents}
     recipe = {"format": FORMAT, "kind": config.kind, **content}
     if config.kind == "bpe":
@@ -259,7 +319,7 @@ def _tokenizer_for(
     folder = root / "tokenizers" / sha256_of_json(recipe)[:32]
     with built_once(folder, on_progress) as partial:
         if partial is not None:
-            texts = _all_text(found, on_progress)
+            texts = _all_text(found, groups, on_progress)
             if config.kind == "bpe":
                 made: Tokenizer = train_bpe(texts, config.vocab_size, on_progress)
             else:
@@ -271,71 +331,84 @@ def _tokenizer_for(
         raise DataError(f"{error}{remedy(folder)}") from None
 
 
-def _all_text(found: _Sources, on_progress: OnProgress) -> Iterator[str]:
+def _all_text(
+    found: _Sources, groups: Mapping[str, Sequence[_Group]], on_progress: OnProgress
+) -> Iterator[str]:
     done, sizes = 0, [of.text_bytes for _, of in found.values()]
     total = None if None in sizes else sum(filter(None, sizes))
-    for name, (data, of) in found.items():
+    dropped: collections.Counter[str] = collections.Counter()
+    for name, (data, _) in found.items():
         with of_source(name):
-            reader = Reader(data.errors, data.text_field, data.bad_rows)
-            for document in reader.documents(of.origins):
-                for text in document.pieces:
+            for group in groups[name]:
+                documents, reader, _ = _documents(data, group)
+                for text in itertools.chain.from_iterable(one.pieces for one in documents):
                     on_progress("reading the vocabulary", done, total)
                     yield text
                     done += utf8_length(text)
+                dropped += reader.dropped
     if not done:
-        raise DataError(_NO_TEXT)
+        raise nothing_stays(dropped) or DataError(_NO_TEXT)
 
 
-def _fingerprint(data: DataConfig, origins: Iterable[Origin], encoder: Tokenizer) -> str:
+def _fingerprint(data: DataConfig, groups: Sequence[_Group], encoder: Tokenizer) -> str:
     """Of the tokens of one source, in their order and splits."""
     decides = {
         "format": FORMAT,
         "shard_tokens": _SHARD_TOKENS,
         "tokenizer": encoder.sha256,
         "validation": data.validation,
-        **_content(data, origins),
+        **_content_of(data, groups),
     }
     return sha256_of_json(decides)
 
 
-def _fingerprint_of_part(data: DataConfig, origins: Iterable[Origin], encoder: Tokenizer) -> str:
+def _fingerprint_of_part(data: DataConfig, group: _Group, encoder: Tokenizer) -> str:
     """Of what a folder of shards holds. Any tail of it may be held out."""
     decides = {
         "format": FORMAT,
         "layout": LAYOUT,
         "tokenizer": encoder.sha256,
         "held_out": data.validation if data.validation.startswith("documents:") else None,
-        **_content(data, origins),
+        **_content_of(data, [group]),
     }
     return sha256_of_json(decides)
 
 
-def _content(data: DataConfig, origins: Iterable[Origin]) -> dict[str, Any]:
+def _content_of(data: DataConfig, groups: Sequence[_Group]) -> dict[str, Any]:
     """Everything that decides the documents, names included: the shards hold them for `replay`."""
+    content = _content(data, [origin for group in groups for origin in group.origins])
+    copies = [sorted(group.copies.items()) for group in groups]
+    return content | ({"copies": copies} if any(copies) else {})
+
+
+def _content(data: DataConfig, origins: Sequence[Origin]) -> dict[str, Any]:
+    """Everything that decides the documents, but which of them are left out as copies."""
     rows = any(KINDS[origin.kind].has_rows for origin in origins)
     content = {
         "origins": [[origin.name, origin.kind, origin.sha256] for origin in origins],
         "errors": data.errors,
         "text_field": data.text_field if rows else None,
     }
-    # It is not there by default, so that shards from before the setting are found.
-    return content | ({"bad_rows": "skip"} if rows and data.bad_rows == "skip" else {})
+    # These are not there by default, so that shards from before the settings are found.
+    skips = {"bad_rows": "skip"} if rows and data.bad_rows == "skip" else {}
+    return content | skips | what_decides(data.filters)
 
 
 def _tokenise(
     folder: Path,
     data: DataConfig,
-    origins: Iterable[Origin],
+    group: _Group,
     encoder: Tokenizer,
     on_progress: Callable[[int], None],
 ) -> dict[str, Any]:
     """Write the streams of some origins, and return the header that describes them."""
-    reader = Reader(data.errors, data.text_field, data.bad_rows)
-    pieces = marked_pieces(reader.documents(origins), data.validation, encoder)
     names = ("train", "validation") if data.validation.startswith("documents:") else ("text",)
     dtype = smallest_dtype(encoder.vocab_size)
     text_bytes = changed = 0
     with contextlib.ExitStack() as files:
+        record = files.enter_context(recorded(folder, data.filters))
+        documents, reader, filter_ = _documents(data, group, record)
+        pieces = marked_pieces(documents, data.validation, encoder)
         writers = {name: files.enter_context(StreamWriter(folder, name, dtype)) for name in names}
         for piece, ids, size, differs in encoded(pieces, encoder, data.workers):
             on_progress(text_bytes)
@@ -354,7 +427,8 @@ def _tokenise(
         "dropped": dict(reader.dropped),
         "first_bad": reader.first_bad,
         "normalised": changed,
-        "origins": [asdict(origin) for origin in origins],
+        "origins": [asdict(origin) for origin in group.origins],
+        **({"redacted": dict(filter_.redacted)} if filter_.redacted else {}),
     }
 
 
@@ -364,6 +438,7 @@ def _notes_on_text(totals: Mapping[str, Any], encoder: Tokenizer) -> Iterator[st
         yield f"bytes that are not UTF-8 were replaced by {count} characters U+FFFD"
     if count := totals["dropped"].get(WITHOUT_TEXT):
         yield f"left out {count} rows without text; the first: {totals['first_bad']}"
+    yield from notes_on(totals["dropped"], totals["redacted"], totals["documents"])
     if count := totals["normalised"]:
         yield (
             f"the tokenizer {encoder.name!r} reads text in NFC, which spells {count} bytes of it "
@@ -383,16 +458,17 @@ def _notes(encoder: Tokenizer, wanted: TokenizerConfig) -> Iterator[str]:
 
 
 def _splits(
-    validation: str, spans: Mapping[str, Sequence[Span]], documents: int
+    validation: str, spans: Mapping[str, Sequence[Span]], totals: Mapping[str, Any]
 ) -> tuple[TokenSplit, TokenSplit]:
     """The tokens that train and those that are held out, from the spans of each stream.
 
     Raises:
       DataError: there are no tokens.
-      UsageError: documents are held out, and one side has none.
+      UsageError: the filters leave none; documents are held out, and one side has none.
     """
+    documents = totals["documents"]
     if not documents:
-        raise DataError(_NO_TEXT)
+        raise nothing_stays(totals["dropped"]) or DataError(_NO_TEXT)
     kind, _, fraction = validation.partition(":")
     if kind != "documents":
         text = TokenSplit(spans["text"])
