@@ -1,5 +1,6 @@
 """Bytes to documents: nothing is lost on the way to the pieces, and what is wrong has a place."""
 
+import csv
 import errno
 import hashlib
 import io
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import DataError
-from llm.text import documents
+from llm.text import content, documents
 from llm.text.bpe import PATTERN
 from llm.text.documents import Origin, Reader, kind_of_file, pieces
 
@@ -320,9 +321,79 @@ def test_a_file_that_cannot_be_read_to_its_end_is_an_error_of_the_data(write, mo
         def read(self, size=-1):
             raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(documents, "open", lambda *_: Torn(), raising=False)
+    monkeypatch.setattr(content, "open", lambda *_: Torn(), raising=False)
     with pytest.raises(DataError, match="/a cannot be read: Input/output error"):
         read([origin])
+
+
+# Tables of text
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries({"id": st.text("ab,", max_size=3), "text": st.text(SORTS + '",')}),
+        max_size=5,
+    ),
+    dialect=st.sampled_from(["csv", "tsv"]),
+    end=st.sampled_from(["\n", "\r\n"]),
+)
+def test_rows_of_tables_are_those_that_were_written(tmp_path_factory, rows, dialect, end):
+    """Written by Python's csv, read in blocks of any size; every separator inside of quotes."""
+    path = tmp_path_factory.mktemp("tables") / "rows"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        separator = "\t" if dialect == "tsv" else ","
+        writer = csv.DictWriter(
+            file,
+            ["id", "text"],
+            delimiter=separator,
+            lineterminator=end,
+            quoting=csv.QUOTE_ALL,
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_BYTES", 7)
+        found = read([origin_of(path, dialect)])[0]
+    assert found == [(f"rows#{n}", row["text"]) for n, row in enumerate(rows) if row["text"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("id,body\n1,x\n", "row 0 has no field 'text'; its fields are id, body: set data.text_"),
+        ("id;text\n1;x\n", "row 0 has no field 'text'; its fields are id;text"),
+        ("id,text\n1,one, two\n", "row 0 has 3 fields; expected 2, as many as its header"),
+        ("id,text\n1,a\n2\n", "row 1 has no text: the field 'text' is null"),
+        ('id,text\n1,"a" b\n', r"line 2, is not as tables of text are: ',' expected after"),
+        ('id,text\n1,"a\n\nb\n', r"is not as tables of text are: unexpected end of data"),
+        ("id,text\n1,a\rb\n", r"is not as tables of text are: new-line character seen"),
+        (f"id,text\n1,{'a' * 70}\n", r"line 2, is not .*field larger than field limit"),
+        (f'id,text\n1,"{"a" * 40}\n{"b" * 40}"\n', r"field larger than field limit \(64\)"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named(write, monkeypatch, content, message):
+    monkeypatch.setattr(documents, "_LONGEST_ROW", 64)
+    with pytest.raises(DataError, match=message) as caught:
+        read([write("rows.csv", content, "csv")])
+    assert str(caught.value).startswith("rows.csv") and caught.value.exit_code == 3
+
+
+def test_a_column_may_have_dots_and_a_table_a_byte_order_mark(write):
+    origin = write("rows.csv", "\ufefftext,meta.text\nx,y\n", "csv")
+    assert read([origin])[0] == [("rows.csv#0", "x")]
+    assert read([origin], text_field="meta.text")[0] == [("rows.csv#0", "y")]
+
+
+def test_a_line_of_rows_that_memory_may_not_hold_is_named(write, monkeypatch):
+    monkeypatch.setattr(documents, "_LONGEST_ROW", 64)
+    monkeypatch.setattr(documents, "PIECE_BYTES", 8)
+    lines = "".join(json.dumps({"text": "x" * size}) + "\n" for size in (1, 40, 80))
+    with pytest.raises(DataError, match=r"rows.jsonl, line 3, is longer than 64 characters"):
+        read([write("rows.jsonl", lines, "json")])
+    # A list is read whole, as ever.
+    rows = json.dumps([{"text": "x" * 80}])
+    assert read([write("rows.json", rows, "json")])[0] == [("rows.json#0", "x" * 80)]
 
 
 # Rows without text

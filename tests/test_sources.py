@@ -425,8 +425,8 @@ def test_a_url_that_cannot_be_asked_for_is_an_error_for_people(cache, url, monke
 
 
 def test_what_a_url_holds_is_told_by_its_bytes(server, cache):
-    server.files["/text.txt"] = b"\x1f\x8b\x08"
-    with pytest.raises(DataError, match=r"text.txt is compressed by gzip; decompress it"):
+    server.files["/text.txt"] = b"PK\x03\x04"
+    with pytest.raises(DataError, match=r"text.txt is a zip archive; unpack it"):
         find_origins(f"{server.url}/text.txt", cache)
 
 

@@ -1,7 +1,9 @@
 """Which files of a folder or a pattern are read, as what, and what is said of the others."""
 
 import errno
+import gzip
 import json
+import lzma
 import os
 import subprocess
 from pathlib import Path
@@ -130,13 +132,9 @@ def test_folders_may_be_nested_as_deep_as_the_system_lets_them(make, find):
 
 
 NOT_TEXT = [
-    ("a.gz", b"\x1f\x8b\x08", "compressed by gzip; decompress it"),
-    ("rows.jsonl", b"\x1f\x8b\x08", "compressed by gzip"),
-    ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd", "compressed by zstd"),
-    ("a.txt", b"BZh91AY&SY", "compressed by bzip2"),
-    ("a.xz", b"\xfd7zXZ\0", "compressed by xz"),
-    ("a.tar", b"a" * 100 + b"\0" * 400, "a tar archive; unpack it"),
-    ("archive", b"a" * 257 + b"ustar", "a tar archive"),
+    ("a.gz", gzip.compress(b"PAR1"), "what is in it is a table of columns; decompress it"),
+    ("a.jpg.gz", gzip.compress(b"\xff\xd8\xff"), "what is in it is a picture"),
+    ("a.gz.xz", lzma.compress(gzip.compress(b"x")), "by xz, and what is in it is compressed by"),
     ("a.docx", b"PK\x03\x04", "a zip archive"),
     ("a.npy", b"\x93NUMPY", "arrays, weights or token ids; name the text that it was made from"),
     ("a.safetensors", b"\x08\0\0\0\0\0\0\0{}", "arrays, weights or token ids"),
@@ -177,12 +175,26 @@ def test_a_table_is_told_by_what_it_holds_too(make, find):
 
 
 def test_a_folder_whose_text_is_compressed_is_not_read_as_its_readme(make, find):
-    root = make("README.txt", **{f"{n}.jsonl.gz": b"\x1f\x8b" + bytes(99) for n in range(3)})
-    with pytest.raises(DataError, match=r"most of .* cannot be read: 3 files, such as .*gzip"):
+    root = make("README.txt", **{f"{n}.zip": b"PK\x03\x04" + bytes(99) for n in range(3)})
+    with pytest.raises(DataError, match=r"most of .* cannot be read: 3 files, such as .*zip"):
         find(root)
     (root / "README.txt").write_text("text " * 99)
     (note,) = find(root).notes
-    assert "0.jsonl.gz, 1.jsonl.gz, 2.jsonl.gz (compressed by gzip)" in note
+    assert "0.zip, 1.zip, 2.zip (a zip archive)" in note
+
+
+def test_tables_in_a_plain_folder_are_text_unless_they_are_compressed_or_named(make, find):
+    """A person who names a table means its rows; among other files it may be any document."""
+    zipped = {f"b{suffix}.gz": gzip.compress(b"text") for suffix in (".json", ".csv")}
+    root = make("a.json", "a.csv", "a.tsv", "a.jsonl", "b.md", **zipped)
+    assert {o.name: o.kind for o in find(root).origins} == {
+        "a.json": "text", "a.csv": "text", "a.tsv": "text", "a.jsonl": "json", "b.md": "text",
+        "b.json.gz": "gzip+json", "b.csv.gz": "gzip+csv",
+    }  # fmt: skip
+    kinds = [
+        origin.kind for origin in find(*(root / f"a.{k}" for k in ("json", "csv", "tsv"))).origins
+    ]
+    assert kinds == ["json", "csv", "tsv"]
 
 
 def test_a_pointer_in_place_of_a_file_is_refused_in_a_folder_too(make, find):
@@ -316,15 +328,17 @@ def test_a_card_that_points_elsewhere_is_refused(make, find, path):
         find(root)
 
 
-def test_rows_whose_text_is_a_column_of_csv_are_not_read_as_text(make, find):
-    root = make("train.csv", "test.csv")
-    with pytest.raises(DataError, match=r"train.csv is a table of text; convert it"):
-        find(root)
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "csv.gz", "json.xz"])
+def test_the_tables_of_a_data_set_are_read_as_rows(make, find, suffix):
+    compress = {"gz": gzip.compress, "xz": lzma.compress}.get(suffix[-2:], bytes)
+    root = make(**{f"{split}.{suffix}": compress(b"text") for split in ("train", "test")})
+    (origin,) = find(root).origins
+    assert origin.name == f"train.{suffix}" and KINDS[origin.kind].has_rows
 
 
 def test_what_trains_and_cannot_be_read_is_refused(make, find):
-    root = make("test.jsonl.gz", **{"train.jsonl.gz": b"\x1f\x8b"})
-    with pytest.raises(DataError, match="compressed by gzip"):
+    root = make("test.jsonl.gz", **{"train.jsonl.gz": gzip.compress(b"%PDF-")})
+    with pytest.raises(DataError, match="compressed by gzip, and what is in it is a PDF"):
         find(root)
 
 

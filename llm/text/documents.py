@@ -6,17 +6,18 @@ in pieces, which end only at places that no token can span. Newlines stay as the
 
 import codecs
 import collections
+import csv
 import hashlib
-import json
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from llm.errors import DataError
-from llm.files import why
+from llm.text.archives import KEY, parsed, samples
+from llm.text.content import COMPRESSIONS, Origin, beginning, explained, opened, opened_anywhere
 
 PIECE_BYTES = 2**18
 
@@ -32,10 +33,10 @@ _STRAY_SHARE = 0.2
 # Rows of a column file that are in memory at once.
 _BATCH_ROWS = 256
 
-_EXPECTED_JSON = "expected one JSON object a line, or a list of them"
-# Control characters inside of texts are let through.
-_JSON = json.JSONDecoder(strict=False)
+# A row, or a member of an archive, is in memory as a whole, several times. A text file is not.
+_LONGEST_ROW = 2**27
 
+_EXPECTED_JSON = "expected one JSON object a line, or a list of them"
 # Why a document is left out.
 EMPTY, WITHOUT_TEXT = "empty", "row without text"
 
@@ -45,31 +46,13 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Origin:
-    """One file, or one hub data set, and the identity of its content.
-
-    Attributes:
-      name: for people; does not depend on where the corpus lies on this machine.
-      kind: a key of `KINDS`, which says how the content becomes documents.
-      location: path of the file, or NAME[:CONFIG[:SPLIT]] on the hub.
-      bytes: size of the file; 0 for the hub, which does not tell the size.
-      sha256: hash of the file's bytes; for the hub, the revision.
-    """
-
-    name: str
-    kind: str
-    location: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Document:
     """A text and where it is from.
 
     Attributes:
-      name: the file, or FILE#ROW.
-      sha256: of its text; for a file of its bytes. Equal texts have equal hashes.
+      name: the file, or FILE#ROW; for a sample of an archive, ARCHIVE#KEY.
+      sha256: of its text; for a file of its bytes. Equal texts have equal hashes, but those of
+        compressed text files.
       pieces: the text, to be read once.
     """
 
@@ -123,8 +106,11 @@ class Reader:
 
     def text(self, origin: Origin) -> Iterator[Document]:
         """The whole file is one document."""
-        if origin.bytes:
-            yield Document(origin.name, origin.sha256, pieces(self._blocks(origin)))
+        text = pieces(self._blocks(origin))
+        # How much is in a compressed file is known only when it is read.
+        first = next(text, "") if origin.compression else ""
+        if first or (origin.bytes and not origin.compression):
+            yield Document(origin.name, origin.sha256, itertools.chain(filter(None, [first]), text))
         else:
             self.dropped[EMPTY] += 1
 
@@ -134,22 +120,39 @@ class Reader:
         `datasets` does not read them, because it infers types: a text that looks like a date would
         become a date, and its spelling would be lost.
         """
-        lines = enumerate(_lines(self._blocks(origin)), 1)
-        for number, line in lines:
-            text = line.removeprefix("\ufeff") if number == 1 else line
+        lines = enumerate(self._lines(origin), 1)
+        for number, text in lines:
             if not text.strip():
                 continue
             if text.lstrip().startswith("["):
                 text = "\n".join([text, *(rest for _, rest in lines)])
-            try:
-                value = _JSON.decode(text)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{origin.name}, line {number}, is not JSON: {error}; {_EXPECTED_JSON}"
-                ) from None
+            value = parsed(text, f"{origin.name}, line {number},", _EXPECTED_JSON)
             for row in value if isinstance(value, list) else [value]:
                 # A bare text is a row of one column, as in `datasets`.
                 yield {"text": row} if isinstance(row, str) else row
+
+    def csv_rows(self, origin: Origin) -> Iterator[Row]:
+        """The rows of a table whose first line names its columns; quotes as spreadsheets use them.
+
+        No type is inferred: a field is the text that stands there.
+        """
+        csv.field_size_limit(_LONGEST_ROW)
+        lines = (line + "\n" for line in self._lines(origin))
+        dialect = "excel-tab" if origin.kind.endswith("tsv") else "excel"
+        table = csv.DictReader(lines, dialect=dialect, strict=True)
+        try:
+            yield from table
+        except csv.Error as error:
+            raise DataError(
+                f"{origin.name}, line {table.reader.line_num}, is not as tables of text are: "
+                f"{error}; expected quotes around fields with separators or quotes in them, and at "
+                f"most {_LONGEST_ROW:,} characters in a field"
+            ) from None
+
+    def tar_rows(self, origin: Origin) -> Iterator[Row]:
+        """The samples of an archive as WebDataset lays it out."""
+        with opened(origin) as content:
+            yield from samples(content, origin.name, self._decoded, _LONGEST_ROW)
 
     def parquet_rows(self, origin: Origin) -> Iterator[Row]:
         """The rows of a parquet file, with no other column than that of the text.
@@ -158,7 +161,7 @@ class Reader:
         """
         import pyarrow.parquet
 
-        with _opened(origin) as file:
+        with opened_anywhere(origin) as file:
             table = pyarrow.parquet.ParquetFile(file)
             wanted = self._columns(table.schema_arrow.names)
             for batch in table.iter_batches(_BATCH_ROWS, columns=wanted):
@@ -168,7 +171,7 @@ class Reader:
         """The rows of an Arrow file or stream, which `datasets.save_to_disk` writes."""
         import pyarrow.ipc
 
-        with _opened(origin) as file:
+        with opened_anywhere(origin) as file:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
             if is_file:
@@ -188,7 +191,7 @@ class Reader:
         # `datasets` logs every error that it raises; the error is answered below.
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)
         name, config, split = [*origin.location.split(":"), "", ""][:3]
-        with _explained(origin):
+        with explained(origin):
             builder = datasets.load_dataset_builder(
                 name, name=config or None, revision=origin.sha256
             )
@@ -206,42 +209,58 @@ class Reader:
         return next(([name] for name in wanted if name in names), names)
 
     def _row_documents(self, origin: Origin, rows: Iterable[Any]) -> Iterator[Document]:
-        """Each row with text as a document, named FILE#ROW."""
+        """Each row with text as a document."""
         for number, row in enumerate(rows):
+            place = row[KEY] if isinstance(row, dict) and isinstance(row.get(KEY), str) else number
             try:
                 text = _text_of(row, self.text_field)
             except _BadRow as problem:
                 if self.bad_rows == "error":
-                    raise DataError(f"{origin.name}, row {number} {problem}, {_SKIP}") from None
-                self.first_bad = self.first_bad or f"{origin.name}, row {number} {problem}"
+                    raise DataError(f"{origin.name}, row {place} {problem}, {_SKIP}") from None
+                self.first_bad = self.first_bad or f"{origin.name}, row {place} {problem}"
                 self.dropped[WITHOUT_TEXT] += 1
                 continue
             if text:
-                yield document_of(f"{origin.name}#{number}", text)
+                yield document_of(f"{origin.name}#{place}", text)
             else:
                 self.dropped[EMPTY] += 1
 
+    def _lines(self, origin: Origin) -> Iterator[str]:
+        """Lines without their newlines, and without a byte order mark before the first.
+
+        Other separators of lines may occur inside of a text.
+        """
+        parts: list[str] = []
+        number, size = 1, 0
+        for block in itertools.chain(self._blocks(origin), ["\n"]):
+            end, *rest = block.split("\n")
+            parts.append(end)
+            size += len(end)
+            if size > _LONGEST_ROW and not parts[0].lstrip("\ufeff \t\r").startswith("["):
+                raise DataError(
+                    f"{origin.name}, line {number}, is longer than {_LONGEST_ROW:,} characters, "
+                    "which a row may have to fit into memory; make its text a file of its own"
+                )
+            if rest:
+                line = "".join(parts)
+                yield line.removeprefix("\ufeff") if number == 1 else line
+                yield from rest[:-1]
+                parts, size, number = [rest[-1]], len(rest[-1]), number + len(rest)
+
     def _blocks(self, origin: Origin) -> Iterator[str]:
-        """The decoded file, block by block. At its end, its hash is compared with the origin's."""
+        """The decoded content of a file, block by block."""
         decoder = codecs.getincrementaldecoder("utf-8")(self.errors)
-        digest, offset, tail, more = hashlib.sha256(), 0, b"", True
-        with _explained(origin), open(origin.location, "rb") as file:
+        offset, tail, more = 0, b"", True
+        with opened(origin) as content:
             while more:
-                block = file.read(PIECE_BYTES)
+                block = content.read(PIECE_BYTES)
                 more = bool(block)
-                digest.update(block)
                 waiting = len(decoder.getstate()[0])
                 try:
                     text = decoder.decode(block, final=not more)
                 except UnicodeDecodeError as error:
-                    place, found = offset - waiting + error.start, error.object[error.start]
-                    shown = error.object.decode("utf-8", "replace")
-                    stray = shown.count("\ufffd") < _STRAY_SHARE * len(shown)
-                    replace = ", or set data.errors = 'replace'" if stray else ""
-                    raise DataError(
-                        f"{origin.location} is not UTF-8: byte 0x{found:02x} at offset {place}; "
-                        f"convert the file (iconv -f ITS_ENCODING -t UTF-8){replace}"
-                    ) from None
+                    place = offset - waiting + error.start
+                    raise _not_utf8(origin.location, error, place) from None
                 if self.errors == "replace":
                     # Do not count replacement characters that are in the file itself.
                     genuine = (tail + block).count("\ufffd".encode())
@@ -249,7 +268,25 @@ class Reader:
                     tail = (tail + block)[-2:]
                 offset += len(block)
                 yield text
-        _check_same(origin, digest.hexdigest())
+
+    def _decoded(self, data: bytes, what: str) -> str:
+        """The text of bytes that are in memory."""
+        try:
+            text = data.decode("utf-8", self.errors)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(what, error, error.start) from None
+        self.replaced += text.count("\ufffd") - data.count("\ufffd".encode())
+        return text
+
+
+def _not_utf8(what: str, error: UnicodeDecodeError, offset: int) -> DataError:
+    shown = error.object.decode("utf-8", "replace")
+    stray = shown.count("\ufffd") < _STRAY_SHARE * len(shown)
+    replace = ", or set data.errors = 'replace'" if stray else ""
+    return DataError(
+        f"{what} is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset}; convert "
+        f"the file (iconv -f ITS_ENCODING -t UTF-8){replace}"
+    )
 
 
 class Kind(NamedTuple):
@@ -261,6 +298,7 @@ class Kind(NamedTuple):
       begins: a pattern of the first bytes. What a file begins with counts before its name.
       has_rows: each row that has a text is a document.
       is_text: the size of the file is the size of its text.
+      is_stream: such files are read in order, and so may be compressed.
       what, remedy: if such files are not read: what a file is, and what a person can do.
       holds_text: such files are not read, but text may be in them.
     """
@@ -270,6 +308,7 @@ class Kind(NamedTuple):
     begins: bytes = b"(?!)"
     has_rows: bool = False
     is_text: bool = True
+    is_stream: bool = True
     what: str = ""
     remedy: str = ""
     holds_text: bool = False
@@ -284,16 +323,21 @@ _DECOMPRESS = "decompress it and name the file that comes out"
 _UNPACK = "unpack it and name the files or the folder that come out"
 _MADE_FROM = "name the text that it was made from"
 
+_COLUMNS = Kind(has_rows=True, is_text=False, is_stream=False)
+
 KINDS = {
     "text": Kind(Reader.text, (".txt",)),
     # The standard library's source code, which is UTF-8 throughout (PEP 8).
     "python": Kind(Reader.text),
     "json": Kind(Reader.json_rows, (".json", ".jsonl", ".ndjson"), has_rows=True),
-    "parquet": Kind(Reader.parquet_rows, (".parquet",), rb"PAR1", has_rows=True, is_text=False),
-    "arrow": Kind(
-        Reader.arrow_rows, (".arrow",), rb"ARROW1\0|\xff{4}.{3}\0", has_rows=True, is_text=False
+    "csv": Kind(Reader.csv_rows, (".csv",), has_rows=True),
+    "tsv": Kind(Reader.csv_rows, (".tsv",), has_rows=True),
+    "tar": Kind(Reader.tar_rows, (".tar",), rb".{257}ustar", has_rows=True, is_text=False),
+    "parquet": _COLUMNS._replace(read=Reader.parquet_rows, suffixes=(".parquet",), begins=rb"PAR1"),
+    "arrow": _COLUMNS._replace(
+        read=Reader.arrow_rows, suffixes=(".arrow",), begins=rb"ARROW1\0|\xff{4}.{3}\0"
     ),
-    "hub": Kind(Reader.hub_rows, has_rows=True, is_text=False),
+    "hub": _COLUMNS._replace(read=Reader.hub_rows),
     "lfs": _unread(
         "a pointer of Git LFS", "", rb"version https://git-lfs", "fetch its content: git lfs pull"
     ),
@@ -302,7 +346,6 @@ KINDS = {
     "xz": _unread("compressed by xz", ".xz .lzma .txz", rb"\xfd7zXZ\0", _DECOMPRESS),
     "zstd": _unread("compressed by zstd", ".zst .zstd", rb"\x28\xb5\x2f\xfd", _DECOMPRESS),
     "lz4": _unread("compressed by lz4", ".lz4", rb"\x04\x22\x4d\x18", _DECOMPRESS),
-    "tar": _unread("a tar archive", ".tar", rb".{257}ustar", _UNPACK),
     "zip": _unread("a zip archive", ".zip", rb"PK(?:\x03\x04|\x05\x06)", _UNPACK),
     "archive": _unread("an archive", ".7z .rar", rb"7z\xbc\xaf|Rar!\x1a\x07", _UNPACK),
     "utf16": _unread(
@@ -334,6 +377,8 @@ KINDS = {
 }
 
 
+# Git looks at so many bytes.
+_LOOK_AT = 8000
 _BY_SUFFIX = {suffix: name for name, kind in KINDS.items() for suffix in kind.suffixes}
 _BY_BEGINNING = re.compile(
     b"|".join(b"(?P<%s>%s)" % (name.encode(), kind.begins) for name, kind in KINDS.items()),
@@ -341,49 +386,40 @@ _BY_BEGINNING = re.compile(
 )
 
 
+# A file that is compressed is of the kind "gzip+text", for example.
+KINDS |= {
+    f"{outer}+{inner}": kind._replace(suffixes=(), is_text=False)
+    if kind.read and kind.is_stream
+    else kind._replace(
+        read=None,
+        what=f"{KINDS[outer].what}, and what is in it is {kind.what or 'a table of columns'}",
+        remedy=kind.remedy or _DECOMPRESS,
+    )
+    for outer in COMPRESSIONS
+    for inner, kind in KINDS.items()
+}
+
+
 def kind_of_file(path: Path) -> str:
-    """The kind of a file: by the bytes that it begins with, else by the suffix of its name."""
+    """The kind of a file: by the bytes that it begins with, else by the suffix of its name.
+
+    Raises:
+      DataError: it is compressed, and its beginning is damaged.
+    """
+    kind = _kind_of(path, beginning(path, _LOOK_AT))
+    if kind not in COMPRESSIONS:
+        return kind
+    named = path.with_suffix("") if path.suffix.lower() in KINDS[kind].suffixes else path
+    return f"{kind}+{_kind_of(named, beginning(path, _LOOK_AT, kind))}"
+
+
+def _kind_of(path: Path, begins: bytes) -> str:
     by_name = _BY_SUFFIX.get(path.suffix.lower(), "text")
-    with open(path, "rb") as file:
-        begins = _BY_BEGINNING.match(file.read(8000))
-    by_bytes = begins.lastgroup if begins else None
+    found = _BY_BEGINNING.match(begins)
+    by_bytes = found.lastgroup if found else None
     # Files of many kinds have NUL bytes; their names tell more.
     tells_more = by_bytes == "binary" and not KINDS[by_name].is_text
     return by_name if by_bytes is None or tells_more else by_bytes
-
-
-@contextmanager
-def _explained(origin: Origin) -> Iterator[None]:
-    """Turn what the system and libraries say while an origin is read into a DataError.
-
-    The body may yield: whoever consumes a generator does not raise inside of it.
-    """
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        # The readers of columns raise errors of pyarrow, `datasets`, fsspec and HTTP libraries.
-        reason = why(error).split("\n")[0][:300] or type(error).__name__
-        remedy = "" if origin.kind == "hub" else "; put it back whole, or leave it out"
-        raise DataError(f"{origin.location} cannot be read: {reason}{remedy}") from error
-
-
-@contextmanager
-def _opened(origin: Origin) -> Iterator[BinaryIO]:
-    """The file of an origin for a library that reads it; its hash is compared at the end."""
-    with _explained(origin), open(origin.location, "rb") as file:
-        yield file
-        file.seek(0)
-        _check_same(origin, hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _check_same(origin: Origin, sha256: str) -> None:
-    if sha256 != origin.sha256:
-        raise DataError(
-            f"{origin.location} changed while it was read: expected sha256 {origin.sha256}, "
-            f"found {sha256}; run the same command again when nothing writes to it"
-        )
 
 
 class _BadRow(ValueError):
@@ -394,6 +430,12 @@ def _text_of(row: Any, name: str) -> str:
     """The text of a row, which may be nested: "a.b" is field b of field a."""
     if not isinstance(row, dict):
         raise _BadRow(f"is {type(row).__name__}; {_EXPECTED_JSON}: mend or remove the row")
+    if None in row:  # csv's name for what is beyond the columns
+        columns = len(row) - 1
+        raise _BadRow(
+            f"has {columns + len(row[None])} fields; expected {columns}, as many as its header: "
+            "put fields with separators in them in quotes"
+        )
     try:
         text = _field(row, name)
     except (KeyError, TypeError):
@@ -445,16 +487,3 @@ def _last_safe_cut(text: str) -> int:
 def _slices(text: str) -> Iterator[str]:
     for start in range(0, len(text), PIECE_BYTES):
         yield text[start : start + PIECE_BYTES]
-
-
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
-    """Lines that end with a newline; other line separators may occur inside a JSON text."""
-    parts: list[str] = []
-    for block in blocks:
-        end, *rest = block.split("\n")
-        parts.append(end)
-        if rest:
-            yield "".join(parts)
-            yield from rest[:-1]
-            parts = [rest[-1]]
-    yield "".join(parts)

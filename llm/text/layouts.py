@@ -14,12 +14,9 @@ from llm.errors import DataError
 from llm.files import read_json, why
 from llm.text.documents import KINDS
 
-# Rows whose text is a column; they are not read as rows.
-TABLES_OF_TEXT = {".csv", ".tsv"}
-
 # Files with these suffixes hold the examples of a data set; others are about it.
 _DATA = {suffix for kind in KINDS.values() for suffix in kind.suffixes}
-_DATA |= TABLES_OF_TEXT | {".tokens", ".raw"}
+_DATA |= {".tokens", ".raw"}
 _INFO = {"dataset_info.json", "dataset_infos.json"}
 _NO_DATA = {"config.json", "dataset_dict.json"} | _INFO
 

@@ -23,6 +23,9 @@ from llm.text import layouts
 from llm.text.cache import CACHE_TAG
 from llm.text.documents import KINDS, kind_of_file
 
+# In a folder of other files, these are more often documents than tables of them.
+_MAYBE_TEXT = (".json", ".csv", ".tsv")
+
 
 class File(NamedTuple):
     """A file that is read, and its kind."""
@@ -103,8 +106,8 @@ class Tree:
                 yield from self._train_split(folder)
             else:
                 for path, kind in self._readable(files):
-                    # A .json file in a folder is more often a document than a table of them.
-                    yield File(path, "text" if path.suffix.lower() == ".json" else kind)
+                    is_text = path.suffix.lower() in _MAYBE_TEXT and "+" not in kind
+                    yield File(path, "text" if is_text else kind)
 
     def _descend(self, root: Path) -> Iterator[tuple[Path, list[Path], list[Path]]]:
         """Each folder with its folders and files; a folder that is taken out is not entered.
@@ -217,10 +220,7 @@ class Tree:
         for path in files:
             if path not in examples:
                 self.left["not an example of the data set"][path] = None
-        for file in self._readable(dict.fromkeys(splits["train"]), every=True):
-            if file.path.suffix.lower() in layouts.TABLES_OF_TEXT:
-                raise DataError(f"{file.path} is a table of text; convert it to .jsonl or .parquet")
-            yield file
+        yield from self._readable(dict.fromkeys(splits["train"]), every=True)
 
     def _leave_splits(self, folder: Path, splits: dict[str, list[Path]]) -> None:
         """Note which splits are left out; there must be one to train on."""
