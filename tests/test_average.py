@@ -11,7 +11,9 @@ from runs import saved_arrays, train, write_config
 
 from llm.__main__ import main
 from llm.errors import CheckpointError, UsageError
+from llm.run.directory import RunDirectory
 from llm.run.open import open_model
+from llm.run.provenance import lineage
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +47,22 @@ def test_the_mean_is_numpys_and_a_run_to_open(trained, tmp_path, capsys):
         train(trained.parent / "config.toml", "--run.dir", str(output))
 
 
-def test_steps_that_are_named_are_averaged(trained, tmp_path, capsys):
+def test_steps_that_are_named_are_averaged_and_are_its_ancestors(trained, tmp_path, capsys):
     output = str(tmp_path / "mean")
+    capsys.readouterr()
     assert main(["average", str(trained), "--steps", "8", "4", "--output", output, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [member["step"] for member in report["members"]] == [4, 8]
     assert report["step"] == 8
+    assert main(["verify", output]) == 0
+    said = capsys.readouterr()
+    assert f"the run is the mean of steps 4, 8 of {trained}" in said.err
+    ancestor = json.loads(said.out)["ancestor"]
+    assert ancestor["members"] == [4, 8]
+    assert ancestor["params_sha256"] == report["members"][-1]["params_sha256"]
+    assert main(["diff", str(trained), output]) == 0
+    assert "B comes from A at step 8" in capsys.readouterr().out
+    assert [of["name"] for of in lineage(RunDirectory(tmp_path / "mean"))] == ["mean", "run"]
 
 
 @pytest.mark.parametrize(

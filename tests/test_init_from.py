@@ -25,6 +25,7 @@ from runs import (
     write_config,
 )
 from safetensors.numpy import load_file, save_file
+from test_hosts import together
 from test_imported import byte_level
 
 from llm.commands import diff, import_hf, run_command, score, verify
@@ -36,6 +37,8 @@ from llm.run.open import open_model
 
 STORIES = ROOT.parent / "shared" / "models" / "stories260k"
 FROM_SOURCE = ("model", "tokenizer")  # sections that a configuration need not have
+SHORT = {"training": {"steps": 2, "eval_every": 0}, "sample": {"max_new_tokens": 0}}
+MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
 def config_from(source, folder, text="the red deer to the other door rode " * 60, **changes):
@@ -49,6 +52,14 @@ def config_from(source, folder, text="the red deer to the other door rode " * 60
     path.write_text(tomli_w.dumps(settings))
     (folder / "corpus.txt").write_text(text)
     return path
+
+
+def begin(config, *flags):
+    """A run that has saved what it begins with, and was ended before it trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLM_FAULT", "checkpoint.after_commit:raise")
+        with pytest.raises(CheckpointError, match="could not be saved"):
+            train(config, *flags)
 
 
 def printed(capsys, command, *arguments):
@@ -114,15 +125,15 @@ def test_the_first_evaluation_is_what_score_says_of_the_source(source, child, ca
 
 def test_the_source_may_go_once_the_first_checkpoint_is_there(source, tmp_path):
     moved = shutil.copytree(source, tmp_path / "source")
-    config = config_from(moved, tmp_path / "b", training={"steps": 2})
+    config = config_from(moved, tmp_path / "b", **SHORT)
     assert train(config) == 0
     shutil.rmtree(moved)
-    assert train(config, "--training.steps", "4", "--run.allow-change") == 0
+    assert train(config) == 0  # it is finished
     settings = tomllib.loads(config.read_text())
     del settings["training"]["init_from"]
     config.write_text(tomli_w.dumps(settings))  # nor need it be said again
-    assert train(config, "--training.steps", "6", "--run.allow-change") == 0
-    assert [row[1] for row in losses(tmp_path / "b" / "run") if row[0] == "train"] == [*range(1, 7)]
+    assert train(config, "--training.steps", "4", "--run.allow-change") == 0
+    assert [row[1] for row in losses(tmp_path / "b" / "run") if row[0] == "train"] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -153,28 +164,33 @@ def test_a_file_that_contradicts_the_source_is_refused_before_other_advice(sourc
         train(config)
 
 
-def test_dropout_and_padding_may_differ(source, tmp_path):
-    model = {"dropout": 0.0, "vocab_multiple": 24}
-    config = config_from(source, tmp_path, model=model, training={"steps": 1})
-    assert train(config) == 0
-    held = saved_arrays(tmp_path / "run" / "checkpoints" / "0" / "params")["embed.weight"]
-    theirs = saved_arrays(source / "checkpoints" / "12" / "params")["embed.weight"]
-    assert held.shape == (24, 32) and theirs.shape == (64, 32)
-    np.testing.assert_array_equal(held[:7], theirs[:7])
-
-
-def test_learned_positions_are_cut(source, tmp_path):
-    config = config_from(source, tmp_path, model={"context_length": 10}, training={"steps": 1})
-    assert train(config) == 0
+def test_dropout_padding_and_fewer_positions_may_be_chosen(source, tmp_path):
+    model = {"dropout": 0.0, "vocab_multiple": 24, "context_length": 10}
+    begin(config_from(source, tmp_path, model=model))
     held = saved_arrays(tmp_path / "run" / "checkpoints" / "0" / "params")
     theirs = saved_arrays(source / "checkpoints" / "12" / "params")
+    assert held["embed.weight"].shape == (24, 32) and theirs["embed.weight"].shape == (64, 32)
+    np.testing.assert_array_equal(held["embed.weight"][:7], theirs["embed.weight"][:7])
     np.testing.assert_array_equal(held["embed.position"], theirs["embed.position"][:10])
     said = ancestor(tmp_path)
     assert said["params_sha256"] == params_sha256(source)
     assert said["step_0_sha256"] == identity_of(held) == params_sha256(tmp_path / "run", 0)
 
 
-@pytest.mark.thorough(keep=1)
+@pytest.mark.parametrize("place", ["checkpoint.before_commit:raise", "step:step=3:raise"])
+def test_an_error_on_the_way_changes_nothing(source, child, tmp_path, monkeypatch, place):
+    """Before the first checkpoint and after it. A kill, in the thorough tests, is no different."""
+    config = config_from(source, tmp_path)
+    monkeypatch.setenv("LLM_FAULT", place)
+    with pytest.raises((CheckpointError, RuntimeError), match=r"could not be saved|planned fault"):
+        train(config)
+    monkeypatch.delenv("LLM_FAULT")
+    assert train(config) == 0
+    assert losses(tmp_path / "run") == losses(child / "run")
+    assert params_sha256(tmp_path / "run", 12) == params_sha256(child / "run", 12)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "place", ["step:step=3:kill", "checkpoint.before_commit:kill", "evaluation:kill"]
 )
@@ -196,12 +212,12 @@ def test_a_kill_changes_nothing(source, tmp_path, place):
 def test_a_source_that_changed_before_anything_was_trained_is_told_by_its_hash(
     source, tmp_path, monkeypatch, capfd
 ):
-    config = config_from(source, tmp_path, training={"steps": 1})
+    config = config_from(source, tmp_path)
     monkeypatch.setenv("LLM_FAULT", "checkpoint.before_commit:raise")
     with pytest.raises(CheckpointError, match="could not be saved"):
         train(config)
     monkeypatch.delenv("LLM_FAULT")
-    assert train(config, "--training.init-from", f"{source}@8") == 0
+    begin(config, "--training.init-from", f"{source}@8")
     said = capfd.readouterr().err
     assert "other parameters than its last start" in said and params_sha256(source, 12) in said
     assert ancestor(tmp_path)["step"] == 8
@@ -224,25 +240,23 @@ def test_damage_of_the_source_is_an_error_that_names_it(source, tmp_path):
 
 
 def test_verify_and_diff_know_the_ancestors(source, child, tmp_path, capsys):
-    config = config_from(f"{child / 'run'}@8", tmp_path, training={"steps": 2})
-    assert train(config) == 0
+    begin(config_from(f"{child / 'run'}@8", tmp_path))
     mother, grandchild = child / "run", tmp_path / "run"
     said = printed(capsys, verify, mother, "--step", 0, "--json")
     assert said["params_sha256"] == said["ancestor"]["params_sha256"] == params_sha256(source)
     assert run_command(verify.main, [str(grandchild)]) == 0
     assert f"trained on from {mother}, step 8" in capsys.readouterr().err
     for one, other, expected in [
-        (source, mother, "B was trained on from A at step 12"),
-        (mother, source, "A was trained on from B at step 12"),
-        (source, grandchild, "B was trained on from A at step 12"),
-        (mother, grandchild, "B was trained on from A at step 8"),
+        (source, mother, "B comes from A at step 12"),
+        (mother, source, "A comes from B at step 12"),
+        (source, grandchild, "B comes from A at step 12"),
+        (mother, grandchild, "B comes from A at step 8"),
     ]:
         assert run_command(diff.main, [str(one), str(other)]) == 0
         assert expected in capsys.readouterr().out
-    sister = config_from(f"{source}@8", tmp_path / "sister", training={"steps": 1})
-    assert train(sister) == 0
+    begin(config_from(f"{source}@8", tmp_path / "sister"))
     assert run_command(diff.main, [str(grandchild), str(tmp_path / "sister" / "run")]) == 0
-    assert "both were trained on from run, at step 12 and at step 8" in capsys.readouterr().out
+    assert "both come from run, at step 12 and at step 8" in capsys.readouterr().out
 
 
 def test_verify_finds_a_step_0_that_is_not_what_the_run_began_with(child, tmp_path, capsys):
@@ -254,11 +268,12 @@ def test_verify_finds_a_step_0_that_is_not_what_the_run_began_with(child, tmp_pa
         verify.main([str(tmp_path / "run"), "--step", "0", "--json"])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("scan", [False, True])
-def test_a_source_is_read_onto_any_mesh_and_as_stacked_layers(source, child, tmp_path, scan):
+def test_a_source_is_trained_on_any_mesh_and_as_stacked_layers(source, child, tmp_path, scan):
     training = {"scan_layers": scan}
     config = config_from(source, tmp_path, training=training, checkpoint={"keep": 99})
-    assert train(config, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2") == 0
+    assert train(config, *MESH) == 0
     assert params_sha256(tmp_path / "run", 0) == params_sha256(source)
     ours, expected = ({(k, s): v for k, s, v in losses(f / "run")} for f in (tmp_path, child))
     assert ours == {key: pytest.approx(loss, abs=1e-4) for key, loss in expected.items()}
@@ -298,18 +313,17 @@ def llama(tmp_path_factory):
     return folder, larger / "tokenizer.json", size
 
 
-SHORT = {"training": {"steps": 2}, "sample": {"max_new_tokens": 0}}
-
-
 def test_a_folder_gives_what_an_import_of_it_gives(llama, tmp_path, capsys):
     folder, _, size = llama
     assert run_command(import_hf.main, [str(folder), str(tmp_path / "imported")]) == 0
     shas = []
-    for name, source in (("a", folder), ("b", tmp_path / "imported")):
-        config = config_from(source, tmp_path / name, ENGLISH, **SHORT)
-        assert train(config, "--model.context-length", "32") == 0
+    for name, source, mesh in (
+        ("a", folder, ("--mesh.fsdp", "4")),
+        ("b", tmp_path / "imported", ()),
+    ):
+        begin(config_from(source, tmp_path / name, ENGLISH), "--model.context-length", "32", *mesh)
         shas.append([ancestor(tmp_path / name)["params_sha256"]])
-        shas[-1] += [params_sha256(tmp_path / name / "run", step) for step in (0, 2)]
+        shas[-1].append(params_sha256(tmp_path / name / "run", 0))
     assert shas[0] == shas[1] and shas[0][0] == shas[0][1]
     opened = open_model(tmp_path / "a" / "run")
     assert opened.spec.vocab_size == size and opened.spec.config.context_length == 32
@@ -320,7 +334,7 @@ def test_new_tokens_begin_as_the_mean_of_the_others(llama, tmp_path, capfd):
     config = config_from(folder, tmp_path, ENGLISH, tokenizer={"kind": str(larger)}, **SHORT)
     with pytest.raises(UsageError, match=rf"has {size} tokens.*resize_vocabulary = true"):
         train(config)
-    assert train(config, "--training.resize-vocabulary") == 0
+    begin(config, "--training.resize-vocabulary")
     said = capfd.readouterr().err
     assert f"grows from {size} to {size + 3} tokens" in said
     held = saved_arrays(tmp_path / "run" / "checkpoints" / "0" / "params")
@@ -333,7 +347,7 @@ def test_new_tokens_begin_as_the_mean_of_the_others(llama, tmp_path, capfd):
     assert ancestor(tmp_path)["step_0_sha256"] == identity_of(held)
     opened = open_model(tmp_path / "run")
     assert opened.tokenizer.encode("<|pad|>", special=True).tolist() == [size + 2]
-    assert train(config, "--training.resize-vocabulary", "--training.steps", "3") == 0
+    assert train(config, "--training.resize-vocabulary") == 0
 
 
 def test_a_tokenizer_that_gives_ids_another_meaning_is_no_growth(llama, tmp_path):
@@ -355,7 +369,7 @@ def test_a_folder_without_a_tokenizer_takes_the_one_that_is_named(llama, tmp_pat
     config = config_from(bare, tmp_path, ENGLISH, **SHORT)
     with pytest.raises(UsageError, match=r"has \d+ tokens; name the tokenizer that it was trained"):
         train(config)
-    assert train(config, "--tokenizer.kind", str(llama[0] / "tokenizer.json")) == 0
+    begin(config, "--tokenizer.kind", str(llama[0] / "tokenizer.json"))
 
 
 def test_weights_that_are_not_finite_are_refused(llama, tmp_path):
@@ -369,6 +383,7 @@ def test_weights_that_are_not_finite_are_refused(llama, tmp_path):
     assert not (tmp_path / "run" / "checkpoints" / "0").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not STORIES.exists(), reason="the model is not here")
 def test_stories260k_learns_another_text_and_a_kill_changes_nothing(tmp_path):
     """60 steps on Python's own words lower the loss on those that were held out."""
@@ -395,6 +410,36 @@ def test_stories260k_learns_another_text_and_a_kill_changes_nothing(tmp_path):
     assert evaluations[-1] < evaluations[0] - 0.5
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_of_a_folder_are_read_onto_their_devices_and_trained(model_type, tmp_path):
+    file, size = with_tokens()
+    model = ModelConfig(
+        n_layer=1, n_head=2, n_kv_head=1, d_model=32, d_ff=48, context_length=16, norm="rmsnorm",
+        positions="rotary", bias=False, activation="swiglu", tie_embeddings=False, n_expert=4,
+        n_expert_active=2, qk_norm=model_type == "qwen3_moe",
+    ).resolved()  # fmt: skip
+    params = jax.device_get(initialise(ModelSpec(model, size), jax.random.key(5)))
+    assert to_hf(model, size, params, tmp_path / "folder") == model_type
+    (tmp_path / "folder" / "tokenizer.json").write_text(json.dumps(file))
+    config = config_from(tmp_path / "folder", tmp_path, ENGLISH, **SHORT)
+    mesh = ("--mesh.expert", "2", "--mesh.fsdp", "2", "--mesh.data", "2")
+    assert train(config, *mesh, "--checkpoint.keep", "9") == 0
+    assert params_sha256(tmp_path / "run", 0) == identity_of(from_hf(tmp_path / "folder")[2])
+    evaluations = [loss for kind, _, loss in losses(tmp_path / "run") if kind == "eval"]
+    assert evaluations[-1] < evaluations[0]
+
+
+@pytest.mark.thorough
+def test_two_processes_read_their_own_parts_of_a_folder(llama, tmp_path):
+    config = config_from(llama[0], tmp_path, ENGLISH, **SHORT)
+    results = together(config, 2, "--mesh.fsdp", "2", "--checkpoint.keep", "9")
+    assert [code for code, _ in results] == [0, 0], results
+    assert params_sha256(tmp_path / "run", 0) == identity_of(from_hf(llama[0])[2])
+    pieces = tmp_path / "run" / "checkpoints" / "0" / "params" / "embed.weight"
+    assert len([path for path in pieces.iterdir() if path.name != ".zarray"]) == 2
+
+
 @pytest.mark.parametrize(("table", "said"), [({"kind": 5}, "kind = 5"), ({"knd": "x"}, "knd")])
 def test_a_tokenizer_that_is_no_setting_is_a_message(source, tmp_path, table, said):
     with pytest.raises(UsageError, match=f"tokenizer.{said}"):
@@ -404,8 +449,8 @@ def test_a_tokenizer_that_is_no_setting_is_a_message(source, tmp_path, table, sa
 def test_training_finds_what_was_prepared_in_the_vocabulary_of_the_source(source, tmp_path):
     from llm.commands import prepare
 
-    config = config_from(source, tmp_path, text="the red deer " * 99, training={"steps": 1})
+    config = config_from(source, tmp_path, text="the red deer " * 99)
     assert run_command(prepare.main, [str(config)]) == 0
     prepared = set((tmp_path / "cache" / "shards").iterdir())
-    assert train(config) == 0
+    begin(config)
     assert set((tmp_path / "cache" / "shards").iterdir()) == prepared

@@ -129,15 +129,18 @@ def write_run(partial: Path, target: Path, run: Any, opened: Any, mean: Any, mem
     import jax
     import numpy as np
 
-    from llm.run.checkpoint import Checkpoints, read_receipt
+    from llm.run.checkpoint import Checkpoints, params_sha256, read_receipt
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import describe_import
+    from llm.run.provenance import describe_ancestor, describe_import
     from llm.run.receipt import make_receipt, receipt_logprobs
 
     made = RunDirectory(partial)
     opened.tokenizer.save(made.tokenizer)
     record = describe_import(RunDirectory(target), opened.spec, opened.tokenizer, run.path)
     record["imported"]["members"] = members
+    begun = params_sha256(mean)
+    ancestor = describe_ancestor(run.path, opened.step, opened.params_sha256, begun)
+    record["ancestor"] = ancestor | {"members": [member["step"] for member in members]}
     made.write_provenance(record | {"data": run.read_provenance()["data"]})
     tokens_BT = np.asarray(read_receipt(run.checkpoints / str(opened.step))["tokens"], np.int32)
     logprobs_BT = receipt_logprobs(opened.spec, mean, tokens_BT)
@@ -150,4 +153,4 @@ def write_run(partial: Path, target: Path, run: Any, opened: Any, mean: Any, mem
     config = run.read_config()
     place = config.run.model_copy(update={"dir": str(target)})
     made.write_config(config.model_copy(update={"run": place}))
-    return read_receipt(made.checkpoints / str(opened.step))["params_sha256"]
+    return begun

@@ -122,7 +122,7 @@ def common_ancestor(
     line_a: list[dict[str, Any]], line_b: list[dict[str, Any]]
 ) -> dict[str, Any] | None:
     """The nearest run or folder that two runs come from: its name, and the step at which each of
-    them was trained on from it; None for a run that is it."""
+    them begins with it, or is the mean of it and steps before; None for a run that is it."""
 
     def key(of: dict[str, Any]) -> Any:
         return (of["created"], of["name"]) if of["created"] else of["params_sha256"]
@@ -142,9 +142,9 @@ def for_people(report: dict[str, Any]) -> str:
         lines = ["no step is recorded in both, so no losses are compared"]
     if ancestry := report["ancestry"]:
         a, b = ancestry["step_a"], ancestry["step_b"]
-        both = f"both were trained on from {ancestry['name']}, at step {a} and at step {b}"
-        from_one = f"B was trained on from A at step {b}" if a is None else both
-        lines.insert(0, f"A was trained on from B at step {a}" if b is None else from_one)
+        both = f"both come from {ancestry['name']}, at step {a} and at step {b}"
+        from_one = f"B comes from A at step {b}" if a is None else both
+        lines.insert(0, f"A comes from B at step {a}" if b is None else from_one)
     if not one == other == common > 0:
         lines[0] += f": the first run has {one} recorded, the second {other}"
     if parting:

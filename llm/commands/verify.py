@@ -1,7 +1,7 @@
 """python -m llm verify RUN [--step N | --all] [--json]: is a checkpoint what was saved?
 
 Prints one JSON object for each step: step, params_sha256, manifest_ok, receipt_max_abs_diff, and
-ancestor if the run was trained on from other parameters, with which its step 0 is compared. Every
+ancestor if the run came from another, with which its step 0 is compared. Every
 file is compared with the manifest; then the model is opened, and its parameters are compared with
 their sha256 and with what they predicted. Any machine will do, also one without the accelerator
 that trained the run.
@@ -49,6 +49,8 @@ def main(arguments: list[str]) -> int:
     """
     chosen = parse(Options, arguments)
     prepare_process()
+    from llm.run.provenance import came_from
+
     problems = []
     for result in verify(chosen):
         problem = result.pop("problem")
@@ -58,8 +60,7 @@ def main(arguments: list[str]) -> int:
         elif not chosen.as_json:
             say_result(f"step {result['step']}: manifest, parameters and receipt hold")
             if "ancestor" in result:
-                said = "the run was trained on from {from}, step {step} (sha256 {params_sha256})"
-                say_result(said.format(**result["ancestor"]))
+                say_result(f"the run {came_from(result['ancestor'])}")
     if problems:
         raise CheckpointError("\n  ".join(problems))
     return 0
@@ -115,7 +116,8 @@ def verify_step(run: "RunDirectory", step: int) -> dict[str, Any] | None:
             result["params_sha256"] = opened.params_sha256
             result["receipt_max_abs_diff"] = opened.receipt_max_abs_diff
             if ancestor := run.read_provenance().get("ancestor"):
-                result["ancestor"] = {x: ancestor[x] for x in ("from", "step", "params_sha256")}
+                named = ("from", "step", "params_sha256", "members")
+                result["ancestor"] = {x: ancestor[x] for x in named if x in ancestor}
                 if step == 0 and opened.params_sha256 != ancestor["step_0_sha256"]:
                     result["problem"] = (
                         f"{folder} does not hold what the run began with, from {ancestor['from']}: "

@@ -3,8 +3,9 @@
 schema, name, created
 model     parameters, FLOPs per token, vocabulary, compute dtype
 data      fingerprint, hashes of the tokenizer and the sources, counts
-ancestor  of a run that was trained on from other parameters: where they came from, their step and
-          sha256, the sha256 of step 0, and the ancestor of that run in turn
+ancestor  of a run that begins with other parameters, or is the mean of some (then with the steps of
+          its members): where they came from, their step and sha256, the sha256 of what the run
+          begins with, and the ancestor of that run in turn
 starts    an entry for each start: its first step, versions, devices, settings that changed, and
           the steps that a crash made it repeat, with the seconds that they had taken before
 """
@@ -111,6 +112,15 @@ def describe_ancestor(
         "step_0_sha256": step_0_sha256,
         "ancestor": record.get("ancestor"),
     }
+
+
+def came_from(ancestor: Mapping[str, Any]) -> str:
+    """How a run came from its ancestor, for people: what follows "the run"."""
+    if "members" in ancestor:
+        return (
+            f"is the mean of steps {', '.join(map(str, ancestor['members']))} of {ancestor['from']}"
+        )
+    return "was trained on from {from}, step {step} (sha256 {params_sha256})".format(**ancestor)
 
 
 def lineage(run: RunDirectory) -> list[dict[str, Any]]:
