@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import tomli_w
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat
 
 from llm.data_config import DataConfig, MixtureSource
 from llm.errors import UsageError
@@ -32,6 +32,7 @@ from llm.section import (
     Seed,
     Settings,
     TopK,
+    as_tuple,
     setting,
 )
 
@@ -208,8 +209,23 @@ class LoggingConfig(Settings):
     progress: Literal["auto", "bar", "plain", "none"] = setting(
         "auto", "progress on the terminal; auto: a bar on a terminal, plain lines elsewhere"
     )
+    page: Annotated[int, Field(ge=0, le=65535)] = setting(
+        0, "port at which this machine's browsers see RUN/report.html grow; 0: none"
+    )
+    probe_every: Count = setting(
+        0,
+        "steps between scorings of the probes, which are held-out text and [[probe]] tables of "
+        "the file; 0: at each evaluation",
+    )
     tensorboard: bool = setting(False, "also write RUN/tensorboard (needs the 'tensorboard' extra)")
     wandb_project: str = setting("", "also log to this W&B project (needs the 'wandb' extra)")
+
+
+class ProbeText(Settings):
+    """A text whose probabilities are followed as the model learns it: a table [[probe]]."""
+
+    text: str = setting(..., "a text of at least two tokens, at most 256")
+    name: str = setting("", "what the report calls it; empty: its beginning")
 
 
 class SamplingConfig(Settings):
@@ -257,6 +273,7 @@ class Config(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     sample: SamplingConfig = SamplingConfig()
+    probe: Annotated[tuple[ProbeText, ...], BeforeValidator(as_tuple)] = ()
 
     @pydantic.model_validator(mode="after")
     def _check_across_sections(self) -> Self:
@@ -359,11 +376,13 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def flatten(config: Config) -> dict[str, Any]:
     """`section.key` -> value, in the order of the sections; then `data.filters.key` -> value;
     `data.mixture` -> the names of its sources, then `data.mixture.NAME.key` -> value."""
+    sections = config.model_dump(mode="json")
+    probes = sections.pop("probe")
     flat = {
         f"{section}.{key}": value
-        for section, settings in config.model_dump(mode="json").items()
+        for section, settings in sections.items()
         for key, value in settings.items()
-    }
+    } | ({"probe": probes} if probes else {})
     flat |= {f"data.filters.{key}": value for key, value in flat.pop("data.filters").items()}
     tables, flat["data.mixture"] = flat["data.mixture"], [one.name for one in config.data.mixture]
     for table in tables:
@@ -379,12 +398,17 @@ _SHORT.maxstring = _SHORT.maxother = 80
 def _explain(problem: Any, flags: Collection[str]) -> str:
     """What is wrong with one setting."""
     path = [str(part) for part in problem["loc"]]
-    in_table = path[:2] == ["data", "mixture"] and len(path) > 3
-    name = ".".join(path[: 4 if in_table else 3 if path[1:2] == ["filters"] else 2])
+    # Where a table of a file begins, such as data.mixture.0, and what it holds.
+    probes = path[:1] == ["probe"]
+    table = path[: 2 if probes else 3]
+    fields = ProbeText.model_fields if probes else MixtureSource.model_fields
+    in_table = (probes or path[:2] == ["data", "mixture"]) and len(path) > len(table)
+    in_section = 3 if path[1:2] == ["filters"] else 2
+    name = ".".join(path[: len(table) + 1 if in_table else in_section])
     if problem["type"] == "missing":
-        return f"{name} is missing: expected {MixtureSource.model_fields[path[3]].description}"
+        return f"{name} is missing: expected {fields[path[len(table)]].description}"
     if problem["type"] == "extra_forbidden":
-        known = [f"{'.'.join(path[:3])}.{key}" for key in MixtureSource.model_fields]
+        known = [f"{'.'.join(table)}.{key}" for key in fields]
         near = nearest(name, known if in_table else [*Config.model_fields, *flatten(Config())])
         sections = ", ".join(Config.model_fields)
         return f"unknown setting {name}; " + (

@@ -89,6 +89,7 @@ def test_rows_that_are_broken_cut_or_not_finite_leave_the_others(copy, capsys):
 def test_a_run_of_no_or_one_step_has_a_page(copy, capsys, count):
     write_rows(copy / "run" / "metrics.jsonl", count, [1.5] * count)
     shutil.rmtree(copy / "run" / "checkpoints")
+    (copy / "run" / "probes.jsonl").unlink()
     assert main(["report", str(copy / "run")]) == 0
     assert (copy / "run" / "report.html").read_text().startswith("<!doctype html>")
     (run,) = reported(capsys, copy / "run")["runs"]
@@ -152,3 +153,87 @@ def test_a_step_counts_once_and_seconds_stand_for_the_steps_between_rows(tmp_pat
     metrics = Metrics(tmp_path / "metrics.jsonl")
     assert list(metrics.train["step"]) == [1, 2, 3, 7]
     assert list(metrics.train["seconds"]) == [2.0, 4.0, 6.0, 14.0]
+
+
+def probe_rows(run):
+    return [json.loads(line) for line in (run / "probes.jsonl").read_text().splitlines()]
+
+
+def test_probes_are_scored_at_each_evaluation_as_score_does(unbroken):
+    from llm.inference.score import Scorer
+    from llm.run.open import open_model
+
+    rows = probe_rows(unbroken / "run")
+    evaluated = [row["step"] for row in rows_of(unbroken / "run") if row["kind"] == "eval"]
+    fixed = [row for row in rows if "prompt" not in row]
+    assert sorted({row["step"] for row in fixed}) == evaluated
+    assert [row["step"] for row in rows if row["name"] == "Sample"] == evaluated
+    opened = open_model(unbroken / "run", evaluated[-1])
+    scorer = Scorer(opened.spec, opened.params, opened.tokenizer, top=1)
+    last = [row for row in rows if row["step"] == evaluated[-1]]
+    assert len(last) == 3
+    for row, records in zip(last, scorer.score([row["ids"] for row in last]), strict=True):
+        assert row["said"][0] is None
+        said = [[r.logprob, r.rank, r.entropy, r.top[0].id, r.top[0].logprob] for r in records[1:]]
+        found = row["said"][1:]
+        if "prompt" in row:
+            found, said = found[row["prompt"] - 1 :], said[row["prompt"] - 1 :]
+        for place in (0, 2, 4):
+            got, expected = [one[place] for one in found], [one[place] for one in said]
+            np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
+        assert [one[1] for one in found] == [one[1] for one in said]
+
+
+def test_probes_of_the_settings_outlive_a_kill_once_each(tmp_path, capsys):
+    from runs import run_process, train, write_config
+
+    config = write_config(
+        tmp_path,
+        training={"steps": 8, "eval_every": 4},
+        logging={"progress": "none", "probe_every": 2},
+        sample={"max_new_tokens": 0},
+    )
+    text = "\n[[probe]]\ntext = 'the teeth'\nname = '<b>名字 \\u202e</b>'\n"
+    config.write_text(config.read_text() + text.replace("'", '"'))
+    code, output = run_process(config, fault="step:step=7:kill")
+    assert code == -9, output
+    with open(tmp_path / "run" / "probes.jsonl", "a") as file:
+        file.write('{"step":6,"name":"torn')
+    assert train(config) == 0
+    rows = [row for row in probe_rows(tmp_path / "run") if row["name"].startswith("<b>")]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    (run,) = reported(capsys, tmp_path / "run")["runs"]
+    (learnt,) = [text for text in run["texts"] if text["name"].startswith("<b>")]
+    assert learnt["steps"] == [2, 4, 6, 8] and learnt["said"][3] == rows[3]["said"]
+    assert "".join(token["text"] for token in learnt["tokens"]) == "the teeth"
+    assert run["state"] == "finished, step 8 of 8"
+    assert set(run["time"]["seconds"]) >= {"text", "compiling", "steps", "evaluation", "saves"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<b>名字" not in page and page.count("<!doctype html>") == 1
+
+
+def test_a_probe_too_short_or_of_an_unknown_key_is_refused(tmp_path):
+    from runs import train, write_config
+
+    config = write_config(tmp_path)
+    text = config.read_text()
+    for table, message in [
+        ('text = "t"', r"the \[\[probe\]\] 't' has 1 tokens; expected 2 to 17"),
+        ('txt = "the"', "unknown setting probe.0.txt; did you mean probe.0.text"),
+        ('name = "n"', "probe.0.text is missing: expected a text of at least two tokens"),
+    ]:
+        config.write_text(f"{text}\n[[probe]]\n{table}\n")
+        with pytest.raises(UsageError, match=message):
+            train(config)
+
+
+def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys):
+    from llm.pages.report_writer import Page
+    from llm.run.directory import RunDirectory
+    from llm.run.display import Display
+
+    (tmp_path / "config.toml").write_text("[model]\nn_layer = 'many'\n")
+    page = Page(RunDirectory(tmp_path), Display(), writes=True)
+    page.ask()
+    page.close()
+    assert capsys.readouterr().err.count("report.html is not written") == 1

@@ -26,7 +26,7 @@ import pydantic
 from pydantic.fields import FieldInfo
 
 from llm.commands.outputs import check_outputs
-from llm.config import Config, expected, known_files, load_config
+from llm.config import Config, ProbeText, expected, known_files, load_config
 from llm.data_config import MixtureSource
 from llm.errors import UsageError
 from llm.names import nearest
@@ -37,6 +37,7 @@ WIDEST_HELP = 100  # columns; longer lines are harder to read
 
 # Types of flags and arguments that name a file to write (or, as "-", standard output), and files or
 # runs to read.
+_TABLES = {MixtureSource, ProbeText}
 _OUTPUT, _INPUT, _STDOUT = "output", "input", "standard output"
 OutputFile = Annotated[str | None, _OUTPUT]
 OutputStream = Annotated[str | None, _OUTPUT, _STDOUT]
@@ -179,7 +180,7 @@ def flags_of(model: type[pydantic.BaseModel], section: str = "") -> dict[str, Fl
         types = tuple(_types(kind))
         if isinstance(kind, type) and issubclass(kind, Section):
             flags |= flags_of(kind, "" if kind is Config else f"{section}{key}.")
-        elif MixtureSource not in types:
+        elif not _TABLES.intersection(types):
             name = section + (info.alias or key)
             flags[name] = Flag(name, info, types)
     return flags
@@ -289,6 +290,8 @@ def _help(options: type[CommandLine], usage: str, description: str, settings: Co
     defaults = {flag.name: flag.info.get_default() for flag in own}
     parts.append(listed(own, defaults | dict.fromkeys(options.defaults_of_run)))
     for section, values in settings if options.lists_settings else ():
+        if section == "probe":
+            continue  # tables of a file
         parts.append(textwrap.fill(f"[{section}] {type(values).__doc__}", width))
         parts.append(listed(flags_of(type(values), f"{section}.").values(), dict(values)))
     return "\n\n".join(parts)

@@ -1,4 +1,4 @@
-"""python -m llm history RUN --text T [--json]: a text's log-probabilities at each checkpoint.
+"""python -m llm history RUN --text T [--json] [--html FILE]: a text at each checkpoint of a run.
 
 Scores the text with every checkpoint of the run that is there (checkpoint.keep says how many stay),
 so that a row equals `score --step N`. A checkpoint that is damaged or goes away meanwhile is passed
@@ -9,10 +9,11 @@ import json
 import math
 from typing import Any
 
-from llm.commands.flags import CommandLine, InputFile, argument, parse
+from llm.commands.flags import CommandLine, InputFile, OutputFile, argument, parse
 from llm.commands.shared import as_text, counted
 from llm.console import escaped, say, show
 from llm.errors import CheckpointError, UsageError
+from llm.files import write_output
 from llm.runtime import prepare_process
 from llm.section import setting
 
@@ -26,6 +27,7 @@ class Options(CommandLine):
     run: InputFile = argument("RUN", "run directory")
     text: str = setting(..., "the text to score")
     as_json: bool = setting(False, "print one JSON object", flag="json")
+    html: OutputFile = setting(None, "write the text at each checkpoint as a page", "FILE")
 
 
 def main(arguments: list[str]) -> int:
@@ -37,16 +39,18 @@ def main(arguments: list[str]) -> int:
     prepare_process()  # before JAX is imported
     from pathlib import Path
 
+    from llm.inference.records import Spellings
     from llm.inference.score import Scorer
+    from llm.pages.report import history_page
     from llm.run.checkpoint import saved_steps
     from llm.run.directory import RunDirectory
     from llm.run.open import open_model
+    from llm.run.probes import ProbeRow
 
     run = RunDirectory(Path(options.run))
     run.read_config()
     steps: list[int] = []
-    rows: list[list[float | None]] = []
-    tokens: list[str] = []
+    rows: list[ProbeRow] = []
     for step in saved_steps(run.checkpoints):
         try:
             opened = open_model(run.path, step)
@@ -61,13 +65,17 @@ def main(arguments: list[str]) -> int:
                 f"--text has {counted(len(ids), 'token')}; expected at least 2, since the first "
                 "has nothing before it to predict it from"
             )
-        (records,) = Scorer(opened.spec, opened.params, tokenizer).score([ids])
-        tokens = [record.token for record in records]
+        (records,) = Scorer(opened.spec, opened.params, tokenizer, top=1).score([ids])
         steps.append(step)
-        rows.append([record.logprob for record in records])
+        rows.append(ProbeRow.of(step, options.text[:SPELLING], records))
     if not steps:
         raise CheckpointError(f"{run.path} has no checkpoint that can be read")
-    found = {"steps": steps, "tokens": tokens, "logprobs": rows}
+    logprobs = [[said and said.logprob for said in row.said] for row in rows]
+    tokens = [record.token for record in records]
+    found = {"steps": steps, "tokens": tokens, "logprobs": logprobs}
+    if options.html is not None:
+        page = history_page(run, rows, Spellings(tokenizer))
+        write_output(options.html, page.encode(), UsageError)
     show(f"{json.dumps(found) if options.as_json else for_people(found)}\n")
     return 0
 

@@ -3,11 +3,12 @@
 Give the same command again to resume a run that has stopped. A finished run is left as it is.
 """
 
+import collections
 import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llm.commands.flags import CommandLine, argument, parse
 from llm.commands.init_from import Source, default_dir, source_of, source_tokenizer
 from llm.config import Config
-from llm.errors import DataError, UsageError
+from llm.errors import DataError, LLMError, UsageError
 from llm.faults import fault_point
 from llm.run.directory import RunDirectory
 from llm.run.display import Display, make_display
@@ -25,6 +26,7 @@ from llm.run.stop import StopRequest, end_on
 from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
+    from llm.inference.records import TokenRecord
     from llm.text.corpus import TokenizedCorpus
     from llm.training.loop import Job, Sampler
 
@@ -77,8 +79,10 @@ def _train(
     display: Display,
     started: float,
 ) -> None:
+    from llm.pages.report_writer import Page
     from llm.run.checkpoint import Checkpoints
     from llm.run.metrics import MetricsFile
+    from llm.run.probes import ProbesFile
     from llm.run.start import begin, record_end, record_start
     from llm.run.trackers import check_trackers, make_trackers
     from llm.training.initial import restore_or_create
@@ -87,8 +91,10 @@ def _train(
 
     if hosts.is_first:
         check_trackers(config.logging)
+    seconds: dict[str, float] = collections.defaultdict(float)
     source = source_of(config)
-    job = _make_job(config, run, hosts, stop, display, source)
+    job = _make_job(config, run, hosts, stop, display, source, seconds)
+    probes = job.make_probes(ProbesFile(run.probes, hosts.is_first))
     sampler = _make_sampler(job)
     checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, hosts)
     if hosts.is_first:
@@ -96,7 +102,18 @@ def _train(
         begin(run, config, job.spec, job.corpus)
         checkpoints.clean()
     metrics = MetricsFile(run.metrics, hosts.is_first)
-    outputs = Outputs(run, checkpoints, metrics, display, [])
+    outputs = Outputs(run, checkpoints, metrics, display, [], probes, seconds=seconds)
+    page = Page(run, display, hosts.is_first, config.logging.page)
+
+    def record_so_far(ended: str = "") -> None:
+        if hosts.is_first:
+            record_end(run, outputs.first_step_at, started, outputs.seconds, ended)
+
+    def evaluated() -> None:
+        record_so_far()
+        page.ask()
+
+    outputs.evaluated = evaluated
     try:
         with hosts.collective():
             opened = (lambda *where: source().open(*where)) if source else None
@@ -107,23 +124,35 @@ def _train(
         rows = hosts.decide("the start", lambda: record(ancestor, metrics, checkpoints))
         if not hosts.is_first:
             metrics.remember(rows, step)
+        probes.resume(step, hosts)
         outputs.trackers = make_trackers(config, run, step) if hosts.is_first else []
         _say_what_starts(job, run, step, ancestor, display)
         if step and (jump := jump_of_rate(config, changed, step)):
             display.say(jump)
         stop.check("nothing was trained yet")
-        with hosts.collective():
-            try:
-                train(job, outputs, stop, sampler, state)
-                display.say(
-                    f"finished {config.training.steps} steps in {run.path}; "
-                    f"sample from it: python sample.py {run.path}"
-                )
-            finally:
-                if hosts.is_first:
-                    record_end(run, outputs.first_step_at, started)
+        with hosts.collective(), _recorded(record_so_far):
+            train(job, outputs, stop, sampler, state)
+            display.say(
+                f"finished {config.training.steps} steps in {run.path}; "
+                f"sample from it: python sample.py {run.path}"
+            )
     finally:
         outputs.close()
+        page.close()
+
+
+@contextlib.contextmanager
+def _recorded(record: Callable[[str], None]) -> Iterator[None]:
+    """Record in run.json how training ends."""
+    ended = "a bug ended it"
+    try:
+        yield
+        ended = "finished"
+    except LLMError as error:
+        ended = str(error)
+        raise
+    finally:
+        record(ended)
 
 
 def _make_job(
@@ -133,6 +162,7 @@ def _make_job(
     stop: StopRequest,
     display: Display,
     source: Callable[[], Source] | None,
+    seconds: dict[str, float],
 ) -> "Job":
     """The text, the model and the mesh. All are checked before anything is compiled."""
     from llm.model.sharding import make_mesh
@@ -149,7 +179,9 @@ def _make_job(
     training = config.training.model_copy(update={"compute_dtype": dtype})
     decided = config.model_copy(update={"training": training})
     choose_kernels(decided, mesh)
+    begun = time.monotonic()
     corpus = _prepare_once(config, run, hosts, stop, display, source)
+    seconds["text"] += time.monotonic() - begun
     # The system's answer when a shard in memory is cut short, or its disk fails.
     end_on(signal.SIGBUS, corpus.why_unreadable, DataError.exit_code)
     for note in corpus.notes:
@@ -251,9 +283,9 @@ def _say_what_starts(
 
 
 def _make_sampler(job: "Job") -> "Sampler":
-    """Text from the current parameters, drawn as the `sample` section says.
+    """A text from the current parameters, drawn as the `sample` section says.
 
-    The text is "" if no tokens are asked for, if the tokenizer cannot begin an empty text, or if
+    There is none if no tokens are asked for, if the tokenizer cannot begin an empty text, or if
     there are several processes: none of them holds all parameters.
 
     Raises:
@@ -264,19 +296,18 @@ def _make_sampler(job: "Job") -> "Sampler":
 
     settings, tokenizer = job.config.sample, job.corpus.tokenizer
     try:
-        [request, *_] = make_requests(settings, [settings.prompt], tokenizer)
+        [request, *_] = make_requests(settings, [settings.prompt], tokenizer, top=1)
     except UsageError:
         if settings.prompt:
             raise
-        return lambda params: ""
+        return lambda params: ()
     if not settings.max_new_tokens or not job.hosts.alone:
-        return lambda params: ""
+        return lambda params: ()
     spec = replace(job.spec, unassigned=tokenizer.unassigned)
     Decoder(spec, {}, tokenizer).check(request)
 
-    def sample(params: Any) -> str:
+    def sample(params: Any) -> "list[TokenRecord]":
         decoder = Decoder.create(spec, params, tokenizer)
-        parts = [token.text for part in decoder.generate([request]) for token in part.tokens]
-        return "\n".join("  | " + line for line in "".join(parts).splitlines() or [""])
+        return [token for part in decoder.generate([request]) for token in part.tokens]
 
     return sample

@@ -41,6 +41,7 @@ from llm.inference.records import NO_NUMBERS, Numbers, Spellings, TokenRecord
 from llm.inference.transcript import Transcript
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import scan_positions
+from llm.model.sharding import gathered
 from llm.text.tokenizer import Ids, Tokenizer
 
 # Tokens read by one call: enough for large matrix products on any device.
@@ -187,7 +188,7 @@ class Scorer:
         described = _describe_batch(
             self.spec, self.params, inputs_BT, targets_BK, watch_BW, self._top()
         )
-        return jax.device_get(described)
+        return jax.device_get(gathered(described, self.params))
 
     def _top(self) -> int:
         return min(self.top, self.spec.vocab_size)

@@ -122,7 +122,7 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
 
     with contextlib.closing(outputs), contextlib.suppress(StoppedError):
         job = dataclasses.replace(job, config=_only_steps(job.config, steps + 1))
-        train(job, outputs, stop, lambda params: "", state, instant_step)
+        train(job, outputs, stop, lambda params: (), state, instant_step)
     seconds = [row["step_seconds"] for row in rows.rows if row["kind"] == "train"]
     return {"seconds_per_step": statistics.median(seconds[2:]), "steps": len(seconds)}
 

@@ -157,6 +157,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def gathered(arrays: Any, params: Mapping[str, jax.Array]) -> Any:
+    """What was computed from parameters, so that each process can read all of it."""
+    sharding = next(iter(params.values())).sharding
+    if sharding.is_fully_addressable:
+        return arrays
+    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
+    return jax.device_put(arrays, replicated(sharding.mesh))
+
+
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Tell the compiler where an activation lies; without a mesh in context, do nothing."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -29,6 +29,7 @@ function spelledSeconds(value) {
     : `${Number((minutes / 60).toPrecision(3))} h`;
 }
 function spelledBytes(value) {
+  if (value === null || value === undefined) return "–";
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   while (value >= 1024 && unit < 4) { value /= 1024; unit++; }
@@ -356,8 +357,8 @@ class Learnt {
 
   show(row, token) {
     this.at = [row, token];
-    for (const old of document.querySelectorAll("#lines .on, #lines .same")) old.classList.remove("on", "same");
-    for (const one of this.rows) byId(`l${one}t${token}`)?.classList.add(one === row ? "on" : "same");
+    for (const old of document.querySelectorAll("#lines .here, #lines .same")) old.classList.remove("here", "same");
+    for (const one of this.rows) byId(`l${one}t${token}`)?.classList.add(one === row ? "here" : "same");
     const { tokens, steps, spelled } = this.text;
     const name = tokens[token];
     const line = (i) => {
@@ -444,7 +445,7 @@ function tableOf(title, names, rows) {
 function settingsOf({ runs, differences, parting }) {
   if (runs.length === 1) {
     const rows = Object.entries(runs[0].settings);
-    return [tableOf(`${counted(rows.length, "setting")} other than the default`, [""], rows)];
+    return !rows.length ? [] : [tableOf(`${counted(rows.length, "setting")} other than the default`, [""], rows)];
   }
   const rows = Object.entries(differences).map(([name, values]) => [name, ...values]);
   const table = tableOf(`${counted(rows.length, "setting")} in which they differ`,

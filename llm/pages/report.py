@@ -287,6 +287,23 @@ def report_page(report: Report, *, live: bool = False, title: str = "") -> str:
     )
 
 
+def history_page(run: RunDirectory, rows: Sequence[ProbeRow], spellings: Spellings) -> str:
+    """The page of one text at several checkpoints."""
+    nothing: Report = {name: [] for name in ("settings", "marks", "evaluations", "notes", "next")}
+    one = nothing | {
+        "name": run.name,
+        "state": f"a text at {len(rows)} checkpoints",
+        "facts": [],
+        "vocab_size": spellings.tokenizer.vocab_size,
+        "train": {"step": []},
+        "rows": 0,
+        "time": {"seconds": {}, "unsaid": 0},
+        "texts": [learning(rows, spellings)],
+        "samples": [],
+    }
+    return report_page({"written": now(), "runs": [one], "differences": {}, "parting": []})
+
+
 def packed(report: Report) -> str:
     """JSON, gzipped, in base64."""
     text = json.dumps(report, allow_nan=False, separators=(",", ":"))

@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, each step once, however often the run was stopped.
 
     {"kind":"train","step","tokens","loss","grad_norm","learning_rate","tokens_per_second",
-     "step_seconds","mfu"}
+     "step_seconds","memory_bytes","mfu"}
     {"kind":"eval","step","split","loss","bits_per_byte","tokens"}
 
 In a run on a mixture, a row {"kind":"eval","source",...} for each source stands before that of the

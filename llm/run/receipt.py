@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from llm.errors import CheckpointError, NonFiniteError
 from llm.model.gpt import ModelSpec, Params, bind
 from llm.model.loss import token_log_likelihood
-from llm.model.sharding import replicated
+from llm.model.sharding import gathered
 
 ROWS, LENGTH = 2, 64
 
@@ -35,13 +34,7 @@ def receipt_tokens(split: Any, context_length: int) -> np.ndarray:
 def receipt_logprobs(spec: ModelSpec, params: Params, tokens_BT: np.ndarray) -> jax.Array:
     """log P(x_t | x_<t), float32 [B, T], dispatched and not waited for."""
     exact = ModelSpec(spec.config, spec.vocab_size, "float32")
-    logprobs = _compute(exact, params, np.asarray(tokens_BT))  # alike in each process
-    if logprobs.is_fully_addressable:
-        return logprobs
-    # Spread over several processes, each of which needs the whole to look at it.
-    sharding = next(iter(params.values())).sharding
-    assert isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)
-    return jax.device_put(logprobs, replicated(sharding.mesh))
+    return gathered(_compute(exact, params, np.asarray(tokens_BT)), params)
 
 
 @functools.partial(jax.jit, static_argnums=0)

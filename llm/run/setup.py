@@ -5,6 +5,7 @@ This is the one place that decides them, with every check that needs no text. `t
 """
 
 import math
+import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +78,24 @@ def compute_dtype(choice: str, device: Any) -> str:
     return "float32" if device.platform == "cpu" and not has_bfloat16_units() else "bfloat16"
 
 
+def predicting_dtype(choice: str, device: Any) -> str:
+    """Exact on a CPU, whatever training rounded: all that a person reads then agrees."""
+    return "float32" if device.platform == "cpu" else compute_dtype(choice, device)
+
+
+def memory_bytes() -> int | None:
+    """The most memory that a device of this process has had in use since the start; on a CPU, what
+    this process has now. None if the system does not say."""
+    device = local_devices()[0]
+    if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return None
+
+
 def setup_to_predict(
     config: Config, vocab_size: int, devices: Sequence[jax.Device] | None = None
 ) -> Setup:
@@ -89,9 +108,7 @@ def setup_to_predict(
     if devices is None:
         own = local_devices()
         devices = own[:1] if own[0].platform == "cpu" else own
-    # Exact on a CPU, whatever training rounded: all that a person reads then agrees.
-    on_cpu = devices[0].platform == "cpu"
-    dtype = "float32" if on_cpu else compute_dtype(config.training.compute_dtype, devices[0])
+    dtype = predicting_dtype(config.training.compute_dtype, devices[0])
     spec = ModelSpec(config.model, vocab_size, dtype)
     return Setup(predicting_mesh(spec, devices), spec)
 

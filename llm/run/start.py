@@ -11,6 +11,8 @@ import itertools
 import os
 import re
 import socket
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,7 +133,8 @@ def locked(run: RunDirectory) -> IO[str]:
 
 def check_kinds(run: RunDirectory) -> None:
     """Raise a UsageError that names what is not a file, or a folder, where a run has one."""
-    files = run.config, run.provenance, run.metrics, run.lock, run.tokenizer / FILE_NAME
+    files = [run.config, run.provenance, run.metrics, run.probes, run.lock]
+    files.append(run.tokenizer / FILE_NAME)
     kinds = dict.fromkeys((run.path, run.checkpoints, run.tokenizer), "folder")
     for path, kind in (kinds | dict.fromkeys(files, "file")).items():
         if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
@@ -156,7 +159,7 @@ def _in_the_way(path: Path, why_: str) -> UsageError:
 
 
 # Settings that may differ when a run is resumed. Everything else decides which model results.
-FREE_SECTIONS = ("logging", "checkpoint", "sample", "mesh", "distributed")
+FREE_SECTIONS = ("logging", "checkpoint", "sample", "probe", "mesh", "distributed")
 FREE_SETTINGS = (
     "run.dir",
     "run.allow_change",
@@ -318,14 +321,28 @@ def record_start(
     return metrics.memory()
 
 
-def record_end(run: RunDirectory, first_step_at: float | None, started: float) -> None:
-    """Record how long this start took until its first step, which is a part of a restart's cost,
-    and why its progress was not shown to the end, if it was not."""
+def record_end(
+    run: RunDirectory,
+    first_step_at: float | None,
+    started: float,
+    spent: Mapping[str, float],
+    ended: str = "",
+) -> None:
+    """Record where the time of this start went until now, how it ended, if it did, and why its
+    progress was not shown to the end, if it was not.
+
+    Args:
+      started, first_step_at: time.monotonic() of the command, and when its first step was complete.
+      spent: seconds of preparing the text, of evaluations and of saves.
+    """
     said: dict[str, Any] = {"progress_lost": reason} if (reason := lost()) else {}
     if first_step_at is not None:
-        said["seconds_to_first_step"] = round(first_step_at - started, 3)
-    if not said:
-        return
+        to_first = said["seconds_to_first_step"] = round(first_step_at - started, 3)
+        seconds = {**spent, "compiling": to_first - spent.get("text", 0.0)}
+        seconds["total"] = time.monotonic() - started
+        said["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+    if ended:
+        said["ended"] = ended
     # A failure to record a statistic must not replace the error that may be under way.
     with contextlib.suppress(CheckpointError, UsageError):
         record = run.read_provenance()

@@ -6,6 +6,7 @@ the host. A due save is handed to the background before an evaluation begins.
 What it is not: the mathematics (step.py), or the formats of files (llm/run/).
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from llm.config import Config
 from llm.errors import NonFiniteError, StoppedError, UsageError
 from llm.faults import fault_point
+from llm.inference.records import TokenRecord
 from llm.model.flops import mfu
 from llm.model.gpt import ModelSpec
 from llm.model.sharding import own_rows, shard_batch
@@ -31,7 +33,9 @@ from llm.run.directory import RunDirectory
 from llm.run.display import Display
 from llm.run.hosts import Hosts, SharedStop
 from llm.run.metrics import MetricsFile
+from llm.run.probes import ProbeRow, ProbesFile
 from llm.run.receipt import make_receipt, receipt_logprobs, receipt_tokens
+from llm.run.setup import memory_bytes, predicting_dtype
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
 from llm.text.batches import TrainingBatches, held_out_batches, training_batches
@@ -39,11 +43,12 @@ from llm.text.corpus import Source, TokenizedCorpus
 from llm.text.mixture import Phase
 from llm.text.windows import Batch
 from llm.training.evaluate import Evaluation, evaluate, make_evaluation_step
+from llm.training.probes import Probes
 from llm.training.state import TrainState, to_groups
 from llm.training.step import BATCH_AXES, ROUTER_METRICS, Metrics, make_train_step
 
-# Draws text from the current parameters, for a person to read.
-Sampler = Callable[[Any], str]
+# Draws a text from the current parameters, for a person to read.
+Sampler = Callable[[Any], Sequence[TokenRecord]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,16 @@ class Job:
         rows = None if whole else self.rows(self.config.training.batch_size)
         return training_batches(self.config, self.corpus, rows, self.phases)
 
+    def make_probes(self, file: ProbesFile) -> Probes:
+        """The texts that are followed: two held-out windows, and those of the settings."""
+        held_out = self.receipt_tokens() if len(self.corpus.validation) > 1 else np.zeros((0, 1))
+        dtype = predicting_dtype(self.config.training.compute_dtype, self.mesh.devices.flat[0])
+        tokenizer = self.corpus.tokenizer
+        spec = ModelSpec(
+            self.config.model, self.spec.vocab_size, dtype, unassigned=tokenizer.unassigned
+        )
+        return Probes(spec, tokenizer, self.config.probe, held_out, file)
+
     @property
     def tokens_per_step(self) -> int:
         return self.config.training.batch_size * self.config.model.context_length
@@ -84,7 +99,10 @@ class Outputs:
     """The destinations of a run's results.
 
     Attributes:
+      probes: scores fixed texts as they are learnt.
+      evaluated: called after each evaluation.
       first_step_at: time.monotonic() when the first step of this start was complete.
+      seconds: how long evaluations and saves have taken.
     """
 
     run: RunDirectory
@@ -92,7 +110,21 @@ class Outputs:
     metrics: MetricsFile
     display: Display
     trackers: list[Tracker]
+    probes: Probes | None = None
+    evaluated: Callable[[], object] = lambda: None
     first_step_at: float | None = None
+    seconds: dict[str, float] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(float)
+    )
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the time of a block as that of evaluations, or of saves."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[what] += time.monotonic() - begun
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a row of metrics. Every process calls it; only process 0 writes."""
@@ -100,10 +132,18 @@ class Outputs:
         for tracker in self.trackers:
             tracker.write(row)
 
+    def probe(self, state: TrainState, step: int) -> None:
+        """Score the probes at a step; nothing if there are none."""
+        if self.probes is not None:
+            with self.timed("evaluation"):
+                self.probes.score(state.weights, step)
+
     def close(self) -> None:
         """Wait for a save under way, and close every file."""
         self.checkpoints.close()
         self.metrics.close()
+        if self.probes is not None:
+            self.probes.file.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -126,6 +166,7 @@ def train(
     """
     config, step, steps = job.config, int(state.step), job.config.training.steps
     saves, evaluations = config.checkpoint.every, config.training.eval_every
+    probed = config.logging.probe_every
     step_fn = train_step or make_train_step(job.spec, config.optimizer, config.training, job.mesh)
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
@@ -134,7 +175,7 @@ def train(
     if is_another_model:
         # On disk before there is a row of metrics: a run without it begins again from its source.
         save(job, outputs, report, state, step)
-        outputs.checkpoints.wait()
+        finish_saves(outputs)
     if is_another_model or (step and is_due(step, evaluations)):
         validation.run(state, step)  # a stop may have come between a save and its evaluation
     if config.run.deterministic and step < steps:
@@ -156,16 +197,20 @@ def train(
             if step < steps and is_due(step, saves):
                 report.settle(dispatched=step)
                 save(job, outputs, report, state, step)
+            if step < steps and is_due(step, probed):
+                report.settle(dispatched=step)
+                outputs.probe(state, step)
+                report.restart_clock()
             if step < steps and is_due(step, evaluations):
                 report.settle(dispatched=step)
                 validation.run(state, step)
     report.settle(dispatched=step)
 
     save(job, outputs, report, state, step)
-    outputs.checkpoints.wait()
+    finish_saves(outputs)
     if step >= steps:
         validation.run(state, step)
-        outputs.checkpoints.wait()
+        finish_saves(outputs)
     if shared_stop.requested and not (step >= steps and outputs.metrics.has_evaluation(step)):
         raise StoppedError(
             f"stopped on request at step {step} of {steps}, saved in {outputs.run.path}; the same "
@@ -250,6 +295,7 @@ class StepReport:
             "learning_rate": values["learning_rate"],
             "tokens_per_second": rate,
             "step_seconds": seconds,
+            "memory_bytes": memory_bytes(),
             "mfu": mfu(self._job.spec, rate, list(self._job.mesh.devices.flat)),
         }
         row |= {name: values[name] for name in ROUTER_METRICS if name in values}
@@ -296,19 +342,21 @@ class Validation:
         """Evaluate once a step. A stop ends it after the batch under way; the next start evaluates
         this step anew."""
         metrics, sources = self._outputs.metrics, self._job.corpus.sources
+        self._outputs.probe(state, step)
         if len(self._job.corpus.validation) < 2 or metrics.has_evaluation(step):
             return
         try:
-            results = {
-                source.name: evaluate(
-                    self._step_fn,
-                    state.weights,
-                    self._until_stopped(step, source),
-                    self._job.corpus.tokenizer.byte_lengths(),
-                    None if self._job.hosts.alone else self._batches(source, None),
-                )
-                for source in sources
-            }
+            with self._outputs.timed("evaluation"):
+                results = {
+                    source.name: evaluate(
+                        self._step_fn,
+                        state.weights,
+                        self._until_stopped(step, source),
+                        self._job.corpus.tokenizer.byte_lengths(),
+                        None if self._job.hosts.alone else self._batches(source, None),
+                    )
+                    for source in sources
+                }
         except _EvaluationStoppedError:
             return
         for name, result in results.items():
@@ -320,10 +368,23 @@ class Validation:
             self._outputs.checkpoints.best = best[0]
             if best[0] == step:
                 save(self._job, self._outputs, self._report, state, step)
-        text = "" if self._stop.requested else self._sampler(state.params)
-        if text:
-            self._outputs.display.say(text)
+        if not self._stop.requested:
+            with self._outputs.timed("evaluation"):
+                self._sample(state.params, step)
+        self._outputs.evaluated()
         self._report.restart_clock()
+
+    def _sample(self, params: Any, step: int) -> None:
+        """Show a sample, and keep its probabilities."""
+        tokens = self._sampler(params)
+        if not tokens:
+            return
+        text = "".join(token.text for token in tokens)
+        lines = ("  | " + line for line in text.splitlines() or [""])
+        self._outputs.display.say("\n".join(lines))
+        if self._outputs.probes is not None:
+            given = sum(token.phase == "prompt" for token in tokens)
+            self._outputs.probes.file.write(ProbeRow.of(step, "Sample", tokens, given))
 
     def _batches(self, source: Source, rows: np.ndarray | None) -> Iterator[Batch]:
         size = self._job.config.training.evaluation_size
@@ -365,6 +426,7 @@ def save(job: Job, outputs: Outputs, report: StepReport, state: TrainState, step
     """Hand the state to the background writer, with what its parameters predict."""
     report.mark(f"step {step}, before its checkpoint")
     tokens = job.receipt_tokens()
+    begun = time.monotonic()
     logprobs = receipt_logprobs(job.spec, state.params, tokens)
     sha256 = job.corpus.tokenizer.sha256
 
@@ -373,7 +435,14 @@ def save(job: Job, outputs: Outputs, report: StepReport, state: TrainState, step
         return make_receipt(tokens, logprobs, sha256)
 
     outputs.checkpoints.save(step, to_groups(state), receipt)
+    outputs.seconds["saves"] += time.monotonic() - begun
     report.restart_clock()
+
+
+def finish_saves(outputs: Outputs) -> None:
+    """Wait for what the background still writes."""
+    with outputs.timed("saves"):
+        outputs.checkpoints.wait()
 
 
 def is_due(step: int, every: int) -> bool:
