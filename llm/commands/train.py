@@ -27,8 +27,9 @@ from llm.runtime import prepare_process
 
 if TYPE_CHECKING:
     from llm.inference.records import TokenRecord
+    from llm.pages.report_writer import Page
     from llm.text.corpus import TokenizedCorpus
-    from llm.training.loop import Job, Sampler
+    from llm.training.loop import Job, Outputs, Sampler
 
 
 class Options(CommandLine):
@@ -83,7 +84,7 @@ def _train(
     from llm.run.checkpoint import Checkpoints
     from llm.run.metrics import MetricsFile
     from llm.run.probes import ProbesFile
-    from llm.run.start import begin, record_end, record_start
+    from llm.run.start import begin, record_start
     from llm.run.trackers import check_trackers, make_trackers
     from llm.training.initial import restore_or_create
     from llm.training.loop import Outputs, train
@@ -104,16 +105,8 @@ def _train(
     metrics = MetricsFile(run.metrics, hosts.is_first)
     outputs = Outputs(run, checkpoints, metrics, display, [], probes, seconds=seconds)
     page = Page(run, display, hosts.is_first, config.logging.page)
-
-    def record_so_far(ended: str = "") -> None:
-        if hosts.is_first:
-            record_end(run, outputs.first_step_at, started, outputs.seconds, ended)
-
-    def evaluated() -> None:
-        record_so_far()
-        page.ask()
-
-    outputs.evaluated = evaluated
+    record_so_far = partial(_record, outputs, hosts, started)
+    outputs.evaluated = partial(_evaluated, record_so_far, page)
     try:
         with hosts.collective():
             opened = (lambda *where: source().open(*where)) if source else None
@@ -139,6 +132,20 @@ def _train(
     finally:
         outputs.close()
         page.close()
+
+
+def _record(outputs: "Outputs", hosts: Hosts, started: float, ended: str = "") -> None:
+    """Record in run.json where the time went until now, and how the run ended, if it did."""
+    from llm.run.start import record_end
+
+    if hosts.is_first:
+        record_end(outputs.run, outputs.first_step_at, started, outputs.seconds, ended)
+
+
+def _evaluated(record: Callable[[], None], page: "Page") -> None:
+    """What follows an evaluation; the page is written in the background."""
+    record()
+    page.ask()
 
 
 @contextlib.contextmanager
