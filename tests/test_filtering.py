@@ -9,6 +9,7 @@ import pytest
 from llm.commands import prepare as prepare_command
 from llm.config import DataConfig, TokenizerConfig, validate
 from llm.errors import DataError, UsageError
+from llm.run.start import changes_on_resume
 from llm.text import duplicates, filtering, shards
 from llm.text.cache import silent
 from llm.text.shards import prepare
@@ -254,6 +255,21 @@ def test_a_stopped_preparation_goes_on_to_equal_shards(
 def test_wrong_settings_are_named(filters, message):
     with pytest.raises(UsageError, match=message):
         validate({"data": {"filters": filters}}, where="test")
+
+
+def test_a_run_does_not_go_on_with_other_filters():
+    plain, other = validate({}, ""), validate({"data": {"filters": {"min_characters": 5}}}, "")
+    with pytest.raises(UsageError, match=r"data.filters.min_characters: the run has 0, .* has 5"):
+        changes_on_resume(plain, other)
+
+
+def test_damaged_copies_are_named(make, corpus, cache):
+    settings = {"filters": {"deduplicate": "exact"}}
+    make(corpus / "*.jsonl", **settings)
+    (path,) = cache.glob("copies/*/copies.json")
+    path.write_text("[[")
+    with pytest.raises(DataError, match=r"copies.json is damaged; delete"):
+        make(corpus / "*.jsonl", **settings)
 
 
 def test_prepare_counts_what_was_left_out_by_source(corpus, cache, tmp_path, capsys):
