@@ -3,6 +3,8 @@
 The files are written here, by the layout of train.py and export.py, from models of transformers.
 """
 
+import pickle
+import string
 import struct
 
 import numpy as np
@@ -12,8 +14,9 @@ from test_hf import torch_and_transformers
 
 from llm.commands import import_hf, run_command
 from llm.errors import CheckpointError, UsageError
-from llm.interop.foreign import as_folder
+from llm.interop.foreign import as_folder, nanogpt_characters
 from llm.interop.hf import from_hf
+from llm.run.open import open_model
 
 
 def state_of(folder):
@@ -135,3 +138,61 @@ def test_a_file_that_is_no_such_model_is_refused(tmp_path, content, said):
     error = pytest.raises((UsageError, CheckpointError), match=said)
     with error, as_folder(tmp_path / "model.bin"):
         pass
+
+
+CHARACTERS = sorted(string.printable)
+
+
+def meta_of(characters):
+    """What data/shakespeare_char/prepare.py pickles."""
+    itos = dict(enumerate(characters))
+    return {"vocab_size": len(itos), "itos": itos, "stoi": {c: n for n, c in itos.items()}}
+
+
+def test_the_characters_of_a_checkpoint_of_nanogpt_are_its_tokens(tmp_path, capsys):
+    settings = {**OLD, "n_inner": None, "activation_function": "gelu"}
+    save_theirs(tmp_path / "hf", "gpt2", settings)
+    path = tmp_path / "ckpt.pt"
+    write_nanogpt(path, tmp_path / "hf")
+    assert run_command(import_hf.main, [str(path), str(tmp_path / "a")]) == UsageError.exit_code
+    assert "--tokenizer data/DATASET/meta.pkl" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    named = tmp_path / "data" / "meta.pkl"
+    named.write_bytes(pickle.dumps(meta_of(CHARACTERS[:VOCAB])))
+    run = [str(path), str(tmp_path / "a"), "--tokenizer", str(named)]
+    assert run_command(import_hf.main, run) == 0
+    named.rename(tmp_path / "meta.pkl")  # beside the checkpoint it need not be named
+    assert run_command(import_hf.main, [str(path), str(tmp_path / "b")]) == 0
+    for made in "ab":
+        tokenizer = open_model(tmp_path / made).tokenizer
+        assert tokenizer.decode(range(VOCAB)) == "".join(CHARACTERS[:VOCAB])
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_vocabulary_of_many_characters_is_read(tmp_path, protocol):
+    characters = [chr(0x4E00 + n) for n in range(3000)]
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta_of(characters), protocol))
+    assert nanogpt_characters(tmp_path / "meta.pkl").characters == "".join(characters)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (pickle.dumps(Executed()), "STACK_GLOBAL, which is not run"),
+        (pickle.dumps({"itos": Executed()}, 2), "GLOBAL, which is not run"),
+        (b"\x80\x02}r\xff\xff\xff\x7f.", "LONG_BINPUT, which is not run"),
+        (pickle.dumps(meta_of("ba")), "not in the order of code points"),
+        (pickle.dumps(meta_of(["ab", "c"])), "not in the order of code points"),
+        (pickle.dumps({"vocab_size": 3}), "KeyError: 'itos'"),
+        (pickle.dumps(3), "found TypeError"),
+        (pickle.dumps(meta_of("abc"))[:-9], "is no vocabulary of nanoGPT"),
+        (b"", "is no vocabulary of nanoGPT"),
+    ],
+)
+def test_what_is_no_vocabulary_of_nanogpt_is_refused_and_not_executed(
+    tmp_path, content, said, capsys
+):
+    (tmp_path / "meta.pkl").write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        nanogpt_characters(tmp_path / "meta.pkl")
+    assert "EXECUTED" not in capsys.readouterr().out

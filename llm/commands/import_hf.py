@@ -1,7 +1,8 @@
 """python -m llm import-hf FOLDER RUN: make a run of a Hugging Face model: GPT-2, Llama, Qwen, ...
 
 FOLDER holds config.json and *.safetensors, as transformers' save_pretrained writes them. It can
-also be a file: a ckpt.pt of nanoGPT or a .bin of llama2.c, with --tokenizer. The new run has one
+also be a file: a ckpt.pt of nanoGPT or a .bin of llama2.c, with --tokenizer, which may also be
+nanoGPT's meta.pkl. The new run has one
 checkpoint, step 0, that sample, score, eval, serve, verify and export-hf open. It was not trained
 here: another run trains on from it, with --training.init-from RUN.
 
@@ -136,16 +137,23 @@ def tokenizer_of(
     from llm.text.tokenizer import MADE_FROM_CORPUS, named_tokenizer
     from llm.text.tokenizer_folder import FILES
 
+    meta = Path(named or folder.with_name("meta.pkl"))
     if named in MADE_FROM_CORPUS:
         raise UsageError(f"--tokenizer {named}: its tokens are those of a corpus, not of its name")
-    if named:
-        tokenizer: Tokenizer | None = named_tokenizer(named, vocab_size, lossy=lossy)
+    tokenizer: Tokenizer | None
+    if meta.suffix == ".pkl" and (named or (folder.is_file() and meta.is_file())):
+        from llm.interop.foreign import nanogpt_characters
+
+        tokenizer = nanogpt_characters(meta)
+    elif named:
+        tokenizer = named_tokenizer(named, vocab_size, lossy=lossy)
     else:
         tokenizer = own_tokenizer(folder, vocab_size, lossy)
     if tokenizer is None:
+        characters = ", or --tokenizer data/DATASET/meta.pkl if its tokens are characters"
         raise UsageError(
             f"{folder} holds no tokenizer ({', '.join(FILES)}); say which one the model was "
-            "trained with: --tokenizer KIND"
+            f"trained with: --tokenizer KIND{characters * (folder.suffix == '.pt')}"
         )
     if tokenizer.vocab_size != vocab_size:
         raise UsageError(

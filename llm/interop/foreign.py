@@ -1,8 +1,9 @@
 """Files of weights from nanoGPT and llama2.c, written anew as a folder of Hugging Face's.
 
-What it is not: it executes nothing. ckpt.pt is opened by torch.load with weights_only=True, and a
-.bin holds numbers alone. nanochat's checkpoints are not read: that model mixes neighbouring
-embeddings and adds value embeddings, which [model] cannot express.
+What it is not: it executes nothing. ckpt.pt is opened by torch.load with weights_only=True, a .bin
+holds numbers alone, and a meta.pkl is read if it is dictionaries of numbers and characters.
+nanochat's checkpoints are not read: that model mixes neighbouring embeddings and adds value
+embeddings, which [model] cannot express.
 
 Sources: https://github.com/karpathy/nanoGPT (model.py, train.py) and
 https://github.com/karpathy/llama2.c (export.py, model.py).
@@ -10,6 +11,8 @@ https://github.com/karpathy/llama2.c (export.py, model.py).
 
 import json
 import math
+import pickle
+import pickletools
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +25,7 @@ import numpy as np
 from llm.errors import CheckpointError, UsageError, needing
 from llm.files import check_regular, why
 from llm.interop.tensors import save
+from llm.text.tokenizer import CharacterTokenizer
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,6 +43,42 @@ _LLAMA2C = {
     "w2": "mlp.down_proj",
     "w3": "mlp.up_proj",
 }
+
+# The instructions of a pickle of dictionaries, numbers and strings: none of them calls anything.
+_PLAIN = {
+    "PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS", "MEMOIZE",
+    "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "BININT", "BININT1", "BININT2", "BINUNICODE",
+    "SHORT_BINUNICODE",
+}  # fmt: skip
+
+
+def nanogpt_characters(path: Path) -> CharacterTokenizer:
+    """The vocabulary in a meta.pkl, as nanoGPT's data/shakespeare_char/prepare.py writes it.
+
+    Raises:
+      UsageError: the file cannot be read, or is a pickle of anything else.
+    """
+    try:
+        check_regular(path)
+        content = path.read_bytes()
+        for instruction, place, _ in pickletools.genops(content):
+            # The unpickler makes room for as many objects as a place says.
+            is_far = instruction.name == "LONG_BINPUT" and int(place or 0) > len(content)
+            if is_far or instruction.name not in _PLAIN:
+                raise ValueError(f"it has the instruction {instruction.name}, which is not run")
+        id_to_character = pickle.loads(content)["itos"]
+        characters = "".join(id_to_character[n] for n in range(len(id_to_character)))
+        tokenizer = CharacterTokenizer(characters)
+        if [*tokenizer.characters] != [*id_to_character.values()]:
+            raise ValueError("its characters are not in the order of code points")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {why(error)}") from None
+    except Exception as error:  # pickles can be broken in any way
+        raise UsageError(
+            f"{path} is no vocabulary of nanoGPT: expected its meta.pkl, with itos from each id to "
+            f"a character, found {type(error).__name__}: {str(error)[:200]}"
+        ) from None
+    return tokenizer
 
 
 @contextmanager
