@@ -294,6 +294,12 @@ def test_a_number_that_float16_cannot_hold_is_refused_by_its_weight(tmp_path, ca
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert run(source, tmp_path / "out", "--dtype", "bfloat16") == 0
     assert run(source, tmp_path / "more", "--dtype", "int8") == 2
+    capsys.readouterr()
+    assert run(source, tmp_path / ("x" * 300)) == 2
+    assert "cannot be written: File name too long" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to("nowhere")
+    assert run(source, tmp_path / "link") == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_one_array_at_a_time_is_in_memory(tmp_path):

@@ -1,5 +1,6 @@
 """export-gguf: the file as gguf's own reader and, where it is installed, llama.cpp open it."""
 
+import contextlib
 import json
 import math
 import re
@@ -8,13 +9,16 @@ import sys
 
 import numpy as np
 import pytest
+from runs import ROOT
 from safetensors.numpy import load_file
 from test_export import CHINESE, ENGLISH, LENGTH, ODD, as_run, drawn, made, with_template
 
 import llm
 from llm.commands import export_gguf, run_command
+from llm.config import load_config
 from llm.errors import UsageError
-from llm.interop.gguf import to_gguf
+from llm.interop.description import describe
+from llm.interop.gguf import architecture_of, to_gguf
 from llm.interop.gguf_tokenizer import vocabulary
 from llm.interop.hf import to_hf
 from llm.model.gpt import ModelSpec
@@ -56,6 +60,7 @@ MODELS = {
         {**LLAMA, "rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 64},
     ),
     "mixtral": ("llama", {**LLAMA, **MIXTURE}),
+    "qwen2": ("llama", {**LLAMA, "bias": True}),  # it is a Llama with biases
     "qwen3": ("qwen3", QWEN3),
     "yarn": (
         "qwen3",
@@ -87,13 +92,17 @@ MODELS = {
 }  # fmt: skip
 
 
+# The parameters that a family has not.
+NEUTRAL = {"olmo": r"\.scale$", "qwen2": r"(out|up|gate|down|norm)\.bias$"}
+
+
 def weights_of(name):
-    """Of a model, with gains of one where the family has none."""
-    spec = spec_of(name)
-    is_olmo = MODELS[name][0] == "olmo"
+    """Of a model; what its family has not is neutral: gains of one, biases of zero."""
     return {
-        key: np.ones_like(array) if is_olmo and key.endswith("scale") else array
-        for key, array in drawn(spec).items()
+        key: np.full_like(array, key.endswith("scale"))
+        if re.search(NEUTRAL.get(name, "^$"), key)
+        else array
+        for key, array in drawn(spec_of(name)).items()
     }
 
 
@@ -375,6 +384,21 @@ def test_a_vocabulary_with_tokens_of_two_digits_says_what_differs(tmp_path, caps
     assert "cuts numbers into single digits" in capsys.readouterr().err
 
 
+def test_the_configurations_that_docs_name_are_written():
+    """Whether a family is there, by the settings alone."""
+    found = set()
+    for path in (ROOT / "configs").glob("*.toml"):
+        config = load_config(path)
+        model = config.model.resolved()
+        with contextlib.suppress(UsageError):
+            model_type, described = describe(model, lambda family, described: "")
+            architecture_of(model, {"model_type": model_type, **described})
+            found |= {path.stem} if config.tokenizer.kind != "characters" else set()
+    assert found == {
+        "gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m", "llama3_8b", "moe_8x124m", "quickstart"
+    }  # fmt: skip
+
+
 def test_what_cannot_be_written_is_one_message_and_no_file(tmp_path, capsys, monkeypatch):
     def refused(source, *flags, file="m.gguf"):
         before = sorted(tmp_path.iterdir())
@@ -394,6 +418,7 @@ def test_what_cannot_be_written_is_one_message_and_no_file(tmp_path, capsys, mon
     assert "which float16 cannot hold" in refused(over, "--dtype", "float16")
     assert "--dtype int8: expected 'float32'" in refused(source, "--dtype", "int8")
     assert "cannot be written" in refused(source, file="no/such/m.gguf")
+    assert "File name too long" in refused(source, file="x" * 300)
     (tmp_path / "taken.gguf").write_text("mine")
     assert "exists already" in refused(source, file="taken.gguf")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -410,8 +435,8 @@ def test_what_cannot_be_written_is_one_message_and_no_file(tmp_path, capsys, mon
 def test_llama_cpp_gives_our_ids_and_probabilities(name, tmp_path, capsys):
     llama_cpp = pytest.importorskip("llama_cpp")
     tokenizer, (family, changes) = made("bpe"), MODELS[name]
-    gains = {key: value for key, value in weights_of(name).items() if key.endswith(".scale")}
-    source = as_run(tokenizer, tmp_path / "run", gains, **changes)
+    neutral = {key: value for key, value in weights_of(name).items() if value.ndim == 1}
+    source = as_run(tokenizer, tmp_path / "run", neutral, **changes)
     capsys.readouterr()
     assert run(source, tmp_path / "m.gguf", "--json") == 0
     assert json.loads(capsys.readouterr().out)["architecture"] == family

@@ -28,6 +28,23 @@ LLAMA = ModelConfig(
 
 MIXTRAL = LLAMA.model_copy(update={"n_expert": 4, "n_expert_active": 2})
 EXPORTED = {"gpt2": GPT2, "exact gelu": EXACT_GELU, "llama": LLAMA, "mixtral": MIXTRAL}
+# What tests/test_families.py compares with transformers.
+SWITCHES = {
+    "mistral": {"window": 4},
+    "qwen3": {"qk_norm": True, "head_size": 8, "n_layer": 4, "window": 4, "global_every": 2},
+    "llama3": {"rope_scaling": "llama3", "rope_factor": 8.0, "rope_original_length": 64},
+    "yarn": {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_original_length": 64},
+    "olmoe": {"n_expert": 4, "n_expert_active": 2, "normalize_gates": False, "qk_norm": True,
+              "qk_norm_joint": True},
+    "qwen3_moe": {"n_expert": 4, "n_expert_active": 2, "qk_norm": True, "head_size": 8},
+    "olmo2": {"qk_norm": True, "qk_norm_joint": True, "norm_place": "after"},
+    "gpt_neox": {"norm": "layernorm", "bias": True, "activation": "gelu", "n_kv_head": 4,
+                 "block": "parallel", "rotary_fraction": 0.4},
+    "smollm3": {"n_layer": 4, "unrotated_every": 2},
+}  # fmt: skip
+SWITCHED = {
+    name: ModelConfig(**{**LLAMA.model_dump(), **changes}) for name, changes in SWITCHES.items()
+}
 
 
 def write_golden(path, folder):
@@ -101,7 +118,7 @@ def test_importing_and_exporting_again_changes_no_bit(tmp_path, path):
     assert described["architectures"] == original["architectures"]
 
 
-@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
+@pytest.mark.parametrize("config", {**EXPORTED, **SWITCHED}.values(), ids={**EXPORTED, **SWITCHED})
 def test_exporting_and_importing_again_changes_no_bit_but_the_padding(tmp_path, config):
     params = random_params(config)
     to_hf(config, VOCAB, params, tmp_path)

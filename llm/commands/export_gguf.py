@@ -4,6 +4,7 @@ The model must be of a family that llama.cpp has, with a tokenizer of bytes or b
 names what is in the way (docs/models.md). Needs the extra `gguf`.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -42,7 +43,8 @@ def main(arguments: list[str]) -> int:
             reason = f"no room ({reason}; {free} are free), and nothing was left there"
         raise UsageError(f"{path} cannot be written: {reason or why(error)}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there, or cannot be
+            partial.unlink()
     if options.as_json:
         print(json.dumps({**opened.checkpoint, "file": options.file, "architecture": family}))
     say(

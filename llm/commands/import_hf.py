@@ -11,6 +11,7 @@ The tokenizer is the folder's (docs/text.md), or the one that --tokenizer names.
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,10 +97,12 @@ def new_folder(path: Path, source: Path) -> Iterator[Path]:
       UsageError: `path` exists already, it cannot be written, or there is no room; or the folder to
         write into, which is cleared first, holds `source`.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
         raise UsageError(f"{path} exists already; give the name of a new folder")
     unfinished = partial_folder(path)
-    if unfinished.exists() and any(map(unfinished.samefile, (source, *source.resolve().parents))):
+    if os.path.exists(unfinished) and any(
+        map(unfinished.samefile, (source, *source.resolve().parents))
+    ):
         raise UsageError(
             f"{path} is written in {unfinished}, where {source} lies; give another name"
         )

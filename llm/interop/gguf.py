@@ -19,7 +19,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,7 @@ def _families(config: ModelConfig) -> dict[str, tuple[str, dict[str, tuple[Any, 
         "llama": ("llama", {"window": (0,)}),
         "mistral": ("llama", {"window": (0,)}),
         "mixtral": ("llama", {"window": (0,)}),
-        "qwen2": ("qwen2", usual_heads),
+        "qwen2": ("qwen2", {"window": (0,)}),
         "qwen3": ("qwen3", scaled),
         "qwen3_moe": ("qwen3moe", {**scaled, "normalize_gates": (True,)}),
         "olmo": ("olmo", usual_heads),
@@ -91,16 +90,6 @@ def _families(config: ModelConfig) -> dict[str, tuple[str, dict[str, tuple[Any, 
     }
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """An array of the file, and the arrays of transformers that it holds: one, or each expert's."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    members: list[str]
-
-
 def to_gguf(
     config: ModelConfig,
     params: Mapping[str, Any],
@@ -123,37 +112,30 @@ def to_gguf(
         import gguf
 
     described, shapes, arrays = as_family(config, tokenizer.vocab_size, params)
-    architecture = _architecture(config, described)
+    architecture = architecture_of(config, described)
     words = vocabulary(tokenizer)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name(name)
     writer.add_file_type({"float32": 0, "float16": 1, "bfloat16": 32}[dtype])
     settings = _settings(config, architecture, tokenizer.vocab_size)
-    named = {f"{architecture}.{key}": value for key, value in settings.items()}
-    add: dict[type, Callable[[str, Any], None]] = {
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        bool: writer.add_bool,
-    }
-    add |= {str: writer.add_string, list: writer.add_array}
-    for key, value in {**named, **{f"tokenizer.{key}": words[key] for key in words}}.items():
-        add[type(value)](key, value)
-    tensors = [*_tensors(architecture, config.n_layer, shapes, dtype)]
-    factors = {"rope_freqs.weight": _rope_factors(config)} if _is_llama3(config) else {}
-    extra = [_Tensor(key, array.shape, "float32", []) for key, array in factors.items()]
-    for tensor in tensors + extra:
-        size = math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
-        raw = gguf.GGMLQuantizationType[WRITTEN[tensor.dtype]]
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw)
+    kinds: dict[type, str] = {int: "uint32", float: "float32", bool: "bool", str: "string"}
+    for prefix, values in ((architecture, settings), ("tokenizer", words)):
+        for key, value in values.items():
+            getattr(writer, f"add_{kinds.get(type(value), 'array')}")(f"{prefix}.{key}", value)
+    tensors = [*_tensors(architecture, config.n_layer, shapes)]
+    factors = _rope_factors(config)
+    for found, shape, _ in tensors + [(key, array.shape, []) for key, array in factors.items()]:
+        kind = dtype if len(shape) > 1 else "float32"
+        raw, size = gguf.GGMLQuantizationType[WRITTEN[kind]], np.dtype(kind).itemsize
+        writer.add_tensor_info(found, shape, np.dtype(np.float32), math.prod(shape) * size, raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     changed = _changes(config, architecture, described["model_type"])
-    for tensor in tensors:
-        parts = [
-            narrowed(theirs, changed(theirs, array), tensor.dtype)
-            for theirs, array in zip(tensor.members, arrays, strict=False)
-        ]
+    for _, shape, members in tensors:
+        kind = dtype if len(shape) > 1 else "float32"
+        pairs = zip(members, arrays, strict=False)  # as many arrays as there are members
+        parts = [narrowed(theirs, changed(theirs, array), kind) for theirs, array in pairs]
         writer.write_tensor_data(parts[0] if len(parts) == 1 else np.stack(parts))
     for array in factors.values():
         writer.write_tensor_data(array)
@@ -161,7 +143,7 @@ def to_gguf(
     return architecture
 
 
-def _architecture(config: ModelConfig, described: Mapping[str, Any]) -> str:
+def architecture_of(config: ModelConfig, described: Mapping[str, Any]) -> str:
     """llama.cpp's name of a family.
 
     Raises:
@@ -174,10 +156,8 @@ def _architecture(config: ModelConfig, described: Mapping[str, Any]) -> str:
             f"{', '.join(families)}"
         )
     architecture, needs = families[family]
-    can_be_biased = ("llama", "gptneox")
-    if architecture not in can_be_biased and (
-        described.get("attention_bias") or described.get("mlp_bias")
-    ):
+    is_biased = described.get("attention_bias") or described.get("mlp_bias")
+    if is_biased and architecture not in ("llama", "gptneox"):
         needs = {**needs, "bias": (False,)}
     for setting, values in needs.items():
         if getattr(config, setting) not in values:
@@ -219,11 +199,13 @@ def _settings(config: ModelConfig, architecture: str, vocab_size: int) -> dict[s
     if config.rope_scaling == "yarn":
         found["rope.scaling.original_context_length"] = config.rope_original_length
         # llama.cpp would multiply queries and keys by the inverse; here that is in the weights.
-        found["rope.scaling.attn_factor"] = 1 / (1 + 0.1 * math.log(config.rope_factor))
+        found["rope.scaling.attn_factor"] = 1 / (1 + 0.1 * max(math.log(config.rope_factor), 0))
     if config.has_experts:
-        found["expert_count"] = config.n_expert
-        found["expert_used_count"] = config.n_expert_active
-        found["expert_feed_forward_length"] = config.d_ff
+        found |= {
+            "expert_count": config.n_expert,
+            "expert_used_count": config.n_expert_active,
+            "expert_feed_forward_length": config.d_ff,
+        }
     if architecture == "gptneox":
         found["use_parallel_residual"] = config.block == "parallel"
     if config.window or architecture == "gemma2":  # it always has a window
@@ -236,27 +218,28 @@ def _settings(config: ModelConfig, architecture: str, vocab_size: int) -> dict[s
     return found
 
 
-def _is_llama3(config: ModelConfig) -> bool:
-    return config.rope_scaling == "llama3"
-
-
-def _rope_factors(config: ModelConfig) -> np.ndarray:
-    """What each frequency is divided by; llama.cpp reads llama3's scaling as an array."""
+def _rope_factors(config: ModelConfig) -> dict[str, np.ndarray]:
+    """llama3's scaling as llama.cpp reads it: an array of what each frequency is divided by."""
+    if config.rope_scaling != "llama3":
+        return {}
     import jax.numpy as jnp
 
     from llm.model.attention import RopeScaling
 
     half = config.head_size // 2
-    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    usual = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     scaling = RopeScaling("llama3", config.rope_factor, config.rope_original_length)
-    scaled = scaling.apply(frequencies, config.rope_theta)
-    return np.asarray(frequencies / scaled, np.float32)
+    factors = usual / scaling.apply(usual, config.rope_theta)
+    return {"rope_freqs.weight": np.asarray(factors, np.float32)}
 
 
 def _tensors(
-    architecture: str, n_layer: int, shapes: Mapping[str, tuple[int, ...]], dtype: str
-) -> Iterator[_Tensor]:
-    """The file's arrays in the order of transformers' arrays; those of experts are one."""
+    architecture: str, n_layer: int, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[int, ...], list[str]]]:
+    """The file's arrays: (name, shape, the arrays of transformers that it holds), in their order.
+
+    Each holds one, but those of a mixture hold that of each expert.
+    """
     import gguf
 
     number = next(x for x, named in gguf.MODEL_ARCH_NAMES.items() if named == architecture)
@@ -269,8 +252,7 @@ def _tensors(
         found = next(filter(None, names), None)
         assert found, whole
         shape = shapes[members[0]][:: -1 if _is_conv(architecture, whole) else 1]
-        shape = (len(members), *shape) if whole != members[0] else shape
-        yield _Tensor(found, shape, dtype if len(shape) > 1 else "float32", members)
+        yield found, (len(members), *shape) if whole != members[0] else shape, members
 
 
 def _is_conv(architecture: str, name: str) -> bool:
