@@ -56,6 +56,7 @@ train: $(VENV)/installed-train-$(ACCELERATOR)
 	    --probs $(RUN)/samples.jsonl --html $(RUN)/samples.html
 	@echo
 	@echo "The probability of every token: open $(RUN)/samples.html in a browser."
+	@echo "How it learnt, with its curves: open $(RUN)/report.html."
 
 PYTEST = $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 	--no-loadscope-reorder

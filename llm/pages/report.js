@@ -122,7 +122,7 @@ class Curves {
       run.evaluations.forEach((of, i) => found.push({
         label: `${name}validation${of.source ? ` of ${escaped(of.source)}` : ""}`,
         x: this.x(run, of), y: of[evaluated], width: 2, points: true,
-        dash: of.source ? SOURCE_DASHES[i % SOURCE_DASHES.length] : undefined,
+        dash: of.source ? SOURCE_DASHES[i % SOURCE_DASHES.length] : alone ? undefined : [7, 4],
         stroke: () => colour(alone ? (of.source ? `run${2 + (i % 4)}` : "run1") : own) }));
     }
     return found;
@@ -379,8 +379,9 @@ class Learnt {
       el("header", "", el("code", `big ${this.levels(row, token)}`, ...visible(name.token)),
         el("p", "", `token ${grouped(token + 1)} of ${grouped(tokens.length)}, id ${name.id}`)),
       chart, el("div", "scroll", table));
-    table.querySelector("tr.on")?.scrollIntoView?.({ block: "nearest", inline: "nearest" });
-    scrollTo(scrollX, scrollY);
+    // Within its box alone: the page itself stays where it is.
+    const scroll = table.parentElement, own = table.querySelector("tr.on");
+    scroll.scrollTop = own.offsetTop - scroll.clientHeight / 2;
     const logprobs = steps.map((_, i) => this.said(i, token)[0]);
     this.drawCurve(chart, steps, logprobs.map((logprob) => (logprob === null ? null : 100 * Math.exp(logprob))));
     byId("say").textContent = `step ${steps[row]}, ${escaped(name.token)}: ${percent(logprobs[row])}`;
