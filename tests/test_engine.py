@@ -169,9 +169,9 @@ def test_rows_join_and_leave_beside_a_running_row(engine, expected, monkeypatch)
 
     def another(listener):
         sizes.add((len(engine._rows), engine._state and engine._state.cache.capacity))
-        if listener.deliveries == 1:
+        if listener.deliveries == 2:
             joined.append(Listener(engine, LONG))
-        if listener.deliveries == 3:
+        if listener.deliveries == 4:
             joined.extend(Listener(engine, request) for request in rest)
 
     running = Listener(engine, first, hook=another)
@@ -180,6 +180,27 @@ def test_rows_join_and_leave_beside_a_running_row(engine, expected, monkeypatch)
         assert_same(listener.wait(), answer)
     assert {(1, 32), (4, 128)} <= sizes
     assert len(engine._rows) < 4, "it did not shrink when LONG was left alone"
+
+
+def test_all_free_places_are_filled_before_the_next_chunk(model, expected, monkeypatch):
+    """Four prompts of three kinds, which no prefill computes together."""
+    monkeypatch.setattr(Engine, "_can_join", lambda *_: True)  # no row waits for a compilation
+    running, start_chunk = [], Engine._start_chunk
+
+    def counted(self):
+        running.append(sum(ticket is not None for ticket in self._rows))
+        start_chunk(self)
+
+    monkeypatch.setattr(Engine, "_start_chunk", counted)
+    engine = Engine(model[2], Limits(max_batch=4))
+    longer = dataclasses.replace(SHORT, prompt=list(range(20)))
+    requests = [LONG, SHORT, longer, SHORT]
+    listeners = [Listener(engine, request) for request in requests]
+    engine.start()
+    for listener, answer in zip(listeners, expected(requests), strict=True):
+        assert_same(listener.wait(), answer)
+    assert running[0] == 4
+    assert engine.stop(timeout=60.0)
 
 
 def test_rows_go_on_while_what_others_need_is_compiled(model, expected, monkeypatch):

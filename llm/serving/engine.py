@@ -4,10 +4,11 @@
     engine.start()
     engine.submit([Ticket(Request(ids, max_new_tokens=50), deliver=print)])
 
-One thread owns the device. In each round it admits waiting tickets, computes a piece of their
-prompts, starts the next chunk of all running rows, and reads the chunk before. So a long prompt
-holds up running rows by one piece at a time, and the host reads while the device computes, as in
-decode.py, which has the programs and the class Row.
+One thread owns the device. In each round it admits waiting tickets, computes pieces of their
+prompts, up to GROUP * PIECE positions in all, starts the next chunk of all running rows, and reads
+the chunk before. So a long prompt holds up running rows by a few pieces at a time, short ones fill
+all free places at once, and the host reads while the device computes, as in decode.py, which has
+the programs and the class Row.
 
 A prompt is prefilled in a cache of its own and then placed into a free row of the batch, without
 any change to running rows. The number of rows is the next power of two, so a lone user does not pay
@@ -67,6 +68,8 @@ GROUP = 4
 # The smallest capacity of the running batch's cache, and of a prompt's own cache.
 LEAST_CAPACITY = 256
 LEAST_PREFILL = 256
+# Tokens of a chunk at most while tickets wait, so that they soon get the places of rows that end.
+CROWDED = 8
 
 Delivery = NewTokens | Exception
 # Rows and capacity of a batch.
@@ -291,9 +294,13 @@ class Engine:
         for place, ticket in enumerate(self._rows):
             if ticket is not None and ticket.ended:
                 self._rows[place] = self._batch = None
-        if all(ticket.ended for ticket in self._group):
-            self._admit()
-        if self._group:
+        positions = GROUP * PIECE
+        while positions > 0:
+            if all(ticket.ended for ticket in self._group):
+                self._admit()
+            if not self._group:
+                break
+            positions -= len(self._group) * _piece(len(self._group[0].prompt.prompt))
             self._compute_piece()
         if any(self._rows):
             self._start_chunk()
@@ -402,8 +409,7 @@ class Engine:
 
     def _join(self, state: DecodeState) -> None:
         """Place the rows of the group's prefilled state into free rows of the batch."""
-        group = enumerate(self._group)
-        joining = {row: t for row, t in group if not (t.ended or t.unread)}
+        joining = {row: t for row, t in enumerate(self._group) if not (t.ended or t.unread)}
         if not joining:
             return
         self._resize(self._joined_size)
@@ -455,7 +461,7 @@ class Engine:
         assert self._state is not None
         if self._batch is None:
             self._batch = self._stack([t.request if t else _NOTHING for t in self._rows])
-        steps = self._pace.steps
+        steps = min(self._pace.steps, CROWDED) if self._waiting else self._pace.steps
         self._state, drawn, done = self.decoder.chunk(self._batch, self._state, alive_B, steps)
         self._flights.append(Flight(drawn, done, steps, list(self._rows)))
 
