@@ -9,9 +9,9 @@
 `import llm` itself loads nothing heavy; `load` does. docs/python.md shows the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm import errors
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from llm.api.language_model import LanguageModel
 
-__all__ = ["errors", "load"]
+__all__ = ["errors", "load", "prepare"]
 
 
 def load(
@@ -49,3 +49,20 @@ def load(
     from llm.api.language_model import LanguageModel
 
     return LanguageModel.load(run, step, devices)
+
+
+def prepare(
+    documents: Iterable[tuple[str, str]],
+    folder: "str | Path",
+    tokenizer: str = "bytes",
+    **data: Any,
+) -> dict[str, Any]:
+    """Write documents of your own, (name, text), into a folder that `data.source` can name, and
+    tokenise them: `llm.api.preparation.prepare_documents`.
+
+    Returns:
+      what `python -m llm prepare --json` prints: `sources`, with documents, tokens, bytes.
+    """
+    from llm.api.preparation import prepare_documents
+
+    return prepare_documents(documents, folder, tokenizer, **data)

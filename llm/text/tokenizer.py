@@ -425,6 +425,15 @@ def tiktoken_tokenizer(name: str, vocab_size: int = 0) -> BytePairTokenizer:
     )
 
 
+def cached_encoding(name: str) -> BytePairTokenizer | None:
+    """A public encoding if it is on this machine; nothing is fetched."""
+    from unittest import mock
+
+    with contextlib.suppress(DataError), mock.patch("tiktoken.load.read_file", side_effect=OSError):
+        return tiktoken_tokenizer(name)
+    return None
+
+
 # Sizes of the encodings that the settings name, so that a plan needs none of them on this machine.
 _ENCODING_SIZES = {"gpt2": 50257, "cl100k_base": 100277, "o200k_base": 200019}
 

@@ -1,0 +1,85 @@
+"""llm.prepare: documents of an iterator become a source like any other."""
+
+import json
+
+import pytest
+
+import llm
+from llm.api import preparation
+from llm.config import DataConfig, TokenizerConfig
+from llm.errors import UsageError
+from llm.text import tokenizer
+from llm.text.shards import prepare
+from llm.text.tokenizer import cached_encoding
+
+TEXTS = {f"page {n}": f"學而 {n}\n" * (n + 1) for n in range(9)}
+
+
+def test_documents_of_an_iterator_are_a_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(preparation, "_FILE_BYTES", 100)
+    settings = {"validation": "none", "cache_dir": str(tmp_path / "cache")}
+    found = llm.prepare(iter(TEXTS.items()), tmp_path / "pages", **settings)
+    (source,) = found["sources"]
+    size = sum(len(text.encode()) for text in TEXTS.values())
+    assert (source["documents"], source["bytes"]) == (9, size)
+    assert source["tokens"] == size + 9 and found["tokenizer"] == "bytes"
+    files = sorted((tmp_path / "pages").iterdir())
+    assert len(files) > 2
+    corpus = prepare(DataConfig(source=str(tmp_path / "pages"), **settings), TokenizerConfig())
+    assert corpus.reused
+    expected = b"".join(text.encode() + b"\0" for text in TEXTS.values())
+    ids = corpus.train.read(0, len(corpus.train))
+    assert bytes(0 if id_ == 256 else id_ for id_ in ids.tolist()) == expected
+    assert corpus.train.document_at(0)[0] == f"{files[0].name}#page 0"
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        (["text"], "document 0 is str; expected a pair of texts"),
+        ([("a", "x"), ("b", b"x")], "document 1 is tuple; expected a pair"),
+        ([("a", "x\ud83d")], "document 0, 'a', has half of a surrogate pair"),
+    ],
+)
+def test_what_is_no_document_is_named_and_leaves_nothing(tmp_path, documents, message):
+    with pytest.raises(UsageError, match=message):
+        llm.prepare(documents, tmp_path / "pages")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_exists_is_not_written_over(tmp_path):
+    with pytest.raises(UsageError, match="exists; name a folder that is new"):
+        llm.prepare([("a", "x")], tmp_path)
+
+
+def test_an_iterator_that_fails_leaves_nothing(tmp_path):
+    def documents():
+        yield "a", "x"
+        raise RuntimeError("the network is gone")
+
+    with pytest.raises(RuntimeError, match="the network is gone"):
+        llm.prepare(documents(), tmp_path / "pages")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_encoding_that_is_not_here_is_not_fetched(tmp_path, monkeypatch):
+    import tiktoken.registry
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    assert cached_encoding("gpt2") is None
+
+
+def test_gpt2_stands_beside_the_tokenizer_on_the_same_text(tmp_path, monkeypatch):
+    """Another tokenizer in gpt2's place, so that nothing is needed: 1 token a character."""
+    characters = tokenizer.CharacterTokenizer("".join(TEXTS.values()))
+    monkeypatch.setattr(preparation, "cached_encoding", lambda _: characters)
+    settings = {"validation": "none", "cache_dir": str(tmp_path / "cache")}
+    found = llm.prepare([("a", "學而" * 500)], tmp_path / "pages", **settings)
+    beside = found["sources"][0]["beside_gpt2"]
+    assert beside == {
+        "sample_bytes": 3000,
+        "bytes_per_token": 3000 / 3001,
+        "gpt2_bytes_per_token": 3.0,
+    }
+    assert json.dumps(found)
