@@ -41,7 +41,7 @@ def test_a_run_writes_what_the_design_promises(unbroken):
     assert [row["step"] for row in evaluated] == [6, STEPS]
     assert set(trained[0]) == {
         "kind", "step", "tokens", "loss", "grad_norm", "learning_rate", "tokens_per_second",
-        "step_seconds", "mfu",
+        "step_seconds", "memory_bytes", "mfu",
     }  # fmt: skip
     assert set(evaluated[0]) == {"kind", "step", "split", "loss", "bits_per_byte", "tokens"}
     assert [row["tokens"] for row in trained] == [128 * n for n in range(1, STEPS + 1)]
@@ -49,6 +49,7 @@ def test_a_run_writes_what_the_design_promises(unbroken):
     assert RunDirectory(run).read_config().training.steps == STEPS
     assert len(json.loads((run / "run.json").read_text())["starts"]) == 1
     assert (run / "tokenizer" / "tokenizer.json").is_file()
+    assert (run / "report.html").is_file() and (run / "probes.jsonl").is_file()
 
 
 def test_the_same_command_again_says_it_is_finished(unbroken, capsys):

@@ -162,7 +162,7 @@ class Curves {
       series: [{ label: AGAINST[against], value: (_, v) => (v === null || v === undefined ? "–" : spellX(v)) },
         ...series.map(({ label, stroke, width, dash, points, y }) => ({
           label, stroke, width, dash, spanGaps: false, value: (_, v) => spell(v),
-          points: { show: points || y.length < 3, size: points ? 6 : 8, fill: stroke, stroke } }))],
+          points: { show: (points && y.length < 80) || y.length < 3, size: points ? 6 : 8, fill: stroke, stroke } }))],
       cursor: { sync: { key: "report" }, drag: { x: true, y: false },
                 dataIdx: (u, i, at) => this.nearest(u, i, at) },
       hooks: { draw: [(u) => this.drawMarks(u, id)],
