@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import train, write_config
+from safetensors.numpy import load_file
 
 import llm
-from llm.commands import import_hf, run_command, sample, score
+from llm.commands import export_hf, import_hf, run_command, sample, score
 from llm.config import DataConfig, TokenizerConfig
 from llm.errors import UsageError
 from llm.inference.records import Numerics, RunRecord, as_json, read_records
@@ -618,3 +619,19 @@ def test_stories260k_writes_its_published_text(tmp_path, capsys):
     lines = [line.strip() for line in published.splitlines()]
     assert "\n".join(lines).startswith(written.strip())
     assert len(written) > 400
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not STORIES.is_dir(), reason="no shared models")
+def test_stories260k_is_scored_with_a_page_and_exported_with_equal_bits(tmp_path, capsys):
+    made, page, out = (str(tmp_path / name) for name in ("run", "page.html", "out"))
+    assert run_command(import_hf.main, [str(STORIES), made]) == 0
+    capsys.readouterr()
+    text = "Once upon a time, there was a little girl named Lily."
+    assert run_command(score.main, [made, "--text", text, "--html", page, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["nats_per_token"] < 0.6
+    assert "Lily" in (tmp_path / "page.html").read_text()
+    assert run_command(export_hf.main, [made, out]) == 0
+    ours, theirs = (load_file(f"{folder}/model.safetensors") for folder in (out, STORIES))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].tobytes() == array.tobytes() for name, array in theirs.items())
