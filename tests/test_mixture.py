@@ -328,25 +328,6 @@ def test_weights_change_on_resume_and_what_was_read_stays_read(mixed, tmp_path, 
         assert len(own) == len(set(own)) == windows
 
 
-def test_the_devices_that_share_a_batch_change_nothing_of_a_mixture(mixed, tmp_path, capsys):
-    """One device, two, and eight: the same windows of the same sources, the same losses."""
-    from llm.commands.replay import main as replay
-
-    runs = {}
-    for data in (1, 2, 8):
-        trained(mixed, "--mesh.data", str(data), "--run.dir", str(tmp_path / str(data)))
-        capsys.readouterr()
-        replay([str(tmp_path / str(data)), "--step", "7", "--json"])
-        read = json.loads(capsys.readouterr().out)["sequences"]
-        rows = rows_of(tmp_path, str(data))
-        run = json.loads((tmp_path / str(data) / "run.json").read_text())
-        runs[data] = read, [(r["step"], r.get("source")) for r in rows], [r["loss"] for r in rows]
-        assert f"'data': {data}" in str(run) or data == 1
-    for data in (2, 8):
-        assert runs[data][:2] == runs[1][:2]
-        np.testing.assert_allclose(runs[data][2], runs[1][2], rtol=1e-5)
-
-
 def test_names_and_their_order_stay_on_resume_and_places_may_change(mixed, tmp_path):
     trained(mixed)
     (tmp_path / "moved").mkdir()
