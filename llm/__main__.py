@@ -13,6 +13,7 @@ from llm.errors import UsageError
 COMMANDS = {
     "train": "pretrain from a configuration file, or resume",
     "prepare": "tokenise a corpus, and say what is in it",
+    "data-report": "what is in a corpus: duplicates, rules of quality, personal data",
     "sample": "write text, and the probability of every token",
     "score": "the probability of every token of a given text",
     "eval": "run tasks of lm-evaluation-harness",

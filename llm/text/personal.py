@@ -47,7 +47,7 @@ def _is_card(text: str) -> bool:
     """Luhn's check: every second digit from the right is doubled, and the sum ends with 0."""
     digits = [int(sign) for sign in text if sign.isdigit()][::-1]
     doubled = (sum(divmod(2 * digit, 10)) for digit in digits[1::2])
-    return (sum(digits[::2]) + sum(doubled)) % 10 == 0
+    return len(digits) >= 12 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def _is_random(key: str) -> bool:

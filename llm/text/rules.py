@@ -112,7 +112,11 @@ class Measured:
     @functools.cached_property
     def spoken(self) -> list[str]:
         """The words that are not signs."""
-        return [word for word in self.words if word[0].isalnum() or word[0] > "\u02ff"]
+        return [
+            word
+            for word in self.words
+            if word[0].isalnum() or word[-1].isalnum() or _alone.match(word)
+        ]
 
     @functools.cached_property
     def spaced(self) -> list[str]:

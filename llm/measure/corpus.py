@@ -1,0 +1,205 @@
+"""What is in a corpus: one pass over its documents, in bounded memory.
+
+Every document is counted whole. Rules, personal data and duplicates look at its first 4 million
+characters, languages at its first 2,000. py3langid tells languages and ftfy finds text that was
+decoded wrongly, if they are installed (the extra `data`).
+"""
+
+import collections
+import functools
+import heapq
+import tempfile
+import unicodedata
+import zlib
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm.measure.overlap import Overlap, RepeatedLines
+from llm.text import personal
+from llm.text.documents import Document
+from llm.text.duplicates import Sketch, find_duplicates
+from llm.text.rules import RULES, broken
+from llm.text.splits import is_held_out
+from llm.text.tokenizer import Tokenizer
+
+JUDGED_CHARACTERS, LANGUAGE_CHARACTERS = 2**22, 2000
+# Of each rule and each kind of personal data, on the page; and of lists in the JSON object.
+EXAMPLES, LISTED = 3, 1000
+_AROUND = 40
+
+
+class Census:
+    """Counts what is in documents.
+
+    Args:
+      tokenizer: what counts tokens.
+      held_out: the fraction of documents that are validation, by the hash of their text.
+      against: names and texts of evaluation documents.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, held_out: float, against: Iterable[tuple[str, str]] = ()
+    ):
+        self.tokenizer, self.held_out = tokenizer, held_out
+        self.names: list[str] = []
+        self.bytes = self.compressed = 0
+        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(
+            collections.Counter
+        )
+        self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
+        self.used = np.zeros(tokenizer.vocab_size, np.int64)
+        self.sizes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
+        self.lines = RepeatedLines()
+        self.against = Overlap(against)
+        self.identifies = find_spec("py3langid") is not None
+        self.finds_mojibake = find_spec("ftfy") is not None
+
+    def read(self, documents: Iterable[Document]) -> None:
+        """Count all documents, and find those that repeat others."""
+        with tempfile.TemporaryDirectory() as folder:
+            with Sketch(Path(folder), near=True) as sketch:
+                for document in documents:
+                    start = self._count(document)
+                    sketch.add(start, document.sha256)
+                    self.names.append(document.name)
+            self.duplicates = find_duplicates([Path(folder)], near=True)
+
+    def _count(self, document: Document) -> str:
+        """Count one document; its start, which is judged."""
+        parts: list[str] = []
+        held, size, tokens = 0, 0, 0
+        characters: collections.Counter[str] = collections.Counter()
+        packer = zlib.compressobj(1)
+        for piece in document.pieces:
+            if held < JUDGED_CHARACTERS:
+                parts.append(piece[: JUDGED_CHARACTERS - held])
+                held += len(parts[-1])
+            data = piece.encode()
+            size += len(data)
+            self.compressed += len(packer.compress(data))
+            characters.update(piece)
+            ids = self.tokenizer.encode(piece, continues=size > len(data))
+            tokens += len(ids)
+            self.used += np.bincount(ids, minlength=len(self.used))
+        self.compressed += len(packer.flush())
+        self.bytes += size
+        self.counts["length"][str(1 << size.bit_length())] += 1
+        main = self._characters(characters)
+        for place, number in enumerate((1, size, tokens)):
+            self.sizes[main][place] += number
+        text = "".join(parts)
+        self._judge(document.name, text)
+        self.lines.add(text)
+        self.against.read(document.name, text)
+        self.counts["split"][
+            "held out" if is_held_out(document.sha256, self.held_out) else "train"
+        ] += 1
+        return text
+
+    def _characters(self, characters: collections.Counter[str]) -> str:
+        """Count the characters of a document; the script of most of its letters."""
+        scripts: collections.Counter[str] = collections.Counter()
+        for character, count in characters.items():
+            if character == "\ufffd":
+                self.counts["characters"]["replacement"] += count
+            elif unicodedata.category(character) == "Cc" and character not in "\n\t\r":
+                self.counts["characters"]["control"] += count
+            elif name := script_of(character):
+                scripts[name] += count
+        self.counts["script"].update(scripts)
+        return scripts.most_common(1)[0][0] if scripts else "none"
+
+    def _judge(self, name: str, text: str) -> None:
+        for preset, rule, value in broken(text):
+            key = f"{preset}: {rule.name}"
+            self.counts["quality"][key] += 1
+            self._show(key, name, f"{value:,.3g}", text[: 4 * _AROUND])
+        for kind, start, end in personal.find(text):
+            self.counts["personal"][kind] += 1
+            around = text[max(start - _AROUND, 0) : start], text[end : end + _AROUND]
+            self._show(kind, name, "", f"<{kind.upper()}>".join(map(masked, around)))
+        if self.identifies and text.strip():
+            import py3langid
+
+            self.counts["language"][py3langid.classify(text[:LANGUAGE_CHARACTERS])[0]] += 1
+        if self.finds_mojibake:
+            from ftfy.badness import is_bad
+
+            self.counts["characters"]["documents with mojibake"] += is_bad(text)
+
+    def _show(self, key: str, name: str, value: str, text: str) -> None:
+        if len(self.examples[key]) < EXAMPLES:
+            self.examples[key].append({"document": name, "value": value, "text": masked(text)})
+
+    def report(self) -> dict[str, Any]:
+        """Everything as one JSON object; lists have at most LISTED entries."""
+        found, table = self.duplicates, self.tokenizer.token_table
+        pairs = [[self.names[a], self.names[b]] for a, b in found.near[:LISTED].tolist()]
+        similar = found.similarity[:LISTED].tolist()
+        longest = heapq.nlargest(10, np.flatnonzero(self.used), key=lambda id_: len(table[id_]))
+        tokens = int(self.used.sum())
+        return {
+            "documents": len(self.names),
+            "bytes": self.bytes,
+            "tokens": tokens,
+            "split": self.counts["split"],
+            "lengths": {
+                k: self.counts["length"][k] for k in sorted(self.counts["length"], key=int)
+            },
+            "scripts": dict(self.counts["script"].most_common()),
+            "languages": dict(self.counts["language"].most_common()) if self.identifies else None,
+            "exact_duplicates": len(found.exact),
+            "near_duplicates": [
+                {"documents": pair, "similarity": similarity}
+                for pair, similarity in zip(pairs, similar, strict=True)
+            ],
+            "near_duplicate_documents": len(found.near),
+            "repeated_lines": [
+                {"line": masked(line), "documents": count} for line, count in self.lines.most(20)
+            ],
+            "quality": {
+                f"{preset}: {rule.name}": {
+                    "expected": rule.bounds(),
+                    "documents": self.counts["quality"][f"{preset}: {rule.name}"],
+                }
+                for preset, rules in RULES.items()
+                for rule in rules
+            },
+            "personal_data": {kind: self.counts["personal"][kind] for kind in personal.KINDS},
+            "characters": {
+                "control": self.counts["characters"]["control"],
+                "replacement": self.counts["characters"]["replacement"],
+                "documents with mojibake": self.counts["characters"]["documents with mojibake"]
+                if self.finds_mojibake
+                else None,
+            },
+            "compressed_share": self.compressed / max(self.bytes, 1),
+            "tokenizer": {
+                "name": self.tokenizer.name,
+                "unused": int((self.used == 0).sum()),
+                "longest": [self.tokenizer.token_name(int(id_)) for id_ in longest],
+                "bytes_per_token": {
+                    script: size / max(count, 1) for script, (_, size, count) in self.sizes.items()
+                },
+            },
+            "against": [
+                {**leak._asdict(), "example": masked(leak.example)}
+                for leak in self.against.found()[:LISTED]
+            ],
+            "examples": self.examples,
+        }
+
+
+def masked(text: str) -> str:
+    """Text of a document as it is shown: without personal data."""
+    return personal.redact(text, personal.KINDS)
+
+
+@functools.cache
+def script_of(letter: str) -> str:
+    """The script of a letter, as Unicode's names begin: LATIN, CJK; "" for other characters."""
+    return unicodedata.name(letter, "OTHER").split()[0] if letter.isalpha() else ""

@@ -1,0 +1,131 @@
+"""python -m llm data-report: planted text is counted, and a page of it does nothing but be read."""
+
+import json
+import re
+
+import pytest
+
+from llm.commands import data_report
+from llm.errors import DataError, UsageError
+from llm.text import personal, rules
+
+ENGLISH = (
+    "The harbour was quiet when we came to the old house, and nobody had been there for years. "
+    "It stood with its back to the sea. We did not have a key, so that we waited until the evening "
+    "of the second day. Then a man who lived near the church brought us bread and told us stories. "
+    "He said that the owner had left in winter. We thanked him, and he went away.\n"
+)
+CHINESE = (
+    "春天来了,花园里的树木开始发芽。孩子们在河边放风筝,老人坐在长椅上聊天。"
+    "远处传来钟声,提醒人们时间不早了。市场上卖菜的人把新鲜的蔬菜摆得整整齐齐。"
+    "我们沿着小路慢慢走回家,一边走一边谈论昨天读过的书。晚饭以后,大家围着桌子听祖母讲故事。"
+    "窗外下起了小雨,雨点轻轻敲打屋顶。\n"
+)
+PLANTED = {
+    "email": ["mail anna.b@uni-example.org now", "邮箱zhang@qq.com联系"],
+    "phone": ["call +44 20 7946 0958 today", "call (415) 555-2671", "手机13812345678联系"],
+    "ip": ["from 8.8.4.4 at noon", "服务器2001:4860:4860::8888 端口".replace("器2", "器 2")],
+    "card": ["paid by 4111 1111 1111 1111", "卡号5500005555555559。"],
+    "key": ["key AKIAIOSFODNN7EXAMPLE", "令牌ghp_" + "a1B2" * 9],
+}
+HARMLESS = [
+    "version 1.2.3.4 of it", "at 12:30:45 on 2024-01-02", "card 4111 1111 1111 1112",
+    "pi is 3.14159265358979", "std::vector<int> a@b", "192.168.0.1", "编号20240102030405",
+    "sk-learn-estimator-html-doc-link-of-the-page",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_planted_personal_data_is_found_and_replaced(kind):
+    for text in PLANTED[kind]:
+        assert [found.kind for found in personal.find(text)] == [kind], text
+        assert f"<{kind.upper()}>" in personal.redact(text, [kind])
+        assert personal.redact(text, set(personal.KINDS) - {kind}) == text
+
+
+def test_other_numbers_and_names_are_no_personal_data():
+    assert [(text, [*personal.find(text)]) for text in HARMLESS if [*personal.find(text)]] == []
+
+
+@pytest.mark.parametrize("preset", rules.RULES)
+@pytest.mark.parametrize("text", [ENGLISH, CHINESE])
+def test_prose_keeps_every_rule(preset, text):
+    assert rules.failed(text, preset) is None
+
+
+BAD = {
+    "short": "Too short to be judged.",
+    "hashes": ENGLISH.replace(" ", " # "),
+    "bullets": "".join(f"- {line}\n" for line in ENGLISH.split(". ")),
+    "lines": ENGLISH + "the same line again and again\n" * 30,
+    "brackets": ENGLISH.replace("sea.", "sea {here}."),
+    "letters": ENGLISH + "12 34 56 78 90 " * 40,
+    "paragraphs": "\n\n".join([ENGLISH] * 5),
+    "no ends": "\n".join(ENGLISH.replace(".", "").split(" the ")),
+    "latin": ENGLISH.replace("came to", "lorem ipsum"),
+}
+
+
+@pytest.mark.parametrize("name", ["fine", *BAD])
+def test_verdicts_are_those_of_datatrove(name):
+    filters = pytest.importorskip("datatrove.pipeline.filters")
+    from datatrove.data import Document
+    from datatrove.utils.word_tokenizers import WordTokenizer
+
+    class Ours(WordTokenizer):
+        def word_tokenize(self, text):
+            return rules.Measured(text).words
+
+        def sent_tokenize(self, text):
+            return rules.sentences(text)
+
+        def span_tokenize(self, text):
+            return [(0, len(part)) for part in rules.sentences(text)]
+
+    text = BAD.get(name, ENGLISH)
+    kinds = {
+        "gopher": (filters.GopherQualityFilter, filters.GopherRepetitionFilter),
+        "c4": (filters.C4QualityFilter,),
+        "fineweb": (filters.FineWebQualityFilter,),
+    }
+    for preset, some in kinds.items():
+        verdicts = [one(language=Ours()).filter(Document(text=text, id="0")) for one in some]
+        keeps = all(verdict is True for verdict in verdicts)
+        assert (rules.failed(text, preset) is None) == keeps, (preset, verdicts)
+
+
+def test_the_report_counts_what_is_planted_and_its_page_is_harmless(tmp_path, capsys):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    nasty = "</table><script>alert(1)</script>\x1b[31m\u202e write to bob@mail-example.org"
+    texts = {"a": ENGLISH, "b": ENGLISH, "c": CHINESE, "d": ENGLISH + nasty, "e": nasty}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    held_out = tmp_path / "eval.txt"
+    held_out.write_text(CHINESE, encoding="utf-8")
+    page = tmp_path / "page.html"
+    words = [str(folder), "--json", "--html", str(page), "--against", str(held_out)]
+    assert data_report.main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["documents"] == 5
+    assert report["bytes"] == report["tokens"] == sum(len(t.encode()) for t in texts.values())
+    assert report["exact_duplicates"] == 1
+    assert [one["documents"] for one in report["near_duplicates"]] == [["d.txt", "a.txt"]]
+    assert report["near_duplicates"][0]["similarity"] >= 0.8
+    assert report["personal_data"] == {"key": 0, "email": 2, "ip": 0, "card": 0, "phone": 0}
+    assert report["quality"]["gopher: words"]["documents"] == 1
+    assert report["characters"]["control"] == 2
+    assert report["scripts"]["CJK"] == len(re.findall(r"[\u4e00-\u9fff]", CHINESE))
+    assert [one["where"] for one in report["against"]] == ["c.txt"]
+    shown = page.read_text("utf-8")
+    assert "<script>alert" not in shown and "\x1b" not in shown and "\u202e" not in shown
+    assert "bob@" not in shown and "&lt;EMAIL&gt;" in shown
+
+
+def test_sources_without_text_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    binary = tmp_path / "binary.bin"
+    binary.write_bytes(b"\0\1\2")
+    for source in (tmp_path / "none", tmp_path / "empty", binary):
+        with pytest.raises((DataError, UsageError), match=source.name):
+            data_report.main([str(source)])
