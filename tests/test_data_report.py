@@ -129,3 +129,60 @@ def test_sources_without_text_are_refused(tmp_path):
     for source in (tmp_path / "none", tmp_path / "empty", binary):
         with pytest.raises((DataError, UsageError), match=source.name):
             data_report.main([str(source)])
+
+
+def test_held_out_text_that_training_has_is_found(tmp_path, capsys):
+    """Two sources; a document that is held out stands in a longer one that is not."""
+    from llm.text.documents import document_of
+    from llm.text.splits import is_held_out
+
+    def drawn(begins, held_out):
+        texts = (f"{begins} number {n}.\n{ENGLISH}" for n in range(10_000))
+        return next(t for t in texts if is_held_out(document_of("", t).sha256, 0.01) == held_out)
+
+    for name, text in (("a", drawn("Report", True)), ("b", drawn("Letter", False))):
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert data_report.main([str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["documents"] == 2 and report["split"] == {"held out": 1, "train": 1}
+    (leak,) = report["validation"]
+    assert (leak["name"], leak["where"]) == ("a.txt", "b.txt")
+    assert 0.9 < leak["found"] / leak["grams"] < 1
+
+
+def test_a_run_says_what_it_predicts_worst_and_best(unbroken, tmp_path, capsys, monkeypatch):
+    """As the score command says of the same texts, of their first windows alone."""
+    from llm.commands import score
+
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    known = (unbroken / "corpus.txt").read_text()
+    texts = {f"{n}": known[40 * n : 40 * n + 20] for n in range(30)} | {"long": known[:500]}
+    texts["<odd> & b"] = "".join(sorted(set(known))) * 3
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    page, run = tmp_path / "page.html", str(unbroken / "run")
+    words = [str(folder), "--run", run, "--html", str(page), "--json", "--scored", "31"]
+    assert data_report.main(words) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    bits = [one["bits_per_byte"] for one in model["documents"]]
+    assert len(bits) == 31 and bits == sorted(bits, reverse=True)
+    worst = model["documents"][0]
+    assert worst["document"] == "<odd> & b.txt"
+    for one in (worst, next(one for one in model["documents"] if one["cut"])):
+        text = texts[one["document"].removesuffix(".txt")][: one["tokens"] + 1]
+        assert score.main([run, "--text", text, "--json"]) == 0
+        expected = json.loads(capsys.readouterr().out)["bits_per_byte"]
+        assert one["bits_per_byte"] == pytest.approx(expected, rel=1e-5)
+    assert one["document"] == "long.txt" and one["tokens"] == 16 + 8
+    shown = page.read_text("utf-8")
+    second = tmp_path / "page.documents.html"
+    assert re.findall(r'href="([^"]*)"', shown) == [f"{second.name}#s{n}t0" for n in range(20)]
+    assert (
+        "&lt;odd&gt; &amp; b.txt" in shown and second.read_text("utf-8").count("<h2>Sample") == 20
+    )
+
+    (folder / "unseen.txt").write_text("Q")
+    for words in ([str(folder)], [run, "--tokenizer", "bytes"], [run]):
+        with pytest.raises(UsageError, match=r"not a run|leave --tokenizer out|unseen\.txt: "):
+            data_report.main([str(folder), "--run", *words])

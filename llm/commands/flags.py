@@ -42,6 +42,7 @@ _OUTPUT, _INPUT, _STDOUT = "output", "input", "standard output"
 OutputFile = Annotated[str | None, _OUTPUT]
 OutputStream = Annotated[str | None, _OUTPUT, _STDOUT]
 InputFile = Annotated[str, _INPUT]
+OptionalInput = Annotated[str | None, _INPUT]
 InputFiles = Annotated[tuple[str, ...], _INPUT]
 
 
@@ -65,7 +66,7 @@ class CommandLine(Section):
         for name, info in type(self).model_fields.items():
             value, flag = getattr(self, name), info.title if not info.repr else spelled(name)
             if _INPUT in info.metadata:
-                inputs[flag or name] = [value] if isinstance(value, str) else value
+                inputs[flag or name] = [value] if isinstance(value, str) else value or ()
             if _OUTPUT not in info.metadata or value is None:
                 continue
             if value != "-":

@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 
 from llm.commands.flags import OutputFile, parse
-from llm.commands.shared import RunOptions, counted
+from llm.commands.shared import RunOptions, counted, scored_page
 from llm.console import escaped, show
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference.records import EndRecord, RunRecord, as_json
 from llm.section import Positive, setting
 
 if TYPE_CHECKING:
     import numpy as np
 
     from llm.inference.score import Scorer
-    from llm.run.open import OpenedModel
     from llm.text.splits import TokenSplit
 
 # Windows on the page: those that the model is likeliest to repeat.
@@ -77,7 +75,9 @@ def main(arguments: list[str]) -> int:
     }
     if options.html:
         likeliest = train[measure.likeliest(numbers)[:SHOWN]]
-        write_output(options.html, page_of(opened, scorer, likeliest).encode(), UsageError)
+        title = f"Training text that {opened.run}, step {opened.step}, is likeliest to repeat"
+        page = scored_page(opened, scorer, likeliest, title)
+        write_output(options.html, page.encode(), UsageError)
     show(f"{json.dumps(report) if options.as_json else for_people(report)}\n")
     return 0
 
@@ -99,19 +99,6 @@ def windows_of(split: "TokenSplit", options: Options, scorer: "Scorer", name: st
             "in both the training text and what data.validation holds out"
         )
     return windows
-
-
-def page_of(opened: "OpenedModel", scorer: "Scorer", windows: "np.ndarray") -> str:
-    """The probability page of some windows."""
-    from llm.inference.numerics import numerics_of
-    from llm.pages.view import page
-
-    numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
-    records: list[Any] = [RunRecord.of(opened.checkpoint, opened.tokenizer, None, numerics, TOP)]
-    for sample, tokens in enumerate(scorer.score(windows)):
-        records += [*tokens, EndRecord.of(sample, tokens, "length", counted="prompt")]
-    title = f"Training text that {opened.run}, step {opened.step}, is likeliest to repeat"
-    return page(list(map(as_json, records)), title=title)
 
 
 def for_people(report: dict[str, Any]) -> str:

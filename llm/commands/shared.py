@@ -16,11 +16,19 @@ from llm.console import say
 from llm.console import show as show_text
 from llm.errors import UsageError
 from llm.files import write_output
-from llm.inference.records import DEFAULT_TOP, AnyRecord, as_json, to_line
+from llm.inference.records import (
+    DEFAULT_TOP,
+    AnyRecord,
+    EndRecord,
+    RunRecord,
+    as_json,
+    to_line,
+)
 from llm.runtime import prepare_process
 from llm.section import setting
 
 if TYPE_CHECKING:
+    from llm.inference.score import Scorer, TokenIds
     from llm.run.open import OpenedModel
     from llm.text.tokenizer import Tokenizer
 
@@ -120,6 +128,22 @@ class RecordOptions(RunOptions):
         if self.html:
             content = page(list(map(as_json, kept)), title=title).encode()
             write_output(self.html, content, UsageError)
+
+
+def scored_page(
+    opened: "OpenedModel", scorer: "Scorer", texts: "Iterable[TokenIds]", title: str
+) -> str:
+    """The probability page of some texts."""
+    from llm.inference.numerics import numerics_of
+    from llm.pages.view import page
+
+    numerics = numerics_of(opened.spec, opened.params, "teacher_forced")
+    records: list[AnyRecord] = [
+        RunRecord.of(opened.checkpoint, opened.tokenizer, None, numerics, scorer.top)
+    ]
+    for sample, tokens in enumerate(scorer.score(texts)):
+        records += [*tokens, EndRecord.of(sample, tokens, "length", counted="prompt")]
+    return page(list(map(as_json, records)), title=title)
 
 
 def read_file(path: str) -> tuple[str, bytes]:

@@ -14,17 +14,21 @@ import zlib
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llm.measure.overlap import Overlap, RepeatedLines
+from llm.errors import UsageError
+from llm.measure.overlap import Leak, Overlap, RepeatedLines
 from llm.text import personal
 from llm.text.documents import Document
 from llm.text.duplicates import Sketch, find_duplicates
 from llm.text.rules import RULES, broken
 from llm.text.splits import is_held_out
-from llm.text.tokenizer import Tokenizer
+from llm.text.tokenizer import Ids, Tokenizer
+
+if TYPE_CHECKING:
+    from llm.measure.scored import Sampled
 
 JUDGED_CHARACTERS, LANGUAGE_CHARACTERS = 2**22, 2000
 # Of each rule and each kind of personal data, on the page; and of lists in the JSON object.
@@ -38,11 +42,18 @@ class Census:
     Args:
       tokenizer: what counts tokens.
       held_out: the fraction of documents that are validation, by the hash of their text.
-      against: names and texts of evaluation documents.
+      against: evaluation documents.
+      validation: the documents that are held out, to be looked for in the others.
+      sampled: takes the tokens of each document, to score some.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, held_out: float, against: Iterable[tuple[str, str]] = ()
+        self,
+        tokenizer: Tokenizer,
+        held_out: float,
+        against: Iterable[Document] = (),
+        validation: Iterable[Document] = (),
+        sampled: "Sampled | None" = None,
     ):
         self.tokenizer, self.held_out = tokenizer, held_out
         self.names: list[str] = []
@@ -54,7 +65,11 @@ class Census:
         self.used = np.zeros(tokenizer.vocab_size, np.int64)
         self.sizes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
         self.lines = RepeatedLines()
-        self.against = Overlap(against)
+        self.against, self.validation = (
+            Overlap((one.name, start_of(one)) for one in documents)
+            for documents in (against, validation)
+        )
+        self.sampled = sampled
         self.identifies = find_spec("py3langid") is not None
         self.finds_mojibake = find_spec("ftfy") is not None
 
@@ -63,7 +78,10 @@ class Census:
         with tempfile.TemporaryDirectory() as folder:
             with Sketch(Path(folder), near=True) as sketch:
                 for document in documents:
-                    start = self._count(document)
+                    try:
+                        start = self._count(document)
+                    except UsageError as error:  # characters that the tokenizer does not have
+                        raise UsageError(f"{document.name}: {error}") from None
                     sketch.add(start, document.sha256)
                     self.names.append(document.name)
             self.duplicates = find_duplicates([Path(folder)], near=True)
@@ -72,6 +90,7 @@ class Census:
         """Count one document; its start, which is judged."""
         parts: list[str] = []
         held, size, tokens = 0, 0, 0
+        first: list[Ids] = []  # tokens, for the model
         characters: collections.Counter[str] = collections.Counter()
         packer = zlib.compressobj(1)
         for piece in document.pieces:
@@ -83,6 +102,8 @@ class Census:
             self.compressed += len(packer.compress(data))
             characters.update(piece)
             ids = self.tokenizer.encode(piece, continues=size > len(data))
+            if self.sampled and tokens < self.sampled.longest:
+                first.append(ids)
             tokens += len(ids)
             self.used += np.bincount(ids, minlength=len(self.used))
         self.compressed += len(packer.flush())
@@ -95,9 +116,14 @@ class Census:
         self._judge(document.name, text)
         self.lines.add(text)
         self.against.read(document.name, text)
-        self.counts["split"][
-            "held out" if is_held_out(document.sha256, self.held_out) else "train"
-        ] += 1
+        held_out = is_held_out(document.sha256, self.held_out)
+        self.counts["split"]["held out" if held_out else "train"] += 1
+        if not held_out:
+            self.validation.read(document.name, text)
+        if self.sampled:
+            self.sampled.add(
+                document.sha256, document.name, np.concatenate([np.empty(0, np.int32), *first])
+            )
         return text
 
     def _characters(self, characters: collections.Counter[str]) -> str:
@@ -186,12 +212,26 @@ class Census:
                     script: size / max(count, 1) for script, (_, size, count) in self.sizes.items()
                 },
             },
-            "against": [
-                {**leak._asdict(), "example": masked(leak.example)}
-                for leak in self.against.found()[:LISTED]
-            ],
+            "against": _shown(self.against.found()),
+            "validation": _shown(self.validation.found()),
             "examples": self.examples,
         }
+
+
+def _shown(leaks: list[Leak]) -> list[dict[str, Any]]:
+    return [{**one._asdict(), "example": masked(one.example)} for one in leaks[:LISTED]]
+
+
+def start_of(document: Document) -> str:
+    """The characters of a document that are judged."""
+    parts: list[str] = []
+    held = 0
+    for piece in document.pieces:
+        parts.append(piece[: JUDGED_CHARACTERS - held])
+        held += len(parts[-1])
+        if held >= JUDGED_CHARACTERS:
+            break
+    return "".join(parts)
 
 
 def masked(text: str) -> str:

@@ -77,6 +77,8 @@ class Overlap:
 
     def read(self, name: str, text: str) -> None:
         """Look for the expected documents in another."""
+        if not len(self._wanted):
+            return
         for _, batch in in_batches([text], _BATCH):
             hashes, first, sizes, units = _grams(batch)
             maybe = np.flatnonzero(self._may[self._top(hashes)])

@@ -1,13 +1,28 @@
 """The report on a corpus as a page: tables, which need no script. Text of documents is escaped."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 from llm.pages.document import document, escape
 
+SHOWN = 10  # documents that a model predicts worst, and as many that it predicts best
 
-def data_page(report: Mapping[str, Any], title: str) -> str:
-    """The page of what `llm/measure/corpus.py:Census.report` gives."""
+Ranked = TypeVar("Ranked")
+
+
+def worst_and_best(ranked: Sequence[Ranked], count: int = SHOWN) -> list[Ranked]:
+    """The first of a list, and the last that are not among them."""
+    return [*ranked[:count], *ranked[count:][-count:]]
+
+
+def data_page(report: Mapping[str, Any], title: str, scored: str = "") -> str:
+    """The page of what `llm/measure/corpus.py:Census.report` gives.
+
+    Args:
+      scored: the name of a page beside it, whose samples are `worst_and_best` of the documents
+        that the model of the report scored.
+    """
     facts = {
         "documents": report["documents"],
         "bytes": report["bytes"],
@@ -28,7 +43,7 @@ def data_page(report: Mapping[str, Any], title: str) -> str:
         data=None,
         styles=("page.css", "data.css"),
         facts=shown,
-        sections="".join(_sections(report)),
+        sections="".join([*_scored(report["model"], scored), *_sections(report)]),
     )
 
 
@@ -37,6 +52,7 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
     characters = report["characters"].items()
     tokenizer = report["tokenizer"]
     languages = report["languages"]
+    held_out = f"{report['split'].get('held out', 0):,} of {report['documents']:,}"
     return [
         _table("Length", ("bytes, below", "documents"), report["lengths"].items()),
         _table("Scripts", ("script", "letters"), report["scripts"].items()),
@@ -66,14 +82,10 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
             ("line", "documents"),
             ((one["line"], one["documents"]) for one in report["repeated_lines"]),
         ),
-        _table(
-            "Evaluation text that is in the corpus",
-            ("document", "share", "where", "text"),
-            (
-                (one["name"], f"{one['found'] / one['grams']:.1%}", one["where"], one["example"])
-                for one in report["against"][:20]
-            ),
+        _overlap(
+            f"Text of held-out documents ({held_out}) that training has", report["validation"]
         ),
+        _overlap("Evaluation text that is in the corpus", report["against"]),
         _table(
             "Examples; personal data is masked",
             ("what", "document", "value", "text"),
@@ -86,6 +98,38 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _overlap(title: str, leaks: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (one["name"], f"{one['found'] / one['grams']:.1%}", one["where"], one["example"])
+        for one in leaks[:20]
+    ]
+    return _table(title, ("document", "share", "where", "text"), rows)
+
+
+def _scored(model: Mapping[str, Any] | None, page: str) -> Iterable[str]:
+    """The documents that the model predicts worst and best, as links into their page."""
+    if model is None:
+        return
+    documents = model["documents"]
+    yield _table(
+        f"Documents that {model['run']}, step {model['step']}, predicts worst and best",
+        ("bits per byte", "document", "tokens"),
+        (
+            (
+                f"{one['bits_per_byte']:.3f}",
+                _Html(f'<a href="{quote(page)}#s{place}t0">{escape(one["document"])}</a>'),
+                f"{one['tokens']:,}{' first' * one['cut']}",
+            )
+            for place, one in enumerate(worst_and_best(documents))
+        ),
+    )
+    yield f"<p>Of {len(documents):,} documents that were scored, chosen by hash.</p>"
+
+
+class _Html(str):
+    """Text that is escaped already."""
+
+
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{_shown(one)}' for one in row)}" for row in rows)
     if not body:
@@ -95,4 +139,6 @@ def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) ->
 
 
 def _shown(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, _Html) else escape(str(value))

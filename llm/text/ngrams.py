@@ -22,10 +22,11 @@ Numbers = npt.NDArray[np.int64]
 
 # Blocks of Unicode whose scripts put no spaces between words: Thai and Lao, Tibetan, Burmese,
 # Khmer, kana, Han. From 0x20000 on there are only Han characters.
-_WITHOUT_SPACES = (
+WITHOUT_SPACES = (
     *(range(0x0E00, 0x10A0), range(0x1780, 0x1800), range(0x3005, 0x3008), range(0x3040, 0x3100)),
     *(range(0x31F0, 0x3200), range(0x3400, 0x4DC0), range(0x4E00, 0xA000), range(0xAA60, 0xAA80)),
     range(0xF900, 0xFB00),
+    range(0x20000, 0x3FFFE),
 )
 _HAN_BEGINS, _HAN_ENDS = 0x20000, 0x3FFFF
 _ALONE = np.uint32(1 << 31)  # marks a letter that is a unit by itself
@@ -133,7 +134,7 @@ def _letters() -> npt.NDArray[np.uint32]:
         if unicodedata.category(letter)[0] in "LMN":
             lower = letter.lower()
             table[code] = ord(lower) if len(lower) == 1 else code
-    for block in _WITHOUT_SPACES:
+    for block in WITHOUT_SPACES:
         table[block] |= np.where(table[block], _ALONE, np.uint32(0))
     table[_HAN_BEGINS:] = np.arange(_HAN_BEGINS, _HAN_ENDS + 1) | _ALONE
     table[_HAN_ENDS] = 0  # stands for everything beyond

@@ -11,8 +11,6 @@ What counts is what a pattern finds and a check confirms, so that few other numb
     ip      addresses of the public internet, in both versions; not 1.2.3.4 of a version
     card    12 to 19 digits of a known issuer, whose last digit is the check digit (Luhn, ISO 7812)
     key     private keys (PEM), tokens (JWT) and keys of services that begin as theirs do
-
-The precision and the recall on planted text are in docs/data.md.
 """
 
 import ipaddress

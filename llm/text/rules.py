@@ -31,11 +31,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Scripts without spaces between words: Thai to Burmese, Khmer, Han, kana.
-_ALONE = (
-    "\u0e00-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
-    "\uaa60-\uaa7f\uf900-\ufaff\U00020000-\U0003fffd"
-)
+from llm.text.ngrams import WITHOUT_SPACES
+
+# As ranges of a pattern's set.
+_ALONE = "".join(f"{chr(block[0])}-{chr(block[-1])}" for block in WITHOUT_SPACES)
 _ENDS = "。｡．！？؟۔।॥։።፧။។‼⁇⁈⁉"
 _STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 _POLICY = re.compile(
