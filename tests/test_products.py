@@ -13,7 +13,8 @@ from runs import STEPS, losses, params_sha256, run_process, train, write_config
 
 from llm.config import Config, OptimizerConfig, TrainingConfig
 from llm.errors import UsageError
-from llm.model import products
+from llm.model import attention, products
+from llm.model.attention import attend_in_blocks
 from llm.model.gpt import ModelSpec
 from llm.model.products import contract, rounded
 from llm.model_config import ModelConfig
@@ -74,6 +75,50 @@ def test_operands_are_rounded_and_sums_are_not_in_all_three_products(letters):
 def test_outside_of_rounding_products_are_plain():
     x, y = normal(0, (2, 5, 8)), normal(1, (8, 6))
     np.testing.assert_array_equal(contract("BTD,DF->BTF", x, y), jnp.einsum("BTD,DF->BTF", x, y))
+
+
+def attention_in_float64(query, key, value, visible, d_out):
+    """[B, T, N, H] and its gradients in closed form; head n reads key and value n // G."""
+    groups = query.shape[2] // key.shape[2]
+    query, d_out = np.float64(query), np.float64(d_out)
+    key, value = (np.repeat(np.float64(x), groups, axis=2) for x in (key, value))
+    scores = np.einsum("BTNH,BSNH->BNTS", query, key) * query.shape[-1] ** -0.5
+    weights = np.exp(np.where(visible[:, None], scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    out = np.einsum("BNTS,BSNH->BTNH", weights, value)
+    d_weights = np.einsum("BTNH,BSNH->BNTS", d_out, value)
+    inner = np.sum(d_out * out, axis=-1).swapaxes(1, 2)[..., None]
+    d_scores = weights * (d_weights - inner) * query.shape[-1] ** -0.5
+    d_key = np.einsum("BNTS,BTNH->BSNH", d_scores, query)
+    d_value = np.einsum("BNTS,BTNH->BSNH", weights, d_out)
+    d_key, d_value = (
+        x.reshape(*x.shape[:2], -1, groups, x.shape[-1]).sum(3) for x in (d_key, d_value)
+    )
+    return out, np.einsum("BNTS,BSNH->BTNH", d_scores, key), d_key, d_value
+
+
+def test_attention_in_blocks_equals_float64_and_leaves_out_later_keys(monkeypatch):
+    """Blocks of 3, 3 and 2 queries; two heads for each key; a document ends in the second row."""
+    monkeypatch.setattr(attention, "BLOCK", 3)
+    query, d_out = normal(0, (2, 8, 4, 16)), normal(1, (2, 8, 4, 16))
+    key, value = normal(2, (2, 8, 2, 16)), normal(3, (2, 8, 2, 16))
+    documents = np.array([[0] * 8, [0] * 4 + [1] * 4])
+    visible = np.tril(np.ones((8, 8), bool)) & (documents[:, :, None] == documents[:, None])
+
+    def with_gradients(query, key, value, d_out):
+        out, pullback = jax.vjp(
+            functools.partial(attend_in_blocks, visible_BTS=visible), query, key, value
+        )
+        return out, *pullback(d_out)
+
+    found = jax.jit(with_gradients)(query, key, value, d_out)
+    expected = attention_in_float64(query, key, value, visible, d_out)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.float32
+        assert 0 < np.linalg.norm(one - other) < 0.01 * np.linalg.norm(other)
+    program = str(jax.make_jaxpr(with_gradients)(query, key, value, d_out))
+    # Scores of the last two queries and all keys, and never of more queries.
+    assert "[2,2,8,2,2]" in program and "[2,2,8,2,3]" not in program
 
 
 MODEL = ModelConfig(n_layer=2, n_head=4, n_kv_head=2, d_model=64, context_length=64, bias=False)

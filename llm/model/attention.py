@@ -16,7 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm.model.products import contract
+from llm.model.products import contract, product_of, to_operand
+
+# Queries that `attend_in_blocks` takes at once. With half as many an eighth of the scores of 256
+# positions is saved, in twice as many operations, which takes as long (benchmarks/README.md). Each
+# block is compiled by itself, so that a long sequence has larger ones.
+BLOCK, MOST_BLOCKS = 128, 8
 
 
 class Places(NamedTuple):
@@ -107,6 +112,80 @@ def attend(
     mixed_BKGTH = contract("BKGTS,BSKH->BKGTH", dropped_BKGTS, value_BSKH)
     mixed_BTKGH = jnp.moveaxis(mixed_BKGTH / sums_BKGT1, 3, 1)
     return mixed_BTKGH.reshape(B, T, N, H).astype(value_BSKH.dtype)
+
+
+@jax.custom_vjp
+def attend_in_blocks(
+    query_BTNH: jax.Array, key_BTKH: jax.Array, value_BTKH: jax.Array, visible_BTS: jax.Array
+) -> jax.Array:
+    """`attend` of whole rows inside `products.rounded`: what training on a CPU computes.
+
+    Each block of queries reads the keys up to its own end, and `visible_BTS` must hide the rest. So
+    scores that the mask would hide are not computed, but for those inside a block. Scores lie as
+    [S, T]: products then take and give them row-major, and only queries, keys and values, which are
+    smaller, are laid out anew. The gradient keeps the exponentials in bfloat16.
+    """
+    return _attend_forward(query_BTNH, key_BTKH, value_BTKH, visible_BTS)[0]
+
+
+def _attend_forward(query_BTNH, key_BTKH, value_BTKH, visible_BTS):
+    B, T, N, H = query_BTNH.shape
+    K = key_BTKH.shape[2]
+    query_BTKGH = to_operand(query_BTNH).reshape(B, T, K, N // K, H)
+    key_BSKH, value_BSKH = to_operand(key_BTKH), to_operand(value_BTKH)
+    mixed, kept = [], []
+    for block, seen in _blocks(T):
+        products_BKSGT = product_of("BSKH,BTKGH->BKSGT", key_BSKH[:, seen], query_BTKGH[:, block])
+        seen_BST = visible_BTS[:, block, seen].swapaxes(1, 2)
+        scores_BKSGT = jnp.where(seen_BST[:, None, :, None], products_BKSGT * H**-0.5, -jnp.inf)
+        exponentials_BKSGT = jnp.exp(scores_BKSGT - scores_BKSGT.max(axis=2, keepdims=True))
+        sums_BK1GT = exponentials_BKSGT.sum(axis=2, keepdims=True)
+        rounded_BKSGT = to_operand(exponentials_BKSGT)
+        mixed_BKHGT = product_of("BSKH,BKSGT->BKHGT", value_BSKH[:, seen], rounded_BKSGT)
+        mixed.append(mixed_BKHGT / sums_BK1GT)
+        kept.append((rounded_BKSGT, sums_BK1GT))
+    mixed_BTKGH = jnp.concatenate(mixed, axis=-1).transpose(0, 4, 1, 3, 2)
+    return mixed_BTKGH.reshape(B, T, N, H), (query_BTKGH, key_BSKH, value_BSKH, mixed_BTKGH, kept)
+
+
+def _attend_backward(residuals, d_mixed_BTNH):
+    """With weights w = e / z of exponentials e:  dv = w^T do,  ds = w (do v^T - sum(do o)).
+
+    1 / z is multiplied into do, which has H numbers for each query where w has S.
+    """
+    query_BTKGH, key_BSKH, value_BSKH, mixed_BTKGH, kept = residuals
+    B, T, K, G, H = query_BTKGH.shape
+    d_mixed_BTKGH = d_mixed_BTNH.reshape(B, T, K, G, H)
+    d_query = []
+    d_key_BSKH, d_value_BSKH = jnp.zeros((2, B, T, K, H))
+    for (block, seen), (exponentials_BKSGT, sums_BK1GT) in zip(_blocks(T), kept, strict=True):
+        d_BTKGH = d_mixed_BTKGH[:, block] / jnp.moveaxis(sums_BK1GT, -1, 1).swapaxes(3, 4)
+        inner_BTKG = jnp.sum(d_BTKGH * mixed_BTKGH[:, block], axis=-1)
+        d_BTKGH = to_operand(d_BTKGH)
+        d_weights_BKSGT = product_of("BSKH,BTKGH->BKSGT", value_BSKH[:, seen], d_BTKGH)
+        inner_BK1GT = jnp.moveaxis(inner_BTKG, 1, -1)[:, :, None]
+        d_scores_BKSGT = to_operand(
+            exponentials_BKSGT.astype(jnp.float32) * (d_weights_BKSGT - inner_BK1GT) * H**-0.5
+        )
+        d_query.append(product_of("BSKH,BKSGT->BKHGT", key_BSKH[:, seen], d_scores_BKSGT))
+        d_key_BSKH = d_key_BSKH.at[:, seen].add(
+            product_of("BKSGT,BTKGH->BSKH", d_scores_BKSGT, query_BTKGH[:, block])
+        )
+        d_value_BSKH = d_value_BSKH.at[:, seen].add(
+            product_of("BKSGT,BTKGH->BSKH", exponentials_BKSGT, d_BTKGH)
+        )
+    d_query_BTKGH = jnp.concatenate(d_query, axis=-1).transpose(0, 4, 1, 3, 2)
+    return d_query_BTKGH.reshape(d_mixed_BTNH.shape), d_key_BSKH, d_value_BSKH, None
+
+
+attend_in_blocks.defvjp(_attend_forward, _attend_backward)
+
+
+def _blocks(T: int) -> list[tuple[slice, slice]]:
+    """Blocks of queries, each with the keys up to its end."""
+    size = max(BLOCK, -(-T // MOST_BLOCKS))
+    starts = range(0, T, size)
+    return [(slice(start, min(start + size, T)), slice(min(start + size, T))) for start in starts]
 
 
 def attention_scores(

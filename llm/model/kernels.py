@@ -27,8 +27,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llm.errors import UsageError
-from llm.model.attention import CAUSAL, Places, attend, in_view, visible
+from llm.model.attention import CAUSAL, Places, attend, attend_in_blocks, in_view, visible
 from llm.model.context import gathered, positions_on_devices
+from llm.model.products import is_rounded
 from llm.model.sharding import chunks_of, constrain, is_divided, partition_of, per_device, shares
 from llm.model_config import ModelConfig
 
@@ -158,11 +159,14 @@ def self_attention(
     if is_divided("sequence"):
         key_BTKH = constrain(key_BTKH, "batch", None, "kv_heads", None)
         value_BTKH = constrain(value_BTKH, "batch", None, "kv_heads", None)
+    visible_BTS = visible(places, places, window)
+    if is_rounded() and not (soft_cap or dropout_key is not None or is_divided("sequence")):
+        return attend_in_blocks(query_BTNH, key_BTKH, value_BTKH, visible_BTS)
     return attend(
         query_BTNH,
         key_BTKH,
         value_BTKH,
-        visible(places, places, window),
+        visible_BTS,
         soft_cap=soft_cap,
         dropout=dropout,
         dropout_key=dropout_key,

@@ -49,26 +49,26 @@ def rounded_einsum(letters: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
     Each letter stands in two of the three arrays, or in all.
     """
-    return _einsum(letters, _round(x), _round(y))
+    return product_of(letters, to_operand(x), to_operand(y))
 
 
 def _forward(letters, x, y):
-    kept = _round(x), _round(y)
-    return _einsum(letters, *kept), kept
+    kept = to_operand(x), to_operand(y)
+    return product_of(letters, *kept), kept
 
 
 def _backward(letters, kept, d_out):
     x, y = kept
     of_x, of_y, of_out = letters.replace("->", ",").split(",")
-    d_out = _round(d_out)
-    d_x = _einsum(f"{of_out},{of_y}->{of_x}", d_out, y)
-    return d_x, _einsum(f"{of_x},{of_out}->{of_y}", x, d_out)
+    d_out = to_operand(d_out)
+    d_x = product_of(f"{of_out},{of_y}->{of_x}", d_out, y)
+    return d_x, product_of(f"{of_x},{of_out}->{of_y}", x, d_out)
 
 
 rounded_einsum.defvjp(_forward, _backward)
 
 
-def _round(x: jax.Array) -> jax.Array:
+def to_operand(x: jax.Array) -> jax.Array:
     """x in bfloat16; rounded as such but in float32 where the units cannot be used.
 
     A mesh of several devices decides for itself how operands lie, since a layout asked for would
@@ -79,8 +79,11 @@ def _round(x: jax.Array) -> jax.Array:
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
 
 
-def _einsum(letters: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """As one product of row-major matrices for each index that all three arrays share."""
+def product_of(letters: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """jnp.einsum of arrays from `to_operand`, in float32.
+
+    It is one product of row-major matrices for each index that all three arrays share.
+    """
     if x.dtype == jnp.float32:
         return jnp.einsum(letters, x, y)
     of_x, of_y, of_out = letters.replace("->", ",").split(",")
