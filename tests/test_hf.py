@@ -28,6 +28,12 @@ LLAMA = ModelConfig(
 
 MIXTRAL = LLAMA.model_copy(update={"n_expert": 4, "n_expert_active": 2})
 EXPORTED = {"gpt2": GPT2, "exact gelu": EXACT_GELU, "llama": LLAMA, "mixtral": MIXTRAL}
+# Gemma 3 with one rotation for all layers, which comes back as two that are equal.
+GEMMA3 = LLAMA.model_copy(
+    update={"activation": "geglu", "tie_embeddings": True, "qk_norm": True, "norm_place": "both",
+            "window": 4, "global_every": 2, "window_rope_theta": 0.0}
+)  # fmt: skip
+OPENED = {**EXPORTED, "one rotation": GEMMA3}
 # What tests/test_families.py compares with transformers.
 SWITCHES = {
     "mistral": {"window": 4},
@@ -141,7 +147,7 @@ def test_the_number_of_parameters_is_gpt2s():
     assert sum(int(np.prod(leaf.shape)) for leaf in shapes.values()) == 124_439_808
 
 
-@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
+@pytest.mark.parametrize("config", OPENED.values(), ids=OPENED)
 def test_transformers_opens_an_exported_model_and_gives_the_same_logits(tmp_path, config):
     torch, transformers = torch_and_transformers()
     params = random_params(config)

@@ -465,6 +465,7 @@ def test_hosts_hear_of_no_place_until_the_step_was_compiled_by_all(tmp_path, mon
     assert [one for one in places if "," not in one] == ["step 2", "step 3", "step 4"]
 
 
+@pytest.mark.thorough
 def test_two_processes_read_the_windows_of_a_mixture_that_one_reads(tmp_path):
     tables = []
     for name, weight in (("one", 3), ("other", 1)):

@@ -342,6 +342,22 @@ def test_names_and_their_order_stay_on_resume_and_places_may_change(mixed, tmp_p
     assert "add --run.allow-change" not in str(caught.value)
 
 
+@pytest.mark.thorough
+def test_how_the_devices_share_the_batch_changes_no_window_and_no_loss(mixed, tmp_path):
+    """Eight devices with a sequence each, and four pairs that share two sequences and the heads."""
+    trained(mixed)
+    trained(mixed, "--run.dir", str(tmp_path / "two"), "--mesh.data", "4", "--mesh.tensor", "2")
+    one, two = rows_of(tmp_path), rows_of(tmp_path, "two")
+    assert [(row["kind"], row["step"], row.get("source")) for row in one] == [
+        (row["kind"], row["step"], row.get("source")) for row in two
+    ]
+    # Sums are in another order.
+    np.testing.assert_allclose(
+        [row["loss"] for row in two], [row["loss"] for row in one], rtol=2e-5
+    )
+
+
+@pytest.mark.thorough
 def test_a_killed_run_on_a_mixture_ends_as_one_that_was_not(mixed, tmp_path):
     from runs import run_process
 

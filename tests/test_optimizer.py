@@ -173,7 +173,8 @@ def test_muon_moves_hidden_matrices_by_an_orthogonal_matrix_and_the_rest_by_adam
         np.testing.assert_array_equal(moved[name], adamw[name])
 
 
-@pytest.mark.parametrize("iterations", [1, 5, 7])
+@pytest.mark.thorough(keep=1)
+@pytest.mark.parametrize("iterations", [5, 1, 7])
 def test_matrices_in_stacks_are_orthogonalised_as_optax_does_one_by_one(iterations):
     """Both ways up, layers and experts in stacks, singular values that fall to nothing, zeros; on
     one device, where large matrices take turns, and divided over eight, which they do not fill."""

@@ -130,6 +130,7 @@ SPECS = {
 }
 
 
+@pytest.mark.thorough(keep=len(SPECS))
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("remat", ["none", "dots"])
 def test_a_gradient_of_rounded_products_is_near_that_of_exact_ones(spec, remat):
@@ -193,6 +194,7 @@ def test_a_run_says_that_it_rounds_products(trained):
     assert json.loads((run / "run.json").read_text())["model"]["compute_dtype"] == "bfloat16"
 
 
+@pytest.mark.thorough
 def test_a_killed_run_in_bfloat16_equals_an_unbroken_one(trained, tmp_path):
     config = write_config(tmp_path, training={"compute_dtype": "bfloat16"})
     assert run_process(config, fault="step:step=7:kill")[0] != 0

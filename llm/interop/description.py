@@ -324,7 +324,8 @@ def _describe_rope(described: dict[str, Any]) -> None:
     parts = {name: value for name, value in parts.items() if value is not None}
     local = described.pop("rope_local_base_freq", None)
     if local is not None:
-        kinds = {"rope_type": "default", "rope_theta": local}
-        parts = {"full_attention": parts, "sliding_attention": kinds}
+        # 0: a window's layers rotate as the others do.
+        nearby = {"rope_type": "default", "rope_theta": local} if local else parts
+        parts = {"full_attention": parts, "sliding_attention": nearby}
         del described["rope_theta"]
     described["rope_parameters"] = parts

@@ -31,6 +31,7 @@ from llm.pages.report_data import (
 from llm.run.directory import RunDirectory
 from llm.run.metrics import rows_of
 from llm.run.probes import ProbeRow
+from llm.run.provenance import came_from
 from llm.text.tokenizer import load_tokenizer
 
 # Of a run: samples that the page shows, and steps at which a text is drawn.
@@ -170,7 +171,7 @@ def _facts(record: Mapping[str, Any], config: Any) -> list[tuple[str, str]]:
             ("versions", ", ".join(f"{name} {value}" for name, value in last["versions"].items())),
         ]
     if ancestor := record.get("ancestor"):
-        facts.append(("trained on from", f"{ancestor['from']}, step {ancestor['step']:,}"))
+        facts.append(("origin", came_from(ancestor)))
     return [(term, value) for term, value in facts if value]
 
 
