@@ -90,6 +90,12 @@ def train(config: Path, *flags: str) -> int:
     return main([str(config), *flags])
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def train_process(
     config: Path,
     *flags: str,

@@ -19,6 +19,7 @@ from runs import (
     QUICK_COMPILING,
     ROOT,
     copied,
+    free_port,
     identity_of,
     losses,
     params_sha256,
@@ -41,12 +42,6 @@ CHANGES = {
     "sample": {"max_new_tokens": 0},
 }
 XLA_FLAGS = f"--xla_force_host_platform_device_count=1 {QUICK_COMPILING}"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def together(config, count, *flags, faults=(), last=()) -> list[tuple[int, str]]:
@@ -157,6 +152,20 @@ def test_two_processes_give_the_losses_of_one(one, two):
     assert [row["tokens"] for row in records] == [row["tokens"] for row in expected]
     bits = [row["bits_per_byte"] for row in records if row["kind"] == "eval"]
     assert bits == pytest.approx([r["bits_per_byte"] for r in expected if r["kind"] == "eval"])
+
+
+def test_two_processes_score_the_probes_that_one_scores_and_write_them_once(one, two):
+    rows = [
+        [json.loads(line) for line in (folder / "run" / "probes.jsonl").read_text().splitlines()]
+        for folder in (one, two)
+    ]
+    assert len(rows[0]) == len(rows[1]) == 2 and (two / "run" / "report.html").exists()
+    for alone, shared in zip(*rows, strict=True):
+        assert [alone[name] for name in ("step", "name", "ids")] == [
+            shared[name] for name in ("step", "name", "ids")
+        ]
+        logprobs = [[said[0] for said in row["said"][1:]] for row in (alone, shared)]
+        np.testing.assert_allclose(*logprobs, rtol=0, atol=1e-4)
 
 
 def test_only_process_0_prints_and_the_start_counts_the_processes(two):

@@ -1,13 +1,20 @@
 """The report of a run: its numbers are those of metrics.jsonl, whatever happened to the run."""
 
+import functools
 import json
+import operator
 import shutil
+import socket
+import struct
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
+from runs import free_port
 
 from llm.__main__ import main
-from llm.errors import UsageError
+from llm.errors import CheckpointError, UsageError
 from llm.pages.report_data import MOST_ROWS, Metrics, smoothed, visible
 
 
@@ -85,6 +92,35 @@ def test_rows_that_are_broken_cut_or_not_finite_leave_the_others(copy, capsys):
     assert run["marks"][1]["tokens"] == 32 and run["marks"][1]["seconds"] == 8.0
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        ("model.parameters", "many"),
+        ("data.train_tokens", "1"),
+        ("starts.0.from_step", "3"),
+        ("starts.0.command", [1]),
+        ("starts.0.seconds", {"text": float("nan")}),
+    ],
+)
+def test_a_run_json_of_other_kinds_is_refused_by_the_place(copy, place, value):
+    path = copy / "run" / "run.json"
+    record = json.loads(path.read_text())
+    *way, last = [int(part) if part.isdecimal() else part for part in place.split(".")]
+    functools.reduce(operator.getitem, way, record)[last] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(CheckpointError, match=rf"run\.json is not what .* writes.*; {place}"):
+        main(["report", str(copy / "run")])
+
+
+def test_numbers_and_ids_beyond_all_bounds_leave_a_page(copy, capsys):
+    for path in (copy / "run" / "checkpoints").glob("*/receipt.json"):
+        path.write_text(json.dumps({"tokens": [[10**6, 2]], "logprobs": [[-1.0]]}))
+    write_rows(copy / "run" / "metrics.jsonl", 3, [1e308, 1e308, 1.0], step_seconds={2: 1e308})
+    (run,) = reported(capsys, copy / "run")["runs"]
+    assert run["train"]["step"] == [1, 3] and run["notes"][0].startswith("1 lines of metrics")
+    assert not [text for text in run["samples"] if "receipt" in text["label"]]
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_run_of_no_or_one_step_has_a_page(copy, capsys, count):
     write_rows(copy / "run" / "metrics.jsonl", count, [1.5] * count)
@@ -135,8 +171,6 @@ def test_two_runs_show_settings_that_differ_and_where_they_part(unbroken, copy, 
 
 def test_a_folder_that_is_no_run_and_a_pipe_for_its_metrics_are_refused(tmp_path, copy):
     from runs import make_strange
-
-    from llm.errors import CheckpointError
 
     with pytest.raises(UsageError, match="is not a run directory"):
         main(["report", str(tmp_path / "nowhere")])
@@ -212,6 +246,26 @@ def test_probes_of_the_settings_outlive_a_kill_once_each(tmp_path, capsys):
     assert "<b>名字" not in page and page.count("<!doctype html>") == 1
 
 
+def test_probes_change_no_loss_and_none_is_passed_over_by_a_resume(unbroken, copy):
+    """The step that the run goes on from is saved, and its probes were not scored any more."""
+    from runs import losses, params_sha256, train
+
+    shutil.rmtree(copy / "run" / "checkpoints" / "12")
+    config = copy / "config.toml"
+    tables = "".join(f'\n[[probe]]\ntext = "{text}"\nname = "one"\n' for text in ("the", "the red"))
+    config.write_text(config.read_text() + tables)
+    assert train(config, "--logging.probe-every", "4") == 0
+    assert losses(copy / "run") == losses(unbroken / "run")
+    assert params_sha256(copy / "run") == params_sha256(unbroken / "run")
+    rows = [(row["step"], row["name"], len(row["ids"])) for row in probe_rows(copy / "run")]
+    for step in (8, 12):
+        assert [row[1:] for row in rows if row[0] == step and row[1] == "one"] == [
+            ("one", 3),
+            ("one", 7),
+        ]
+    assert len([row for row in rows if row[:2] == (8, "Held-out text 1")]) == 1
+
+
 def test_a_probe_too_short_or_of_an_unknown_key_is_refused(tmp_path):
     from runs import train, write_config
 
@@ -219,12 +273,62 @@ def test_a_probe_too_short_or_of_an_unknown_key_is_refused(tmp_path):
     text = config.read_text()
     for table, message in [
         ('text = "t"', r"the \[\[probe\]\] 't' has 1 tokens; expected 2 to 17"),
+        ('text = "the 道"', r"\[\[probe\]\] 'the 道': the character '\\u9053'.* at index 4"),
         ('txt = "the"', "unknown setting probe.0.txt; did you mean probe.0.text"),
         ('name = "n"', "probe.0.text is missing: expected a text of at least two tokens"),
     ]:
         config.write_text(f"{text}\n[[probe]]\n{table}\n")
         with pytest.raises(UsageError, match=message):
             train(config)
+
+
+def test_a_page_grows_beside_training_and_ends_with_it(copy, capfd):
+    from llm.pages.report_writer import Page
+    from llm.run.directory import RunDirectory
+    from llm.run.display import Display
+    from llm.run.start import locked
+
+    record = json.loads((copy / "run" / "run.json").read_text())
+    del record["starts"][0]["ended"]
+    (copy / "run" / "run.json").write_text(json.dumps(record))
+    run, port = RunDirectory(copy / "run"), free_port()
+    page = Page(run, Display(), writes=True, port=port)
+    url = f"http://127.0.0.1:{port}"
+    assert f"the page of this run: {url}\n" in capfd.readouterr().err
+    with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1, port {port}"):
+        Page(run, Display(), writes=True, port=port)
+
+    def state():
+        with urllib.request.urlopen(f"{url}/data.json") as answer:
+            return json.load(answer)["runs"][0]["state"]
+
+    with locked(run):
+        assert state() == "training, step 12 of 12"
+    assert state() == "finished, step 12 of 12"  # no file has changed
+    for _ in range(3):  # browsers that leave before they are answered
+        with socket.create_connection(("127.0.0.1", port)) as leaving:
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            leaving.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    (copy / "run" / "config.toml").write_text("[")
+    (copy / "run" / "metrics.jsonl").touch()
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        state()
+    page.close()
+    with pytest.raises(urllib.error.URLError, match="refused"):
+        state()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_each_curve_is_a_picture(copy, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "pictures"
+    assert main(["report", str(copy / "run"), "--png", str(folder)]) == 0
+    written = sorted(folder.iterdir())
+    assert {"loss.png", "bits_per_byte.png"} <= {path.name for path in written}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert sorted(capsys.readouterr().err.split()) == [str(path) for path in written]
+    with pytest.raises(UsageError, match=r"cannot write .*loss\.png"):
+        main(["report", str(copy / "run"), "--png", str(written[0])])
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys):

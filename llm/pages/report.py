@@ -40,7 +40,6 @@ MOST_SAMPLES, MOST_COLUMNS = 8, 120
 PLACES = ("run.dir", "data.cache_dir")
 
 Report = dict[str, Any]
-_NO_TOKENS = {"train_tokens": 0, "validation_tokens": 0}
 
 
 def write_report(run: RunDirectory) -> None:
@@ -129,14 +128,14 @@ def _state(run: RunDirectory, record: Mapping[str, Any], reached: int, steps: in
     how_far = f"step {reached:,} of {steps:,}"
     if "imported" in record:
         return "imported"
-    if ended is None and _is_locked(run):
+    if ended is None and is_training(run):
         return f"training, {how_far}" if reached else "beginning"
     if reached >= steps and ended in (None, "finished"):
         return f"finished, {how_far}"
     return f"{how_far}: {ended or 'it ended without a word, as after a kill or a loss of power'}"
 
 
-def _is_locked(run: RunDirectory) -> bool:
+def is_training(run: RunDirectory) -> bool:
     """Whether a process of this machine trains, without taking the lock even for a moment."""
     try:
         inode = os.stat(run.lock).st_ino
@@ -150,13 +149,11 @@ def _facts(record: Mapping[str, Any], config: Any) -> list[tuple[str, str]]:
     model, data = record["model"], record["data"]
     sources = [one.name for one in config.data.mixture] or config.data.source
     starts = record["starts"]
+    counts = [data.get(f"{part}_tokens", 0) for part in ("train", "validation")]
     facts = [
         ("parameters", f"{model['parameters']:,}" if "parameters" in model else None),
         ("text", sources if isinstance(sources, str) else ", ".join(sources)),
-        (
-            "tokens",
-            f"{data.get('train_tokens', 0):,}, {data.get('validation_tokens', 0):,} held out",
-        ),
+        ("tokens", "{:,}, {:,} held out".format(*counts)),
         ("tokenizer", f"{config.tokenizer.kind}, {model.get('vocab_size', 0):,} tokens"),
         ("products", model["compute_dtype"]),
         ("begun", record.get("created")),
@@ -184,12 +181,15 @@ def _texts(run: RunDirectory, notes: list[str]) -> tuple[list[Record], list[Reco
     try:
         spellings = Spellings(load_tokenizer(run.tokenizer))
         size = spellings.tokenizer.vocab_size
-        rows = [
-            row
-            for row in rows_of(run.probes, ProbeRow)
-            if max(row.ids, default=0) < size
-            and all(said is None or (said.likeliest or 0) < size for said in row.said)
-        ]
+        rows, of_receipt = (
+            [
+                row
+                for row in of
+                if max(row.ids, default=0) < size
+                and all(said is None or (said.likeliest or 0) < size for said in row.said)
+            ]
+            for of in (rows_of(run.probes, ProbeRow), receipt(run))
+        )
     except CheckpointError as error:
         notes.append(f"The texts cannot be shown: {error}")
         return [], []
@@ -203,13 +203,13 @@ def _texts(run: RunDirectory, notes: list[str]) -> tuple[list[Record], list[Reco
         learning([of[step] for step in spread(sorted(of), MOST_COLUMNS)], spellings)
         for of in learnt.values()
     ]
-    shown = [written[step] for step in spread(sorted(written), MOST_SAMPLES)[::-1]] + receipt(run)
+    shown = [written[step] for step in spread(sorted(written), MOST_SAMPLES)[::-1]]
     samples = [
         {
             "label": f"{row.name}, step {row.step:,}",
             "records": list(map(as_json, row.records(spellings, number))),
         }
-        for number, row in enumerate(shown)
+        for number, row in enumerate(shown + of_receipt)
     ]
     return texts, samples
 
@@ -252,22 +252,18 @@ def _next(
         advice.append((f"{better}: more steps may help (training.steps).", ""))
     return [
         *advice,
-        (
-            "Write text, with the probability of each token.",
-            f"python sample.py {path} --html S.html",
-        ),
+        ("Write text, coloured by probability.", f"python sample.py {path} --html S.html"),
         ("See how a text of yours became probable.", f"python -m llm history {path} --text TEXT"),
         ("Compare with another run.", f"python -m llm report {path} OTHER --html BOTH.html"),
     ]
 
 
-def report_page(report: Report, *, live: bool = False, title: str = "") -> str:
+def report_page(report: Report, *, live: bool = False) -> str:
     """One HTML document.
 
     Args:
       live: the page asks the server that sent it for newer numbers (report_server.py).
     """
-    names = [run["name"] for run in report["runs"]]
     rows = [
         f"<tr><td>{escape(run['name'])}<td>{escape(of['source'] or 'the whole')}<td>{step:,}"
         f"<td>{'not finite' if loss is None else format(loss, '.4f')}</tr>"
@@ -276,7 +272,7 @@ def report_page(report: Report, *, live: bool = False, title: str = "") -> str:
         for step, loss in list(zip(of["step"], of["loss"], strict=True))[-20:]
     ]
     return document(
-        title or ", ".join(names),
+        ", ".join(run["name"] for run in report["runs"]),
         "report.html",
         kind="tokens",
         styles=("page.css", "vendor/uPlot.min.css", "report.css"),
@@ -290,17 +286,16 @@ def report_page(report: Report, *, live: bool = False, title: str = "") -> str:
 
 def history_page(run: RunDirectory, rows: Sequence[ProbeRow], spellings: Spellings) -> str:
     """The page of one text at several checkpoints."""
-    nothing: Report = {name: [] for name in ("settings", "marks", "evaluations", "notes", "next")}
+    lists = ("facts", "settings", "marks", "evaluations", "samples", "notes", "next")
+    nothing: Report = {name: [] for name in lists}
     one = nothing | {
         "name": run.name,
         "state": f"a text at {len(rows)} checkpoints",
-        "facts": [],
         "vocab_size": spellings.tokenizer.vocab_size,
         "train": {"step": []},
         "rows": 0,
         "time": {"seconds": {}, "unsaid": 0},
         "texts": [learning(rows, spellings)],
-        "samples": [],
     }
     return report_page({"written": now(), "runs": [one], "differences": {}, "parting": []})
 

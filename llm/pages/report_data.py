@@ -23,18 +23,6 @@ from llm.run.probes import ProbeRow
 
 Column = npt.NDArray[np.float64]
 
-# The curves of training, in the order of the page; a run has those that its rows have.
-CURVES = (
-    "loss",
-    "grad_norm",
-    "learning_rate",
-    "tokens_per_second",
-    "memory_bytes",
-    "mfu",
-    "load_balancing_loss",
-    "router_z_loss",
-    "router_load_max",
-)
 # A chart is about a thousand pixels wide; up to MOST_ROWS nothing is left out.
 BUCKETS, MOST_ROWS = 300, 3000
 # A smoothed curve is the mean over a fiftieth of the rows.
@@ -48,7 +36,7 @@ _Step = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 class _Train(msgspec.Struct, tag_field="kind", tag="train"):
     step: _Step
     tokens: _Step
-    step_seconds: float
+    step_seconds: Annotated[float, msgspec.Meta(ge=0, le=1e12)]
     loss: float | None
     grad_norm: float | None = None
     learning_rate: float | None = None
@@ -60,6 +48,10 @@ class _Train(msgspec.Struct, tag_field="kind", tag="train"):
     router_load_max: float | None = None
     finite: bool = True
     spike: bool = False
+
+
+# The curves of training, in the order of the page; a run has those that its rows have.
+CURVES = _Train.__struct_fields__[3:-2]
 
 
 class _Evaluation(msgspec.Struct, tag_field="kind", tag="eval"):
@@ -136,12 +128,12 @@ def smoothed(column: Column) -> Column:
     """The mean of the finite numbers around each row, over a fiftieth of all rows."""
     half = max(1, len(column) // SMOOTHED // 2)
     known = ~np.isnan(column)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, column, 0.0))])
     counts = np.concatenate([[0], np.cumsum(known)])
     places = np.arange(len(column))
     start, stop = np.maximum(places - half, 0), np.minimum(places + half + 1, len(column))
     counted = counts[stop] - counts[start]
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
+        sums = np.concatenate([[0.0], np.cumsum(np.where(known, column, 0.0))])
         return np.where(counted > 0, (sums[stop] - sums[start]) / counted, np.nan)
 
 
@@ -156,9 +148,7 @@ def numbers(column: Any) -> list[float | int | None]:
 def curves(metrics: Metrics, whole: bool) -> dict[str, Any]:
     """The curves of training and validation, ready for JSON."""
     train = metrics.train
-    present = (
-        [name for name in CURVES if not np.isnan(train[name]).all()] if len(train["step"]) else []
-    )
+    present = [name for name in CURVES if not np.isnan(train[name]).all()]
     kept = visible([train[name] for name in present] or [train["step"]])
     kept = np.arange(len(train["step"])) if whole else kept
     evaluations = []

@@ -13,8 +13,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from llm.console import say
-from llm.errors import LLMError, UsageError
-from llm.pages.report import gather, report_page
+from llm.errors import UsageError
+from llm.pages.report import gather, is_training, report_page
 from llm.run.directory import RunDirectory
 
 
@@ -31,11 +31,15 @@ class ReportServer(ThreadingHTTPServer):
         super().__init__((host, port), _Handler)
         self.url = f"http://{host}:{self.server_address[1]}"
 
+    def handle_error(self, *_: Any) -> None:
+        """Nothing: a browser that leaves in the middle of an answer is no error of the run."""
+
     def content(self, path: str) -> bytes:
-        """The page or its numbers, made again if a file of the runs has changed."""
+        """The page or its numbers, made again if the runs have changed."""
         files = [file for run in self.runs for file in (run.metrics, run.probes, run.provenance)]
         with self._lock:
             seen = [file.exists() and file.stat().st_mtime_ns for file in files]
+            seen += [is_training(run) for run in self.runs]  # a kill changes no file
             if seen != self._seen:
                 report = gather(self.runs)
                 self._content = {
@@ -57,8 +61,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, b"there is / and /data.json", "text/plain")
         try:
             content = self.server.content(path)
-        except (LLMError, OSError) as error:
-            return self._answer(503, str(error).encode(), "text/plain")
+        except Exception as error:  # whatever is wrong with a page, it never ends a run
+            return self._answer(503, f"{error}".encode(errors="replace"), "text/plain")
         self._answer(200, content, "text/html" if path == "/" else "application/json")
 
     def _is_called_by_its_name(self) -> bool:

@@ -46,6 +46,7 @@ class Page:
         """Write the last page, and stop serving."""
         if self._server is not None:
             self._server.shutdown()
+            self._server.server_close()
         if self._thread is not None:
             self._thread.join()
         if self._writes and self._run.exists():

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, PositiveInt, Strict, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, Strict, ValidationError
 
 from llm.config import Config, read_toml, to_toml, validate
 from llm.errors import CheckpointError, UsageError
@@ -121,8 +121,11 @@ class RunDirectory:
             write_atomic(self.provenance, json.dumps(record, indent=1).encode() + b"\n")
 
 
-class _Model(BaseModel):
+class _Model(BaseModel, strict=True):
     compute_dtype: str
+    parameters: int = 0
+    flops_per_token: FiniteFloat = 0
+    vocab_size: int = 0
 
 
 class _Origin(BaseModel):
@@ -131,8 +134,10 @@ class _Origin(BaseModel):
     sha256: str
 
 
-class _Data(BaseModel):
+class _Data(BaseModel, strict=True):
     fingerprint: str
+    train_tokens: int = 0
+    validation_tokens: int = 0
     origins: list[_Origin]
 
 
@@ -145,8 +150,13 @@ class _Changed(BaseModel):
     batch_size: tuple[_Count, _Count] = Field((1, 1), alias="training.batch_size")
 
 
-class _Start(BaseModel):
+class _Start(BaseModel, strict=True):
     from_step: int
+    time: str = ""
+    command: list[str] = []
+    redone_seconds: FiniteFloat = 0
+    seconds: dict[str, FiniteFloat] = {}
+    ended: str = ""
     code_sha256: str
     versions: dict[str, Any]
     devices: dict[str, Any]
@@ -168,7 +178,7 @@ class _Ancestor(BaseModel):
     ancestor: "_Ancestor | None" = None
 
 
-class _Provenance(BaseModel):
+class _Provenance(BaseModel, strict=True):
     """The fields of run.json that are read; provenance.py writes more."""
 
     model: _Model

@@ -98,6 +98,6 @@ class ProbesFile(LineFile):
                 write_atomic(self._path, content)
         return any(row.step == step and row.prompt is None for row in kept)
 
-    def write(self, row: ProbeRow) -> None:
-        """Append one row, which has finite numbers."""
-        self.append(_encode(row) + b"\n")
+    def write(self, *rows: ProbeRow) -> None:
+        """Append rows of one step, which have finite numbers; a kill leaves all of them or none."""
+        self.append(b"".join(_encode(row) + b"\n" for row in rows))

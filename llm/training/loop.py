@@ -79,10 +79,8 @@ class Job:
         """The texts that are followed: two held-out windows, and those of the settings."""
         held_out = self.receipt_tokens() if len(self.corpus.validation) > 1 else np.zeros((0, 1))
         dtype = predicting_dtype(self.config.training.compute_dtype, self.mesh.devices.flat[0])
-        tokenizer = self.corpus.tokenizer
-        spec = ModelSpec(
-            self.config.model, self.spec.vocab_size, dtype, unassigned=tokenizer.unassigned
-        )
+        model, tokenizer = self.config.model, self.corpus.tokenizer
+        spec = ModelSpec(model, self.spec.vocab_size, dtype, unassigned=tokenizer.unassigned)
         return Probes(spec, tokenizer, self.config.probe, held_out, file)
 
     @property
@@ -132,12 +130,6 @@ class Outputs:
         for tracker in self.trackers:
             tracker.write(row)
 
-    def probe(self, state: TrainState, step: int) -> None:
-        """Score the probes at a step; nothing if there are none."""
-        if self.probes is not None:
-            with self.timed("evaluation"):
-                self.probes.score(state.weights, step)
-
     def close(self) -> None:
         """Wait for a save under way, and close every file."""
         self.checkpoints.close()
@@ -178,6 +170,8 @@ def train(
         finish_saves(outputs)
     if is_another_model or (step and is_due(step, evaluations)):
         validation.run(state, step)  # a stop may have come between a save and its evaluation
+    elif step and is_due(step, probed):
+        validation.probe(state, step)
     if config.run.deterministic and step < steps:
         check_repeats(job, step_fn, state, step)
 
@@ -199,8 +193,7 @@ def train(
                 save(job, outputs, report, state, step)
             if step < steps and is_due(step, probed):
                 report.settle(dispatched=step)
-                outputs.probe(state, step)
-                report.restart_clock()
+                validation.probe(state, step)
             if step < steps and is_due(step, evaluations):
                 report.settle(dispatched=step)
                 validation.run(state, step)
@@ -342,7 +335,7 @@ class Validation:
         """Evaluate once a step. A stop ends it after the batch under way; the next start evaluates
         this step anew."""
         metrics, sources = self._outputs.metrics, self._job.corpus.sources
-        self._outputs.probe(state, step)
+        self.probe(state, step)
         if len(self._job.corpus.validation) < 2 or metrics.has_evaluation(step):
             return
         try:
@@ -373,6 +366,13 @@ class Validation:
                 self._sample(state.params, step)
         self._outputs.evaluated()
         self._report.restart_clock()
+
+    def probe(self, state: TrainState, step: int) -> None:
+        """Score the probes at a step, once; nothing if there are none."""
+        if self._outputs.probes is not None:
+            with self._outputs.timed("evaluation"):
+                self._outputs.probes.score(state.weights, step)
+            self._report.restart_clock()
 
     def _sample(self, params: Any, step: int) -> None:
         """Show a sample, and keep its probabilities."""
@@ -425,17 +425,15 @@ class Validation:
 def save(job: Job, outputs: Outputs, report: StepReport, state: TrainState, step: int) -> None:
     """Hand the state to the background writer, with what its parameters predict."""
     report.mark(f"step {step}, before its checkpoint")
-    tokens = job.receipt_tokens()
-    begun = time.monotonic()
-    logprobs = receipt_logprobs(job.spec, state.params, tokens)
-    sha256 = job.corpus.tokenizer.sha256
+    tokens, sha256 = job.receipt_tokens(), job.corpus.tokenizer.sha256
 
     def receipt() -> dict[str, Any]:
         job.corpus.check_sizes()  # what was trained on zeros in the place of tokens is not saved
         return make_receipt(tokens, logprobs, sha256)
 
-    outputs.checkpoints.save(step, to_groups(state), receipt)
-    outputs.seconds["saves"] += time.monotonic() - begun
+    with outputs.timed("saves"):
+        logprobs = receipt_logprobs(job.spec, state.params, tokens)
+        outputs.checkpoints.save(step, to_groups(state), receipt)
     report.restart_clock()
 
 

@@ -44,18 +44,22 @@ class Probes:
     ):
         self.file, self._last = file, -1
         self._scorer = Scorer(spec, {}, tokenizer, top=1)
-        self._texts = {
-            f"Held-out text {number}": row.tolist() for number, row in enumerate(held_out, start=1)
-        }
+        self._texts = [
+            (f"Held-out text {number}", row.tolist()) for number, row in enumerate(held_out, 1)
+        ]
         longest = min(LONGEST, spec.config.context_length + 1)
         for probe in texts:
-            ids = list(tokenizer.begun(tokenizer.encode(probe.text)))
+            called = f"the [[probe]] {probe.text[:NAME]!r}"
+            try:
+                ids = list(tokenizer.begun(tokenizer.encode(probe.text)))
+            except UsageError as error:
+                raise UsageError(f"{called}: {error}") from None
             if not 2 <= len(ids) <= longest:
                 raise UsageError(
-                    f"the [[probe]] {probe.text[:NAME]!r} has {len(ids):,} tokens; expected 2 to "
+                    f"{called} has {len(ids):,} tokens; expected 2 to "
                     f"{longest}, so that it fits in the context and on a page"
                 )
-            self._texts[probe.name or probe.text[:NAME]] = ids
+            self._texts.append((probe.name or probe.text[:NAME], ids))
 
     def resume(self, step: int, hosts: Hosts) -> None:
         """Go on from a step: later rows are dropped."""
@@ -69,12 +73,12 @@ class Probes:
             return
         self._last = step
         # All as long as the longest, behind which nothing is seen: one program is compiled.
-        size = max(map(len, self._texts.values()))
-        padded = [ids + [0] * (size - len(ids)) for ids in self._texts.values()]
+        size = max(len(ids) for _, ids in self._texts)
+        padded = [ids + [0] * (size - len(ids)) for _, ids in self._texts]
         scorer = dataclasses.replace(self._scorer, params=params)
         try:
             scored = list(scorer.score(padded))
         except NonFiniteError:
             return
-        for (name, ids), records in zip(self._texts.items(), scored, strict=True):
-            self.file.write(ProbeRow.of(step, name, records[: len(ids)]))
+        texts = zip(self._texts, scored, strict=True)
+        self.file.write(*[ProbeRow.of(step, name, of[: len(ids)]) for (name, ids), of in texts])
