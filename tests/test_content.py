@@ -171,3 +171,14 @@ def test_shards_of_compressed_text_are_those_of_the_text(tmp_path):
         assert corpus.origins[0].sha256 == hashlib.sha256(data).hexdigest()
         tokens.append(corpus.train.read(0, len(corpus.train)).tolist())
     assert tokens[0] == tokens[1]
+
+
+def test_padding_between_streams_of_xz_is_passed_over(write):
+    """Streams may have zeros behind them, by fours (the format's specification, section 2)."""
+    data = b"".join(lzma.compress(part) + b"\0" * 4 for part in (b"one ", b"two"))
+    assert read(write("a.txt.xz", data))[0] == [("a.txt.xz", "one two")]
+
+
+def test_a_key_that_is_not_utf8_is_a_name_in_ascii(write):
+    origin = write("a.jsonl", b'{"__key__": "x\\ud83d", "text": "y"}\n')
+    assert read(origin)[0] == [("a.jsonl#x\\ud83d", "y")]

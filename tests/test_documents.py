@@ -385,6 +385,13 @@ def test_a_column_may_have_dots_and_a_table_a_byte_order_mark(write):
     assert read([origin], text_field="meta.text")[0] == [("rows.csv#0", "y")]
 
 
+def test_two_columns_of_the_name_that_is_read_are_refused(write):
+    origin = write("rows.csv", "text,text,other,other\nx,y,a,b\n", "csv")
+    with pytest.raises(DataError, match=r"rows\.csv has 2 columns 'text'; expected one"):
+        read([origin])
+    assert read([write("two.csv", "text,a,a\nx,y,z\n", "csv")])[0] == [("two.csv#0", "x")]
+
+
 def test_a_line_of_rows_that_memory_may_not_hold_is_named(write, monkeypatch):
     monkeypatch.setattr(documents, "_LONGEST_ROW", 64)
     monkeypatch.setattr(documents, "PIECE_BYTES", 8)

@@ -83,3 +83,27 @@ def test_gpt2_stands_beside_the_tokenizer_on_the_same_text(tmp_path, monkeypatch
         "gpt2_bytes_per_token": 3.0,
     }
     assert json.dumps(found)
+
+
+def test_a_folder_may_have_the_name_of_a_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = llm.prepare([("a", "text")], "stdlib", validation="none", cache_dir="cache")
+    assert [source["documents"] for source in found["sources"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation": 3}, "data.validation"),
+        ({"validate": "none"}, "data.validate"),
+        ({"tokenizer": "gpt3"}, "tokenizer.kind"),
+    ],
+)
+def test_a_wrong_setting_is_named_before_a_document_is_read(tmp_path, settings, message):
+    def documents():
+        raise AssertionError("read")
+        yield
+
+    with pytest.raises(UsageError, match=message):
+        llm.prepare(documents(), tmp_path / "pages", **settings)
+    assert list(tmp_path.iterdir()) == []

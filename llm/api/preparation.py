@@ -1,18 +1,19 @@
 """Text of one's own, given by an iterator, and what preparation says of a corpus."""
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from llm.config import DataConfig, TokenizerConfig
+from llm.config import validate
 from llm.errors import UsageError
 from llm.files import whole_folder
 from llm.text.archives import KEY
 from llm.text.corpus import Source, TokenizedCorpus
 from llm.text.shards import prepare
-from llm.text.tokenizer import Tokenizer, cached_encoding, utf8_length
+from llm.text.tokenizer import Tokenizer, cached_encoding, check_kind, utf8_length
 
 # A file of so much text is prepared again as a whole after a kill.
 _FILE_BYTES = 2**26
@@ -45,24 +46,27 @@ def prepare_documents(
     folder = Path(folder)
     if folder.exists():
         raise UsageError(f"{folder} exists; name a folder that is new, or remove it")
-    settings = DataConfig.model_validate({**data, "source": str(folder), "text_field": "text"})
-    with whole_folder(folder) as partial, contextlib.ExitStack() as files:
-        file: TextIO | None = None
-        for number, document in enumerate(documents):
-            if file is None or file.tell() >= _FILE_BYTES:
-                path = partial / f"{number:012}.jsonl"
-                file = files.enter_context(open(path, "w", encoding="utf-8"))
-            file.write(_row(number, document))
-    return summary(prepare(settings, TokenizerConfig(kind=tokenizer)))
+    # Absolute: a folder may be named "stdlib".
+    source = {"source": str(folder.absolute()), "text_field": "text"}
+    values = {"data": {**data, **source}, "tokenizer": {"kind": tokenizer}}
+    settings = validate(values, "the arguments of llm.prepare")
+    check_kind(settings.tokenizer.kind)
+    with whole_folder(folder) as partial:
+        rows = map(_row, itertools.count(), documents)
+        for number, first in enumerate(rows):
+            with open(partial / f"{number:09}.jsonl", "wb") as file:
+                size = file.write(first)
+                while size < _FILE_BYTES and (row := next(rows, b"")):
+                    size += file.write(row)
+    return summary(prepare(settings.data, settings.tokenizer))
 
 
-def _row(number: int, document: Any) -> str:
+def _row(number: int, document: Any) -> bytes:
     match document:
         case (str(name), str(text)):
             row = json.dumps({KEY: name, "text": text}, ensure_ascii=False) + "\n"
             with contextlib.suppress(UnicodeEncodeError):
-                row.encode()
-                return row
+                return row.encode()
             raise UsageError(f"document {number}, {name!a}, has half of a surrogate pair")
     raise UsageError(
         f"document {number} is {type(document).__name__}; expected a pair of texts, (name, text)"

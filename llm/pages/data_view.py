@@ -52,9 +52,10 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
     characters = report["characters"].items()
     tokenizer = report["tokenizer"]
     languages = report["languages"]
+    lengths = [(f"{int(below):,}", number) for below, number in report["lengths"].items()]
     held_out = f"{report['split'].get('held out', 0):,} of {report['documents']:,}"
     return [
-        _table("Length", ("bytes, below", "documents"), report["lengths"].items()),
+        _table("Length", ("bytes, below", "documents"), lengths),
         _table("Scripts", ("script", "letters"), report["scripts"].items()),
         _table("Languages", ("language", "documents"), (languages or {}).items())
         if languages is not None

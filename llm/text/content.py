@@ -71,6 +71,31 @@ class _Hashed(io.RawIOBase):
         return block
 
 
+class _Xz:
+    """Streams of xz behind each other. `lzma.LZMAFile` would end at the padding between them."""
+
+    def __init__(self, file: _Hashed):
+        import lzma
+
+        self._file, self._new = file, lzma.LZMADecompressor
+        self._stream = self._new()
+
+    def read(self, size: int) -> bytes:
+        block = data = b""
+        while not block:
+            if self._stream.eof:
+                data = self._stream.unused_data.lstrip(b"\0")
+                while not data:
+                    if not (read := self._file.read(_BLOCK_BYTES)):
+                        return b""
+                    data = read.lstrip(b"\0")
+                self._stream = self._new()
+            elif self._stream.needs_input and not (data := self._file.read(_BLOCK_BYTES)):
+                raise EOFError("it is cut off")
+            block, data = self._stream.decompress(data, size), b""
+        return block
+
+
 class _Decompressed:
     """What is in a compressed file.
 
@@ -86,9 +111,7 @@ class _Decompressed:
 
             self._stream: Any = pyarrow.CompressedInputStream(file, codec)
         else:
-            import lzma
-
-            self._stream = lzma.LZMAFile(file)  # type: ignore[arg-type]  # noqa: SIM115
+            self._stream = _Xz(file)
 
     def read(self, size: int, /) -> bytes:
         try:
@@ -154,7 +177,8 @@ def explained(origin: Origin) -> Iterator[None]:
     except Exception as error:
         # The readers of columns raise errors of pyarrow, `datasets`, fsspec and HTTP libraries.
         reason = why(error).split("\n")[0][:300] or type(error).__name__
-        remedy = "" if origin.kind == "hub" else "; put it back whole, or leave it out"
+        known = "; put it back whole, " + ("decompress it, " if origin.compression else "")
+        remedy = "" if origin.kind == "hub" else f"{known}or leave it out"
         raise DataError(f"{origin.location} cannot be read: {reason}{remedy}") from error
 
 

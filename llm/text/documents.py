@@ -141,6 +141,12 @@ class Reader:
         dialect = "excel-tab" if origin.kind.endswith("tsv") else "excel"
         table = csv.DictReader(lines, dialect=dialect, strict=True)
         try:
+            names = table.fieldnames or ()
+            if names.count(self.text_field) > 1:
+                raise DataError(
+                    f"{origin.name} has {names.count(self.text_field)} columns "
+                    f"{self.text_field!r}; expected one: give the others another name"
+                )
             yield from table
         except csv.Error as error:
             raise DataError(
@@ -211,7 +217,10 @@ class Reader:
     def _row_documents(self, origin: Origin, rows: Iterable[Any]) -> Iterator[Document]:
         """Each row with text as a document."""
         for number, row in enumerate(rows):
-            place = row[KEY] if isinstance(row, dict) and isinstance(row.get(KEY), str) else number
+            place: str | int = number
+            if isinstance(row, dict) and isinstance(row.get(KEY), str):
+                # A key may hold bytes, or halves of surrogate pairs, that are not UTF-8.
+                place = row[KEY].encode("utf-8", "backslashreplace").decode()
             try:
                 text = _text_of(row, self.text_field)
             except _BadRow as problem:

@@ -17,6 +17,7 @@ import collections
 import contextlib
 import itertools
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -224,8 +225,8 @@ def gathered(
         if partial is not None:
             with open(partial / DROPPED, "wb") as file:
                 for folder in folders:
-                    if (folder / DROPPED).exists():
-                        file.write((folder / DROPPED).read_bytes())
+                    with contextlib.suppress(FileNotFoundError), open(folder / DROPPED, "rb") as of:
+                        shutil.copyfileobj(of, file)
     if (gathered / DROPPED).stat().st_size:
         yield f"what data.filters left out, and why: {gathered / DROPPED}"
 
