@@ -112,6 +112,16 @@ def test_a_run_json_of_other_kinds_is_refused_by_the_place(copy, place, value):
         main(["report", str(copy / "run")])
 
 
+def test_a_tokenizer_that_loses_text_is_said_to(copy, capsys):
+    config = copy / "run" / "config.toml"
+    for lossy in (False, True):
+        config.write_text(
+            config.read_text().replace("lossy = false", f"lossy = {str(lossy).lower()}")
+        )
+        (run,) = reported(capsys, copy / "run")["runs"]
+        assert dict(run["facts"])["tokenizer"].endswith("which loses text") == lossy
+
+
 def test_numbers_and_ids_beyond_all_bounds_leave_a_page(copy, capsys):
     for path in (copy / "run" / "checkpoints").glob("*/receipt.json"):
         path.write_text(json.dumps({"tokens": [[10**6, 2]], "logprobs": [[-1.0]]}))

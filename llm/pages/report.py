@@ -150,11 +150,12 @@ def _facts(record: Mapping[str, Any], config: Any) -> list[tuple[str, str]]:
     sources = [one.name for one in config.data.mixture] or config.data.source
     starts = record["starts"]
     counts = [data.get(f"{part}_tokens", 0) for part in ("train", "validation")]
+    loses = ", which loses text" if config.tokenizer.lossy else ""
     facts = [
         ("parameters", f"{model['parameters']:,}" if "parameters" in model else None),
         ("text", sources if isinstance(sources, str) else ", ".join(sources)),
         ("tokens", "{:,}, {:,} held out".format(*counts)),
-        ("tokenizer", f"{config.tokenizer.kind}, {model.get('vocab_size', 0):,} tokens"),
+        ("tokenizer", f"{config.tokenizer.kind}, {model.get('vocab_size', 0):,} tokens" + loses),
         ("products", model["compute_dtype"]),
         ("begun", record.get("created")),
     ]
