@@ -9,7 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from llm.pages.report_writer import Page
     from llm.text.corpus import TokenizedCorpus
     from llm.training.loop import Job, Outputs, Sampler
+    from llm.training.state import TrainState
 
 
 class Options(CommandLine):
@@ -39,6 +40,28 @@ class Options(CommandLine):
 
     config: str = argument("CONFIG", "configuration file")
     settings: Config = Config()
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of a run, in this process.
+
+    Attributes:
+      changed: settings that are not those of the start before it, as run.json has them.
+      started: time.monotonic() when the command began.
+      source: the model that training.init_from names, looked up when it is first needed.
+      seconds: how long preparing text, evaluations and saves have taken.
+    """
+
+    config: Config
+    run: RunDirectory
+    changed: dict[str, Any]
+    hosts: Hosts
+    stop: StopRequest
+    display: Display
+    started: float
+    source: Callable[[], Source] | None
+    seconds: dict[str, float] = field(default_factory=lambda: collections.defaultdict(float))
 
 
 def main(arguments: list[str]) -> int:
@@ -55,7 +78,8 @@ def main(arguments: list[str]) -> int:
         stop = held.enter_context(StopRequest())
         display = held.enter_context(make_display(config.logging.progress, hosts.is_first))
         if not hosts.decide("finished", lambda: is_finished(run, config, display)):
-            _train(config, run, changed, hosts, stop, display, started)
+            source = source_of(config)
+            _train(Start(config, run, changed, hosts, stop, display, started, source))
     return 0
 
 
@@ -71,60 +95,30 @@ def configure(arguments: list[str]) -> Config:
     return config.model_copy(update={"run": run}).resolved()
 
 
-def _train(
-    config: Config,
-    run: RunDirectory,
-    changed: dict[str, Any],
-    hosts: Hosts,
-    stop: StopRequest,
-    display: Display,
-    started: float,
-) -> None:
+def _train(start: Start) -> None:
     from llm.pages.report_writer import Page
-    from llm.run.checkpoint import Checkpoints
-    from llm.run.metrics import MetricsFile
-    from llm.run.probes import ProbesFile
-    from llm.run.start import begin, record_start
-    from llm.run.trackers import check_trackers, make_trackers
-    from llm.training.initial import restore_or_create
-    from llm.training.loop import Outputs, train
-    from llm.training.optimizer import jump_of_rate
+    from llm.run.start import begin
+    from llm.run.trackers import check_trackers
+    from llm.training.loop import train
 
+    config, run, hosts, display = start.config, start.run, start.hosts, start.display
     if hosts.is_first:
         check_trackers(config.logging)
-    seconds: dict[str, float] = collections.defaultdict(float)
-    source = source_of(config)
-    job = _make_job(config, run, hosts, stop, display, source, seconds)
-    probes = job.make_probes(ProbesFile(run.probes, hosts.is_first))
+    job = _make_job(start)
     sampler = _make_sampler(job)
-    checkpoints = Checkpoints(run.checkpoints, config.checkpoint.keep, hosts)
+    outputs = _make_outputs(start, job)
     if hosts.is_first:
         # Write config.toml before anything is trained: steps without it belong to no run.
         begin(run, config, job.spec, job.corpus)
-        checkpoints.clean()
-    metrics = MetricsFile(run.metrics, hosts.is_first)
-    outputs = Outputs(run, checkpoints, metrics, display, [], probes, seconds=seconds)
+        outputs.checkpoints.clean()
     page = Page(run, display, hosts.is_first, config.logging.page)
-    record_so_far = partial(_record, outputs, hosts, started)
+    record_so_far = partial(_record, start, outputs)
     outputs.evaluated = partial(_evaluated, record_so_far, page)
     try:
-        with hosts.collective():
-            opened = (lambda *where: source().open(*where)) if source else None
-            state, ancestor = restore_or_create(job, checkpoints, display.say, opened)
-        step = int(state.step)
-        job = _in_phases(job, run, changed, step)
-        record = partial(record_start, run, config, step, changed, job.mesh, job.spec.attention)
-        rows = hosts.decide("the start", lambda: record(ancestor, metrics, checkpoints))
-        if not hosts.is_first:
-            metrics.remember(rows, step)
-        probes.resume(step, hosts)
-        outputs.trackers = make_trackers(config, run, step) if hosts.is_first else []
-        _say_what_starts(job, run, step, ancestor, display)
-        if step and (jump := jump_of_rate(config, changed, step)):
-            display.say(jump)
-        stop.check("nothing was trained yet")
+        job, state = _begin_or_resume(start, job, outputs)
+        start.stop.check("nothing was trained yet")
         with hosts.collective(), _recorded(record_so_far):
-            train(job, outputs, stop, sampler, state)
+            train(job, outputs, start.stop, sampler, state)
             display.say(
                 f"finished {config.training.steps} steps in {run.path}; "
                 f"sample from it: python sample.py {run.path}"
@@ -134,12 +128,52 @@ def _train(
         page.close()
 
 
-def _record(outputs: "Outputs", hosts: Hosts, started: float, ended: str = "") -> None:
+def _make_outputs(start: Start, job: "Job") -> "Outputs":
+    from llm.run.checkpoint import Checkpoints
+    from llm.run.metrics import MetricsFile
+    from llm.run.probes import ProbesFile
+    from llm.training.loop import Outputs
+
+    run, hosts = start.run, start.hosts
+    probes = job.make_probes(ProbesFile(run.probes, hosts.is_first))
+    checkpoints = Checkpoints(run.checkpoints, start.config.checkpoint.keep, hosts)
+    metrics = MetricsFile(run.metrics, hosts.is_first)
+    return Outputs(run, checkpoints, metrics, start.display, [], probes, seconds=start.seconds)
+
+
+def _begin_or_resume(start: Start, job: "Job", outputs: "Outputs") -> "tuple[Job, TrainState]":
+    """The state to train from, once run.json has this start and every file is at its step."""
+    from llm.run.start import record_start
+    from llm.run.trackers import make_trackers
+    from llm.training.initial import restore_or_create
+    from llm.training.optimizer import jump_of_rate
+
+    config, run, changed, hosts = start.config, start.run, start.changed, start.hosts
+    checkpoints, metrics, source = outputs.checkpoints, outputs.metrics, start.source
+    with hosts.collective():
+        opened = (lambda *where: source().open(*where)) if source else None
+        state, ancestor = restore_or_create(job, checkpoints, start.display.say, opened)
+    step = int(state.step)
+    job = _in_phases(job, run, changed, step)
+    record = partial(record_start, run, config, step, changed, job.mesh, job.spec.attention)
+    rows = hosts.decide("the start", lambda: record(ancestor, metrics, checkpoints))
+    if not hosts.is_first:
+        metrics.remember(rows, step)
+    assert outputs.probes is not None, "of _make_outputs"
+    outputs.probes.resume(step, hosts)
+    outputs.trackers = make_trackers(config, run, step) if hosts.is_first else []
+    _say_what_starts(job, run, step, ancestor, start.display)
+    if step and (jump := jump_of_rate(config, changed, step)):
+        start.display.say(jump)
+    return job, state
+
+
+def _record(start: Start, outputs: "Outputs", ended: str = "") -> None:
     """Record in run.json where the time went until now, and how the run ended, if it did."""
     from llm.run.start import record_end
 
-    if hosts.is_first:
-        record_end(outputs.run, outputs.first_step_at, started, outputs.seconds, ended)
+    if start.hosts.is_first:
+        record_end(start.run, outputs.first_step_at, start.started, start.seconds, ended)
 
 
 def _evaluated(record: Callable[[], None], page: "Page") -> None:
@@ -162,15 +196,7 @@ def _recorded(record: Callable[[str], None]) -> Iterator[None]:
         record(ended)
 
 
-def _make_job(
-    config: Config,
-    run: RunDirectory,
-    hosts: Hosts,
-    stop: StopRequest,
-    display: Display,
-    source: Callable[[], Source] | None,
-    seconds: dict[str, float],
-) -> "Job":
+def _make_job(start: Start) -> "Job":
     """The text, the model and the mesh. All are checked before anything is compiled."""
     from llm.model.sharding import make_mesh
     from llm.run.provenance import dtype_to_train
@@ -179,6 +205,7 @@ def _make_job(
     from llm.training.loop import Job
     from llm.training.state import check_room
 
+    config, run, hosts = start.config, start.run, start.hosts
     mesh = make_mesh(config.mesh)
     # "auto" is decided by the devices, so this check cannot be made with those of other settings.
     choice, device = config.training.compute_dtype, mesh.devices.flat[0]
@@ -187,12 +214,12 @@ def _make_job(
     decided = config.model_copy(update={"training": training})
     choose_kernels(decided, mesh)
     begun = time.monotonic()
-    corpus = _prepare_once(config, run, hosts, stop, display, source)
-    seconds["text"] += time.monotonic() - begun
+    corpus = _prepare_once(start)
+    start.seconds["text"] += time.monotonic() - begun
     # The system's answer when a shard in memory is cut short, or its disk fails.
     end_on(signal.SIGBUS, corpus.why_unreadable, DataError.exit_code)
     for note in corpus.notes:
-        display.say(note)
+        start.display.say(note)
     corpus.check_windows(config.model.context_length, config.data.validation)
     if not run.exists():
         check_epochs(config, training_batches(config, corpus, rows=slice(0, 0)))
@@ -201,14 +228,7 @@ def _make_job(
     return Job(config, spec, mesh, corpus, hosts)
 
 
-def _prepare_once(
-    config: Config,
-    run: RunDirectory,
-    hosts: Hosts,
-    stop: StopRequest,
-    display: Display,
-    source: Callable[[], Source] | None,
-) -> "TokenizedCorpus":
+def _prepare_once(start: Start) -> "TokenizedCorpus":
     """The prepared text. Process 0 prepares it first; the other processes then find its files, or
     prepare the same text themselves if they do not share a disk.
 
@@ -218,14 +238,16 @@ def _prepare_once(
     from llm.run.provenance import check_corpus, kept_tokenizer
     from llm.text.shards import prepare
 
+    config, run, hosts = start.config, start.run, start.hosts
+
     def on_progress(what: str, done: int, total: int | None) -> None:
         hosts.moved()
         fault_point("prepare")
-        stop.check("the text is not prepared yet")
-        display.prepare(what, done, total)
+        start.stop.check("the text is not prepared yet")
+        start.display.prepare(what, done, total)
 
     def prepared() -> "TokenizedCorpus":
-        own = kept_tokenizer(run, config) or source_tokenizer(config, source)
+        own = kept_tokenizer(run, config) or source_tokenizer(config, start.source)
         return prepare(config.data, config.tokenizer, own=own, on_progress=on_progress)
 
     corpus = prepared() if hosts.is_first else None

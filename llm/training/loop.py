@@ -163,15 +163,7 @@ def train(
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
     validation = Validation(job, outputs, shared_stop, sampler, report)
-    is_another_model = config.training.init_from and not step
-    if is_another_model:
-        # On disk before there is a row of metrics: a run without it begins again from its source.
-        save(job, outputs, report, state, step)
-        finish_saves(outputs)
-    if is_another_model or (step and is_due(step, evaluations)):
-        validation.run(state, step)  # a stop may have come between a save and its evaluation
-    elif step and is_due(step, probed):
-        validation.probe(state, step)
+    catch_up(job, outputs, report, validation, state)
     if config.run.deterministic and step < steps:
         check_repeats(job, step_fn, state, step)
 
@@ -209,6 +201,25 @@ def train(
             f"stopped on request at step {step} of {steps}, saved in {outputs.run.path}; the same "
             "command goes on from there"
         )
+
+
+def catch_up(
+    job: Job, outputs: Outputs, report: "StepReport", validation: "Validation", state: TrainState
+) -> None:
+    """Save, evaluate and score what the step that training goes on from is still owed.
+
+    A stop may have come between a save and its evaluation or its probes.
+    """
+    config, step = job.config, int(state.step)
+    is_another_model = config.training.init_from and not step
+    if is_another_model:
+        # On disk before there is a row of metrics: a run without it begins again from its source.
+        save(job, outputs, report, state, step)
+        finish_saves(outputs)
+    if is_another_model or (step and is_due(step, config.training.eval_every)):
+        validation.run(state, step)
+    elif step and is_due(step, config.logging.probe_every):
+        validation.probe(state, step)
 
 
 class _EvaluationStoppedError(Exception):
