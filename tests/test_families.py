@@ -10,10 +10,11 @@ import io
 import jax
 import numpy as np
 import pytest
+from folders import from_hf
 from test_hf import torch_and_transformers
 
 from llm.interop.families import FAMILIES
-from llm.interop.hf import from_hf, to_hf
+from llm.interop.hf import to_hf
 from llm.model.gpt import KVCache, ModelSpec, bind
 
 VOCAB, LENGTH = 61, 24

@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+from folders import from_hf
 from runs import make_strange
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +16,7 @@ from llm.commands import import_hf, run_command
 from llm.config import MeshConfig
 from llm.errors import CheckpointError, LLMError, UsageError
 from llm.interop.families import FAMILIES
-from llm.interop.hf import from_hf, open_hf, to_hf
+from llm.interop.hf import open_hf, to_hf
 from llm.interop.tensors import Tensor
 from llm.model.gpt import ModelSpec, abstract_params
 from llm.model.sharding import make_mesh

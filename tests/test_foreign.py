@@ -9,13 +9,13 @@ import struct
 
 import numpy as np
 import pytest
+from folders import from_hf
 from test_families import OLD, SIZES, VOCAB, log_probabilities, save_theirs
 from test_hf import torch_and_transformers
 
 from llm.commands import import_hf, run_command
 from llm.errors import CheckpointError, UsageError
 from llm.interop.foreign import as_folder, nanogpt_characters
-from llm.interop.hf import from_hf
 from llm.run.open import open_model
 
 

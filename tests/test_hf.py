@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from folders import from_hf
 from safetensors.numpy import load_file, save_file
 
 from llm.errors import CheckpointError, UsageError
-from llm.interop.hf import from_hf, to_hf
+from llm.interop.hf import to_hf
 from llm.model.gpt import ModelSpec, abstract_params, bind
 from llm.model_config import ModelConfig
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tomli_w
+from folders import from_hf
 from runs import (
     ROOT,
     SETTINGS,
@@ -30,7 +31,7 @@ from test_imported import byte_level
 
 from llm.commands import diff, import_hf, run_command, score, verify
 from llm.errors import CheckpointError, UsageError
-from llm.interop.hf import from_hf, to_hf
+from llm.interop.hf import to_hf
 from llm.model.gpt import ModelSpec, initialise
 from llm.model_config import ModelConfig
 from llm.run.open import open_model

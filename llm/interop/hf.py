@@ -35,21 +35,8 @@ from llm.interop.tensors import Tensor, open_tensors, save
 from llm.model.gpt import ModelSpec, Params, abstract_params
 from llm.model_config import ModelConfig
 
-Arrays = dict[str, np.ndarray]
 # Rows of a table of tokens that are compared at a time.
 _ROWS = 4096
-
-
-def from_hf(
-    folder: str | Path, context_length: int | None = None
-) -> tuple[ModelConfig, int, Arrays]:
-    """(configuration, vocabulary size, float32 parameters) of a Hugging Face model folder.
-
-    Arguments and errors are those of `open_hf`.
-    """
-    model = open_hf(folder, context_length)
-    params = {name: model.part(name) for name in model.shapes}
-    return model.spec.config, model.spec.vocab_size, params
 
 
 @dataclass(frozen=True)
