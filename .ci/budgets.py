@@ -26,7 +26,7 @@ CORE += (
     "section",
 )
 # Whoever adds a capability may raise a budget, and says by how much and for what.
-BUDGETS = {"core": 11_000, "planning": 900, "llm": 20_670}
+BUDGETS = {"core": 10_410, "planning": 900, "llm": 20_670}
 LARGEST_FILE = 400
 LARGEST_FUNCTION = 60
 

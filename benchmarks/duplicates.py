@@ -72,7 +72,7 @@ def texts(size: int) -> Iterator[str]:
 
 
 def beside_datatrove(options: argparse.Namespace, folder: Path) -> None:
-    from llm.text.duplicates import Sketch, find_duplicates
+    from llm.quality.duplicates import Sketch, find_duplicates
 
     corpus = [*texts(options.mib * 2**20)]
     size = sum(map(len, corpus)) / 1e6

@@ -52,7 +52,7 @@ class FilterConfig(Settings):
     )
     min_characters: Count = setting(0, "leave out documents with fewer characters")
     quality: Literal["none", "gopher", "c4", "fineweb"] = setting(
-        "none", "leave out documents that break one of these rules (llm/text/rules.py)"
+        "none", "leave out documents that break one of these rules (llm/quality/rules.py)"
     )
     redact: Annotated[
         tuple[Literal["email", "ip", "phone", "card", "key"], ...], BeforeValidator(as_tuple)

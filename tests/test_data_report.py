@@ -7,7 +7,7 @@ import pytest
 
 from llm.commands import data_report
 from llm.errors import DataError, UsageError
-from llm.text import personal, rules
+from llm.quality import personal, rules
 
 ENGLISH = (
     "The harbour was quiet when we came to the old house, and nobody had been there for years. "

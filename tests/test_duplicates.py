@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from llm.measure.overlap import Overlap, RepeatedLines
-from llm.text.duplicates import BANDS, ROWS, SIMILAR, Sketch, bands_of, find_duplicates, shingles_of
-from llm.text.ngrams import runs_of, units_of
+from llm.quality.duplicates import (
+    BANDS,
+    ROWS,
+    SIMILAR,
+    Sketch,
+    bands_of,
+    find_duplicates,
+    shingles_of,
+)
+from llm.quality.ngrams import runs_of, units_of
 
 _ENGLISH = [f"{a}{b}" for a in ("bar", "cor", "del", "fen", "gul") for b in ("a", "ed", "in", "os")]
 _CHINESE = [chr(0x4E00 + 37 * n) for n in range(300)]

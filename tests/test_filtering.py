@@ -1,5 +1,6 @@
 """data.filters: what is left out, what is replaced, and what that costs."""
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 from llm.commands import prepare as prepare_command
 from llm.config import DataConfig, TokenizerConfig, validate
 from llm.errors import DataError, UsageError
+from llm.quality import duplicates
 from llm.run.start import changes_on_resume
-from llm.text import duplicates, filtering, shards
+from llm.text import filtering, parts
 from llm.text.cache import silent
 from llm.text.shards import prepare
 
@@ -77,7 +79,7 @@ def corpus(tmp_path):
 @pytest.fixture
 def small(monkeypatch):
     """Every file in a folder of its own."""
-    monkeypatch.setattr(shards, "PART_BYTES", 1)
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
 
 
 def test_nothing_is_filtered_by_default_and_costs_nothing(make, corpus, cache, monkeypatch):
@@ -126,11 +128,11 @@ def test_a_new_file_costs_its_own_folder_unless_it_makes_copies(
 ):
     settings = {"filters": {"deduplicate": "near"}}
     make(corpus / "*.jsonl", **settings)
-    sketched, made, tokenise = [], [], shards._tokenise
+    sketched, made, tokenise = [], [], parts._tokenise
     add = duplicates.Sketch.add
     monkeypatch.setattr(duplicates.Sketch, "add", lambda *a: (sketched.append(a[3]), add(*a))[1])
     monkeypatch.setattr(
-        shards,
+        parts,
         "_tokenise",
         lambda *a: (made.extend(o.name for o in a[2].origins), tokenise(*a))[1],
     )
@@ -283,3 +285,14 @@ def test_prepare_counts_what_was_left_out_by_source(corpus, cache, tmp_path, cap
     (source,) = json.loads(capsys.readouterr().out)["sources"]
     assert source["dropped"] == {"exact duplicate": 2, "near duplicate": 2}
     assert source["documents"] == 12
+
+
+def test_a_disk_that_is_full_when_the_list_is_gathered_is_said_in_one_message(
+    make, corpus, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(filtering.shutil, "copyfileobj", full)
+    with pytest.raises(DataError, match="no room for the token shards"):
+        make(corpus / "*.jsonl", filters={"deduplicate": "exact"})

@@ -19,10 +19,11 @@ import pytest
 
 from llm.config import DataConfig, TokenizerConfig
 from llm.errors import DataError, UsageError
-from llm.text import bpe, documents, encoding, shards, sources, splits, tokenizer
+from llm.text import bpe, documents, encoding, parts, shards, sources, splits, tokenizer
 from llm.text.batches import RingWindows, TrainingBatches
 from llm.text.cache import silent
-from llm.text.shards import HEADER, prepare
+from llm.text.parts import HEADER
+from llm.text.shards import prepare
 from llm.text.tokenizer import FILE_NAME, ByteTokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -238,14 +239,14 @@ def test_the_header_says_what_is_there(make, corpus):
 @pytest.fixture
 def folders(monkeypatch):
     """Groups of a few small files: the folders that are made, each with its files."""
-    monkeypatch.setattr(shards, "PART_BYTES", 4 * 2**12)
-    made, tokenise = [], shards._tokenise
+    monkeypatch.setattr(parts, "PART_BYTES", 4 * 2**12)
+    made, tokenise = [], parts._tokenise
 
     def record(folder, data, group, *rest):
         made.append([origin.name for origin in group.origins])
         return tokenise(folder, data, group, *rest)
 
-    monkeypatch.setattr(shards, "_tokenise", record)
+    monkeypatch.setattr(parts, "_tokenise", record)
     return made
 
 
@@ -253,7 +254,7 @@ def folders(monkeypatch):
 def test_folders_of_shards_are_one_corpus(make, corpus, tmp_path, folders, validation):
     many = make(corpus, validation=validation)
     assert 5 < len(folders) < 25 and [*itertools.chain(*folders)] == sorted(os.listdir(corpus))
-    shards.PART_BYTES = 2**24
+    parts.PART_BYTES = 2**24
     one = make(corpus, validation=validation, cache_dir=str(tmp_path / "other"))
     assert one.fingerprint == many.fingerprint
     for a, b in zip(one.sources[0].splits, many.sources[0].splits, strict=True):
@@ -308,7 +309,7 @@ def test_two_processes_prepare_one_corpus(make, corpus, cache):
     """Both at once, in folders of one file; neither sees half of what the other writes."""
     code = (
         "import sys\nfrom llm.config import DataConfig, TokenizerConfig\n"
-        "from llm.text import shards\nshards.PART_BYTES = 1\n"
+        "from llm.text import parts, shards\nparts.PART_BYTES = 1\n"
         "data = DataConfig(source=sys.argv[1], cache_dir=sys.argv[2], validation='none')\n"
         "corpus = shards.prepare(data, TokenizerConfig())\n"
         "print(corpus.train.read(0, len(corpus.train)).tolist())\n"
@@ -325,7 +326,7 @@ def test_two_processes_prepare_one_corpus(make, corpus, cache):
 
 def test_the_same_settings_reuse_the_shards(make, corpus, monkeypatch):
     first = make(corpus)
-    monkeypatch.setattr(shards, "_tokenise", None)
+    monkeypatch.setattr(parts, "_tokenise", None)
     second = make(corpus)
     assert (first.reused, second.reused) == (False, True)
     assert first.fingerprint == second.fingerprint
@@ -581,7 +582,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from llm.config import DataConfig, TokenizerConfig
-from llm.text import cache, documents, encoding, shards
+from llm.text import cache, documents, encoding, parts, shards
 
 place, number, source, cache_dir, kind = sys.argv[1:]
 documents.PIECE_BYTES = encoding._TASK_CHARACTERS = 200
@@ -601,7 +602,7 @@ if place == "flush":
 if place == "rename":
     Path.rename = before(Path.rename)
 if place == "header":
-    shards._write_header = before(shards._write_header)
+    parts._write_header = before(parts._write_header)
 shards.prepare(
     DataConfig(source=source, cache_dir=cache_dir, validation="none", workers=2),
     TokenizerConfig(kind=kind, vocab_size=300),

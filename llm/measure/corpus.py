@@ -20,10 +20,10 @@ import numpy as np
 
 from llm.errors import UsageError
 from llm.measure.overlap import Leak, Overlap, RepeatedLines
-from llm.text import personal
+from llm.quality import personal
+from llm.quality.duplicates import Sketch, find_duplicates
+from llm.quality.rules import RULES, broken
 from llm.text.documents import Document
-from llm.text.duplicates import Sketch, find_duplicates
-from llm.text.rules import RULES, broken
 from llm.text.splits import is_held_out
 from llm.text.tokenizer import Ids, Tokenizer
 
@@ -173,9 +173,7 @@ class Census:
             "bytes": self.bytes,
             "tokens": tokens,
             "split": self.counts["split"],
-            "lengths": {
-                k: self.counts["length"][k] for k in sorted(self.counts["length"], key=int)
-            },
+            "lengths": dict(sorted(self.counts["length"].items(), key=lambda item: int(item[0]))),
             "scripts": dict(self.counts["script"].most_common()),
             "languages": dict(self.counts["language"].most_common()) if self.identifies else None,
             "exact_duplicates": len(found.exact),

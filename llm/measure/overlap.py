@@ -1,8 +1,8 @@
 """What a text shares with others: evaluation text that training text has, and repeated lines.
 
-Two texts overlap in runs of GRAM units (llm/text/ngrams.py: words, or characters of scripts without
-spaces), and in whole lines, or whole documents, of SHORTEST to GRAM - 1 units, which such runs
-miss. Source of the 13: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix C.
+Two texts overlap in runs of GRAM units (llm/quality/ngrams.py: words, or characters of scripts
+without spaces), and in whole lines, or whole documents, of SHORTEST to GRAM - 1 units, which such
+runs miss. Source of the 13: Brown et al. 2020, "Language Models are Few-Shot Learners", appendix C.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llm.text.ngrams import Hashes, Numbers, Units, in_batches, runs_of, units_of
+from llm.quality.ngrams import Hashes, Numbers, Units, in_batches, runs_of, units_of
 
 GRAM, SHORTEST = 13, 5
 

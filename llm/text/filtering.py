@@ -24,12 +24,12 @@ from typing import Any, TextIO
 
 from llm.data_config import FilterConfig
 from llm.errors import DataError, UsageError
+from llm.quality.duplicates import FORMAT as SKETCH_FORMAT
+from llm.quality.duplicates import Sketch, Sketched, find_duplicates
+from llm.quality.personal import find, redact
+from llm.quality.rules import failed
 from llm.text.cache import OnProgress, built_once
 from llm.text.documents import EMPTY, WITHOUT_TEXT, Document, document_of
-from llm.text.duplicates import FORMAT as SKETCH_FORMAT
-from llm.text.duplicates import Sketch, Sketched, find_duplicates
-from llm.text.personal import find, redact
-from llm.text.rules import failed
 from llm.text.stream import remedy
 from llm.text.tokenizer import sha256_of_json, utf8_length
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llm.text.ngrams import WITHOUT_SPACES
+from llm.quality.ngrams import WITHOUT_SPACES
 
 # As ranges of a pattern's set.
 _ALONE = "".join(f"{chr(block[0])}-{chr(block[-1])}" for block in WITHOUT_SPACES)

@@ -1,10 +1,10 @@
 """Find documents that are equal to, or nearly, a document before them.
 
 Exact duplicates have the same text, byte for byte (its sha256). Near duplicates share most of their
-runs of five words (llm/text/ngrams.py): the Jaccard similarity |A and B| / |A or B| of their sets
-of runs is at least SIMILAR. MinHash proposes pairs: 112 minima in 14 bands of 8 rows, so that two
-documents of similarity s share a band with probability 1 - (1 - s^8)^14. Each proposed pair is then
-verified by its true similarity, from the sets themselves.
+runs of five words (llm/quality/ngrams.py): the Jaccard similarity |A and B| / |A or B| of their
+sets of runs is at least SIMILAR. MinHash proposes pairs: 112 minima in 14 bands of 8 rows, so that
+two documents of similarity s share a band with probability 1 - (1 - s^8)^14. Each proposed pair is
+then verified by its true similarity, from the sets themselves.
 
 A document is a duplicate only of one that is kept and stands before it. So what is added behind
 changes nothing before it, and similarity is never passed on from one document to the next.
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llm.text.ngrams import Hashes, Numbers, drawn, in_batches, mixed, runs_of, units_of
+from llm.quality.ngrams import Hashes, Numbers, drawn, in_batches, mixed, runs_of, units_of
 
 SHINGLE = 5
 BANDS, ROWS = 14, 8

@@ -1,0 +1,1 @@
+"""Which documents are worth training on: rules of quality, personal data, duplicates."""
