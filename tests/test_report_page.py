@@ -117,6 +117,13 @@ def test_a_logarithmic_axis_and_the_keyboard_read_the_same_numbers(opened, run):
     assert opened.execute_script(ratio) == pytest.approx(1, rel=1e-3)
 
 
+def test_marks_of_memory_are_whole_in_their_units(opened):
+    script = """return reportPage.curves.plots.find((one) =>
+      one.root.parentElement.id === 'chart-memory_bytes').axes[1]._values"""
+    marks = [mark for mark in opened.execute_script(script) if mark]
+    assert marks and all(len(mark.split()[0]) <= 4 for mark in marks), marks
+
+
 def test_a_click_follows_a_token_over_the_steps(opened, run):
     rows = [json.loads(line) for line in run.probes.read_text().splitlines()]
     rows = [row for row in rows if row["name"] == "Held-out text 1"]

@@ -20,6 +20,8 @@ const CHARTS = [
   ["router_load_max", "Most used expert", "as a multiple of an even share", "router_load_max"],
 ];
 
+// Steps between the marks of an axis of bytes, so that they are whole in their units.
+const POWERS_OF_TWO = Array.from({ length: 52 }, (_, power) => 2 ** power);
 const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 4 });
 
 function spelledSeconds(value) {
@@ -158,7 +160,8 @@ class Curves {
     const plot = new uPlot({
       width: figure.clientWidth || 600, height: id === "loss" ? 320 : 190,
       scales: { x: { time: false, distr: logX ? 3 : 1 }, y: { distr: logY ? 3 : 1 } },
-      axes: [axis(ticksX, 44, AGAINST[against]), axis(tick, 62)],
+      axes: [axis(ticksX, 44, AGAINST[against]),
+        { ...axis(tick, 62), ...(id === "memory_bytes" ? { incrs: POWERS_OF_TWO } : {}) }],
       series: [{ label: AGAINST[against], value: (_, v) => (v === null || v === undefined ? "–" : spellX(v)) },
         ...series.map(({ label, stroke, width, dash, points, y }) => ({
           label, stroke, width, dash, spanGaps: false, value: (_, v) => spell(v),
