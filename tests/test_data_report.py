@@ -7,7 +7,10 @@ import pytest
 
 from llm.commands import data_report
 from llm.errors import DataError, UsageError
+from llm.measure.corpus import Census
 from llm.quality import personal, rules
+from llm.text.bpe import train_bpe
+from llm.text.tokenizer import named_tokenizer
 
 ENGLISH = (
     "The harbour was quiet when we came to the old house, and nobody had been there for years. "
@@ -186,3 +189,17 @@ def test_a_run_says_what_it_predicts_worst_and_best(unbroken, tmp_path, capsys, 
     for words in ([str(folder)], [run, "--tokenizer", "bytes"], [run]):
         with pytest.raises(UsageError, match=r"not a run|leave --tokenizer out|unseen\.txt: "):
             data_report.main([str(folder), "--run", *words])
+
+
+def test_the_longest_tokens_are_those_of_several_bytes(tmp_path):
+    """Of bytes none is."""
+    census = Census(named_tokenizer("bytes"), 0.0)
+    (tmp_path / "a.txt").write_text("A running dog.")
+    census.read(data_report.Texts([str(tmp_path)], "text"))
+    assert census.report()["tokenizer"]["longest"] == []
+    made = train_bpe(["A running dog. " * 99], 270)
+    census = Census(made, 0.0)
+    census.read(data_report.Texts([str(tmp_path)], "text"))
+    longest = census.report()["tokenizer"]["longest"]
+    assert longest and all(len(token) > 1 for token in longest)
+    assert longest == sorted(longest, key=len, reverse=True)

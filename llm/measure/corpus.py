@@ -34,6 +34,7 @@ JUDGED_CHARACTERS, LANGUAGE_CHARACTERS = 2**22, 2000
 # Of each rule and each kind of personal data, on the page; and of lists in the JSON object.
 EXAMPLES, LISTED = 3, 1000
 _AROUND = 40
+_MOJIBAKE = "documents with mojibake"
 
 
 class Census:
@@ -58,9 +59,7 @@ class Census:
         self.tokenizer, self.held_out = tokenizer, held_out
         self.names: list[str] = []
         self.bytes = self.compressed = 0
-        self.counts: dict[str, collections.Counter[str]] = collections.defaultdict(
-            collections.Counter
-        )
+        self.counts = collections.defaultdict[str, collections.Counter[str]](collections.Counter)
         self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
         self.used = np.zeros(tokenizer.vocab_size, np.int64)
         self.sizes: dict[str, list[int]] = collections.defaultdict(lambda: [0, 0, 0])
@@ -155,7 +154,7 @@ class Census:
         if self.finds_mojibake:
             from ftfy.badness import is_bad
 
-            self.counts["characters"]["documents with mojibake"] += is_bad(text)
+            self.counts["characters"][_MOJIBAKE] += is_bad(text)
 
     def _show(self, key: str, name: str, value: str, text: str) -> None:
         if len(self.examples[key]) < EXAMPLES:
@@ -166,8 +165,9 @@ class Census:
         found, table = self.duplicates, self.tokenizer.token_table
         pairs = [[self.names[a], self.names[b]] for a, b in found.near[:LISTED].tolist()]
         similar = found.similarity[:LISTED].tolist()
-        longest = heapq.nlargest(10, np.flatnonzero(self.used), key=lambda id_: len(table[id_]))
-        tokens = int(self.used.sum())
+        several = (id_ for id_ in np.flatnonzero(self.used) if len(table[id_]) > 1)
+        longest = heapq.nlargest(10, several, key=lambda id_: len(table[id_]))
+        tokens, characters = int(self.used.sum()), self.counts["characters"]
         return {
             "documents": len(self.names),
             "bytes": self.bytes,
@@ -195,11 +195,9 @@ class Census:
             },
             "personal_data": {kind: self.counts["personal"][kind] for kind in personal.KINDS},
             "characters": {
-                "control": self.counts["characters"]["control"],
-                "replacement": self.counts["characters"]["replacement"],
-                "documents with mojibake": self.counts["characters"]["documents with mojibake"]
-                if self.finds_mojibake
-                else None,
+                "control": characters["control"],
+                "replacement": characters["replacement"],
+                _MOJIBAKE: characters[_MOJIBAKE] if self.finds_mojibake else None,
             },
             "compressed_share": self.compressed / max(self.bytes, 1),
             "tokenizer": {

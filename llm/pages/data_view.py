@@ -52,6 +52,7 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
     characters = report["characters"].items()
     tokenizer = report["tokenizer"]
     languages = report["languages"]
+    longest = [(name.replace(" ", "·"),) for name in tokenizer["longest"]]
     lengths = [(f"{int(below):,}", number) for below, number in report["lengths"].items()]
     held_out = f"{report['split'].get('held out', 0):,} of {report['documents']:,}"
     return [
@@ -65,7 +66,7 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
             ("script", "bytes per token"),
             ((name, f"{value:.2f}") for name, value in tokenizer["bytes_per_token"].items()),
         ),
-        _table("The longest tokens", ("token",), ((name,) for name in tokenizer["longest"])),
+        _table("The longest tokens of several bytes (· is a space)", ("token",), longest),
         _table(
             "Rules of quality",
             ("rule", "expected", "documents that break it"),
