@@ -1,7 +1,11 @@
 """python -m llm data-report: planted text is counted, and a page of it does nothing but be read."""
 
 import json
+import random
 import re
+import unicodedata
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +60,59 @@ def test_prose_keeps_every_rule(preset, text):
     assert rules.failed(text, preset) is None
 
 
+CLASSICS = Path(__file__).parents[2] / "shared" / "data" / "chinese_classics.txt"
+# Verses of seven characters in lines of their own; and a refrain.
+VERSES = (
+    "蝶去莺飞无处问。\n隔水高楼望断鱼。\n恼乱层波横一寸。\n斜阳只与黄昏近。\n绮陌红楼往往经。\n帝里风光好当年。\n"
+    "暮宴朝欢况有狂。\n江南好风景旧曾。\n日出江花红胜火。\n春来江水绿如蓝。\n山中相送罢日暮。\n空山新雨后天气。\n"
+)
+REFRAIN = "天涯何处无芳草。\n"
+
+
+@pytest.mark.parametrize("text", [VERSES, VERSES[:54] + REFRAIN + VERSES[54:] + REFRAIN])
+def test_what_is_normal_in_chinese_is_no_fault(text):
+    """Short lines, and what a refrain repeats; the same lines over and over are one."""
+    assert [(preset, rule.name, value) for preset, rule, value in rules.broken(text)] == []
+    names = {rule.name for _, rule, _ in rules.broken(text + REFRAIN * 60)}
+    assert {"characters in repeated 10-grams", "the same, without spaces"} <= names
+
+
+@pytest.mark.skipif(not CLASSICS.is_file(), reason="the Chinese classics are not there")
+def test_the_chinese_classics_keep_every_rule():
+    text = CLASSICS.read_text("utf-8")
+    pieces = [text[start : start + 5000] for start in range(0, len(text), 5000)]
+    broken = [(n, rule.name) for n, one in enumerate(pieces) for _, rule, _ in rules.broken(one)]
+    assert len(pieces) == 35 and broken == []
+
+
+def test_words_and_repeated_runs_are_those_of_a_search_in_order():
+    """A pattern of words, and loops over lists, on random text of letters, marks and signs."""
+    marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
+    word = re.compile(rf"[你の]|[^\W你の]+(?:['’{marks}]+[^\W你の]+|[{marks}])*|[^\w\s]+")
+    draw = random.Random(0)
+    for size in [0, 1, 2, 5, *[200] * 60]:
+        text = "".join(draw.choices("ab c'’\u0301\u0301_.!?\n é你 の1", k=size))
+        words, expected = rules.Words(text), word.findall(text)
+        found = [text[a : a + n] for a, n in zip(words.begins, words.sizes, strict=True)]
+        assert found == expected, text
+        assert len(set(zip(words.ids.tolist(), found, strict=True))) == len(set(found))
+        measured = rules.Measured(text)
+        n = 2 * (1 + measured.without_spaces)
+        runs = [tuple(found[at : at + n]) for at in range(len(found) - n + 1)]
+        size, place, seen = 0, 0, set()
+        while place < len(runs):
+            again = runs[place] in seen
+            size += sum(map(len, runs[place])) * again
+            seen.add(runs[place])
+            place += n if again else 1
+        assert measured.repeated_grams(2) == pytest.approx(size / max(len(text), 1))
+        if runs:
+            top, count = Counter(runs).most_common(1)[0]
+            spaces = sum(one not in "你の" for one in top[:-1])
+            share = (sum(map(len, top)) + spaces) * count / len(text)
+            assert measured.top_gram(2) == pytest.approx(share)
+
+
 BAD = {
     "short": "Too short to be judged.",
     "hashes": ENGLISH.replace(" ", " # "),
@@ -77,7 +134,8 @@ def test_verdicts_are_those_of_datatrove(name):
 
     class Ours(WordTokenizer):
         def word_tokenize(self, text):
-            return rules.Measured(text).words
+            words = rules.Words(text)
+            return [text[a : a + n] for a, n in zip(words.begins, words.sizes, strict=True)]
 
         def sent_tokenize(self, text):
             return rules.sentences(text)

@@ -224,6 +224,11 @@ def test_repeated_lines_are_counted_by_document(monkeypatch):
         lines.add(f"header\nrare {number}\n")
     assert lines.most(1)[0][0] == "header"
     assert lines.most(1)[0][1] == 305 and lines.forgotten
+    # A line that comes late is kept, although it is in fewer documents than were forgotten.
+    for number in range(2000):
+        lines.add(f"rare {number + 300}\n" + "late\n" * (number % 50 == 0))
+    count = dict(lines.most(99))["late"]
+    assert 10 < lines.forgotten < 40 and 40 - lines.forgotten <= count <= 40
 
 
 @pytest.mark.thorough

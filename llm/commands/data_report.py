@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
         sampled,
     )
     census.read(corpus)
-    if not census.names:
+    if not census.documents:
         raise UsageError(f"{' '.join(options.source)} has no document with text; see --text-field")
     report = census.report() | {"model": None}
     second = Path(options.html).with_suffix(".documents.html") if options.html and opened else None

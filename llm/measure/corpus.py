@@ -21,7 +21,7 @@ import numpy as np
 from llm.errors import UsageError
 from llm.measure.overlap import Leak, Overlap, RepeatedLines
 from llm.quality import personal
-from llm.quality.duplicates import Sketch, find_duplicates
+from llm.quality.duplicates import Sketch, Sketched, find_duplicates
 from llm.quality.rules import RULES, broken
 from llm.text.documents import Document
 from llm.text.splits import is_held_out
@@ -57,8 +57,7 @@ class Census:
         sampled: "Sampled | None" = None,
     ):
         self.tokenizer, self.held_out = tokenizer, held_out
-        self.names: list[str] = []
-        self.bytes = self.compressed = 0
+        self.documents = self.bytes = self.compressed = 0
         self.counts = collections.defaultdict[str, collections.Counter[str]](collections.Counter)
         self.examples: dict[str, list[dict[str, str]]] = collections.defaultdict(list)
         self.used = np.zeros(tokenizer.vocab_size, np.int64)
@@ -81,9 +80,14 @@ class Census:
                         start = self._count(document)
                     except UsageError as error:  # characters that the tokenizer does not have
                         raise UsageError(f"{document.name}: {error}") from None
-                    sketch.add(start, document.sha256)
-                    self.names.append(document.name)
-            self.duplicates = find_duplicates([Path(folder)], near=True)
+                    sketch.add(start, document.sha256, document.name)
+                    self.documents += 1
+            self.duplicates = found = find_duplicates([Path(folder)], near=True)
+            sketched = Sketched([Path(folder)], near=True)
+            self.pairs = [
+                [[*map(sketched.name, pair)] for pair in pairs[:LISTED].tolist()]
+                for pairs in (found.exact, found.near)
+            ]
 
     def _count(self, document: Document) -> str:
         """Count one document; its start, which is judged."""
@@ -163,13 +167,12 @@ class Census:
     def report(self) -> dict[str, Any]:
         """Everything as one JSON object; lists have at most LISTED entries."""
         found, table = self.duplicates, self.tokenizer.token_table
-        pairs = [[self.names[a], self.names[b]] for a, b in found.near[:LISTED].tolist()]
-        similar = found.similarity[:LISTED].tolist()
+        exact, near = self.pairs
         several = (id_ for id_ in np.flatnonzero(self.used) if len(table[id_]) > 1)
         longest = heapq.nlargest(10, several, key=lambda id_: len(table[id_]))
         tokens, characters = int(self.used.sum()), self.counts["characters"]
         return {
-            "documents": len(self.names),
+            "documents": self.documents,
             "bytes": self.bytes,
             "tokens": tokens,
             "split": self.counts["split"],
@@ -177,11 +180,13 @@ class Census:
             "scripts": dict(self.counts["script"].most_common()),
             "languages": dict(self.counts["language"].most_common()) if self.identifies else None,
             "exact_duplicates": len(found.exact),
+            "exact_duplicate_pairs": exact,
             "near_duplicates": [
                 {"documents": pair, "similarity": similarity}
-                for pair, similarity in zip(pairs, similar, strict=True)
+                for pair, similarity in zip(near, found.similarity.tolist(), strict=False)
             ],
             "near_duplicate_documents": len(found.near),
+            "repeated_line_share": self.lines.repeated / max(self.lines.characters, 1),
             "repeated_lines": [
                 {"line": masked(line), "documents": count} for line, count in self.lines.most(20)
             ],

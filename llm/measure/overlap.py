@@ -23,6 +23,8 @@ _MAY_BITS = 24  # of a hash, to tell quickly that it is none of those looked for
 
 # Lines that are counted at once, and characters of a line that are shown.
 _MOST_LINES, _SHOWN = 2**19, 200
+# A line's count, and above these bits what was forgotten before the line was first counted.
+_COUNT = (1 << 32) - 1
 
 
 class Leak(NamedTuple):
@@ -155,16 +157,21 @@ class RepeatedLines:
         for line in {line.strip() for line in text.splitlines()} - {""}:
             # Two long lines that begin alike and are of one length count as one.
             key = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}\0{hash(line)}"
-            count = held[key] = held.get(key, 0) + 1
+            held[key] = held.get(key, self.forgotten << 32) + 1
+            count = held[key] & _COUNT
             self.characters += len(line)
             self.repeated += len(line) * (2 if count == 2 else count > 2)
         if len(held) > _MOST_LINES:
             self.forgotten += 1
-            kept = {line: count for line, count in held.items() if count > self.forgotten}
-            self._documents = kept
+            self._documents = {
+                line: value
+                for line, value in held.items()
+                if (value & _COUNT) + (value >> 32) > self.forgotten
+            }
 
     def most(self, count: int) -> list[tuple[str, int]]:
         """The lines that are in the most documents, at least two, and in how many."""
-        often = [item for item in self._documents.items() if item[1] > 1]
+        counts = ((line, value & _COUNT) for line, value in self._documents.items())
+        often = [item for item in counts if item[1] > 1]
         often.sort(key=lambda item: (-item[1], item[0]))
         return [(line.partition("\0")[0], documents) for line, documents in often[:count]]

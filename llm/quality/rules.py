@@ -6,19 +6,23 @@ FineWeb keep.
 
 A word is a run of letters, digits and marks, or, in scripts that put no spaces between words
 (Chinese, Japanese, Thai and others), one character. A run of signs is a word too, as it is for
-datatrove. A rule that has no meaning for such scripts, or for the language, does not apply:
+datatrove. If at least half of the words are such characters, the rules that would count as a fault
+what is normal there are asked in another way, or not at all:
 
-    mean word length        measured on words that spaces divide, if most are
-    words with a letter     without spaces, signs do not count as words
-    stop words              are English, and are asked of texts in Latin letters only
-    words of a line (C4)    the longest is measured between spaces and characters that stand alone
-    short lines (FineWeb)   a character of such a script is as wide as two letters
+    mean word length          is not asked
+    words with a letter       signs do not count as words
+    runs of n words           are runs of 2 n characters: a word has about two
+    short lines (FineWeb)     are not asked; a verse has seven characters (so does FineWeb 2)
+    repeated lines (FineWeb)  may hold 10 % of the characters (so does FineWeb 2)
+    stop words                are English, and are asked of texts in Latin letters only
+    words of a line (C4)      the longest is measured between spaces and characters that stand alone
 
 C4 also removes lines from the documents that it keeps; here a document is only judged.
 
 Sources: Rae et al. 2021, "Scaling Language Models" (Gopher), tables A1 and section A.1.1; Raffel et
-al. 2020 (C4), section 2.2; Penedo et al. 2024, "The FineWeb Datasets", section 3.6. Tests compare
-the verdicts with those of `datatrove`.
+al. 2020 (C4), section 2.2; Penedo et al. 2024, "The FineWeb Datasets", section 3.6; Penedo et al.
+2025, "FineWeb2: One Pipeline to Scale Them All". Tests compare the verdicts with those of
+`datatrove`.
 """
 
 import functools
@@ -30,24 +34,30 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from llm.quality.ngrams import WITHOUT_SPACES
+from llm.quality.ngrams import WITHOUT_SPACES, Hashes, Numbers, drawn, mixed
 
 # As ranges of a pattern's set.
 _ALONE = "".join(f"{chr(block[0])}-{chr(block[-1])}" for block in WITHOUT_SPACES)
 _ENDS = "。｡．！？؟۔।॥։።፧။។‼⁇⁈⁉"
-_STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+_CLOSING = "”’」』）》〉"
+_LINE_ENDS, _FOREIGN_ENDS = frozenset(f".!?{_ENDS}"), frozenset(_ENDS)
 _POLICY = re.compile(
     "terms of use|privacy policy|cookie policy|uses cookies|use of cookies|use cookies"
 )
-_C4_LONGEST_WORD, _C4_WORDS_OF_LINE, _SHORT_LINE = 1000, 3, 30
+_C4_LONGEST_WORD, _C4_WORDS_OF_LINE, _SHORT_LINE, _LONGEST_RUN = 1000, 3, 30, 10
 
 _alone = re.compile(f"[{_ALONE}]")
 _between = re.compile(rf"[\s{_ALONE}]+")
 _citation = re.compile(r"\[\d*]|\[edit]|\[citation needed]")
-# In scripts other than Latin, closing quotes may stand behind what ends a sentence.
-_ends_line = re.compile(rf"(?:[.!?{_ENDS}]|[{_ENDS}][”’」』）》〉]+)\Z")
-_sentence_end = re.compile(rf"[.!?]+[\"'”’)\]]*(?=\s|\Z)|[{_ENDS}]+[”’」』）》〉]*")
+_sentence_end = re.compile(rf"[.!?]+[\"'”’)\]]*(?=\s|\Z)|[{_ENDS}]+[{_CLOSING}]*")
+
+# What a character is: one of the kinds, and flags.
+_SPACE, _WORD, _MARK, _APOSTROPHE, _SIGN, _CHARACTER = range(6)
+_KIND, _LETTER, _SPOKEN = 7, 8, 16
+_LAST = 0x3FFFF
+_Kinds = npt.NDArray[np.uint8]
 
 
 class Rule(NamedTuple):
@@ -98,6 +108,67 @@ def broken(text: str) -> Iterator[tuple[str, Rule, float]]:
                 yield name, rule, value
 
 
+class Words:
+    """The words of a text, found in all of its characters together.
+
+    Attributes:
+      begins, sizes: int64 [W], the first character of each, and how many it has.
+      ids: int64 [W], equal for equal words.
+      hashes, count: [I], of each id: a hash of the word, and how often it occurs.
+      alone: bool [W], a character of a script without spaces.
+      spoken: bool [W], not a run of signs.
+      letter: bool [W], there is a letter in it.
+      latin: bool [W], it begins with a Latin letter, or a digit.
+    """
+
+    def __init__(self, text: str):
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        about = _characters()[np.minimum(codes, _LAST)]
+        kinds = _joined(about & _KIND)
+        opens = np.diff(kinds, prepend=np.uint8(_KIND)) != 0
+        first = np.flatnonzero(opens | (kinds == _CHARACTER))
+        is_word = kinds[first] != _SPACE
+        self.begins, ends = first[is_word], np.append(first[1:], len(kinds))[is_word]
+        self.sizes = ends - self.begins
+        self.alone = kinds[self.begins] == _CHARACTER
+        self.spoken = (about[self.begins] | about[ends - 1]) & _SPOKEN > 0
+        self.latin = codes[self.begins] < 0x250
+        self.letter, hashes = np.zeros(0, bool), np.empty(0, np.uint64)
+        if len(ends):
+            self.letter = np.bitwise_or.reduceat(about, self.begins) & _LETTER > 0
+            hashes = _hashes(np.where(kinds == _SPACE, 0, codes + 1), self.begins)
+        unique = np.unique(hashes, return_inverse=True, return_counts=True)
+        self.hashes, self.ids, self.count = unique
+
+
+def _joined(kinds: _Kinds) -> _Kinds:
+    """The kinds, where marks and apostrophes inside of a word, and marks behind one, are part of
+    it; elsewhere they are signs."""
+    inside = np.flatnonzero((kinds == _MARK) | (kinds == _APOSTROPHE))
+    if not len(inside):
+        return kinds
+    opens = np.diff(inside, prepend=-2) > 1
+    run = np.cumsum(opens) - 1
+    first, last = inside[opens], inside[np.append(opens[1:], True)]
+    around = np.pad(kinds, 1)
+    behind, before = around[first] == _WORD, around[last + 2] == _WORD
+    is_mark = kinds[inside] == _MARK
+    apostrophes = np.cumsum(~is_mark)
+    earlier = (apostrophes - ~is_mark)[opens]
+    joins = behind[run] & (before[run] | (apostrophes == earlier[run]))
+    kinds = kinds.copy()
+    kinds[inside] = np.where(joins, _WORD, _SIGN)
+    return kinds
+
+
+def _hashes(codes: npt.NDArray[np.uint32], begins: Numbers) -> Hashes:
+    """A hash of each word: the sum of its characters, each times a number drawn for its place."""
+    codes, begins = codes[begins[0] :], begins - begins[0]
+    sizes = np.diff(begins, append=len(codes))  # with the spaces behind, whose codes are zero
+    places = np.arange(len(codes)) - np.repeat(begins, sizes)
+    return mixed(np.add.reduceat(codes * drawn(int(sizes.max()))[places], begins))
+
+
 class Measured:
     """A document, and what several rules ask of it, computed when it is asked for first."""
 
@@ -105,23 +176,18 @@ class Measured:
         self.text = text
 
     @functools.cached_property
-    def words(self) -> list[str]:
-        return _word_pattern().findall(self.text)
+    def words(self) -> Words:
+        return Words(self.text)
 
     @functools.cached_property
-    def spoken(self) -> list[str]:
-        """The words that are not signs."""
-        return [
-            word
-            for word in self.words
-            if word[0].isalnum() or word[-1].isalnum() or _alone.match(word)
-        ]
+    def spoken(self) -> int:
+        """How many words are not signs."""
+        return int(self.words.spoken.sum())
 
     @functools.cached_property
-    def spaced(self) -> list[str]:
-        """The words that spaces divide; none if most of the text is in scripts without spaces."""
-        divided = [word for word in self.spoken if not _alone.match(word)]
-        return divided if 2 * len(divided) > len(self.spoken) else []
+    def without_spaces(self) -> bool:
+        """Whether at least half of the words are characters of scripts without spaces."""
+        return 2 * int(self.words.alone.sum()) >= self.spoken > 0
 
     @functools.cached_property
     def lines(self) -> list[str]:
@@ -138,97 +204,100 @@ class Measured:
 
     def per_word(self, *signs: str) -> float | None:
         """How often signs occur, for each word."""
-        return sum(map(self.text.count, signs)) / len(self.words) if self.words else None
+        words = len(self.words.ids)
+        return sum(map(self.text.count, signs)) / words if words else None
 
-    @functools.cached_property
     def mean_length(self) -> float | None:
-        return sum(map(len, self.spaced)) / len(self.spaced) if self.spaced else None
+        divided = self.words.sizes[self.words.spoken & ~self.words.alone]
+        return float(divided.mean()) if len(divided) and not self.without_spaces else None
 
-    @functools.cached_property
     def with_letter(self) -> float | None:
-        words = self.words if self.spaced else self.spoken
-        return self.share(words, lambda word: any(map(str.isalpha, word)))
+        words = self.words
+        letter = words.letter[words.spoken] if self.without_spaces else words.letter
+        return float(letter.mean()) if len(letter) else None
 
-    @functools.cached_property
     def stop_words(self) -> float | None:
-        latin = sum(word[0] < "\u0250" for word in self.spoken)
-        known = len(_STOP_WORDS.intersection(self.words))
-        return float(known) if 2 * latin > len(self.spoken) else None
-
-    def repeated(self, pattern: str) -> tuple[float, float]:
-        """Of the parts between a pattern: the share that stood before, and of the characters."""
-        seen: set[str] = set()
-        text = self.text.strip() if pattern == _PARAGRAPH else self.text
-        parts, count, size = re.split(pattern, text), 0, 0
-        for part in parts:
-            if part in seen:
-                count, size = count + 1, size + len(part)
-            seen.add(part)
-        return count / len(parts), size / max(len(self.text), 1)
+        latin = int((self.words.latin & self.words.spoken).sum())
+        known = int(np.isin(_stop_words(), self.words.hashes).sum())
+        return float(known) if 2 * latin > self.spoken else None
 
     @functools.cached_property
-    def _runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each word its number, and the characters before it, without and with spaces."""
-        numbers: dict[str, int] = {}
-        ids = [numbers.setdefault(word, len(numbers)) for word in self.words]
-        sizes = np.fromiter(map(len, self.words), np.int64, len(ids))
-        spaces = np.fromiter((not _alone.match(word) for word in self.words), np.int64, len(ids))
-        before, spaced = (np.cumsum([0, *part]) for part in (sizes, sizes + spaces))
-        return np.array(ids, np.uint64), before, spaced
+    def again(self) -> dict[str, tuple[float, float]]:
+        """Of the parts between a pattern: the share that stood before, and of the characters."""
+        return {pattern: self._repeated(pattern) for pattern in (_PARAGRAPHS, _LINES)}
 
-    def _grams(self, n: int) -> list[int]:
-        """A hash of each run of n words."""
-        ids = self._runs[0]
-        grams = np.zeros(max(len(ids) - n + 1, 0), np.uint64)
-        for place in range(n):
-            # The multiplier is that of Steele & Vigna 2021, "Computationally easy, spectrally good
-            # multipliers"; the shift keeps low bits from depending on low bits alone.
-            grams = (grams + ids[place : place + len(grams)] + np.uint64(1)) * np.uint64(
-                0xD1342543DE82EF95
-            )
-            grams ^= grams >> np.uint64(32)
-        return grams.tolist()
+    def _repeated(self, pattern: str) -> tuple[float, float]:
+        parts = re.split(pattern, self.text.strip() if pattern == _PARAGRAPHS else self.text)
+        different = dict.fromkeys(parts)
+        size = len("".join(parts)) - len("".join(different))
+        return 1 - len(different) / len(parts), size / max(len(self.text), 1)
+
+    @functools.cached_property
+    def _runs(self) -> list[tuple[Numbers, Numbers]]:
+        """Of each length from 1: where the runs of words begin that occur several times, and a
+        number of each, equal for equal runs. A run that does begins with one that does."""
+        ids = self.words.ids
+        places = np.flatnonzero(self.words.count[ids] > 1)
+        found, runs = [(places, ids[places])], ids[places]
+        while len(places) and len(found) < self._length(_LONGEST_RUN):
+            places = places[: np.searchsorted(places, len(ids) - len(found))]
+            runs = runs[: len(places)] * len(ids) + ids[places + len(found)]
+            _, runs, count = np.unique(runs, return_inverse=True, return_counts=True)
+            several = count[runs] > 1
+            places, runs = places[several], runs[several]
+            found.append((places, runs))
+        return found
+
+    def _length(self, words: int) -> int:
+        return words * 2 if self.without_spaces else words
+
+    def _runs_of(self, n: int) -> tuple[int, Numbers, Numbers]:
+        length = self._length(n)
+        return length, *self._runs[min(length, len(self._runs)) - 1]
 
     def top_gram(self, n: int) -> float | None:
         """The share of the characters that the most frequent run of n words holds."""
-        grams = self._grams(n)
-        if not grams:
+        (length, places, runs), words = self._runs_of(n), self.words
+        if len(words.ids) < length:
             return None
-        (top, count), *_ = Counter(grams).most_common(1)
-        first = grams.index(top)
-        spaced = self._runs[2]
+        first, often = 0, 1
+        if len(places):
+            count = np.bincount(runs)
+            often = int(count.max())
+            first = places[count[runs] == often][0]
         # A space stands between the words, and none behind the last.
-        last_space = 0 if _alone.match(self.words[first + n - 1]) else 1
-        return (spaced[first + n] - spaced[first] - last_space) * count / len(self.text)
+        spaces = np.count_nonzero(~words.alone[first : first + length - 1])
+        return float(words.sizes[first : first + length].sum() + spaces) * often / len(self.text)
 
     def repeated_grams(self, n: int) -> float:
         """The share of the characters in runs of n words that occurred before."""
-        grams, size, place = self._grams(n), 0, 0
+        length, places, runs = self._runs_of(n)
+        size = free = 0
         seen: set[int] = set()
-        if len(set(grams)) == len(grams):
-            return 0.0
-        before = self._runs[1]
-        while place < len(grams):
-            if grams[place] in seen:
-                size += before[place + n] - before[place]
-                place += n
-            else:
-                seen.add(grams[place])
-                place += 1
-        return size / len(self.text)
+        for place, run in zip(places.tolist(), runs.tolist(), strict=True):
+            if place >= free and run in seen:
+                size += int(self.words.sizes[place : place + length].sum())
+                free = place + length
+            elif place >= free:
+                seen.add(run)
+        return size / max(len(self.text), 1)
 
     @functools.cached_property
     def c4(self) -> Counter[str]:
         """What is in the lines that C4 keeps, as far as it reads."""
         found: Counter[str] = Counter()
         for line in map(str.strip, self.lines):
-            if max(map(len, _between.split(line))) > _C4_LONGEST_WORD:
+            line, whole = _citation.sub("", line) if "[" in line else line, line
+            ends = line.endswith(("'", '"')) or _ends_sentence(line)
+            if not ends or line.endswith("..."):
                 continue
-            words = max(len(line.split()), len(_alone.findall(line)))
-            line, lower = _citation.sub("", line), line.lower()
-            ends = line.endswith(("'", '"')) or _ends_line.search(line)
-            if not ends or line.endswith("...") or words < _C4_WORDS_OF_LINE:
+            words = max(len(whole.split()), 0 if line.isascii() else len(_alone.findall(whole)))
+            is_long = len(whole) > _C4_LONGEST_WORD
+            if is_long and max(map(len, _between.split(whole))) > _C4_LONGEST_WORD:
                 continue
+            if words < _C4_WORDS_OF_LINE:
+                continue
+            lower = whole.lower()
             found["lorem ipsum"] += "lorem ipsum" in lower
             if "javascript" in lower:
                 continue
@@ -238,11 +307,15 @@ class Measured:
             found["sentences"] += len(sentences(line))
         return found
 
-    @functools.cached_property
-    def repeated_lines(self) -> float | None:
+    def short_lines(self) -> float | None:
+        return None if self.without_spaces else self.share(self.filled, _is_short)
+
+    def repeated_lines(self, without_spaces: bool) -> float | None:
         """The share of the characters in lines that stood before, as FineWeb counts."""
+        if not self.filled or self.without_spaces != without_spaces:
+            return None
         again = len("".join(self.filled)) - len("".join(dict.fromkeys(self.filled)))
-        return again / len(self.text.replace("\n", "")) if self.filled else None
+        return again / len(self.text.replace("\n", ""))
 
 
 def sentences(line: str) -> list[str]:
@@ -255,26 +328,47 @@ def sentences(line: str) -> list[str]:
     return parts
 
 
-def _width(line: str) -> int:
-    return len(line) + len(_alone.findall(line))
+def _ends_sentence(line: str) -> bool:
+    """In scripts other than Latin, closing quotes may stand behind what ends a sentence."""
+    return line[-1:] in _LINE_ENDS or line.rstrip(_CLOSING)[-1:] in _FOREIGN_ENDS
+
+
+def _is_short(line: str) -> bool:
+    """A character of a script without spaces is as wide as two letters."""
+    return len(line) <= _SHORT_LINE and len(line) + len(_alone.findall(line)) <= _SHORT_LINE
 
 
 @functools.cache
-def _word_pattern() -> re.Pattern[str]:
-    """A word. Marks, which `re` takes for signs, stand inside of words, and so does '."""
-    marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
-    letters, inside = rf"[^\W{_ALONE}]", f"['’{marks}]"
-    return re.compile(rf"[{_ALONE}]|{letters}+(?:{inside}+{letters}+|[{marks}])*|[^\w\s]+")
+def _characters() -> _Kinds:
+    """For each code point what it is."""
+    table = np.full(_LAST + 1, _SIGN, np.uint8)
+    for code in range(_LAST + 1):
+        sign = chr(code)
+        if sign.isalnum() or sign == "_":
+            table[code] = _WORD | _LETTER * sign.isalpha() | _SPOKEN * sign.isalnum()
+        elif sign.isspace():
+            table[code] = _SPACE
+        elif unicodedata.category(sign)[0] == "M":
+            table[code] = _MARK
+    table[[ord("'"), ord("’")]] = _APOSTROPHE
+    for block in WITHOUT_SPACES:
+        table[block] = table[block] & _LETTER | _SPOKEN | _CHARACTER
+    return table
 
 
-_PARAGRAPH, _LINES = r"\n{2,}", r"\n+"
+@functools.cache
+def _stop_words() -> Hashes:
+    return Words("the be to of and that have with").hashes
+
+
+_PARAGRAPHS, _LINES = r"\n{2,}", r"\n+"
 _BULLETS, _ELLIPSES = ("•", "-"), ("...", "…")
 
 # In the order in which datatrove asks.
 RULES = {
     "gopher": (
-        Rule("words", lambda m: len(m.spoken), 50, 100_000),
-        Rule("mean word length", lambda m: m.mean_length, 3, 10),
+        Rule("words", lambda m: m.spoken, 50, 100_000),
+        Rule("mean word length", Measured.mean_length, 3, 10),
         Rule("# for each word", lambda m: m.per_word("#"), most=0.1),
         Rule("ellipses for each word", lambda m: m.per_word(*_ELLIPSES), most=0.1),
         Rule(
@@ -287,12 +381,12 @@ RULES = {
             lambda m: m.share(m.lines, lambda line: line.rstrip().endswith(_ELLIPSES)),
             most=0.3,
         ),
-        Rule("words with a letter", lambda m: m.with_letter, 0.8),
-        Rule("different stop words", lambda m: m.stop_words, 2),
-        Rule("repeated paragraphs", lambda m: m.repeated(_PARAGRAPH)[0], most=0.3),
-        Rule("characters in repeated paragraphs", lambda m: m.repeated(_PARAGRAPH)[1], most=0.2),
-        Rule("repeated lines", lambda m: m.repeated(_LINES)[0], most=0.3),
-        Rule("characters in repeated lines", lambda m: m.repeated(_LINES)[1], most=0.2),
+        Rule("words with a letter", Measured.with_letter, 0.8),
+        Rule("different stop words", Measured.stop_words, 2),
+        Rule("repeated paragraphs", lambda m: m.again[_PARAGRAPHS][0], most=0.3),
+        Rule("characters in repeated paragraphs", lambda m: m.again[_PARAGRAPHS][1], most=0.2),
+        Rule("repeated lines", lambda m: m.again[_LINES][0], most=0.3),
+        Rule("characters in repeated lines", lambda m: m.again[_LINES][1], most=0.2),
         *(
             Rule(
                 f"characters in the top {n}-gram",
@@ -317,15 +411,10 @@ RULES = {
     ),
     "fineweb": (
         Rule("lines with text", lambda m: len(m.filled), 1),
-        Rule(
-            "lines that end a sentence", lambda m: m.share(m.filled, _ends_line.search), least=0.12
-        ),
-        Rule(
-            "lines of up to 30 characters",
-            lambda m: m.share(m.filled, lambda line: _width(line) <= _SHORT_LINE),
-            most=0.67,
-        ),
-        Rule("characters in repeated lines", lambda m: m.repeated_lines, most=0.01),
+        Rule("lines that end a sentence", lambda m: m.share(m.filled, _ends_sentence), least=0.12),
+        Rule("lines of up to 30 characters", Measured.short_lines, most=0.67),
+        Rule("characters in repeated lines", lambda m: m.repeated_lines(False), most=0.01),
+        Rule("the same, without spaces", lambda m: m.repeated_lines(True), most=0.1),
         Rule("line breaks for each word", lambda m: m.per_word("\n"), most=0.3),
     ),
 }
