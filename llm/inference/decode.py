@@ -45,6 +45,7 @@ from llm.inference.programs import (
     decode_chunk,
     empty,
     for_decoding,
+    grow,
     prefill_piece,
 )
 from llm.inference.records import NO_NUMBERS, Numbers, Sampling, Spellings, TokenRecord
@@ -260,18 +261,22 @@ class Decoder:
     def prefill(self, batch: RequestArrays, capacity: int, piece: int = 0) -> Prefill:
         """Run all prompts into a new cache, piece by piece; yields while the device computes each.
 
+        A piece looks at the whole cache, which therefore doubles as long prompts fill it.
+
         Args:
-          capacity: positions of the cache; at least the width of the prompts.
+          capacity: positions of the cache at the end, or as many as the prompts need.
           piece: positions of a piece; 0: PIECE, or the whole prompts if they are shorter.
         Returns:
           the state after the prompts, and what the model says of their tokens: [B, T, ...].
         """
         B, T = len(batch.tokens_BU), batch.tokens_BU.shape[1] - 1
         piece = piece or min(T, PIECE)
-        state = empty(self.spec, self.params, B, max(capacity, T))
+        state = empty(self.spec, self.params, B, max(piece, min(PIECE, capacity)))
         cache, hidden_BD = state.cache, state.hidden_BD
         described = []
         for start in range(0, int(batch.lengths_B.max()), piece):
+            if start + piece > cache.capacity:
+                cache = grow(cache, round_up(start + piece))
             inputs_BP = batch.tokens_BU[:, start : start + piece]
             targets_BP = batch.tokens_BU[:, start + 1 : start + piece + 1]
             cache, hidden_BD, part = prefill_piece(
@@ -290,6 +295,8 @@ class Decoder:
             described.append(jax.device_get(part))
         active_B = (batch.left_B > 0) & (batch.lengths_B < self.spec.config.context_length)
         cache = dataclasses.replace(cache, length_B=jnp.asarray(batch.lengths_B))
+        if capacity > cache.capacity:
+            cache = grow(cache, capacity)
         state = DecodeState(cache, hidden_BD, jnp.asarray(active_B), jnp.asarray(batch.left_B))
         state = commit(state, self.params)
         if batch.top is None:

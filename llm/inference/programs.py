@@ -137,6 +137,14 @@ def _empty(spec: ModelSpec, batch_size: int, capacity: int) -> DecodeState:
     )
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def grow(cache: KVCache, capacity: int) -> KVCache:
+    """The cache with room for `capacity` positions in each row; they are empty."""
+    more = (0, 0), (0, 0), (0, capacity - cache.capacity), (0, 0)
+    keys, values = jax.tree.map(lambda x: jnp.pad(x, more), (cache.keys, cache.values))
+    return KVCache(keys, values, cache.length_B)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def place_rows(target: DecodeState, source: DecodeState, places_B: jax.Array) -> DecodeState:
     """`target` with row b of `source` in its row places_B[b], unless that is out of range.

@@ -362,9 +362,8 @@ class Engine:
             if old != new:
                 batch = place_rows(batch, self._empty(*old), np.full(old[0], new[0], np.int32))
             if group:
-                short = np.ones(round_up(len(group)), np.int32)  # one piece is as good as all
-                source, _ = exhaust(self._pieces_of(group, short))
-                batch = place_rows(batch, source, np.full(len(short), new[0], np.int32))
+                source, _ = exhaust(self._pieces_of(group))
+                batch = place_rows(batch, source, np.full(len(source.left_B), new[0], np.int32))
             top = group[0].request.top if group else None
             rows = self._stack([replace(_NOTHING, top=top)] * new[0])
             jax.block_until_ready(self.decoder.chunk(rows, batch, np.zeros(new[0], bool), 1))
@@ -376,15 +375,9 @@ class Engine:
             self._compiled.add((old, new))
             self._changed.notify()
 
-    def _pieces_of(self, group: Sequence[Ticket], lengths_B: np.ndarray | None = None) -> Prefill:
-        """The generator of a prefill. Whatever fails in it, fails in `_compute_piece`.
-
-        Args:
-          lengths_B: how much of each prompt is read, if not all.
-        """
+    def _pieces_of(self, group: Sequence[Ticket]) -> Prefill:
+        """The generator of a prefill. Whatever fails in it, fails in `_compute_piece`."""
         batch = self._stack([ticket.prompt for ticket in group], group[0].describes)
-        if lengths_B is not None:
-            batch = batch._replace(lengths_B=lengths_B)
         piece = _piece(len(group[0].prompt.prompt))
         context = round_up(self.decoder.spec.config.context_length, at_least=64)
         return (yield from self.decoder.prefill(batch, min(LEAST_PREFILL, context), piece))
