@@ -74,7 +74,10 @@ def test_what_is_normal_in_chinese_is_no_fault(text):
     """Short lines, and what a refrain repeats; the same lines over and over are one."""
     assert [(preset, rule.name, value) for preset, rule, value in rules.broken(text)] == []
     names = {rule.name for _, rule, _ in rules.broken(text + REFRAIN * 60)}
-    assert {"characters in repeated 10-grams", "the same, without spaces"} <= names
+    assert {
+        "characters in repeated 10-grams",
+        "characters in repeated lines, without spaces",
+    } <= names
 
 
 @pytest.mark.skipif(not CLASSICS.is_file(), reason="the Chinese classics are not there")
@@ -171,6 +174,11 @@ def test_the_report_counts_what_is_planted_and_its_page_is_harmless(tmp_path, ca
     assert report["documents"] == 5
     assert report["bytes"] == report["tokens"] == sum(len(t.encode()) for t in texts.values())
     assert report["exact_duplicates"] == 1
+    assert report["exact_duplicate_pairs"] == [["b.txt", "a.txt"]]
+    # The one line of ENGLISH is in three documents, nasty's in two, and Chinese in one.
+    shared = 3 * len(ENGLISH.strip()) + 2 * len(nasty)
+    share = shared / (shared + len(CHINESE.strip()))
+    assert report["repeated_line_share"] == pytest.approx(share)
     assert [one["documents"] for one in report["near_duplicates"]] == [["d.txt", "a.txt"]]
     assert report["near_duplicates"][0]["similarity"] >= 0.8
     assert report["personal_data"] == {"key": 0, "email": 2, "ip": 0, "card": 0, "phone": 0}
@@ -181,6 +189,17 @@ def test_the_report_counts_what_is_planted_and_its_page_is_harmless(tmp_path, ca
     shown = page.read_text("utf-8")
     assert "<script>alert" not in shown and "\x1b" not in shown and "\u202e" not in shown
     assert "bob@" not in shown and "&lt;EMAIL&gt;" in shown
+
+
+def test_a_page_takes_no_document_s_place(tmp_path):
+    paths = [tmp_path / name / "a.txt" for name in ("corpus", "evaluation")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(ENGLISH)
+        words = [str(paths[0].parent), "--against", str(paths[1].parent), "--html", str(path)]
+        with pytest.raises(UsageError, match=r"write over .*a\.txt, a document of the corpus"):
+            data_report.main(words)
+        assert path.read_text() == ENGLISH
 
 
 def test_sources_without_text_are_refused(tmp_path):
@@ -243,6 +262,10 @@ def test_a_run_says_what_it_predicts_worst_and_best(unbroken, tmp_path, capsys, 
         "&lt;odd&gt; &amp; b.txt" in shown and second.read_text("utf-8").count("<h2>Sample") == 20
     )
 
+    second.unlink()
+    second.symlink_to(folder / "1.txt")
+    with pytest.raises(UsageError, match=r"write over .*page\.documents\.html, a document"):
+        data_report.main(words)
     (folder / "unseen.txt").write_text("Q")
     for words in ([str(folder)], [run, "--tokenizer", "bytes"], [run]):
         with pytest.raises(UsageError, match=r"not a run|leave --tokenizer out|unseen\.txt: "):

@@ -9,11 +9,13 @@ worst and the best are shown on a second page beside that of --html.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import CommandLine, InputFiles, OptionalInput, OutputFile, argument, parse
+from llm.commands.outputs import check_outputs, same_file
 from llm.commands.shared import RunOptions, counted, scored_page
 from llm.console import escaped, say, show
 from llm.data_config import DataConfig
@@ -62,12 +64,16 @@ def main(arguments: list[str]) -> int:
 
         scorer = Scorer(opened.spec, opened.params, opened.tokenizer)
         sampled = Sampled(scorer, options.scored)
+    pages = [options.html] if options.html else []
+    if pages and options.run:
+        pages.append(str(Path(pages[0]).with_suffix(".documents.html")))
+        check_outputs({"--html and --run": pages[1]}, {"--run": [options.run]})
     share = float(DataConfig().validation.partition(":")[2])
-    corpus = Texts(options.source, options.text_field)
+    corpus = Texts(options.source, options.text_field, pages)
     census = Census(
         opened.tokenizer if opened else named_tokenizer(options.tokenizer),
         share,
-        Texts(options.against, options.text_field) if options.against else (),
+        Texts(options.against, options.text_field, pages) if options.against else (),
         (one for one in corpus if is_held_out(one.sha256, share)),
         sampled,
     )
@@ -75,27 +81,30 @@ def main(arguments: list[str]) -> int:
     if not census.documents:
         raise UsageError(f"{' '.join(options.source)} has no document with text; see --text-field")
     report = census.report() | {"model": None}
-    second = Path(options.html).with_suffix(".documents.html") if options.html and opened else None
     if opened and sampled:
         ranked = sorted(sampled.scored(), key=lambda one: -one[0]["bits_per_byte"])
         report["model"] = opened.checkpoint | {"documents": [said for said, _ in ranked]}
-        if second:
+        if pages:
             title = f"Documents that {opened.run}, step {opened.step}, predicts worst and best"
             shown = [ids for _, ids in worst_and_best(ranked)]
             page = scored_page(opened, dataclasses.replace(scorer, top=TOP), shown, title)
-            write_output(str(second), page.encode(), UsageError)
+            write_output(pages[1], page.encode(), UsageError)
     if options.html:
         title = f"What is in {', '.join(options.source)}"
-        page = data_page(report, title, second.name if second else "")
+        page = data_page(report, title, Path(pages[-1]).name)
         write_output(options.html, page.encode(), UsageError)
     show(json.dumps(report) + "\n" if options.as_json else for_people(report))
     return 0
 
 
 class Texts:
-    """The documents of sources, each time that it is iterated."""
+    """The documents of sources, each time that it is iterated.
 
-    def __init__(self, sources: Sequence[str], text_field: str):
+    Raises:
+      UsageError: one of `pages`, which will be written, is a document.
+    """
+
+    def __init__(self, sources: Sequence[str], text_field: str, pages: Sequence[str] = ()):
         from llm.text.cache import cache_root
         from llm.text.sources import find_origins
 
@@ -103,6 +112,9 @@ class Texts:
         for note in found.notes:
             say(note)
         self._origins, self._text_field = found.origins, text_field
+        for page in filter(os.path.exists, pages):
+            if any(same_file(one.location, page) for one in self._origins):
+                raise UsageError(f"--html would write over {page}, a document of the corpus")
 
     def __iter__(self) -> "Iterator[Document]":
         from llm.text.documents import Reader

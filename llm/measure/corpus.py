@@ -1,7 +1,7 @@
 """What is in a corpus: one pass over its documents, in bounded memory.
 
 Every document is counted whole. Rules, personal data and duplicates look at its first 4 million
-characters, languages at its first 2,000. py3langid tells languages and ftfy finds text that was
+characters, languages at its first 1,000. py3langid tells languages and ftfy finds text that was
 decoded wrongly, if they are installed (the extra `data`).
 """
 
@@ -30,7 +30,7 @@ from llm.text.tokenizer import Ids, Tokenizer
 if TYPE_CHECKING:
     from llm.measure.scored import Sampled
 
-JUDGED_CHARACTERS, LANGUAGE_CHARACTERS = 2**22, 2000
+JUDGED_CHARACTERS, LANGUAGE_CHARACTERS = 2**22, 1000
 # Of each rule and each kind of personal data, on the page; and of lists in the JSON object.
 EXAMPLES, LISTED = 3, 1000
 _AROUND = 40
@@ -158,7 +158,8 @@ class Census:
         if self.finds_mojibake:
             from ftfy.badness import is_bad
 
-            self.counts["characters"][_MOJIBAKE] += is_bad(text)
+            # Of ASCII alone, text is never bad.
+            self.counts["characters"][_MOJIBAKE] += not text.isascii() and is_bad(text)
 
     def _show(self, key: str, name: str, value: str, text: str) -> None:
         if len(self.examples[key]) < EXAMPLES:

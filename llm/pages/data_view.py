@@ -7,6 +7,7 @@ from urllib.parse import quote
 from llm.pages.document import document, escape
 
 SHOWN = 10  # documents that a model predicts worst, and as many that it predicts best
+LISTED = 20  # duplicates, and documents that share text
 
 Ranked = TypeVar("Ranked")
 
@@ -29,7 +30,8 @@ def data_page(report: Mapping[str, Any], title: str, scored: str = "") -> str:
         "tokens": report["tokens"],
         "exact duplicates": report["exact_duplicates"],
         "near duplicates": report["near_duplicate_documents"],
-        "compressed": f"{report['compressed_share']:.1%}",
+        "compressed to": f"{report['compressed_share']:.1%}",
+        "in lines of several documents": f"{report['repeated_line_share']:.1%}",
         "unused tokens": report["tokenizer"]["unused"],
     }
     shown = "".join(
@@ -49,18 +51,23 @@ def data_page(report: Mapping[str, Any], title: str, scored: str = "") -> str:
 
 def _sections(report: Mapping[str, Any]) -> list[str]:
     near = [(*one["documents"], f"{one['similarity']:.3f}") for one in report["near_duplicates"]]
+    quality, personal, examples = report["quality"], report["personal_data"], report["examples"]
     characters = report["characters"].items()
     tokenizer = report["tokenizer"]
     languages = report["languages"]
     longest = [(name.replace(" ", "·"),) for name in tokenizer["longest"]]
-    lengths = [(f"{int(below):,}", number) for below, number in report["lengths"].items()]
+    most = max(report["lengths"].values(), default=0)
+    lengths = [
+        (f"{int(below):,}", number, _Html(f'<meter max="{most}" value="{number}"></meter>'))
+        for below, number in report["lengths"].items()
+    ]
     held_out = f"{report['split'].get('held out', 0):,} of {report['documents']:,}"
     return [
-        _table("Length", ("bytes, below", "documents"), lengths),
+        _table("Length", ("bytes, below", "documents", ""), lengths),
         _table("Scripts", ("script", "letters"), report["scripts"].items()),
         _table("Languages", ("language", "documents"), (languages or {}).items())
         if languages is not None
-        else "<h2>Languages</h2><p>They were not identified: pip install py3langid.</p>",
+        else _section("Languages", "<p>They were not identified: pip install py3langid.</p>"),
         _table(
             f"Bytes per token of {tokenizer['name']}, of documents by their main script",
             ("script", "bytes per token"),
@@ -70,15 +77,16 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
         _table(
             "Rules of quality",
             ("rule", "expected", "documents that break it"),
-            ((key, one["expected"], one["documents"]) for key, one in report["quality"].items()),
+            ((key, one["expected"], one["documents"]) for key, one in quality.items()),
         ),
-        _table("Personal data", ("kind", "found"), report["personal_data"].items()),
+        _table("Personal data", ("kind", "found"), personal.items()),
         _table(
             "Characters",
             ("kind", "found"),
             ((k, "not counted: pip install ftfy" if v is None else v) for k, v in characters),
         ),
-        _table("Near duplicates", ("document", "of", "similarity"), near[:20]),
+        _first("Exact duplicates", ("document", "of"), report["exact_duplicate_pairs"]),
+        _first("Near duplicates", ("document", "of", "similarity"), near),
         _table(
             "Lines of several documents",
             ("line", "documents"),
@@ -93,8 +101,8 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
             ("what", "document", "value", "text"),
             (
                 (key, one["document"], one["value"], one["text"])
-                for key, found in report["examples"].items()
-                for one in found
+                for key in (*quality, *personal)
+                for one in examples.get(key, ())
             ),
         ),
     ]
@@ -103,41 +111,48 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
 def _overlap(title: str, leaks: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (one["name"], f"{one['found'] / one['grams']:.1%}", one["where"], one["example"])
-        for one in leaks[:20]
+        for one in leaks
     ]
-    return _table(title, ("document", "share", "where", "text"), rows)
+    return _first(title, ("document", "share", "where", "text"), rows)
 
 
 def _scored(model: Mapping[str, Any] | None, page: str) -> Iterable[str]:
     """The documents that the model predicts worst and best, as links into their page."""
     if model is None:
         return
-    documents = model["documents"]
-    yield _table(
-        f"Documents that {model['run']}, step {model['step']}, predicts worst and best",
-        ("bits per byte", "document", "tokens"),
+    rows = [
         (
-            (
-                f"{one['bits_per_byte']:.3f}",
-                _Html(f'<a href="{quote(page)}#s{place}t0">{escape(one["document"])}</a>'),
-                f"{one['tokens']:,}{' first' * one['cut']}",
-            )
-            for place, one in enumerate(worst_and_best(documents))
-        ),
-    )
-    yield f"<p>Of {len(documents):,} documents that were scored, chosen by hash.</p>"
+            f"{one['bits_per_byte']:.3f}",
+            _Html(f'<a href="{quote(page)}#s{place}t0">{escape(one["document"])}</a>'),
+            f"{'first ' * one['cut']}{one['tokens']:,}",
+        )
+        for place, one in enumerate(worst_and_best(model["documents"]))
+    ]
+    scored = f"of {len(model['documents']):,} that were scored, chosen by hash"
+    for how, part in (("worst", rows[:SHOWN]), ("best", rows[SHOWN:])):
+        title = f"Documents that {model['run']}, step {model['step']:,}, predicts {how}, {scored}"
+        yield _table(title, ("bits per byte", "document", "tokens"), part)
 
 
 class _Html(str):
     """Text that is escaped already."""
 
 
+def _first(title: str, columns: Iterable[str], rows: Sequence[Iterable[Any]]) -> str:
+    """A table of the first rows, which says that there are more."""
+    some = f"; the first {LISTED}" if len(rows) > LISTED else ""
+    return _table(f"{title}{some}", columns, rows[:LISTED])
+
+
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     body = "".join(f"<tr>{''.join(f'<td>{_shown(one)}' for one in row)}" for row in rows)
-    if not body:
-        return f"<h2>{escape(title)}</h2><p>None.</p>"
     head = "".join(f"<th>{escape(name)}" for name in columns)
-    return f"<h2>{escape(title)}</h2><table><thead><tr>{head}</thead><tbody>{body}</tbody></table>"
+    table = f"<table><thead><tr>{head}</thead><tbody>{body}</tbody></table>"
+    return _section(title, table if body else "<p>None.</p>")
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{content}</section>"
 
 
 def _shown(value: Any) -> str:

@@ -414,7 +414,11 @@ RULES = {
         Rule("lines that end a sentence", lambda m: m.share(m.filled, _ends_sentence), least=0.12),
         Rule("lines of up to 30 characters", Measured.short_lines, most=0.67),
         Rule("characters in repeated lines", lambda m: m.repeated_lines(False), most=0.01),
-        Rule("the same, without spaces", lambda m: m.repeated_lines(True), most=0.1),
+        Rule(
+            "characters in repeated lines, without spaces",
+            lambda m: m.repeated_lines(True),
+            most=0.1,
+        ),
         Rule("line breaks for each word", lambda m: m.per_word("\n"), most=0.3),
     ),
 }
