@@ -14,9 +14,11 @@ from llm.model.attention import (
     drop,
     in_view,
     rotate,
+    rotation,
     segment_positions,
     visible,
 )
+from llm.model.products import rounded
 
 B, T, S, N, H = 2, 5, 7, 4, 6
 
@@ -191,8 +193,11 @@ def test_rotation_equals_multiplication_of_complex_numbers(theta):
     random = np.random.default_rng(0)
     x = random.normal(size=(B, T, N, H))
     positions = random.integers(0, 300, (B, T))
-    rotated = rotate(jnp.float32(x), jnp.int32(positions), theta)
-    np.testing.assert_allclose(rotated, turned(x, positions, theta), atol=1e-4)
+    for on in (False, True):
+        with rounded(on):
+            turn = rotation(jnp.int32(positions), H, theta)
+        rotated = rotate(jnp.float32(x), *turn)
+        np.testing.assert_allclose(rotated, turned(x, positions, theta), atol=1e-4)
 
 
 def test_rotated_products_depend_on_distance_alone():
@@ -200,7 +205,8 @@ def test_rotated_products_depend_on_distance_alone():
     query, key = (jnp.float32(random.normal(size=(1, 1, 1, 8))) for _ in range(2))
 
     def product(query_at, key_at):
-        ends = [rotate(x, jnp.array([[at]]), 100.0) for x, at in ((query, query_at), (key, key_at))]
+        places = ((query, query_at), (key, key_at))
+        ends = [rotate(x, *rotation(jnp.array([[at]]), 8, 100.0)) for x, at in places]
         return float(jnp.sum(ends[0] * ends[1]))
 
     for distance in (0, 3, 11):
@@ -211,7 +217,7 @@ def test_rotated_products_depend_on_distance_alone():
 
 def test_rotation_tells_neighbours_apart_in_bfloat16():
     x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
-    rotated = rotate(x, jnp.array([[1000, 1001]]), 10000.0)
+    rotated = rotate(x, *rotation(jnp.array([[1000, 1001]]), 8, 10000.0))
     assert rotated.dtype == jnp.bfloat16
     assert float(jnp.abs(rotated[0, 0] - rotated[0, 1]).max()) > 0.5
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm.model.products import contract, product_of, to_operand
+from llm.model.products import contract, is_rounded, product_of, to_operand
 
 # Queries that `attend_in_blocks` takes at once. With half as many an eighth of the scores of 256
 # positions is saved, in twice as many operations, which takes as long (benchmarks/README.md). Each
@@ -246,28 +246,43 @@ class RopeScaling(NamedTuple):
         return frequencies * (kept + (1 - kept) / self.factor)
 
 
-def rotate(
-    x_BTNH: jax.Array,
+def rotation(
     positions_BT: jax.Array,
+    size: int,
     theta: float,
     scaling: RopeScaling = RopeScaling(),  # noqa: B008  (it cannot change)
-) -> jax.Array:
-    """Rotary position embedding: turn each pair of features by an angle that grows with position.
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of the angles by which `rotate` turns `size` features: [B, T, 1, size / 2].
 
-        (x_i, x_{i+H/2}) -> (x_i cos a - x_{i+H/2} sin a, x_{i+H/2} cos a + x_i sin a)
-        a = position * theta^(-2i/H),  i in [0, H/2), or a frequency that `scaling` lowered
+        a = position * theta^(-2i/size),  i in [0, size/2), or a frequency that `scaling` lowered
 
-    The product of a rotated query and key then depends on their distance alone. Features are
-    paired half by half, as in GPT-NeoX and Llama. Angles are computed in float32: bfloat16
-    cannot tell neighbouring positions apart beyond 256.
+    Angles are computed in float32: bfloat16 cannot tell neighbouring positions apart beyond 256.
     """
-    half = x_BTNH.shape[-1] // 2
+    half = size // 2
     frequencies = scaling.apply(theta ** (-jnp.arange(half, dtype=jnp.float32) / half), theta)
     angles_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    cos, sin = jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    if not is_rounded():
+        return jnp.cos(angles_BT1h), jnp.sin(angles_BT1h)
+    # By a loop, whose results XLA's CPU backend keeps as arrays. It would otherwise compute them
+    # again for each element of what is turned, and it removes barriers.
+    functions = (jnp.cos, jnp.sin)
+    cos, sin = jax.lax.map(lambda n: jax.lax.switch(n, functions, angles_BT1h), jnp.arange(2))
+    return cos, sin
+
+
+def rotate(x_BTNH: jax.Array, cos_BT1h: jax.Array, sin_BT1h: jax.Array) -> jax.Array:
+    """Rotary position embedding: turn each pair of features by an angle that grows with position.
+
+        (x_i, x_{i+h}) -> (x_i cos a - x_{i+h} sin a, x_{i+h} cos a + x_i sin a),    i in [0, h)
+
+    The product of a rotated query and key then depends on their distance alone. Features are
+    paired half by half, as in GPT-NeoX and Llama. Those from 2 h on stay as they are.
+    """
+    half = cos_BT1h.shape[-1]
+    first, second, rest = jnp.split(x_BTNH, [half, 2 * half], axis=-1)
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    turned = (first * cos_BT1h - second * sin_BT1h, second * cos_BT1h + first * sin_BT1h)
+    return jnp.concatenate([*(x.astype(x_BTNH.dtype) for x in turned), rest], axis=-1)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

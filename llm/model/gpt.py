@@ -38,6 +38,7 @@ from llm.model.attention import (
     attend,
     drop,
     rotate,
+    rotation,
     segment_positions,
     soft_cap,
     visible,
@@ -233,18 +234,10 @@ class Attention(nnx.Module):
             )
             if self.window and config.window_rope_theta:
                 theta, scaling = config.window_rope_theta, RopeScaling()
-            query_BTNH, key_BTKH = (
-                self._turned(heads, positions_BT, theta, scaling)
-                for heads in (query_BTNH, key_BTKH)
-            )
+            size = int(config.head_size * config.rotary_fraction)
+            turn = rotation(positions_BT, size, theta, scaling)
+            query_BTNH, key_BTKH = rotate(query_BTNH, *turn), rotate(key_BTKH, *turn)
         return query_BTNH, key_BTKH, value_BTKH
-
-    def _turned(self, x_BTNH: jax.Array, *rotary: Any) -> jax.Array:
-        """`rotate` of the share of features that model.rotary_fraction says."""
-        turned = int(self.config.head_size * self.config.rotary_fraction)
-        if turned == x_BTNH.shape[-1]:
-            return rotate(x_BTNH, *rotary)
-        return jnp.concatenate([rotate(x_BTNH[..., :turned], *rotary), x_BTNH[..., turned:]], -1)
 
     def __call__(
         self, x_BTD: jax.Array, places: Places, cached: Cached = None, dropout_key: Key = None
