@@ -4,6 +4,7 @@ else gave; room on disk; time."""
 import contextlib
 import datetime
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -136,6 +137,12 @@ def whole_folder(final: Path, before_rename: Callable[[], object] = lambda: None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def sha256_of_file(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_tree(root: Path) -> None:

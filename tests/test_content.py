@@ -173,10 +173,29 @@ def test_shards_of_compressed_text_are_those_of_the_text(tmp_path):
     assert tokens[0] == tokens[1]
 
 
-def test_padding_between_streams_of_xz_is_passed_over(write):
-    """Streams may have zeros behind them, by fours (the format's specification, section 2)."""
-    data = b"".join(lzma.compress(part) + b"\0" * 4 for part in (b"one ", b"two"))
-    assert read(write("a.txt.xz", data))[0] == [("a.txt.xz", "one two")]
+def test_a_text_is_held_out_or_a_copy_however_it_is_compressed(write, tmp_path):
+    hashes = set()
+    for suffix, compress in {"": bytes, **{f".{k}": v for k, v in COMPRESS.items()}}.items():
+        (found,) = Reader("strict", "text").documents(
+            [write(f"a.txt{suffix}", compress(TEXT.encode()))]
+        )
+        hashes.add(found.sha256)
+    assert hashes == {hashlib.sha256(TEXT.encode()).hexdigest()}
+    source = [str(tmp_path / "a.txt"), str(tmp_path / "a.txt.gz")]
+    settings = {"cache_dir": str(tmp_path / "cache"), "validation": "none"}
+    filters = {"deduplicate": "exact"}
+    corpus = prepare(DataConfig(source=source, filters=filters, **settings), TokenizerConfig())
+    assert corpus.sources[0].dropped == {"exact duplicate": 1}
+
+
+@pytest.mark.parametrize(("suffix", "zeros"), [("gz", 5_000_000), ("xz", 4)])
+def test_padding_behind_and_between_streams_is_passed_over(write, suffix, zeros):
+    """As `gzip` has it; for xz by fours (the format's specification, section 2)."""
+    data = b"".join(COMPRESS[suffix](part) + b"\0" * zeros for part in (b"one ", b"two"))
+    name = f"a.txt.{suffix}"
+    assert read(write(name, data))[0] == [(name, "one two")]
+    with pytest.raises(DataError, match="cannot be read"):
+        read(write(name, data + b"rubbish of many bytes"))
 
 
 def test_a_key_that_is_not_utf8_is_a_name_in_ascii(write):

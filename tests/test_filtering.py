@@ -2,7 +2,10 @@
 
 import errno
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,30 +220,82 @@ def test_rules_of_quality_are_named(make, tmp_path, cache):
     assert "lorem ipsum" in _dropped(cache)[0]["detail"]
 
 
-@pytest.mark.parametrize("stage", ["looking for duplicates", "tokenising"])
-def test_a_stopped_preparation_goes_on_to_equal_shards(
-    make,
-    corpus,
-    cache,
-    small,
-    tmp_path,
-    stage,
-):
-    settings = {"validation": "documents:0.3", "filters": {"deduplicate": "near"}}
-    seen = []
+KILLED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+from llm.config import DataConfig, TokenizerConfig
+from llm.quality.duplicates import Sketch
+from llm.text import filtering, parts, shards
 
-    def stop(what, done, total):
-        seen.append(what)
-        if seen.count(stage) == 12:
-            raise KeyboardInterrupt
+source, root = sys.argv[1], Path(sys.argv[2])
+parts.PART_BYTES = 1
+PLACES = {
+    "sketch": (Sketch, "_write"), "copies": (filtering, "_by_part"), "flush": (os, "fsync"),
+    "header": (parts, "_write_header"), "rename": (Path, "rename"), "list": (shutil, "copyfileobj"),
+}
 
-    with pytest.raises(KeyboardInterrupt):
-        make(corpus / "*.jsonl", on_progress=stop, **settings)
-    resumed = make(corpus / "*.jsonl", **settings)
-    whole = make(corpus / "*.jsonl", cache_dir=str(tmp_path / "other"), **settings)
-    assert resumed.fingerprint == whole.fingerprint
-    for one, other in zip(resumed.sources[0].splits, whole.sources[0].splits, strict=True):
-        assert ids(one) == ids(other)
+def prepared(cache):
+    data = DataConfig(
+        source=source, cache_dir=str(cache), validation="documents:0.3",
+        filters={"deduplicate": "near", "min_characters": 60},
+    )
+    corpus = shards.prepare(data, TokenizerConfig())
+    (dropped,) = cache.glob("dropped/*/dropped.jsonl")
+    ids = [split.read(0, len(split)).tolist() for split in corpus.sources[0].splits]
+    return json.dumps([corpus.fingerprint, ids, corpus.sources[0].dropped, dropped.read_text()])
+
+def forked(cache, place="", number=0):
+    if pid := os.fork():
+        return pid
+    if place:
+        owner, name = PLACES[place]
+        function, left = getattr(owner, name), [number]
+        def dies(*arguments):
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+        setattr(owner, name, dies)
+    found = prepared(cache)
+    with open(root / f"found-{os.getpid()}", "w") as file:
+        file.write(found)
+    os._exit(0)
+
+def found(pid):
+    assert os.waitpid(pid, 0)[1] == 0
+    return (root / f"found-{pid}").read_text()
+
+whole = found(forked(root / "whole"))
+for place, number in json.loads(sys.argv[3]):
+    cache = root / f"{place}-{number}"
+    assert os.waitpid(forked(cache, place, number), 0)[1] == signal.SIGKILL, (place, number)
+    assert found(forked(cache)) == whole, (place, number)
+    assert not list(cache.glob("*/*.partial")), (place, number)
+both = [forked(root / "both") for _ in range(2)]
+assert {found(pid) for pid in both} == {whole}
+print(whole)
+"""
+
+
+@pytest.mark.thorough(keep=1)
+@pytest.mark.parametrize(
+    "points",
+    [
+        [("sketch", 3), ("rename", 2), ("list", 2)],
+        [("sketch", 1), ("copies", 1), ("flush", 5), ("flush", 20), ("header", 1), ("rename", 5)],
+    ],
+)
+def test_kills_and_a_second_process_change_nothing(corpus, tmp_path, points):
+    """Killed at any place, then made again; and two processes at once: equal tokens and reasons."""
+    (corpus / "c.txt").write_text("short")
+    command = [sys.executable, "-c", KILLED, f"{corpus}/*", tmp_path, json.dumps(points)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    whole = subprocess.check_output(command, env=environment, timeout=120, text=True)
+    assert json.loads(whole)[2] == {
+        "exact duplicate": 2,
+        "near duplicate": 2,
+        "fewer than 60 characters": 1,
+    }
 
 
 @pytest.mark.parametrize(
@@ -263,6 +318,22 @@ def test_a_run_does_not_go_on_with_other_filters():
     plain, other = validate({}, ""), validate({"data": {"filters": {"min_characters": 5}}}, "")
     with pytest.raises(UsageError, match=r"data.filters.min_characters: the run has 0, .* has 5"):
         changes_on_resume(plain, other)
+
+
+@pytest.mark.parametrize("name", ["documents.bin", "names.txt", "sets.bin", "sha256.json"])
+def test_damaged_sketches_are_named(make, corpus, cache, small, name):
+    """Before they are used for a corpus with a new file."""
+    filters = {"deduplicate": "near"}
+    make(corpus, filters=filters)
+    path = next(cache.glob(f"sketches/*/{name}"))
+    content = path.read_bytes()
+    _rows(corpus / "new.jsonl", _texts(99, 1))
+    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"sketches/.* is damaged.*delete"):
+            make(corpus, filters=filters)
+    path.write_bytes(content)
+    make(corpus, filters=filters)
 
 
 def test_damaged_copies_are_named(make, corpus, cache):

@@ -1,16 +1,18 @@
 """llm.prepare: documents of an iterator become a source like any other."""
 
 import json
+import threading
+import time
 
 import pytest
 
 import llm
 from llm.api import preparation
 from llm.config import DataConfig, TokenizerConfig
-from llm.errors import UsageError
+from llm.errors import DataError, UsageError
 from llm.text import tokenizer
 from llm.text.shards import prepare
-from llm.text.tokenizer import cached_encoding
+from llm.text.tokenizer import cached_gpt2
 
 TEXTS = {f"page {n}": f"學而 {n}\n" * (n + 1) for n in range(9)}
 
@@ -39,6 +41,8 @@ def test_documents_of_an_iterator_are_a_source(tmp_path, monkeypatch):
         (["text"], "document 0 is str; expected a pair of texts"),
         ([("a", "x"), ("b", b"x")], "document 1 is tuple; expected a pair"),
         ([("a", "x\ud83d")], "document 0, 'a', has half of a surrogate pair"),
+        ([], "no document has text"),
+        ([("a", ""), ("b", "")], "no document has text"),
     ],
 )
 def test_what_is_no_document_is_named_and_leaves_nothing(tmp_path, documents, message):
@@ -52,6 +56,31 @@ def test_a_folder_that_exists_is_not_written_over(tmp_path):
         llm.prepare([("a", "x")], tmp_path)
 
 
+def test_of_two_processes_that_write_one_folder_the_second_is_refused(tmp_path):
+    """The second begins while the first still writes."""
+    begun, refused = threading.Event(), []
+
+    def documents():
+        yield "a", "x"
+        begun.set()
+        time.sleep(0.3)
+        yield "b", "y"
+
+    def second():
+        begun.wait()
+        try:
+            llm.prepare([("c", "z")], tmp_path / "pages", validation="none")
+        except UsageError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    found = llm.prepare(documents(), tmp_path / "pages", validation="none")
+    thread.join()
+    assert found["sources"][0]["documents"] == 2
+    assert len(refused) == 1 and "exists; name a folder that is new" in refused[0]
+
+
 def test_an_iterator_that_fails_leaves_nothing(tmp_path):
     def documents():
         yield "a", "x"
@@ -63,17 +92,31 @@ def test_an_iterator_that_fails_leaves_nothing(tmp_path):
 
 
 def test_an_encoding_that_is_not_here_is_not_fetched(tmp_path, monkeypatch):
+    import tiktoken.load
     import tiktoken.registry
 
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    assert cached_encoding("gpt2") is None
+    asked = []
+
+    def fetched(url):
+        asked.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken.load, "read_file", fetched)
+    for name in ("DATA_GYM_CACHE_DIR", "TIKTOKEN_CACHE_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+        assert cached_gpt2() is None
+    assert asked == []
+    # The files that it looks for are those that tiktoken would fetch.
+    with pytest.raises(DataError):
+        tokenizer.tiktoken_tokenizer("gpt2")
+    assert asked == [f"{tokenizer._GPT2_URL}/vocab.bpe"]
 
 
 def test_gpt2_stands_beside_the_tokenizer_on_the_same_text(tmp_path, monkeypatch):
     """Another tokenizer in gpt2's place, so that nothing is needed: 1 token a character."""
     characters = tokenizer.CharacterTokenizer("".join(TEXTS.values()))
-    monkeypatch.setattr(preparation, "cached_encoding", lambda _: characters)
+    monkeypatch.setattr(preparation, "cached_gpt2", lambda: characters)
     settings = {"validation": "none", "cache_dir": str(tmp_path / "cache")}
     found = llm.prepare([("a", "學而" * 500)], tmp_path / "pages", **settings)
     beside = found["sources"][0]["beside_gpt2"]

@@ -188,9 +188,9 @@ def test_the_hash_of_a_large_file_is_remembered_until_it_changes(tmp_path, cache
     path.write_text("x" * 100)
     monkeypatch.setattr(sources.time, "time", lambda: path.stat().st_ctime + 10)
     hashed = []
-    original = sources._sha256_of_bytes
+    original = sources.sha256_of_file
     monkeypatch.setattr(
-        sources, "_sha256_of_bytes", lambda path: hashed.append(path) or original(path)
+        sources, "sha256_of_file", lambda path: hashed.append(path) or original(path)
     )
     for _ in range(2):
         (origin,) = find_origins(str(path), cache).origins

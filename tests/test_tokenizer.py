@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm.errors import CheckpointError, DataError, UsageError
+from llm.text import fast
+from llm.text import tokenizer as tokenizer_module
 from llm.text.bpe import train_bpe
 from llm.text.tokenizer import (
     FILE_NAME,
@@ -128,6 +131,86 @@ def test_gpt2_ids_are_the_published_ones(gpt2):
     """The example of OpenAI's gpt-2 repository and of every course since."""
     assert gpt2.encode("Hello world").tolist() == [15496, 995]
     assert (gpt2.vocab_size, gpt2.end_of_text) == (50257, 50256)
+
+
+def public_pattern(name, monkeypatch):
+    from tiktoken_ext import openai_public
+
+    for load in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(openai_public, load, lambda *_, **__: {})
+    return openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
+
+
+@pytest.fixture(params=["gpt2", "cl100k_base", "o200k_base"])
+def pairs(request, small_bpe, monkeypatch):
+    """The patterns of the public encodings with small ranks, by gigatoken and by tiktoken."""
+    pytest.importorskip("gigatoken")
+    ranks = {token: rank for rank, token in enumerate(small_bpe.token_table[:-1])}
+    name, pattern = request.param, public_pattern(request.param, monkeypatch)
+    special = {"<|endoftext|>": len(ranks)}
+    ours = BytePairTokenizer(name, pattern, ranks, special)
+    monkeypatch.setattr(tokenizer_module, "_FAST_AFTER", -1)
+    assert ours._fast is not None
+    theirs = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    return ours, lambda text: theirs.encode(text, disallowed_special=())
+
+
+ADVERSE = st.lists(
+    st.one_of(
+        st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+        st.sampled_from(
+            [*HARD, "'S", "'ſ", "’re", "İı", "Ⅷ²½٣", "\x85\x1c\u180e\u200b", "//\n", "\r\n"]
+        ),
+        st.tuples(st.sampled_from(" a\n\t1學!"), st.integers(1, 300)).map(lambda of: of[0] * of[1]),
+    ),
+    max_size=12,
+).map("".join)
+
+
+def test_the_faster_library_gives_the_ids_of_tiktoken(pairs):
+    ours, theirs = pairs
+
+    @settings(deadline=None, database=None)
+    @given(ADVERSE)
+    def check(text):
+        assert ours._fast.encode(text).tolist() == theirs(text)
+        assert ours.encode(text).tolist() == theirs(text)
+
+    check()
+    with pytest.raises(UsageError, match="half of a surrogate pair"):
+        ours.encode("a\ud83d")
+
+
+@pytest.mark.thorough
+def test_the_faster_library_knows_every_character_as_tiktoken_does(pairs):
+    ours, theirs = pairs
+    characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    for start in range(0, len(characters), 4096):
+        text = "\x01".join(f"A{one}a {one}1" for one in characters[start : start + 4096])
+        assert ours._fast.encode(text).tolist() == theirs(text)
+
+
+def test_the_faster_library_is_made_anew_before_it_fills_memory(pairs, monkeypatch):
+    ours, theirs = pairs
+    monkeypatch.setattr(fast, "_RENEWED_AFTER", 100)
+    before, ours._fast._left = ours._fast._backend, 100
+    for text in ("the theory of " * 20, "another thing " * 20, "and so on"):
+        assert ours.encode(text).tolist() == theirs(text)
+    assert ours._fast._backend is not before
+
+
+@pytest.mark.parametrize("damage", ["missing", "other ids", "another pattern"])
+def test_without_the_faster_library_tiktoken_does_the_work(damage, small_bpe, monkeypatch):
+    pattern = public_pattern("gpt2", monkeypatch) + "|x" * (damage == "another pattern")
+    if damage == "missing":
+        monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+    if damage == "other ids":
+        monkeypatch.setattr(fast.FastPairs, "encode", lambda *_: np.zeros(3, np.int32))
+    monkeypatch.setattr(tokenizer_module, "_FAST_AFTER", -1)
+    ranks = {token: rank for rank, token in enumerate(small_bpe.token_table[:-1])}
+    ours = BytePairTokenizer("gpt2", pattern, ranks, {})
+    assert ours._fast is None
+    assert ours.decode(ours.encode("the theory")) == "the theory"
 
 
 def test_characters_are_nanogpts():

@@ -1,8 +1,9 @@
 """Text of one's own, given by an iterator, and what preparation says of a corpus."""
 
 import contextlib
-import itertools
+import hashlib
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from llm.config import validate
 from llm.errors import UsageError
 from llm.files import whole_folder
 from llm.text.archives import KEY
+from llm.text.cache import cache_root, locked
 from llm.text.corpus import Source, TokenizedCorpus
 from llm.text.shards import prepare
-from llm.text.tokenizer import Tokenizer, cached_encoding, check_kind, utf8_length
+from llm.text.tokenizer import Tokenizer, cached_gpt2, check_kind, utf8_length
 
 # A file of so much text is prepared again as a whole after a kill.
 _FILE_BYTES = 2**26
@@ -40,25 +42,40 @@ def prepare_documents(
     Returns:
       what `python -m llm prepare --json` prints.
     Raises:
-      UsageError: the folder exists, a document is no pair of texts, a setting that cannot be used.
+      UsageError: the folder exists, or another process made it in the meantime; a document is no
+        pair of texts, or none has text; a setting that cannot be used.
       DataError: as `llm.text.shards.prepare`.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise UsageError(f"{folder} exists; name a folder that is new, or remove it")
     # Absolute: a folder may be named "stdlib".
-    source = {"source": str(folder.absolute()), "text_field": "text"}
+    folder = Path(folder).absolute()
+    source = {"source": str(folder), "text_field": "text"}
     values = {"data": {**data, **source}, "tokenizer": {"kind": tokenizer}}
     settings = validate(values, "the arguments of llm.prepare")
     check_kind(settings.tokenizer.kind)
-    with whole_folder(folder) as partial:
-        rows = map(_row, itertools.count(), documents)
-        for number, first in enumerate(rows):
-            with open(partial / f"{number:09}.jsonl", "wb") as file:
-                size = file.write(first)
-                while size < _FILE_BYTES and (row := next(rows, b"")):
-                    size += file.write(row)
+    locks = cache_root(settings.data.cache_dir) / "written"
+    locks.mkdir(exist_ok=True)
+    with locked(locks / hashlib.sha256(os.fsencode(folder)).hexdigest()):
+        if folder.exists():
+            raise UsageError(f"{folder} exists; name a folder that is new, or remove it")
+        with whole_folder(folder) as partial:
+            _write(partial, documents)
     return summary(prepare(settings.data, settings.tokenizer))
+
+
+def _write(folder: Path, documents: Iterable[tuple[str, str]]) -> None:
+    """Documents as JSON lines, in files of about _FILE_BYTES, each named by its first document."""
+    has_text, size = False, _FILE_BYTES
+    with contextlib.ExitStack() as files:
+        for number, document in enumerate(documents):
+            row = _row(number, document)
+            has_text |= bool(document[1])
+            if size >= _FILE_BYTES:
+                files.close()
+                file = files.enter_context(open(folder / f"{number:09}.jsonl", "wb"))
+                size = 0
+            size += file.write(row)
+    if not has_text:
+        raise UsageError("no document has text; expected pairs (name, text) with some")
 
 
 def _row(number: int, document: Any) -> bytes:
@@ -75,7 +92,7 @@ def _row(number: int, document: Any) -> bytes:
 
 def summary(corpus: TokenizedCorpus) -> dict[str, Any]:
     """What a corpus holds, source by source, as JSON."""
-    gpt2 = cached_encoding("gpt2")
+    gpt2 = cached_gpt2()
     sources = []
     for source in corpus.sources:
         tokens = len(source.train) + len(source.validation)

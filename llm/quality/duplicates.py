@@ -34,7 +34,7 @@ BANDS, ROWS = 14, 8
 SIMILAR = 0.8
 
 # Increase it when equal documents would get other sketches.
-FORMAT = 1
+FORMAT = 2
 
 # Characters whose units are computed together: they fit into a core's cache.
 _BATCH = 2**18

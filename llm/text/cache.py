@@ -73,7 +73,7 @@ def built_once(final: Path, on_progress: OnProgress = silent) -> Iterator[Path |
         return
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(final.parent)
-    with _locked(final, on_progress):
+    with locked(final, on_progress):
         if final.exists():
             yield None
             return
@@ -90,7 +90,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(final: Path, on_progress: OnProgress) -> Iterator[None]:
+def locked(final: Path, on_progress: OnProgress = silent) -> Iterator[None]:
+    """Let one process at a time build a folder; FOLDER.lock is its lock."""
     # The lock file stays: if it were removed, two processes could lock two files of one name.
     with open(_lock_file(final), "w") as lock:
         while not _try_lock(lock.fileno()):

@@ -6,7 +6,8 @@ read.
 
 import hashlib
 import io
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any, BinaryIO, Protocol
 from llm.errors import DataError
 from llm.files import why
 
-# Compressions of streams, and what pyarrow calls them. It has no xz, which Python has.
-COMPRESSIONS = {"gzip": "gzip", "bzip2": "bz2", "zstd": "zstd", "lz4": "lz4", "xz": ""}
+# Compressions of streams, and what pyarrow calls them. It has no xz, and refuses padding in gzip.
+COMPRESSIONS = {"gzip": "", "bzip2": "bz2", "zstd": "zstd", "lz4": "lz4", "xz": ""}
 
 # Text becomes 2 to 10 times smaller, logs and tables up to some 50 times. A stream beyond this is
 # taken for a bomb: 1 MB of gzip can hold 1 GB of zeros, 1 MB of zstd some 10 GB.
@@ -71,13 +72,28 @@ class _Hashed(io.RawIOBase):
         return block
 
 
-class _Xz:
-    """Streams of xz behind each other. `lzma.LZMAFile` would end at the padding between them."""
+class _Gzip:
+    """One stream of gzip, as `lzma.LZMADecompressor` is one of xz."""
 
-    def __init__(self, file: _Hashed):
-        import lzma
+    def __init__(self) -> None:
+        self._stream, self.needs_input = zlib.decompressobj(wbits=31), True
 
-        self._file, self._new = file, lzma.LZMADecompressor
+    eof = property(lambda self: self._stream.eof)
+    unused_data = property(lambda self: self._stream.unused_data)
+
+    def decompress(self, data: bytes, size: int) -> bytes:
+        block = self._stream.decompress(self._stream.unconsumed_tail + data, size)
+        self.needs_input = len(block) < size and not self._stream.unconsumed_tail
+        return block
+
+
+class _Padded:
+    """Streams of gzip or xz behind each other, with zeros between or behind them, as tapes and
+    both programs have it. `lzma.LZMAFile` would end at these.
+    """
+
+    def __init__(self, file: _Hashed, new: Callable[[], Any]):
+        self._file, self._new = file, new
         self._stream = self._new()
 
     def read(self, size: int) -> bytes:
@@ -110,8 +126,12 @@ class _Decompressed:
             import pyarrow
 
             self._stream: Any = pyarrow.CompressedInputStream(file, codec)
+        elif origin.compression == "gzip":
+            self._stream = _Padded(file, _Gzip)
         else:
-            self._stream = _Xz(file)
+            import lzma
+
+            self._stream = _Padded(file, lzma.LZMADecompressor)
 
     def read(self, size: int, /) -> bytes:
         try:

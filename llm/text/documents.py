@@ -51,8 +51,7 @@ class Document:
 
     Attributes:
       name: the file, or FILE#ROW; for a sample of an archive, ARCHIVE#KEY.
-      sha256: of its text; for a file of its bytes. Equal texts have equal hashes, but those of
-        compressed text files.
+      sha256: of its text; for a file of its bytes, as they are when they are decompressed.
       pieces: the text, to be read once.
     """
 
@@ -106,11 +105,17 @@ class Reader:
 
     def text(self, origin: Origin) -> Iterator[Document]:
         """The whole file is one document."""
-        text = pieces(self._blocks(origin))
-        # How much is in a compressed file is known only when it is read.
-        first = next(text, "") if origin.compression else ""
-        if first or (origin.bytes and not origin.compression):
-            yield Document(origin.name, origin.sha256, itertools.chain(filter(None, [first]), text))
+        size, sha256 = origin.bytes, origin.sha256
+        if origin.compression:
+            # Which side a text is on and what it repeats has to be known before it is read.
+            size, digest = 0, hashlib.sha256()
+            with opened(origin) as content:
+                while block := content.read(PIECE_BYTES):
+                    size += len(block)
+                    digest.update(block)
+            sha256 = digest.hexdigest()
+        if size:
+            yield Document(origin.name, sha256, pieces(self._blocks(origin)))
         else:
             self.dropped[EMPTY] += 1
 

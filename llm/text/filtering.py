@@ -24,6 +24,7 @@ from typing import Any, TextIO
 
 from llm.data_config import FilterConfig
 from llm.errors import DataError, UsageError
+from llm.files import sha256_of_file
 from llm.quality.duplicates import FORMAT as SKETCH_FORMAT
 from llm.quality.duplicates import Sketch, Sketched, find_duplicates
 from llm.quality.personal import find, redact
@@ -44,7 +45,7 @@ LONGEST = 2**24
 _JUDGED = 2**22
 
 DROPPED = "dropped.jsonl"
-_COPIES = "copies.json"
+_COPIES, _HASHES = "copies.json", "sha256.json"
 _SHOWN = 100  # characters of a document that is left out, in the file that names it
 
 # Documents that repeat others, by their numbers among those that the other filters leave: "near
@@ -173,13 +174,28 @@ def find_copies(
                             text = whole_text(document) if near else ""
                             sketch.add(text, document.sha256, document.name)
                             done += utf8_length(text)
+                    (partial / _HASHES).write_text(json.dumps(_hashes(partial)))
         if found:
+            for sketched in folders:
+                _verify(sketched)
             (found / _COPIES).write_text(json.dumps(_by_part(folders, near)), "utf-8")
     try:
         parts = json.loads((folder / _COPIES).read_bytes())
         return [{number: of for number, *of in part} for part in parts]
     except ValueError:
         raise DataError(f"{folder / _COPIES} is damaged{remedy(folder)}") from None
+
+
+def _hashes(sketched: Path) -> dict[str, str]:
+    """The sha256 of each file of a sketch."""
+    return {one.name: sha256_of_file(one) for one in sketched.iterdir() if one.name != _HASHES}
+
+
+def _verify(sketched: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((sketched / _HASHES).read_bytes()) == _hashes(sketched):
+            return
+    raise DataError(f"{sketched} is damaged: its files are not as written{remedy(sketched)}")
 
 
 def _by_part(folders: Sequence[Path], near: bool) -> list[list[tuple[int, str, str]]]:

@@ -87,8 +87,10 @@ def content_of_origins(data: DataConfig, origins: Sequence[Origin]) -> dict[str,
         "text_field": data.text_field if rows else None,
     }
     # These are not there by default, so that shards from before the settings are found.
-    skips = {"bad_rows": "skip"} if rows and data.bad_rows == "skip" else {}
-    return content | skips | what_decides(data.filters)
+    later = {"bad_rows": "skip"} if rows and data.bad_rows == "skip" else {}
+    if any(origin.compression and not KINDS[origin.kind].has_rows for origin in origins):
+        later["hashed"] = "decompressed"
+    return content | later | what_decides(data.filters)
 
 
 def content_of_groups(data: DataConfig, groups: Sequence[Group]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llm.errors import DataError, UsageError
-from llm.files import is_disk_full, write_atomic
+from llm.files import is_disk_full, sha256_of_file, write_atomic
 from llm.runtime import cache_dir
 from llm.text.cache import OnProgress, built_once, no_room, silent
 from llm.text.documents import KINDS, Origin, kind_of_file
@@ -238,7 +238,7 @@ def _sha256_of(path: Path, cache: Path) -> str:
     """sha256 of a file; the hash of a large file is remembered while the file is untouched."""
     status = path.stat()
     if status.st_size <= REMEMBER_HASH_ABOVE_BYTES:
-        return _sha256_of_bytes(path)
+        return sha256_of_file(path)
     # ctime cannot be set back, so a file that was changed and dated back is noticed.
     place = os.fsencode(path.resolve())
     identity = [place.hex(), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
@@ -246,7 +246,7 @@ def _sha256_of(path: Path, cache: Path) -> str:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         if (known := json.loads(memory.read_bytes()))["identity"] == identity:
             return known["sha256"]
-    sha256 = _sha256_of_bytes(path)
+    sha256 = sha256_of_file(path)
     # A file written within the clock's grain of now could change again without a new time.
     if time.time() - status.st_ctime > 2:
         _remember(memory, json.dumps({"identity": identity, "sha256": sha256}))
@@ -258,11 +258,6 @@ def _remember(memory: Path, content: str) -> None:
     with contextlib.suppress(OSError):
         memory.parent.mkdir(exist_ok=True)
         write_atomic(memory, content.encode())
-
-
-def _sha256_of_bytes(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetched(url: str, cache: Path, on_progress: OnProgress) -> Origin:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm.errors import DataError
+from llm.files import sha256_of_file
 from llm.text.tokenizer import Ids
 
 
@@ -166,8 +167,7 @@ class TokenStream:
     def verify(self) -> None:
         """Read every file and compare its sha256; DataError names the first that differs."""
         for file in self.manifest.files:
-            with open(self.folder / file.name, "rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            found = sha256_of_file(self.folder / file.name)
             if found != file.sha256:
                 raise DataError(
                     f"{self.folder / file.name} has changed: expected sha256 {file.sha256}, found "
