@@ -30,8 +30,17 @@ CHINESE = (
 )
 PLANTED = {
     "email": ["mail anna.b@uni-example.org now", "邮箱zhang@qq.com联系"],
-    "phone": ["call +44 20 7946 0958 today", "call (415) 555-2671", "手机13812345678联系"],
-    "ip": ["from 8.8.4.4 at noon", "服务器2001:4860:4860::8888 端口".replace("器2", "器 2")],
+    "phone": [
+        "call +44 20 7946 0958 today",
+        "call (415) 555-2671",
+        "手机13812345678联系",
+        "电话+1 415 555 2671转",
+    ],
+    "ip": [
+        "from 8.8.4.4 at noon",
+        "从8.8.4.4登录",
+        "服务器2001:4860:4860::8888 端口".replace("器2", "器 2"),
+    ],
     "card": ["paid by 4111 1111 1111 1111", "卡号5500005555555559。"],
     "key": ["key AKIAIOSFODNN7EXAMPLE", "令牌ghp_" + "a1B2" * 9],
 }
