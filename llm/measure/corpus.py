@@ -1,7 +1,7 @@
 """What is in a corpus: one pass over its documents, in bounded memory.
 
 Every document is counted whole. Rules, personal data and duplicates look at its first 4 million
-characters, languages at its first 1,000. py3langid tells languages and ftfy finds text that was
+characters, languages at its first 500. py3langid tells languages and ftfy finds text that was
 decoded wrongly, if they are installed (the extra `data`).
 """
 
@@ -12,7 +12,7 @@ import tempfile
 import unicodedata
 import zlib
 from collections.abc import Iterable
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from llm.text.tokenizer import Ids, Tokenizer
 if TYPE_CHECKING:
     from llm.measure.scored import Sampled
 
-JUDGED_CHARACTERS, LANGUAGE_CHARACTERS = 2**22, 1000
+JUDGED_CHARACTERS, LANGUAGE_CHARACTERS = 2**22, 500
 # Of each rule and each kind of personal data, on the page; and of lists in the JSON object.
 EXAMPLES, LISTED = 3, 1000
 _AROUND = 40
@@ -68,8 +68,7 @@ class Census:
             for documents in (against, validation)
         )
         self.sampled = sampled
-        self.identifies = find_spec("py3langid") is not None
-        self.finds_mojibake = find_spec("ftfy") is not None
+        self.langid, self.badness = _optional("py3langid"), _optional("ftfy.badness")
 
     def read(self, documents: Iterable[Document]) -> None:
         """Count all documents, and find those that repeat others."""
@@ -91,15 +90,12 @@ class Census:
 
     def _count(self, document: Document) -> str:
         """Count one document; its start, which is judged."""
-        parts: list[str] = []
-        held, size, tokens = 0, 0, 0
+        text, size, tokens = "", 0, 0
         first: list[Ids] = []  # tokens, for the model
         characters: collections.Counter[str] = collections.Counter()
         packer = zlib.compressobj(1)
         for piece in document.pieces:
-            if held < JUDGED_CHARACTERS:
-                parts.append(piece[: JUDGED_CHARACTERS - held])
-                held += len(parts[-1])
+            text += piece[: JUDGED_CHARACTERS - len(text)]
             data = piece.encode()
             size += len(data)
             self.compressed += len(packer.compress(data))
@@ -115,7 +111,6 @@ class Census:
         main = self._characters(characters)
         for place, number in enumerate((1, size, tokens)):
             self.sizes[main][place] += number
-        text = "".join(parts)
         self._judge(document.name, text)
         self.lines.add(text)
         self.against.read(document.name, text)
@@ -151,15 +146,11 @@ class Census:
             self.counts["personal"][kind] += 1
             around = text[max(start - _AROUND, 0) : start], text[end : end + _AROUND]
             self._show(kind, name, "", f"<{kind.upper()}>".join(map(masked, around)))
-        if self.identifies and text.strip():
-            import py3langid
-
-            self.counts["language"][py3langid.classify(text[:LANGUAGE_CHARACTERS])[0]] += 1
-        if self.finds_mojibake:
-            from ftfy.badness import is_bad
-
+        if self.langid and text.strip():
+            self.counts["language"][self.langid.classify(text[:LANGUAGE_CHARACTERS])[0]] += 1
+        if self.badness:
             # Of ASCII alone, text is never bad.
-            self.counts["characters"][_MOJIBAKE] += not text.isascii() and is_bad(text)
+            self.counts["characters"][_MOJIBAKE] += not text.isascii() and self.badness.is_bad(text)
 
     def _show(self, key: str, name: str, value: str, text: str) -> None:
         if len(self.examples[key]) < EXAMPLES:
@@ -179,7 +170,7 @@ class Census:
             "split": self.counts["split"],
             "lengths": dict(sorted(self.counts["length"].items(), key=lambda item: int(item[0]))),
             "scripts": dict(self.counts["script"].most_common()),
-            "languages": dict(self.counts["language"].most_common()) if self.identifies else None,
+            "languages": dict(self.counts["language"].most_common()) if self.langid else None,
             "exact_duplicates": len(found.exact),
             "exact_duplicate_pairs": exact,
             "near_duplicates": [
@@ -203,7 +194,7 @@ class Census:
             "characters": {
                 "control": characters["control"],
                 "replacement": characters["replacement"],
-                _MOJIBAKE: characters[_MOJIBAKE] if self.finds_mojibake else None,
+                _MOJIBAKE: characters[_MOJIBAKE] if self.badness else None,
             },
             "compressed_share": self.compressed / max(self.bytes, 1),
             "tokenizer": {
@@ -220,20 +211,26 @@ class Census:
         }
 
 
+def _optional(name: str) -> Any:
+    """A module of the extra `data`; None if it is not installed."""
+    try:
+        return import_module(name)
+    except ImportError:
+        return None
+
+
 def _shown(leaks: list[Leak]) -> list[dict[str, Any]]:
     return [{**one._asdict(), "example": masked(one.example)} for one in leaks[:LISTED]]
 
 
 def start_of(document: Document) -> str:
     """The characters of a document that are judged."""
-    parts: list[str] = []
-    held = 0
+    text = ""
     for piece in document.pieces:
-        parts.append(piece[: JUDGED_CHARACTERS - held])
-        held += len(parts[-1])
-        if held >= JUDGED_CHARACTERS:
+        text += piece[: JUDGED_CHARACTERS - len(text)]
+        if len(text) >= JUDGED_CHARACTERS:
             break
-    return "".join(parts)
+    return text
 
 
 def masked(text: str) -> str:

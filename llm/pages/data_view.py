@@ -85,8 +85,8 @@ def _sections(report: Mapping[str, Any]) -> list[str]:
             ("kind", "found"),
             ((k, "not counted: pip install ftfy" if v is None else v) for k, v in characters),
         ),
-        _first("Exact duplicates", ("document", "of"), report["exact_duplicate_pairs"]),
-        _first("Near duplicates", ("document", "of", "similarity"), near),
+        _table("Exact duplicates", ("document", "of"), report["exact_duplicate_pairs"], LISTED),
+        _table("Near duplicates", ("document", "of", "similarity"), near, LISTED),
         _table(
             "Lines of several documents",
             ("line", "documents"),
@@ -113,7 +113,7 @@ def _overlap(title: str, leaks: Sequence[Mapping[str, Any]]) -> str:
         (one["name"], f"{one['found'] / one['grams']:.1%}", one["where"], one["example"])
         for one in leaks
     ]
-    return _first(title, ("document", "share", "where", "text"), rows)
+    return _table(title, ("document", "share", "where", "text"), rows, LISTED)
 
 
 def _scored(model: Mapping[str, Any] | None, page: str) -> Iterable[str]:
@@ -138,17 +138,18 @@ class _Html(str):
     """Text that is escaped already."""
 
 
-def _first(title: str, columns: Iterable[str], rows: Sequence[Iterable[Any]]) -> str:
-    """A table of the first rows, which says that there are more."""
-    some = f"; the first {LISTED}" if len(rows) > LISTED else ""
-    return _table(f"{title}{some}", columns, rows[:LISTED])
-
-
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    body = "".join(f"<tr>{''.join(f'<td>{_shown(one)}' for one in row)}" for row in rows)
+def _table(
+    title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], most: int = 1000
+) -> str:
+    """The first rows, with a note if there are more."""
+    rows = [*rows]
+    more = f"; the first {most} of {len(rows):,}" if len(rows) > most else ""
+    body = "".join(
+        f"<tr>{''.join(f'<td>{_shown(one)}' for one in row)}</tr>" for row in rows[:most]
+    )
     head = "".join(f"<th>{escape(name)}" for name in columns)
     table = f"<table><thead><tr>{head}</thead><tbody>{body}</tbody></table>"
-    return _section(title, table if body else "<p>None.</p>")
+    return _section(f"{title}{more}", table if body else "<p>None.</p>")
 
 
 def _section(title: str, content: str) -> str:

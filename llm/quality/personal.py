@@ -27,26 +27,11 @@ class Found(NamedTuple):
     end: int
 
 
-# Where numbers begin. To look here alone is six times as fast as to try a pattern everywhere.
-_NUMBERS = re.compile(r"[+(\d](?<!\d.)")
-
-
 class _Kind(NamedTuple):
     """How a kind is found: by a pattern, whose match a check confirms."""
 
     pattern: re.Pattern[str]
     check: Callable[[str], bool] = bool
-    begins: re.Pattern[str] | None = None
-
-    def matches(self, text: str) -> Iterator[re.Match[str]]:
-        if self.begins is None:
-            yield from self.pattern.finditer(text)
-            return
-        end = 0
-        for place in map(re.Match.start, self.begins.finditer(text)):
-            if place >= end and (match := self.pattern.match(text, place)):
-                end = match.end()
-                yield match
 
 
 def _is_public(address: str) -> bool:
@@ -80,10 +65,9 @@ _PEM = (
     r"-----BEGIN (?P<what>[A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?)-----"
     r"(?:[A-Za-z0-9+/=:,.\s\\-]{0,20000}?-----END (?P=what)-----)?"
 )
-_IPV4 = r"(?:\d{1,3}\.){3}\d{1,3}"
 _SEPARATOR = r"[ .\u00a0-]"
 # What a number is not joined to. Letters of other scripts may touch it, as they do in Chinese.
-_SIGN = "0-9A-Za-z_"
+_SIGN = r"\dA-Za-z_"
 
 KINDS = {
     "key": _Kind(
@@ -96,33 +80,32 @@ KINDS = {
             r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9])"
         )
     ),
+    # These begin with a set of signs, which `re` finds quickly, and then ask what stands before it.
     "ip": _Kind(
         re.compile(
-            rf"(?<![{_SIGN}.+=/-])(?<![Vv]ersion )(?<!版本)(?<!版本 )(?<!version: ){_IPV4}"
-            rf"(?![{_SIGN}-]|\.\d)"
-            rf"|(?<![{_SIGN}.:])[23][0-9A-Fa-f]{{3}}(?::[0-9A-Fa-f]{{0,4}}){{2,7}}(?![{_SIGN}:])"
+            rf"\d(?<![{_SIGN}.+=/-].)(?<![Vv]ersion .)(?<!版本.)(?<!版本 .)(?<!version: .)"
+            rf"\d{{0,2}}\.(?:\d{{1,3}}\.){{2}}\d{{1,3}}(?![{_SIGN}-]|\.\d)"
+            rf"|[23](?<![{_SIGN}.:].)[0-9A-Fa-f]{{3}}(?::[0-9A-Fa-f]{{0,4}}){{2,7}}(?![{_SIGN}:])"
         ),
         _is_public,
-        _NUMBERS,
     ),
     "card": _Kind(
         re.compile(
-            r"(?<![\d.-])(?:4|5[0-8]|2[2-7]|3[0-9]|6[0-9])\d*(?:(?:\d{2,5}[ -]){2,4}\d{2,7}"
-            r"|\d{10,17})(?![\d-])"
+            r"[2-6](?<![\d.-].)(?:(?<=4)|(?<=5)[0-8]|(?<=2)[2-7]|(?<=[36])[0-9])\d*"
+            r"(?:(?:\d{2,5}[ -]){2,4}\d{2,7}|\d{10,17})(?![\d-])"
         ),
         _is_card,
-        _NUMBERS,
     ),
     "phone": _Kind(
         re.compile(
-            rf"(?<![{_SIGN}+.-])\+[1-9]\d{{0,2}}{_SEPARATOR}?(?:\(\d{{1,4}}\){_SEPARATOR}?)?"
+            rf"[+(0-9](?<![{_SIGN}+.-].)(?:"
+            rf"(?<=\+)[1-9]\d{{0,2}}{_SEPARATOR}?(?:\(\d{{1,4}}\){_SEPARATOR}?)?"
             rf"\d{{1,5}}(?:{_SEPARATOR}?\d{{2,5}}){{1,4}}(?![{_SIGN}-])"
-            rf"|(?<![{_SIGN}.+-])(?:1[ .-])?(?:\([2-9]\d{{2}}\) ?|[2-9]\d{{2}}[ .-])"
-            rf"[2-9]\d{{2}}[ .-]\d{{4}}(?![{_SIGN}-]|\.\d)"
-            rf"|(?<![{_SIGN}.+-])(?:1[3-9]\d[ -]?\d{{4}}[ -]?\d{{4}}"
-            rf"|(?:0\d{{2,3}}-|\(0\d{{2,3}}\) ?)\d{{7,8}})(?![{_SIGN}-]|\.\d)"
-        ),
-        begins=_NUMBERS,
+            r"|(?:(?<=1)[ .-](?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])|(?<=\()[2-9]\d\d\) ?"
+            rf"|(?<=[2-9])\d\d[ .-])[2-9]\d\d[ .-]\d{{4}}(?![{_SIGN}-]|\.\d)"
+            r"|(?:(?<=1)[3-9]\d[ -]?\d{4}[ -]?\d{4}|(?:(?<=0)\d{2,3}-|(?<=\()0\d{2,3}\) ?)\d{7,8})"
+            rf"(?![{_SIGN}-]|\.\d))"
+        )
     ),
 }
 
@@ -135,7 +118,7 @@ def find(text: str, kinds: Collection[str] = tuple(KINDS)) -> Iterator[Found]:
     for name, kind in KINDS.items():
         if name not in kinds:
             continue
-        for match in kind.matches(text):
+        for match in kind.pattern.finditer(text):
             start, end = match.span()
             if kind.check(match[0]) and not (taken[start] or taken[end - 1]):
                 taken[start:end] = bytes([1]) * (end - start)

@@ -80,9 +80,6 @@ class Rule(NamedTuple):
         parts += [f"at most {self.most:,}"] if self.most < math.inf else []
         return " and ".join(parts)
 
-    def allows(self, value: float | None) -> bool:
-        return value is None or self.least <= value <= self.most
-
 
 def failed(text: str, rules: str) -> str | None:
     """The first rule of a set that a document breaks, in words; None if it keeps them all.
@@ -90,21 +87,18 @@ def failed(text: str, rules: str) -> str | None:
     Args:
       rules: a key of `RULES`.
     """
-    measured = Measured(text)
-    for rule in RULES[rules]:
-        value = rule.measure(measured)
-        if not rule.allows(value):
-            return f"{rule.name} {value:,.3g}, expected {rule.bounds()}"
+    for _, rule, value in broken(text, rules):
+        return f"{rule.name} {value:,.3g}, expected {rule.bounds()}"
     return None
 
 
-def broken(text: str) -> Iterator[tuple[str, Rule, float]]:
-    """Every rule of every set that a document breaks: the set, the rule and the number."""
+def broken(text: str, *sets: str) -> Iterator[tuple[str, Rule, float]]:
+    """Every rule that a document breaks, of these sets or of all: the set, the rule, the number."""
     measured = Measured(text)
-    for name, rules in RULES.items():
-        for rule in rules:
+    for name in sets or RULES:
+        for rule in RULES[name]:
             value = rule.measure(measured)
-            if value is not None and not rule.allows(value):
+            if value is not None and not rule.least <= value <= rule.most:
                 yield name, rule, value
 
 
@@ -142,22 +136,17 @@ class Words:
 
 
 def _joined(kinds: _Kinds) -> _Kinds:
-    """The kinds, where marks and apostrophes inside of a word, and marks behind one, are part of
-    it; elsewhere they are signs."""
-    inside = np.flatnonzero((kinds == _MARK) | (kinds == _APOSTROPHE))
-    if not len(inside):
-        return kinds
-    opens = np.diff(inside, prepend=-2) > 1
-    run = np.cumsum(opens) - 1
-    first, last = inside[opens], inside[np.append(opens[1:], True)]
-    around = np.pad(kinds, 1)
-    behind, before = around[first] == _WORD, around[last + 2] == _WORD
-    is_mark = kinds[inside] == _MARK
-    apostrophes = np.cumsum(~is_mark)
-    earlier = (apostrophes - ~is_mark)[opens]
-    joins = behind[run] & (before[run] | (apostrophes == earlier[run]))
-    kinds = kinds.copy()
-    kinds[inside] = np.where(joins, _WORD, _SIGN)
+    """The kinds, where marks behind a letter, and apostrophes between letters, are part of a word;
+    elsewhere they are signs."""
+    places = np.arange(len(kinds))
+    for kind in (_MARK, _APOSTROPHE):
+        if (inside := kinds == kind).any():
+            last = np.maximum.accumulate(np.where(inside, 0, places))
+            joins = kinds[last] == _WORD
+            if kind == _APOSTROPHE:
+                ends = np.where(inside, places[-1], places)[::-1]
+                joins &= kinds[np.minimum.accumulate(ends)[::-1]] == _WORD
+            kinds = np.where(inside, np.where(joins, np.uint8(_WORD), np.uint8(_SIGN)), kinds)
     return kinds
 
 
@@ -224,13 +213,13 @@ class Measured:
     @functools.cached_property
     def again(self) -> dict[str, tuple[float, float]]:
         """Of the parts between a pattern: the share that stood before, and of the characters."""
-        return {pattern: self._repeated(pattern) for pattern in (_PARAGRAPHS, _LINES)}
-
-    def _repeated(self, pattern: str) -> tuple[float, float]:
-        parts = re.split(pattern, self.text.strip() if pattern == _PARAGRAPHS else self.text)
-        different = dict.fromkeys(parts)
-        size = len("".join(parts)) - len("".join(different))
-        return 1 - len(different) / len(parts), size / max(len(self.text), 1)
+        found = {}
+        for pattern, text in ((_PARAGRAPHS, self.text.strip()), (_LINES, self.text)):
+            parts = re.split(pattern, text)
+            different = dict.fromkeys(parts)
+            size = len("".join(parts)) - len("".join(different))
+            found[pattern] = 1 - len(different) / len(parts), size / max(len(self.text), 1)
+        return found
 
     @functools.cached_property
     def _runs(self) -> list[tuple[Numbers, Numbers]]:
@@ -306,9 +295,6 @@ class Measured:
                 continue
             found["sentences"] += len(sentences(line))
         return found
-
-    def short_lines(self) -> float | None:
-        return None if self.without_spaces else self.share(self.filled, _is_short)
 
     def repeated_lines(self, without_spaces: bool) -> float | None:
         """The share of the characters in lines that stood before, as FineWeb counts."""
@@ -388,19 +374,11 @@ RULES = {
         Rule("repeated lines", lambda m: m.again[_LINES][0], most=0.3),
         Rule("characters in repeated lines", lambda m: m.again[_LINES][1], most=0.2),
         *(
-            Rule(
-                f"characters in the top {n}-gram",
-                functools.partial(Measured.top_gram, n=n),
-                most=most,
-            )
+            Rule(f"characters in the top {n}-gram", lambda m, n=n: m.top_gram(n), most=most)
             for n, most in ((2, 0.2), (3, 0.18), (4, 0.16))
         ),
         *(
-            Rule(
-                f"characters in repeated {n}-grams",
-                functools.partial(Measured.repeated_grams, n=n),
-                most=most,
-            )
+            Rule(f"characters in repeated {n}-grams", lambda m, n=n: m.repeated_grams(n), most=most)
             for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
         ),
     ),
@@ -412,7 +390,11 @@ RULES = {
     "fineweb": (
         Rule("lines with text", lambda m: len(m.filled), 1),
         Rule("lines that end a sentence", lambda m: m.share(m.filled, _ends_sentence), least=0.12),
-        Rule("lines of up to 30 characters", Measured.short_lines, most=0.67),
+        Rule(
+            "lines of up to 30 characters",
+            lambda m: None if m.without_spaces else m.share(m.filled, _is_short),
+            most=0.67,
+        ),
         Rule("characters in repeated lines", lambda m: m.repeated_lines(False), most=0.01),
         Rule(
             "characters in repeated lines, without spaces",
