@@ -25,12 +25,12 @@ al. 2020 (C4), section 2.2; Penedo et al. 2024, "The FineWeb Datasets", section 
 `datatrove`.
 """
 
-import functools
 import math
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -164,25 +164,25 @@ class Measured:
     def __init__(self, text: str):
         self.text = text
 
-    @functools.cached_property
+    @cached_property
     def words(self) -> Words:
         return Words(self.text)
 
-    @functools.cached_property
+    @cached_property
     def spoken(self) -> int:
         """How many words are not signs."""
         return int(self.words.spoken.sum())
 
-    @functools.cached_property
+    @cached_property
     def without_spaces(self) -> bool:
         """Whether at least half of the words are characters of scripts without spaces."""
         return 2 * int(self.words.alone.sum()) >= self.spoken > 0
 
-    @functools.cached_property
+    @cached_property
     def lines(self) -> list[str]:
         return self.text.splitlines()
 
-    @functools.cached_property
+    @cached_property
     def filled(self) -> list[str]:
         """The lines that are not blank, as FineWeb cuts them."""
         return [line for line in self.text.split("\n") if line.strip()]
@@ -210,7 +210,7 @@ class Measured:
         known = int(np.isin(_stop_words(), self.words.hashes).sum())
         return float(known) if 2 * latin > self.spoken else None
 
-    @functools.cached_property
+    @cached_property
     def again(self) -> dict[str, tuple[float, float]]:
         """Of the parts between a pattern: the share that stood before, and of the characters."""
         found = {}
@@ -221,7 +221,7 @@ class Measured:
             found[pattern] = 1 - len(different) / len(parts), size / max(len(self.text), 1)
         return found
 
-    @functools.cached_property
+    @cached_property
     def _runs(self) -> list[tuple[Numbers, Numbers]]:
         """Of each length from 1: where the runs of words begin that occur several times, and a
         number of each, equal for equal runs. A run that does begins with one that does."""
@@ -271,7 +271,7 @@ class Measured:
                 seen.add(run)
         return size / max(len(self.text), 1)
 
-    @functools.cached_property
+    @cached_property
     def c4(self) -> Counter[str]:
         """What is in the lines that C4 keeps, as far as it reads."""
         found: Counter[str] = Counter()
@@ -324,7 +324,7 @@ def _is_short(line: str) -> bool:
     return len(line) <= _SHORT_LINE and len(line) + len(_alone.findall(line)) <= _SHORT_LINE
 
 
-@functools.cache
+@cache
 def _characters() -> _Kinds:
     """For each code point what it is."""
     table = np.full(_LAST + 1, _SIGN, np.uint8)
@@ -342,7 +342,7 @@ def _characters() -> _Kinds:
     return table
 
 
-@functools.cache
+@cache
 def _stop_words() -> Hashes:
     return Words("the be to of and that have with").hashes
 
@@ -374,11 +374,15 @@ RULES = {
         Rule("repeated lines", lambda m: m.again[_LINES][0], most=0.3),
         Rule("characters in repeated lines", lambda m: m.again[_LINES][1], most=0.2),
         *(
-            Rule(f"characters in the top {n}-gram", lambda m, n=n: m.top_gram(n), most=most)
+            Rule(f"characters in the top {n}-gram", partial(Measured.top_gram, n=n), most=most)
             for n, most in ((2, 0.2), (3, 0.18), (4, 0.16))
         ),
         *(
-            Rule(f"characters in repeated {n}-grams", lambda m, n=n: m.repeated_grams(n), most=most)
+            Rule(
+                f"characters in repeated {n}-grams",
+                partial(Measured.repeated_grams, n=n),
+                most=most,
+            )
             for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10))
         ),
     ),
