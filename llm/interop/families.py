@@ -9,38 +9,23 @@ defaults).
 
 import re
 from dataclasses import replace
-from typing import Any
 
-from llm.interop.gemma import GEMMA, GEMMA2, GEMMA3
+from llm.interop.gemma import GEMMAS
 from llm.interop.llama import (
     DOWN,
     DROPOUT,
     FREQUENCIES,
     GELUS,
-    GRANITE,
     KEY,
-    LLAMA,
     LLAMA_KEYS,
-    MISTRAL,
-    MIXTRAL,
-    NO_EXTRAS,
-    NO_WINDOW,
-    OLMO,
-    OLMO2,
-    OLMOE,
+    LLAMAS,
     OUT,
-    PHI3,
+    PLAIN_ROPE,
     QUERY,
-    QWEN2,
-    QWEN3,
-    QWEN3_MOE,
-    ROTARY,
-    SMOLLM3,
-    STARCODER2,
     UP,
     VALUE,
 )
-from llm.interop.table import Family, Key, Module, with_defaults
+from llm.interop.table import Family, Key, Module, changed, with_defaults
 
 # Old files hold it beside the weights.
 _CAUSAL_MASK = re.compile(r"\.attn\.(masked_)?bias$")
@@ -90,13 +75,7 @@ _GPT2 = Family(
     class_name="GPT2LMHeadModel",
     prefix="transformer.",
     modules=_gpt2(is_transposed=False),
-    fixed={
-        "positions": "learned",
-        "norm": "layernorm",
-        "n_expert": 1,
-        **NO_EXTRAS,
-        **NO_WINDOW,
-    },
+    switches={"positions": "learned", "norm": "layernorm"},
     keys=(
         *_GPT2_KEYS,
         Key("n_head", "n_kv_head", 12),
@@ -107,36 +86,23 @@ _GPT2 = Family(
 )
 
 # Keys of Pythia and Phi, whose heads are turned in part.
-_PARTLY_ROTARY = (
-    *with_defaults(
-        (
-            replace(key, spellings={"default": "none"}) if key.theirs == "rope_type" else key
-            for key in LLAMA_KEYS
-            if key.theirs not in ("hidden_act", "num_key_value_heads", "head_dim", "rms_norm_eps")
-        ),
-        num_hidden_layers=44,
-        num_attention_heads=64,
-        hidden_size=6144,
-        intermediate_size=24576,
-    ),
+_PARTLY_ROTARY = changed(
+    LLAMA_KEYS,
+    PLAIN_ROPE,
     Key("hidden_act", "activation", "gelu", {**GELUS, "relu": "relu"}),
     Key("layer_norm_eps", "norm_epsilon", 1e-5),
     Key("partial_rotary_factor", "rotary_fraction", 0.25),
+    without="head_size",
 )
-
-
-def _without(fixed: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: value for name, value in fixed.items() if name not in names}
-
 
 # StarCoder 1: a GPT-2 of one key/value head.
 _GPT_BIGCODE = replace(
     _GPT2,
     class_name="GPTBigCodeForCausalLM",
     modules=_gpt2(is_transposed=True),
-    fixed={**_GPT2.fixed, "n_kv_head": 1},
+    switches={**_GPT2.switches, "n_kv_head": 1},
     keys=(
-        *with_defaults(_GPT2_KEYS, activation_function="gelu_pytorch_tanh"),
+        *with_defaults(_GPT2_KEYS, activation="gelu_pytorch_tanh"),
         Key("multi_query", "", True),
     ),
 )
@@ -162,9 +128,9 @@ _GPT_NEOX = Family(
         Module("final_layer_norm", ["final_norm"], True),
         Module("embed_out", ["head"]),
     ),
-    fixed={"norm": "layernorm", **_without(ROTARY, "rotary_fraction", "block"), **NO_WINDOW},
-    keys=(
-        *_PARTLY_ROTARY,
+    switches={"norm": "layernorm"},
+    keys=changed(
+        with_defaults(_PARTLY_ROTARY, n_layer=44, n_head=64, d_model=6144, d_ff=24576),
         Key("num_attention_heads", "n_kv_head", 64),
         Key("use_parallel_residual", "block", True, {True: "parallel", False: "sequential"}),
         Key("attention_bias", "", True),
@@ -189,24 +155,16 @@ _PHI = Family(
         Module("final_layernorm", ["final_norm"], True),
         Module("lm_head", ["head"], True),
     ),
-    fixed={
-        "norm": "layernorm",
-        **_without(ROTARY, "rotary_fraction"),
-        **NO_WINDOW,
-        "block": "parallel_one_norm",
-        "head_bias": True,
-    },
+    switches={"norm": "layernorm", "block": "parallel_one_norm", "head_bias": True},
     keys=(
         *with_defaults(
             _PARTLY_ROTARY,
-            hidden_size=2048,
-            num_hidden_layers=24,
-            num_attention_heads=32,
-            intermediate_size=8192,
-            hidden_act="gelu_new",
-            partial_rotary_factor=0.5,
+            n_layer=24,
+            d_model=2048,
+            d_ff=8192,
+            activation="gelu_new",
+            rotary_fraction=0.5,
         ),
-        Key("num_key_value_heads", "n_kv_head", None),
         Key("qk_layernorm", "", False),
     ),
     ignored=FREQUENCIES,
@@ -230,7 +188,7 @@ _OPT = Family(
         Module("final_layer_norm", ["final_norm"], True),
         Module("lm_head", ["head"]),
     ),
-    fixed={**_GPT2.fixed, "norm_epsilon": 1e-5},
+    switches={**_GPT2.switches, "norm_epsilon": 1e-5},
     keys=(
         Key("tie_word_embeddings", "tie_embeddings", True),
         Key("init_std", "init_std", 0.02),
@@ -256,23 +214,9 @@ _OPT = Family(
 FAMILIES = {
     "gpt2": _GPT2,
     "gpt_bigcode": _GPT_BIGCODE,
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "mixtral": MIXTRAL,
-    "qwen3": QWEN3,
-    "qwen2": QWEN2,
-    "phi3": PHI3,
-    "olmo": OLMO,
-    "olmo2": OLMO2,
-    "olmoe": OLMOE,
-    "qwen3_moe": QWEN3_MOE,
-    "starcoder2": STARCODER2,
-    "granite": GRANITE,
-    "smollm3": SMOLLM3,
+    **LLAMAS,
     "gpt_neox": _GPT_NEOX,
     "phi": _PHI,
     "opt": _OPT,
-    "gemma": GEMMA,
-    "gemma2": GEMMA2,
-    "gemma3_text": GEMMA3,
+    **GEMMAS,
 }

@@ -5,43 +5,28 @@ defaults).
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 
-from llm.interop.table import Family, Key, Module, Pattern, with_defaults
+from llm.interop.table import Description, Family, Key, Module, Pattern, changed, with_defaults
 
 QUERY, KEY, VALUE, OUT = (
     f"blocks.{{}}.attention.{part}" for part in ("query", "key", "value", "out")
 )
 GATE, UP, DOWN = (f"blocks.{{}}.mlp.{part}" for part in ("gate", "up", "down"))
-# Switches that most families do not have.
-NO_EXTRAS = {
-    "qk_norm": False,
-    "qk_norm_joint": False,
-    "norm_place": "before",
-    "logit_soft_cap": 0.0,
-    "attention_soft_cap": 0.0,
-    "unrotated_every": 0,
-    "window_rope_theta": 0.0,
-    "rotary_fraction": 1.0,
-    "block": "sequential",
-    "head_bias": False,
-}
-NO_WINDOW = {"window": 0, "global_every": 0}
-ROTARY = {"positions": "rotary", "n_expert": 1, **NO_EXTRAS}
 GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 DROPOUT = Key("attention_dropout", "", 0.0, is_checked=False)
 WINDOW = Key("sliding_window", "window", 4096)
+ANY_WINDOW = replace(WINDOW, default=None)
 ALL_SLIDE = (Pattern("global_every", "", ("", ""), lambda described, layer: False),)
-KINDS = ("full_attention", "sliding_attention")
 # Of rotary positions; old files hold them beside the weights.
 FREQUENCIES = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
-def ends() -> tuple[Module, ...]:
-    return Module("embed_tokens", ["embed"], is_transposed=False), Module("lm_head", ["head"])
+ENDS = Module("embed_tokens", ["embed"], is_transposed=False), Module("lm_head", ["head"])
 
 
-def norms(bias: bool | str = False) -> tuple[Module, ...]:
+def norms(bias: bool = False) -> tuple[Module, ...]:
     return (
         Module("layers.{}.input_layernorm", ["blocks.{}.attention_norm"], bias),
         Module("layers.{}.post_attention_layernorm", ["blocks.{}.mlp_norm"], bias),
@@ -49,18 +34,21 @@ def norms(bias: bool | str = False) -> tuple[Module, ...]:
     )
 
 
-def attention(bias: bool | str, out_bias: bool | str) -> tuple[Module, ...]:
+def attention(bias: bool | str = False, out: bool | str | None = None) -> tuple[Module, ...]:
     """Llama rotates the halves of a head against each other, as attention.rotate does."""
-    parts = {"q": QUERY, "k": KEY, "v": VALUE, "o": OUT}
-    return tuple(
-        Module(f"layers.{{}}.self_attn.{x}_proj", [ours], out_bias if x == "o" else bias)
-        for x, ours in parts.items()
-    )
+    biases = dict.fromkeys("qkv", bias) | {"o": bias if out is None else out}
+    ours = zip(biases.items(), (QUERY, KEY, VALUE, OUT), strict=True)
+    return tuple(Module(f"layers.{{}}.self_attn.{x}_proj", [name], b) for (x, b), name in ours)
 
 
-def gated_mlp(bias: bool | str) -> tuple[Module, ...]:
+def gated_mlp(bias: bool | str = False) -> tuple[Module, ...]:
     parts = {"gate": GATE, "up": UP, "down": DOWN}
     return tuple(Module(f"layers.{{}}.mlp.{x}_proj", [ours], bias) for x, ours in parts.items())
+
+
+def global_layers(usual: Callable[[Description, int], bool]) -> tuple[Pattern, ...]:
+    """The layers without a window, by a list of words; `usual` says which they are without it."""
+    return (Pattern("global_every", "layer_types", ("full_attention", "sliding_attention"), usual),)
 
 
 LLAMA_KEYS = (
@@ -87,19 +75,15 @@ LLAMA_KEYS = (
     Key("rope_original_length", "rope_original_length", 8192),
     DROPOUT,
 )
+# A family whose frequencies are never scaled.
+PLAIN_ROPE = Key("rope_type", "rope_scaling", "default", {"default": "none"})
 ATTENTION_BIAS = Key("attention_bias", "", False)
 MLP_BIAS = Key("mlp_bias", "", False)
 
 LLAMA = Family(
     class_name="LlamaForCausalLM",
     prefix="model.",
-    modules=(
-        *ends(),
-        *norms(),
-        *attention("attention_bias", "attention_bias"),
-        *gated_mlp("mlp_bias"),
-    ),
-    fixed={"norm": "rmsnorm", **ROTARY, **NO_WINDOW},
+    modules=(*ENDS, *norms(), *attention("attention_bias"), *gated_mlp("mlp_bias")),
     keys=(*LLAMA_KEYS, ATTENTION_BIAS, MLP_BIAS),
     ignored=FREQUENCIES,
 )
@@ -107,17 +91,8 @@ LLAMA = Family(
 MISTRAL = replace(
     LLAMA,
     class_name="MistralForCausalLM",
-    modules=(*ends(), *norms(), *attention(False, False), *gated_mlp(False)),
-    fixed={"norm": "rmsnorm", **ROTARY},
-    keys=(
-        *with_defaults(
-            LLAMA_KEYS,
-            num_key_value_heads=8,
-            intermediate_size=14336,
-            max_position_embeddings=131072,
-        ),
-        WINDOW,
-    ),
+    modules=(*ENDS, *norms(), *attention(), *gated_mlp()),
+    keys=(*with_defaults(LLAMA_KEYS, n_kv_head=8, d_ff=14336, context_length=131072), WINDOW),
     patterns=ALL_SLIDE,
 )
 
@@ -142,63 +117,38 @@ QK_NORMS = (
 MIXTRAL = replace(
     MISTRAL,
     class_name="MixtralForCausalLM",
-    modules=(
-        *ends(),
-        *norms(),
-        *attention(False, False),
-        *experts("block_sparse_moe", "w1", "w3", "w2"),
-    ),
-    fixed={"norm": "rmsnorm", "positions": "rotary", "normalize_gates": True, **NO_EXTRAS},
+    modules=(*ENDS, *norms(), *attention(), *experts("block_sparse_moe", "w1", "w3", "w2")),
+    switches={"normalize_gates": True},
     keys=(
-        *with_defaults(MISTRAL.keys, rms_norm_eps=1e-5, rope_theta=1e6, sliding_window=None),
+        *with_defaults(MISTRAL.keys, norm_epsilon=1e-5, rope_theta=1e6, window=None),
         Key("num_local_experts", "n_expert", 8),
         Key("num_experts_per_tok", "n_expert_active", 2),
     ),
     aliases={"num_experts": "num_local_experts"},
 )
 
-QWEN_KEYS = (
-    *with_defaults(
-        LLAMA_KEYS,
-        num_key_value_heads=32,
-        intermediate_size=22016,
-        max_position_embeddings=32768,
-    ),
-    WINDOW,
-    Key("use_sliding_window", "", False, is_checked=False),
-    Key("max_window_layers", "", 28, is_checked=False),
-)
+USE_WINDOW = Key("use_sliding_window", "", False, is_checked=False)
 QWEN2 = replace(
     LLAMA,
     class_name="Qwen2ForCausalLM",
-    modules=(*ends(), *norms(), *attention(True, False), *gated_mlp(False)),
-    fixed=MISTRAL.fixed,
-    keys=QWEN_KEYS,
-    patterns=(
-        Pattern(
-            "global_every",
-            "layer_types",
-            KINDS,
-            lambda described, layer: layer < described["max_window_layers"],
-        ),
+    modules=(*ENDS, *norms(), *attention(True, out=False), *gated_mlp()),
+    keys=(
+        *with_defaults(LLAMA_KEYS, n_kv_head=32, d_ff=22016, context_length=32768),
+        WINDOW,
+        USE_WINDOW,
+        Key("max_window_layers", "", 28, is_checked=False),
     ),
+    patterns=global_layers(lambda described, layer: layer < described["max_window_layers"]),
 )
 
 QWEN3 = replace(
     QWEN2,
     class_name="Qwen3ForCausalLM",
-    modules=(
-        *ends(),
-        *norms(),
-        *attention("attention_bias", "attention_bias"),
-        *gated_mlp(False),
-        *QK_NORMS,
-    ),
-    fixed={**MISTRAL.fixed, "qk_norm": True},
-    keys=(*with_defaults(QWEN_KEYS, head_dim=128), ATTENTION_BIAS),
+    modules=(*ENDS, *norms(), *attention("attention_bias"), *gated_mlp(), *QK_NORMS),
+    switches={"qk_norm": True},
+    keys=(*with_defaults(QWEN2.keys, head_size=128), ATTENTION_BIAS),
 )
 
-_MOE_FIXED = {name: value for name, value in QWEN3.fixed.items() if name != "n_expert"}
 _MOE_KEYS = (
     Key("num_experts_per_tok", "n_expert_active", 8),
     Key("norm_topk_prob", "normalize_gates", False),
@@ -208,25 +158,20 @@ QWEN3_MOE = replace(
     QWEN3,
     class_name="Qwen3MoeForCausalLM",
     modules=(
-        *ends(),
+        *ENDS,
         *norms(),
-        *attention("attention_bias", "attention_bias"),
+        *attention("attention_bias"),
         *QK_NORMS,
         *experts("mlp", "gate_proj", "up_proj", "down_proj"),
     ),
-    fixed=_MOE_FIXED,
     keys=(
-        *with_defaults(
-            (key for key in LLAMA_KEYS if key.theirs != "intermediate_size"),
-            num_hidden_layers=24,
-            num_key_value_heads=4,
-            hidden_size=2048,
-            max_position_embeddings=32768,
+        *changed(
+            with_defaults(LLAMA_KEYS, n_layer=24, n_kv_head=4, d_model=2048, context_length=32768),
+            Key("moe_intermediate_size", "d_ff", 768),
         ),
         WINDOW,
-        Key("use_sliding_window", "", False, is_checked=False),
+        USE_WINDOW,
         ATTENTION_BIAS,
-        Key("moe_intermediate_size", "d_ff", 768),
         Key("decoder_sparse_step", "", 1),
         Key("mlp_only_layers", "", None),
         Key("num_experts", "n_expert", 128),
@@ -240,24 +185,17 @@ PHI3 = replace(
     MISTRAL,
     class_name="Phi3ForCausalLM",
     modules=(
-        *ends(),
+        *ENDS,
         *norms(),
         Module("layers.{}.self_attn.qkv_proj", [QUERY, KEY, VALUE]),
         Module("layers.{}.self_attn.o_proj", [OUT]),
         Module("layers.{}.mlp.gate_up_proj", [GATE, UP]),
         Module("layers.{}.mlp.down_proj", [DOWN]),
     ),
-    keys=with_defaults(
-        (
-            replace(key, spellings={"default": "none"}) if key.theirs == "rope_type" else key
-            for key in MISTRAL.keys
-        ),
-        num_key_value_heads=None,
-        hidden_size=3072,
-        intermediate_size=8192,
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        sliding_window=None,
+    keys=changed(
+        with_defaults(LLAMA_KEYS, d_model=3072, d_ff=8192, context_length=4096, norm_epsilon=1e-5),
+        PLAIN_ROPE,
+        ANY_WINDOW,
     ),
 )
 
@@ -265,13 +203,9 @@ PHI3 = replace(
 OLMO = replace(
     LLAMA,
     class_name="OlmoForCausalLM",
-    modules=(*ends(), *attention("attention_bias", "attention_bias"), *gated_mlp(False)),
-    fixed={"norm": "layernorm", "norm_epsilon": 1e-5, **ROTARY, **NO_WINDOW},
-    keys=(
-        *(key for key in LLAMA_KEYS if key.theirs != "rms_norm_eps"),
-        ATTENTION_BIAS,
-        Key("clip_qkv", "", None),
-    ),
+    modules=(*ENDS, *attention("attention_bias"), *gated_mlp()),
+    switches={"norm": "layernorm", "norm_epsilon": 1e-5},
+    keys=changed(LLAMA_KEYS, ATTENTION_BIAS, Key("clip_qkv", "", None), without="norm_epsilon"),
 )
 
 # OLMo 2 normalises what sub-layers give, and queries and keys over all heads.
@@ -279,33 +213,26 @@ OLMO2 = replace(
     LLAMA,
     class_name="Olmo2ForCausalLM",
     modules=(
-        *ends(),
+        *ENDS,
         Module("layers.{}.post_attention_layernorm", ["blocks.{}.attention_out_norm"]),
         Module("layers.{}.post_feedforward_layernorm", ["blocks.{}.mlp_out_norm"]),
         Module("norm", ["final_norm"]),
-        *attention("attention_bias", "attention_bias"),
-        *gated_mlp(False),
+        *attention("attention_bias"),
+        *gated_mlp(),
         *QK_NORMS,
     ),
-    fixed={**LLAMA.fixed, "qk_norm": True, "qk_norm_joint": True, "norm_place": "after"},
-    keys=(*with_defaults(LLAMA_KEYS, rms_norm_eps=1e-5), ATTENTION_BIAS),
+    switches={"qk_norm": True, "qk_norm_joint": True, "norm_place": "after"},
+    keys=(*with_defaults(LLAMA_KEYS, norm_epsilon=1e-5), ATTENTION_BIAS),
 )
 
 OLMOE = replace(
     QWEN3_MOE,
     class_name="OlmoeForCausalLM",
-    fixed={**_MOE_FIXED, **NO_WINDOW, "qk_norm_joint": True},
+    switches={"qk_norm": True, "qk_norm_joint": True},
     keys=(
         *with_defaults(
-            LLAMA_KEYS,
-            num_hidden_layers=16,
-            num_attention_heads=16,
-            hidden_size=2048,
-            intermediate_size=2048,
-            max_position_embeddings=4096,
-            rms_norm_eps=1e-5,
+            OLMO2.keys, n_layer=16, n_head=16, d_model=2048, d_ff=2048, context_length=4096
         ),
-        ATTENTION_BIAS,
         Key("clip_qkv", "", None),
         Key("num_experts", "n_expert", 64),
         *_MOE_KEYS,
@@ -317,29 +244,29 @@ STARCODER2 = replace(
     MISTRAL,
     class_name="Starcoder2ForCausalLM",
     modules=(
-        *ends(),
+        *ENDS,
         *norms(bias=True),
-        *attention("use_bias", "use_bias"),
+        *attention("use_bias"),
         Module("layers.{}.mlp.c_fc", [UP], "use_bias"),
         Module("layers.{}.mlp.c_proj", [DOWN], "use_bias"),
     ),
-    fixed={"norm": "layernorm", **ROTARY},
-    keys=(
-        *with_defaults(
-            (key for key in LLAMA_KEYS if key.theirs not in ("rms_norm_eps", "hidden_act")),
-            tie_word_embeddings=True,
-            initializer_range=0.018042,
-            num_hidden_layers=30,
-            num_attention_heads=24,
-            num_key_value_heads=2,
-            hidden_size=3072,
-            intermediate_size=12288,
-            max_position_embeddings=4096,
+    switches={"norm": "layernorm"},
+    keys=changed(
+        with_defaults(
+            LLAMA_KEYS,
+            tie_embeddings=True,
+            init_std=0.018042,
+            n_layer=30,
+            n_head=24,
+            n_kv_head=2,
+            d_model=3072,
+            d_ff=12288,
+            context_length=4096,
         ),
         Key("hidden_act", "activation", "gelu_pytorch_tanh", GELUS),
         Key("norm_epsilon", "norm_epsilon", 1e-5),
         Key("use_bias", "", True),
-        replace(WINDOW, default=None),
+        ANY_WINDOW,
     ),
 )
 
@@ -368,22 +295,19 @@ GRANITE = replace(
 SMOLLM3 = replace(
     LLAMA,
     class_name="SmolLM3ForCausalLM",
-    fixed={name: value for name, value in MISTRAL.fixed.items() if name != "unrotated_every"},
     keys=(
         *with_defaults(
-            LLAMA_KEYS,
-            tie_word_embeddings=True,
-            num_hidden_layers=36,
-            num_attention_heads=16,
-            num_key_value_heads=4,
-            hidden_size=2048,
-            max_position_embeddings=32768,
+            LLAMA.keys,
+            tie_embeddings=True,
+            n_layer=36,
+            n_head=16,
+            n_kv_head=4,
+            d_model=2048,
+            context_length=32768,
             rope_theta=2e6,
         ),
-        ATTENTION_BIAS,
-        MLP_BIAS,
-        replace(WINDOW, default=None),
-        Key("use_sliding_window", "", False, is_checked=False),
+        ANY_WINDOW,
+        USE_WINDOW,
         Key("no_rope_layer_interval", "", 4, is_checked=False),
     ),
     patterns=(
@@ -394,6 +318,21 @@ SMOLLM3 = replace(
             lambda described, layer: (layer + 1) % described["no_rope_layer_interval"] == 0,
         ),
         # Without a list, the layers without positions would have the window.
-        Pattern("global_every", "layer_types", KINDS, lambda described, layer: True),
+        *global_layers(lambda described, layer: True),
     ),
 )
+LLAMAS = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "qwen3": QWEN3,
+    "qwen2": QWEN2,
+    "phi3": PHI3,
+    "olmo": OLMO,
+    "olmo2": OLMO2,
+    "olmoe": OLMOE,
+    "qwen3_moe": QWEN3_MOE,
+    "starcoder2": STARCODER2,
+    "granite": GRANITE,
+    "smollm3": SMOLLM3,
+}

@@ -90,7 +90,8 @@ class Family:
       class_name: its class with a language modelling head.
       prefix: the beginning of every weight's name but the head's. Old GPT-2 files leave it out.
       head: the head's name.
-      fixed: settings of ModelConfig that every model of the family has at this value.
+      switches: settings of ModelConfig that every model of the family has at this value, if that is
+        not the one in USUAL.
       keys: of config.json, in the order in which they are written. Two keys of one setting must
         agree, and so must two settings of one key.
       ignored: the names of arrays in old files that are no parameters.
@@ -104,15 +105,41 @@ class Family:
     class_name: str
     prefix: str
     modules: Sequence[Module]
-    fixed: Mapping[str, Any]
     keys: Sequence[Key]
     ignored: re.Pattern[str]
+    switches: Mapping[str, Any] = field(default_factory=dict)
     aliases: Mapping[str, str] = field(default_factory=dict)
     factors: Mapping[str, Callable[[Description], float]] = field(default_factory=dict)
     patterns: Sequence[Pattern] = ()
     gain_offset: float = 0.0
     head: str = "lm_head"
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Every setting of ModelConfig that no key and no pattern decides, with its value."""
+        decided = {key.ours for key in self.keys} | {pattern.ours for pattern in self.patterns}
+        usual = {name: value for name, value in USUAL.items() if name not in decided}
+        return {**usual, **self.switches}
+
+
+# The switches of a Llama: what a family has if its table says nothing else.
+USUAL = {
+    "norm": "rmsnorm",
+    "positions": "rotary",
+    "n_expert": 1,
+    "qk_norm": False,
+    "qk_norm_joint": False,
+    "norm_place": "before",
+    "logit_soft_cap": 0.0,
+    "attention_soft_cap": 0.0,
+    "unrotated_every": 0,
+    "window_rope_theta": 0.0,
+    "rotary_fraction": 1.0,
+    "block": "sequential",
+    "head_bias": False,
+    "window": 0,
+    "global_every": 0,
+}
 
 # Keys that change what any model computes. They are checked in each file, unless the family has a
 # meaning for them, and never written.
@@ -130,5 +157,15 @@ KEYS_OF_ANY = (
 
 
 def with_defaults(keys: Iterable[Key], **defaults: Any) -> tuple[Key, ...]:
-    """The keys, some with other defaults."""
-    return tuple(replace(key, default=defaults.get(key.theirs, key.default)) for key in keys)
+    """The keys, some with other defaults: setting -> default."""
+    return tuple(replace(key, default=defaults.get(key.ours, key.default)) for key in keys)
+
+
+def changed(keys: Iterable[Key], *others: Key, without: str = "") -> tuple[Key, ...]:
+    """The keys, with others in the place of those of the same settings.
+
+    Args:
+      without: a setting whose key goes.
+    """
+    replaced = {key.ours for key in others if key.ours} | ({without} - {""})
+    return (*(key for key in keys if key.ours not in replaced), *others)
