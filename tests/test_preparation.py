@@ -8,9 +8,11 @@ import pytest
 
 import llm
 from llm.api import preparation
-from llm.config import DataConfig, TokenizerConfig
+from llm.commands import prepare as command
+from llm.config import DataConfig, TokenizerConfig, load_config
 from llm.errors import DataError, UsageError
 from llm.text import tokenizer
+from llm.text.batches import training_batches
 from llm.text.shards import prepare
 from llm.text.tokenizer import cached_gpt2
 
@@ -150,3 +152,61 @@ def test_a_wrong_setting_is_named_before_a_document_is_read(tmp_path, settings, 
     with pytest.raises(UsageError, match=message):
         llm.prepare(documents(), tmp_path / "pages", **settings)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Documents packed into windows of bytes, and what would break a page or a terminal."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("<script>\x1b[31m學</script>\n")
+    (tmp_path / "texts/b.txt").write_text("b & c" * 60)
+    path = tmp_path / "config.toml"
+    path.write_text(
+        f'[data]\nsource = "{tmp_path}/texts"\ncache_dir = "{tmp_path}/cache"\n'
+        'validation = "none"\nwindows = "packed"\n[model]\ncontext_length = 64\n'
+        '[logging]\nprogress = "none"\n'
+    )
+    return path
+
+
+def test_prepare_shows_the_windows_that_training_reads_first(config, capsys):
+    assert command.main([str(config), "--show", "6", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["windows"]
+    settings = load_config(config)
+    corpus = prepare(settings.data, settings.tokenizer)
+    batches = training_batches(settings, corpus)
+    assert len(shown) == 6
+    for row, window in enumerate(shown):
+        size = len(window["ids"])
+        assert window["ids"] == batches[0].tokens[row][:size].tolist()
+        assert not batches[0].weights[row][size - 1 :].any()
+        held = sum(one["tokens"] for one in window["documents"])
+        assert size - held == (window["documents"][0]["offset"] == 0)
+    command.main([str(config), "--show", "6"])
+    text = capsys.readouterr().out
+    assert "a.txt from token 0: 27 tokens" in text and "<|endoftext|>|<|s|c|r|" in text
+    assert "|\\x1b|[|3|1|m|學|<" in text and "\x1b" not in text
+
+
+def test_the_page_of_windows_marks_tokens_and_runs_nothing(config, tmp_path):
+    page = tmp_path / "page.html"
+    assert command.main([str(config), "--show", "6", "--html", str(page)]) == 0
+    html = page.read_text()
+    assert '<span class="t" title="id 60">&lt;</span>' in html
+    assert '<span class="t" title="id 229, 173, 184">學</span>' in html
+    assert '<span class="t name" title="id 256">&lt;|endoftext|&gt;</span>' in html
+    assert '<span class="t" title="id 27">\\x1b</span>' in html
+    assert "<script></script>" in html and "<script>\x1b" not in html
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--html", "page.html"], "say how many by --show N"),
+        (["--show", "1", "--html", "none/page.html"], "there is no folder none"),
+        (["--show", "1", "--model.context-length", "4096", "--data.windows", "stream"], "4096"),
+    ],
+)
+def test_windows_that_cannot_be_shown_are_answered(config, flags, message):
+    with pytest.raises(UsageError, match=message):
+        command.main([str(config), *flags])

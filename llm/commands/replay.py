@@ -19,6 +19,8 @@ from llm.section import setting
 
 if TYPE_CHECKING:
     from llm.run.directory import RunDirectory
+    from llm.text.batches import TrainingBatches
+    from llm.text.corpus import TokenizedCorpus
     from llm.text.splits import TokenSplit
 
 
@@ -50,24 +52,31 @@ def main(arguments: list[str]) -> int:
     batches = training_batches(
         config, corpus, phases=[phase for phase in phases if phase.from_step <= index]
     )
-    numbers, windows = batches.window_sources(index), batches.window_parts(index)
-    sequences = []
-    for row, ids in enumerate(batches[index].tokens):
-        source = corpus.sources[numbers[row]]
-        of_window = (documents(source.train, *part) for part in windows[row])
-        sequences.append(
-            {
-                "row": row,
-                **({"source": source.name} if source.name else {}),
-                "ids": ids.tolist(),
-                "text": corpus.tokenizer.decode(ids, continues=True),
-                "documents": list(itertools.chain.from_iterable(of_window)),
-            }
-        )
-    text = "\n".join(for_people(chosen.step, sequence) for sequence in sequences)
-    whole = json.dumps({"step": chosen.step, "sequences": sequences}) if chosen.as_json else text
+    found = list(sequences(corpus, batches, index))
+    text = "\n".join(for_people(chosen.step, sequence) for sequence in found)
+    whole = json.dumps({"step": chosen.step, "sequences": found}) if chosen.as_json else text
     show(f"{whole}\n")
     return 0
+
+
+def sequences(
+    corpus: "TokenizedCorpus", batches: "TrainingBatches", index: int
+) -> Iterator[dict[str, Any]]:
+    """The windows of a batch, counted from 0: their tokens without padding, and their documents."""
+    numbers, windows = batches.window_sources(index), batches.window_parts(index)
+    batch = batches[index]
+    for row, ids in enumerate(batch.tokens):
+        if batch.weights is not None:
+            ids = ids[: batch.weights[row].nonzero()[0][-1] + 2]
+        source = corpus.sources[numbers[row]]
+        of_window = (documents(source.train, *part) for part in windows[row])
+        yield {
+            "row": row,
+            **({"source": source.name} if source.name else {}),
+            "ids": ids.tolist(),
+            "text": corpus.tokenizer.decode(ids, continues=True),
+            "documents": list(itertools.chain.from_iterable(of_window)),
+        }
 
 
 def check_step(run: "RunDirectory", step: int) -> None:
