@@ -2,14 +2,19 @@
 
     python benchmarks/rounding.py run      six runs, some minutes on two cores
     python benchmarks/rounding.py table
+    python benchmarks/rounding.py loss RUN ...    what training reports, beside the float32 loss
 
 The recipe is configs/quickstart.toml's in the small size of ablation.py, on the source code of the
 Python standard library. Validation losses are of all held-out bytes, in float32 in both rows.
-Results are added to benchmarks/results/rounding.jsonl. A CPU without units for bfloat16 rounds the
+Results are added to benchmarks/results/rounding.jsonl. `loss` compares the two losses of each RUN's
+last weights on 20 of its training batches. A CPU without units for bfloat16 rounds the
 same operands and takes longer.
 """
 
+import dataclasses
+import functools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,6 +38,8 @@ def main() -> None:
                 run(dtype, seed)
     elif sys.argv[1:] == ["table"]:
         print_table()
+    elif sys.argv[1:2] == ["loss"] and sys.argv[2:]:
+        print_differences(sys.argv[2:])
     else:
         sys.exit(__doc__)
 
@@ -65,6 +72,35 @@ def print_table() -> None:
         curves = [result["losses"] for result in results if result["dtype"] == dtype]
         cells = [", ".join(f"{curve[step]:.3f}" for curve in curves) for step in steps]
         print(f"| {dtype} | " + " | ".join(cells) + " |")
+
+
+def print_differences(runs: list[str], batches: int = 20) -> None:
+    """Training's loss minus the float32 loss of the same weights, in nats."""
+    sys.path.insert(0, str(ROOT))
+    import jax
+
+    from llm.run.open import open_model
+    from llm.text.batches import training_batches
+    from llm.text.shards import prepare
+    from llm.training.step import accumulate_gradients
+
+    differences: list[float] = []
+    for run in runs:
+        opened = open_model(Path(run))
+        config, rounded = opened.config, dataclasses.replace(opened.spec, rounded=True)
+        of_run = training_batches(config, prepare(config.data, config.tokenizer))
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def loss(spec, params, batch, training=config.training):
+            return accumulate_gradients(spec, training, params, batch, None)[1].nll
+
+        for step in range(batches):
+            found, exact = (loss(spec, opened.params, of_run[step]) for spec in (rounded, opened.spec))
+            differences.append(float(found) - float(exact))
+    print(
+        f"{len(differences)} batches: at most {max(map(abs, differences)):.5f} nats apart, "
+        f"mean difference {statistics.mean(differences):+.5f}"
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from runs import losses, run_process, saved_arrays, write_config
 
 from llm.config import MeshConfig, OptimizerConfig, validate
 from llm.model.products import rounded
@@ -209,6 +210,35 @@ def test_matrices_in_stacks_are_orthogonalised_as_optax_does_one_by_one(iteratio
         for name, matrix in expected.items():
             scale = np.abs(matrix).max() or 1.0
             np.testing.assert_allclose(found[name] / scale, matrix / scale, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.thorough
+def test_a_run_of_stacked_matrices_is_killed_and_resumed_bit_for_bit(tmp_path):
+    """Killed in a step and before a save is whole: losses, parameters, momenta and moments."""
+    settings = {
+        "model": {"activation": "swiglu", "bias": False},
+        "optimizer": {"kind": "muon", "muon_momentum_warmup_steps": 6},
+        "training": {"compute_dtype": "bfloat16"},
+    }
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    for folder, faults in ((unbroken, ()), (broken, ("step:step=7", "checkpoint.before_commit"))):
+        folder.mkdir()
+        config = write_config(folder, **settings)
+        for fault in faults:
+            assert run_process(config, fault=f"{fault}:kill")[0] == -9
+        code, output = run_process(config)
+        assert code == 0, output
+    assert losses(broken / "run") == losses(unbroken / "run")
+    for group in ("params", "training"):
+        expected, found = (
+            saved_arrays(folder / "run" / "checkpoints" / "12" / group)
+            for folder in (unbroken, broken)
+        )
+        assert expected.keys() == found.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+        momenta = [name for name in expected if "muon" in name and "mlp.gate" in name]
+        assert group == "params" or len(momenta) == 2, sorted(expected)
 
 
 def test_rounded_products_orthogonalise_to_the_rounding_of_bfloat16():

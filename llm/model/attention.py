@@ -157,8 +157,11 @@ def _attend_backward(residuals, d_mixed_BTNH):
     B, T, K, G, H = query_BTKGH.shape
     d_mixed_BTKGH = d_mixed_BTNH.reshape(B, T, K, G, H)
     d_query = []
-    d_key_BSKH, d_value_BSKH = jnp.zeros((2, B, T, K, H))
-    for (block, seen), (exponentials_BKSGT, sums_BK1GT) in zip(_blocks(T), kept, strict=True):
+    # In the products' own order; another would lay out each block's share anew, on one core.
+    d_key_BKSH, d_value_BKSH = jnp.zeros((2, B, K, T, H))
+    blocks = list(zip(_blocks(T), kept, strict=True))
+    # The last reads all keys, so that nothing is added to its share but the shares of others.
+    for (block, seen), (exponentials_BKSGT, sums_BK1GT) in reversed(blocks):
         d_BTKGH = d_mixed_BTKGH[:, block] / jnp.moveaxis(sums_BK1GT, -1, 1).swapaxes(3, 4)
         inner_BTKG = jnp.sum(d_BTKGH * mixed_BTKGH[:, block], axis=-1)
         d_BTKGH = to_operand(d_BTKGH)
@@ -168,14 +171,15 @@ def _attend_backward(residuals, d_mixed_BTNH):
             exponentials_BKSGT.astype(jnp.float32) * (d_weights_BKSGT - inner_BK1GT) * H**-0.5
         )
         d_query.append(product_of("BSKH,BKSGT->BKHGT", key_BSKH[:, seen], d_scores_BKSGT))
-        d_key_BSKH = d_key_BSKH.at[:, seen].add(
-            product_of("BKSGT,BTKGH->BSKH", d_scores_BKSGT, query_BTKGH[:, block])
+        d_key_BKSH = d_key_BKSH.at[:, :, seen].add(
+            product_of("BKSGT,BTKGH->BKSH", d_scores_BKSGT, query_BTKGH[:, block])
         )
-        d_value_BSKH = d_value_BSKH.at[:, seen].add(
-            product_of("BKSGT,BTKGH->BSKH", exponentials_BKSGT, d_BTKGH)
+        d_value_BKSH = d_value_BKSH.at[:, :, seen].add(
+            product_of("BKSGT,BTKGH->BKSH", exponentials_BKSGT, d_BTKGH)
         )
-    d_query_BTKGH = jnp.concatenate(d_query, axis=-1).transpose(0, 4, 1, 3, 2)
-    return d_query_BTKGH.reshape(d_mixed_BTNH.shape), d_key_BSKH, d_value_BSKH, None
+    d_query_BTKGH = jnp.concatenate(d_query[::-1], axis=-1).transpose(0, 4, 1, 3, 2)
+    d_query_BTNH = d_query_BTKGH.reshape(d_mixed_BTNH.shape)
+    return d_query_BTNH, d_key_BKSH.swapaxes(1, 2), d_value_BKSH.swapaxes(1, 2), None
 
 
 attend_in_blocks.defvjp(_attend_forward, _attend_backward)
