@@ -95,8 +95,8 @@ def print_differences(runs: list[str], batches: int = 20) -> None:
             return accumulate_gradients(spec, training, params, batch, None)[1].nll
 
         for step in range(batches):
-            found, exact = (loss(spec, opened.params, of_run[step]) for spec in (rounded, opened.spec))
-            differences.append(float(found) - float(exact))
+            found = loss(rounded, opened.params, of_run[step])
+            differences.append(float(found - loss(opened.spec, opened.params, of_run[step])))
     print(
         f"{len(differences)} batches: at most {max(map(abs, differences)):.5f} nats apart, "
         f"mean difference {statistics.mean(differences):+.5f}"
