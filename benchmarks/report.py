@@ -16,7 +16,7 @@ import numpy as np
 
 from llm.pages.report import write_report
 from llm.run.directory import RunDirectory
-from llm.run.metrics import rows_of
+from llm.run.metrics import Rows
 from llm.run.open import open_model
 from llm.run.probes import ProbeRow, ProbesFile
 from llm.training.probes import Probes
@@ -33,7 +33,7 @@ def timed(call) -> float:
 def main() -> None:
     run = RunDirectory(Path(sys.argv[1]))
     opened, record = open_model(run.path), run.read_provenance()
-    rows = list(rows_of(run.probes, ProbeRow))
+    rows = [row for _, row in Rows(run.probes, ProbeRow).appended()]
     steps = sorted({row.step for row in rows if row.prompt is None})
     held_out = np.array([row.ids for row in rows if row.step == steps[0] and row.prompt is None])
     with tempfile.TemporaryDirectory() as folder:

@@ -199,6 +199,37 @@ def test_a_step_counts_once_and_seconds_stand_for_the_steps_between_rows(tmp_pat
     assert list(metrics.train["seconds"]) == [2.0, 4.0, 6.0, 14.0]
 
 
+def test_rows_that_are_read_on_are_those_of_the_whole_file(copy):
+    """What was read is not read again, unless a resume has cut the file and written on."""
+    from llm.pages.report import gather
+    from llm.pages.report_data import GrowingRows
+    from llm.run.directory import RunDirectory
+
+    run = RunDirectory(copy / "run")
+    files = {
+        path: path.read_bytes().splitlines(keepends=True) for path in (run.metrics, run.probes)
+    }
+    for path, lines in files.items():
+        path.write_bytes(b"".join(lines[:4]) + lines[4][:9])
+
+    def agree():
+        rows.read()
+        kept, fresh = gather([run], read=[rows]), gather([run])
+        assert kept["runs"] == fresh["runs"]
+        return kept["runs"][0]
+
+    rows = GrowingRows(run)
+    agree()
+    for path, lines in files.items():  # the line that was cut is complete now; an early one is gone
+        path.write_bytes(b" " * (len(lines[0]) - 1) + b"\n" + b"".join(lines[1:]))
+    rows.read()
+    assert rows.metrics.broken == 0 and rows.metrics.train["step"][0] == 1
+    assert gather([run], read=[rows])["runs"][0]["texts"][1]["steps"] == [6, 12]
+    for path, lines in files.items():
+        path.write_bytes(b"".join(lines[:3]).replace(b'"loss": ', b'"loss": 1') + lines[-1])
+    assert agree()["train"]["loss"][0] > 10
+
+
 def probe_rows(run):
     return [json.loads(line) for line in (run / "probes.jsonl").read_text().splitlines()]
 

@@ -23,6 +23,7 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -181,14 +182,23 @@ class Scorer:
                     scored[text][1][place] = numbers
         yield from scored
 
+    def compile(self, texts: Sequence[TokenIds]) -> None:
+        """Compile what scores some texts of one size, no longer than the context.
+
+        `params` may hold shapes with shardings in the place of arrays.
+        """
+        windows = [window for ids in texts for window in self.windows(np.asarray(ids, np.int32))]
+        _describe_batch.lower(*self._arguments(windows)).compile()
+
     def _describe(self, windows: Sequence[Window]) -> Described:
         """Numpy arrays [B, K, ...] over the predicted positions of windows of one size."""
+        described = _describe_batch(*self._arguments(windows))
+        return jax.device_get(gathered(described, self.params))
+
+    def _arguments(self, windows: Sequence[Window]) -> tuple[Any, ...]:
         inputs_BT, targets_BK = pad(windows)
         watch_BW = np.tile(np.array(self.watch, np.int32), (len(inputs_BT), 1))
-        described = _describe_batch(
-            self.spec, self.params, inputs_BT, targets_BK, watch_BW, self._top()
-        )
-        return jax.device_get(gathered(described, self.params))
+        return self.spec, self.params, inputs_BT, targets_BK, watch_BW, self._top()
 
     def _top(self) -> int:
         return min(self.top, self.spec.vocab_size)

@@ -20,16 +20,17 @@ from llm.files import now, write_atomic
 from llm.inference.records import Record, Spellings, as_json
 from llm.pages.document import document, escape
 from llm.pages.report_data import (
+    GrowingRows,
     Metrics,
+    ProbeRows,
     changed_settings,
     curves,
+    has_ids_below,
     marks,
     receipt,
-    spread,
     time_spent,
 )
 from llm.run.directory import RunDirectory
-from llm.run.metrics import rows_of
 from llm.run.probes import ProbeRow
 from llm.run.provenance import came_from
 from llm.text.tokenizer import load_tokenizer
@@ -51,11 +52,16 @@ def write_report(run: RunDirectory) -> None:
     write_atomic(run.path / "report.html", report_page(gather([run])).encode())
 
 
-def gather(runs: Sequence[RunDirectory], whole: bool = False) -> Report:
+def gather(
+    runs: Sequence[RunDirectory],
+    whole: bool = False,
+    read: Sequence[GrowingRows] | None = None,
+) -> Report:
     """Everything that the page shows, as JSON.
 
     Args:
       whole: every row of the curves, not only what can be seen.
+      read: the rows of the runs, if they are kept.
     Raises:
       UsageError, CheckpointError: a run has files that cannot be read.
     """
@@ -63,8 +69,8 @@ def gather(runs: Sequence[RunDirectory], whole: bool = False) -> Report:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
-    metrics = [Metrics(run.metrics) for run in runs]
-    parts = [_one(*one, whole) for one in zip(names, runs, metrics, strict=True)]
+    read = read or [GrowingRows(run) for run in runs]
+    parts = [_one(*one, whole) for one in zip(names, runs, read, strict=True)]
     settings = {
         name: values
         for name in {name: None for part in parts for name in part["all"]}
@@ -77,7 +83,7 @@ def gather(runs: Sequence[RunDirectory], whole: bool = False) -> Report:
         "written": now(),
         "runs": parts,
         "differences": settings,
-        "parting": [_parting(metrics[0], other) for other in metrics[1:]],
+        "parting": [_parting(read[0].metrics, other.metrics) for other in read[1:]],
     }
 
 
@@ -90,7 +96,8 @@ def _parting(one: Metrics, other: Metrics) -> dict[str, Any]:
     return {"common": len(common), "step": step}
 
 
-def _one(name: str, run: RunDirectory, metrics: Metrics, whole: bool) -> Report:
+def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool) -> Report:
+    metrics = rows.metrics
     config, record = run.read_config(), run.read_provenance()
     steps = metrics.train["step"]
     reached = int(steps[-1]) if len(steps) else 0
@@ -102,7 +109,7 @@ def _one(name: str, run: RunDirectory, metrics: Metrics, whole: bool) -> Report:
     elif not metrics.evaluations:
         why = "holds nothing out" if config.data.validation == "none" else "has not evaluated yet"
         notes.append(f"There is no validation loss: this run {why}.")
-    texts, samples = _texts(run, notes)
+    texts, samples = _texts(run, rows.probes, notes)
     return {
         "name": name,
         "state": _state(run, record, reached, config.training.steps),
@@ -173,7 +180,9 @@ def _facts(record: Mapping[str, Any], config: Any) -> list[tuple[str, str]]:
     return [(term, value) for term, value in facts if value]
 
 
-def _texts(run: RunDirectory, notes: list[str]) -> tuple[list[Record], list[Record]]:
+def _texts(
+    run: RunDirectory, rows: ProbeRows, notes: list[str]
+) -> tuple[list[Record], list[Record]]:
     """Texts being learnt, and texts to read: samples of evaluations and the receipt's.
 
     A text has its `tokens`, and what was `said` of each at each of its `steps`; a text to read has
@@ -182,35 +191,18 @@ def _texts(run: RunDirectory, notes: list[str]) -> tuple[list[Record], list[Reco
     try:
         spellings = Spellings(load_tokenizer(run.tokenizer))
         size = spellings.tokenizer.vocab_size
-        rows, of_receipt = (
-            [
-                row
-                for row in of
-                if max(row.ids, default=0) < size
-                and all(said is None or (said.likeliest or 0) < size for said in row.said)
-            ]
-            for of in (rows_of(run.probes, ProbeRow), receipt(run))
-        )
+        texts = [learning(of, spellings) for of in rows.texts(MOST_COLUMNS, size)]
+        written = rows.samples(MOST_SAMPLES, size)[::-1]
     except CheckpointError as error:
         notes.append(f"The texts cannot be shown: {error}")
         return [], []
-    # A text that the settings changed is another text; a step that was scored twice counts once.
-    learnt: dict[Any, dict[int, ProbeRow]] = {}
-    for row in rows:
-        key = "" if row.prompt is not None else (row.name, *row.ids)
-        learnt.setdefault(key, {})[row.step] = row
-    written = learnt.pop("", {})
-    texts = [
-        learning([of[step] for step in spread(sorted(of), MOST_COLUMNS)], spellings)
-        for of in learnt.values()
-    ]
-    shown = [written[step] for step in spread(sorted(written), MOST_SAMPLES)[::-1]]
+    of_receipt = [row for row in receipt(run) if has_ids_below(size, row)]
     samples = [
         {
             "label": f"{row.name}, step {row.step:,}",
             "records": list(map(as_json, row.records(spellings, number))),
         }
-        for number, row in enumerate(shown + of_receipt)
+        for number, row in enumerate(written + of_receipt)
     ]
     return texts, samples
 

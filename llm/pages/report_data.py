@@ -18,8 +18,8 @@ import numpy.typing as npt
 from llm.config import Config, differences
 from llm.files import read_json
 from llm.run.directory import RunDirectory, saved_steps
-from llm.run.metrics import rows_of
-from llm.run.probes import ProbeRow
+from llm.run.metrics import Rows
+from llm.run.probes import ProbeKey, ProbeRow
 
 Column = npt.NDArray[np.float64]
 
@@ -27,6 +27,8 @@ Column = npt.NDArray[np.float64]
 BUCKETS, MOST_ROWS = 300, 3000
 # A smoothed curve is the mean over a fiftieth of the rows.
 SMOOTHED = 50
+# Rows that are parsed before they become numbers of an array.
+ROWS_AT_ONCE = 50_000
 # Skipped updates that are marked, and evaluations that are drawn.
 MOST_MARKS, MOST_EVALUATIONS = 200, 1000
 
@@ -51,7 +53,8 @@ class _Train(msgspec.Struct, tag_field="kind", tag="train"):
 
 
 # The curves of training, in the order of the page; a run has those that its rows have.
-CURVES = _Train.__struct_fields__[3:-2]
+_FIELDS = _Train.__struct_fields__
+CURVES = _FIELDS[3:-2]
 
 
 class _Evaluation(msgspec.Struct, tag_field="kind", tag="eval"):
@@ -69,41 +72,116 @@ class Metrics:
         those of the steps until then, without evaluations, saves and what was done again.
       evaluations: source -> its rows; "" is the whole.
       skipped: (step, why) of updates that were not applied.
-      broken: how many lines are no rows.
     """
 
     def __init__(self, path: Path):
-        broken: list[bytes] = []
-        steps: dict[int, _Train] = {}
-        found: dict[tuple[str, int], _Evaluation] = {}
-        for row in rows_of(path, _Train | _Evaluation, broken):
-            if isinstance(row, _Train):
-                steps[row.step] = row
+        self._rows = Rows(path, _Train | _Evaluation)
+        self._forget()
+        self.read()
+
+    def _forget(self) -> None:
+        self._table: npt.NDArray[np.float64] = np.zeros((0, len(_FIELDS)))
+        self._evaluated: dict[tuple[str, int], _Evaluation] = {}
+
+    @property
+    def broken(self) -> int:
+        """How many lines are no rows."""
+        return self._rows.broken
+
+    def read(self) -> None:
+        """Read what was appended since the last time."""
+        new: list[tuple[Any, ...]] = []
+        for _, row in self._rows.appended():
+            if row is None:
+                self._forget()
+            elif isinstance(row, _Train):
+                new.append(msgspec.structs.astuple(row))
+                if len(new) == ROWS_AT_ONCE:
+                    self._add(new)
             else:
-                found[row.source, row.step] = row
-        rows = [steps[step] for step in sorted(steps)]
-        self.broken = len(broken)
+                self._evaluated[row.source, row.step] = row
+        self._add(new)
+        columns = dict(zip(_FIELDS, self._table.T, strict=True))
+        refused = (columns["finite"] == 0) | (columns["spike"] == 1)
         self.skipped = [
-            (row.step, "a spike" if row.spike else "not finite")
-            for row in rows
-            if row.spike or not row.finite
+            (int(row[0]), "a spike" if row[-1] else "not finite") for row in self._table[refused]
         ]
         self.train: dict[str, Column] = {
-            name: np.array([getattr(row, name) for row in rows], np.float64)
-            for name in ("step", "tokens", *CURVES)
+            name: columns[name] for name in ("step", "tokens", *CURVES)
         }
-        step = self.train["step"]
         # With logging.every a row stands for the steps since the row before it.
-        each = np.array([row.step_seconds for row in rows], np.float64)
-        self.train["seconds"] = np.cumsum(each * np.diff(step, prepend=0.0))
+        each = columns["step_seconds"] * np.diff(columns["step"], prepend=0.0)
+        self.train["seconds"] = np.cumsum(each)
         self.evaluations: dict[str, list[_Evaluation]] = {}
-        for (source, _), one in sorted(found.items(), key=lambda item: item[0]):
+        for (source, _), one in sorted(self._evaluated.items(), key=lambda item: item[0]):
             self.evaluations.setdefault(source, []).append(one)
+
+    def _add(self, new: list[tuple[Any, ...]]) -> None:
+        """Take rows from a list. Of a step that was taken twice the later row counts."""
+        table = np.concatenate([self._table, np.array(new, np.float64).reshape(-1, len(_FIELDS))])
+        new.clear()
+        if (np.diff(table[:, 0]) <= 0).any():
+            _, last = np.unique(table[::-1, 0], return_index=True)
+            table = table[len(table) - 1 - last]
+        self._table = table
 
     def at(self, name: str, steps: Sequence[int]) -> list[float]:
         """Tokens or seconds after some steps."""
         known = [0.0, *self.train["step"]], [0.0, *self.train[name]]
         return [float(x) for x in np.interp(steps, *known)]
+
+
+class ProbeRows:
+    """Where the rows of each text lie in probes.jsonl. They are read when they are drawn.
+
+    A text that the settings changed is another text; a step that was scored twice counts once.
+    """
+
+    def __init__(self, path: Path):
+        self._rows = Rows(path, ProbeKey)
+        self._offsets: dict[tuple[str, bytes], dict[int, int]] = {}
+        self._samples: dict[int, int] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Read what was appended since the last time."""
+        for offset, row in self._rows.appended():
+            if row is None:
+                self._offsets, self._samples = {}, {}
+            elif row.prompt is not None:
+                self._samples[row.step] = offset
+            else:
+                self._offsets.setdefault((row.name, bytes(row.ids)), {})[row.step] = offset
+
+    def texts(self, most: int, size: int) -> list[list[ProbeRow]]:
+        """Of each text the rows at so many steps, evenly; of ids below `size` alone."""
+        found = [self._at(of, most, size) for of in self._offsets.values()]
+        return [rows for rows in found if rows]
+
+    def samples(self, most: int, size: int) -> list[ProbeRow]:
+        """What the model wrote, at so many steps."""
+        return self._at(self._samples, most, size)
+
+    def _at(self, offsets: Mapping[int, int], most: int, size: int) -> list[ProbeRow]:
+        rows = self._rows.at([offsets[step] for step in spread(sorted(offsets), most)], ProbeRow)
+        return [row for row in rows if has_ids_below(size, row)]
+
+
+def has_ids_below(size: int, row: ProbeRow) -> bool:
+    """Whether a tokenizer of so many tokens has all ids of a row."""
+    likeliest = (said.likeliest or 0 for said in row.said if said is not None)
+    return max(*row.ids, *likeliest, 0, 0) < size
+
+
+class GrowingRows:
+    """The rows of a run. What was read of them is kept until they are read on."""
+
+    def __init__(self, run: RunDirectory):
+        self.metrics, self.probes = Metrics(run.metrics), ProbeRows(run.probes)
+
+    def read(self) -> None:
+        self.metrics.read()
+        self.probes.read()
 
 
 def visible(columns: Sequence[Column], buckets: int = BUCKETS) -> npt.NDArray[np.int64]:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from llm.console import say
 from llm.errors import UsageError
 from llm.pages.report import gather, is_training, report_page
+from llm.pages.report_data import GrowingRows
 from llm.run.directory import RunDirectory
 
 
@@ -26,6 +27,7 @@ class ReportServer(ThreadingHTTPServer):
     def __init__(self, runs: Sequence[RunDirectory], host: str, port: int):
         self.runs, self._lock = runs, threading.Lock()
         self._seen: Any = None
+        self._rows: list[GrowingRows] = []
         self._content: dict[str, bytes] = {}
         self.host = host
         super().__init__((host, port), _Handler)
@@ -41,7 +43,10 @@ class ReportServer(ThreadingHTTPServer):
             seen = [file.exists() and file.stat().st_mtime_ns for file in files]
             seen += [is_training(run) for run in self.runs]  # a kill changes no file
             if seen != self._seen:
-                report = gather(self.runs)
+                self._rows = self._rows or [GrowingRows(run) for run in self.runs]
+                for rows in self._rows:
+                    rows.read()
+                report = gather(self.runs, read=self._rows)
                 self._content = {
                     "/": report_page(report, live=True).encode(),
                     "/data.json": json.dumps(report, allow_nan=False).encode(),

@@ -115,29 +115,69 @@ def _parsed(path: Path, place: int, line: bytes) -> Any:
     )
 
 
-def rows_of(path: Path, row: Any, broken: list[bytes] | None = None) -> Iterator[Any]:
+class Rows:
     """The rows of a file of JSON lines, in order; a line that is still being written is none.
 
     Args:
       row: their type, for msgspec.
-      broken: takes the lines that are no rows.
-    Raises:
-      CheckpointError: the file cannot be read.
+    Attributes:
+      end: offset behind the last whole line that was read.
+      broken: how many lines were no rows.
     """
-    decode = msgspec.json.Decoder(row).decode
-    try:
-        with open_regular(path) as file:
+
+    def __init__(self, path: Path, row: Any):
+        self._path, self._decode = path, msgspec.json.Decoder(row).decode
+        self.end, self._last, self.broken = 0, b"", 0
+
+    def appended(self) -> Iterator[tuple[int, Any]]:
+        """(offset, row) of each row that was appended since the last call.
+
+        If the file is not as it was read, because a resume has cut it, everything is read anew, and
+        (0, None) comes first.
+
+        Raises:
+          CheckpointError: the file cannot be read.
+        """
+        with self._explained(), open_regular(self._path) as file:
+            file.seek(self.end - len(self._last))
+            if file.read(len(self._last)) != self._last:
+                file.seek(0)
+                self.end, self._last, self.broken = 0, b"", 0
+                yield 0, None
             for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                start, self.end, self._last = self.end, self.end + len(line), line
                 try:
-                    if line.endswith(b"\n"):
-                        yield decode(line)
+                    row = self._decode(line)
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                    if broken is not None:
-                        broken.append(line)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {why(error)}") from None
+                    self.broken += 1
+                else:
+                    yield start, row
+
+    def at(self, offsets: Iterable[int], row: Any) -> list[Any]:
+        """The rows at some offsets, as another type; those that are none of it are left out.
+
+        Raises:
+          CheckpointError: the file cannot be read.
+        """
+        decode, found = msgspec.json.Decoder(row).decode, []
+        with self._explained(), open_regular(self._path) as file:
+            for offset in offsets:
+                file.seek(offset)
+                with contextlib.suppress(msgspec.DecodeError):
+                    found.append(decode(file.readline()))
+        return found
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """No file means no rows."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be read: {why(error)}") from None
 
 
 class LineFile:

@@ -16,11 +16,10 @@ from typing import Annotated, Any
 
 import msgspec
 
-from llm.files import write_atomic
 from llm.inference.records import NO_NUMBERS, Alternative, Spellings, TokenRecord
 from llm.inference.transcript import Transcript
 from llm.run.directory import explained
-from llm.run.metrics import LineFile, rows_of
+from llm.run.metrics import LineFile, Rows
 
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
@@ -81,6 +80,15 @@ class ProbeRow(msgspec.Struct, frozen=True, omit_defaults=True):
 _encode = msgspec.json.Encoder().encode
 
 
+class ProbeKey(msgspec.Struct, frozen=True):
+    """What a row is of, without its numbers: of a long file they are read for a few rows alone."""
+
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    name: str
+    ids: msgspec.Raw
+    prompt: int | None = None
+
+
 class ProbesFile(LineFile):
     """Appends rows, as metrics.jsonl is written."""
 
@@ -91,12 +99,16 @@ class ProbesFile(LineFile):
           CheckpointError: the file cannot be read.
           UsageError: it cannot be written.
         """
-        kept = [row for row in rows_of(self._path, ProbeRow) if row.step <= step]
-        content = b"".join(_encode(row) + b"\n" for row in kept)
+        rows, found, cut = Rows(self._path, ProbeKey), False, None
+        for start, row in rows.appended():
+            found |= row.step == step and row.prompt is None
+            if cut is None and row.step > step:  # and so are all behind it
+                cut = start
+        end = rows.end if cut is None else cut
         with explained(self._path), contextlib.suppress(FileNotFoundError):
-            if os.path.getsize(self._path) != len(content):
-                write_atomic(self._path, content)
-        return any(row.step == step and row.prompt is None for row in kept)
+            if os.path.getsize(self._path) != end:
+                os.truncate(self._path, end)
+        return found
 
     def write(self, *rows: ProbeRow) -> None:
         """Append rows of one step, which have finite numbers; a kill leaves all of them or none."""

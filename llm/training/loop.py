@@ -135,7 +135,7 @@ class Outputs:
         self.checkpoints.close()
         self.metrics.close()
         if self.probes is not None:
-            self.probes.file.close()
+            self.probes.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -163,6 +163,9 @@ def train(
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
     validation = Validation(job, outputs, shared_stop, sampler, report)
+    # While the step is compiled too. Programs of several processes are compiled in one order.
+    if outputs.probes is not None and job.hosts.alone:
+        outputs.probes.compile(state.weights)
     catch_up(job, outputs, report, validation, state)
     if config.run.deterministic and step < steps:
         check_repeats(job, step_fn, state, step)

@@ -5,9 +5,13 @@ configuration. Their numbers come from the code of `score`, on the same paramete
 probes.jsonl is what `score` says of the checkpoint of that step.
 """
 
+import contextlib
 import dataclasses
+import threading
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from llm.config import ProbeText
@@ -43,6 +47,7 @@ class Probes:
         file: ProbesFile,
     ):
         self.file, self._last = file, -1
+        self._compiling: threading.Thread | None = None
         self._scorer = Scorer(spec, {}, tokenizer, top=1)
         self._texts = [
             (f"Held-out text {number}", row.tolist()) for number, row in enumerate(held_out, 1)
@@ -60,6 +65,33 @@ class Probes:
                     f"{longest}, so that it fits in the context and on a page"
                 )
             self._texts.append((probe.name or probe.text[:NAME], ids))
+        # All as long as the longest, behind which nothing is seen: one program is compiled.
+        size = max((len(ids) for _, ids in self._texts), default=0)
+        self._padded = [ids + [0] * (size - len(ids)) for _, ids in self._texts]
+
+    def compile(self, params: Params) -> None:
+        """Begin to compile the program of `score` in a thread, so that training need not wait."""
+        if self._texts:
+            shapes: Any = {
+                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                for name, x in params.items()
+            }
+            scorer = dataclasses.replace(self._scorer, params=shapes)
+
+            def work() -> None:
+                with contextlib.suppress(
+                    Exception
+                ):  # `score` compiles again, and says what is wrong
+                    scorer.compile(self._padded)
+
+            self._compiling = threading.Thread(target=work)
+            self._compiling.start()
+
+    def close(self) -> None:
+        """Wait for the compiler, and close the file."""
+        if self._compiling is not None:
+            self._compiling.join()
+        self.file.close()
 
     def resume(self, step: int, hosts: Hosts) -> None:
         """Go on from a step: later rows are dropped."""
@@ -72,12 +104,11 @@ class Probes:
         if not self._texts or step == self._last:
             return
         self._last = step
-        # All as long as the longest, behind which nothing is seen: one program is compiled.
-        size = max(len(ids) for _, ids in self._texts)
-        padded = [ids + [0] * (size - len(ids)) for _, ids in self._texts]
+        if self._compiling is not None:
+            self._compiling.join()
         scorer = dataclasses.replace(self._scorer, params=params)
         try:
-            scored = list(scorer.score(padded))
+            scored = list(scorer.score(self._padded))
         except NonFiniteError:
             return
         texts = zip(self._texts, scored, strict=True)
