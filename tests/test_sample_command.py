@@ -378,19 +378,26 @@ def test_the_worst_passages_are_those_of_the_largest_sums():
     assert worst_passages([]) == []
 
 
-def test_score_writes_whole_distributions(tmp_path, capsys):
-    full, probs = tmp_path / "full.npz", tmp_path / "probs.jsonl"
+def test_score_writes_whole_distributions_and_openais_shape(tmp_path, capsys):
+    full, completion = tmp_path / "full.npz", tmp_path / "openai.json"
     text = "h\u00e9!"
-    assert score("--text", text, "zz", "--full", full, "--probs", probs) == 0
+    flags = ("--full", full, "--probs", completion, "--format", "openai", "--top", 3)
+    assert score("--text", text, "zz", *flags) == 0
     said = capsys.readouterr().err
     assert "bits per byte" in said and "worst" in said
-    logprobs = [r["logprob"] for r in read_records(probs) if r["type"] == "token"][:4]
+    choice = json.loads(completion.read_text())["choices"][0]
+    logprobs = choice["logprobs"]
+    assert choice["text"] == text
+    assert logprobs["tokens"] == ["h", "bytes:\\xc3", "bytes:\\xa9", "!"]
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    for token, top in zip(logprobs["tokens"][1:], logprobs["top_logprobs"][1:], strict=True):
+        assert token in top and len(top) in (3, 4)  # the token itself, also where it is not likely
     arrays = np.load(full)
     assert arrays["ids_0"].tolist() == list(text.encode())
     assert arrays["logprobs_0"].shape == (3, 257) and arrays["logprobs_1"].shape == (1, 257)
     np.testing.assert_allclose(np.exp(arrays["logprobs_0"]).sum(-1), 1.0, atol=1e-5)
     picked = arrays["logprobs_0"][range(3), arrays["ids_0"][1:]]
-    np.testing.assert_allclose(picked, logprobs[1:], atol=1e-5)
+    np.testing.assert_allclose(picked, logprobs["token_logprobs"][1:], atol=1e-5)
 
 
 @pytest.mark.thorough
@@ -453,6 +460,7 @@ def test_score_reads_files_and_standard_input(tmp_path, monkeypatch, capsys):
         (["--text", "ab", "--stride", "-1"], ["stride"]),
         (["--text", "ab", "--watch", "-5"], ["-5"]),
         (["--text", "ab", "--json", "--probs", "-"], ["stdout"]),
+        (["--text", "ab", "--format", "openai"], ["--probs"]),
         (["--text", "ab", "--full", "x", "--attention", "x"], ["--full", "--attention", "x"]),
         (["--file", "no/such/file"], ["no/such/file"]),
         (["--text", "ab", "--full", "no/such/folder/x.npz"], ["no/such/folder"]),
@@ -470,9 +478,11 @@ def test_wrong_inputs_of_score_are_named_and_exit_2(arguments, words, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-def test_a_full_disk_is_named_and_exits_2(capsys):
-    assert score("--text", "ab" * 20, "--probs", "/dev/full") == 2
-    assert sample("--max-new-tokens", 3, "--probs", "/dev/full") == 2
+@pytest.mark.parametrize("format_", ["records", "openai"])
+def test_a_full_disk_is_named_and_exits_2(format_, capsys):
+    assert score("--text", "ab" * 20, "--probs", "/dev/full", "--format", format_) == 2
+    if format_ == "records":
+        assert sample("--max-new-tokens", 3, "--probs", "/dev/full") == 2
     error = capsys.readouterr().err
     assert "error: cannot write /dev/full: No space left on device" in error
 

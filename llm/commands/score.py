@@ -13,6 +13,7 @@ The files of arrays hold, for text I with T tokens:
 
 import json
 import math
+import time
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -62,6 +63,9 @@ class Options(RecordOptions):
         "tokens between the windows of a long text; smaller gives more context and takes longer; "
         "0: half of the context",
     )
+    format: Literal["records", "openai"] = setting(
+        "records", "what --probs writes: records, or one JSON object like OpenAI's completions"
+    )
     full: OutputFile = setting(None, "write the whole distribution at every token (.npz)", "FILE")
     attention: OutputFile = setting(None, "write where each head looks (.npz)", "FILE")
     attention_html: OutputFile = setting(None, "write where each head looks, as a page", "FILE")
@@ -71,6 +75,10 @@ class Options(RecordOptions):
     def _check_together(self) -> Self:
         if self.as_json and self.probs == "-":
             raise UsageError("--json and --probs - would both write to stdout; give --probs a file")
+        if self.format == "openai" and not self.probs:
+            raise UsageError(
+                "--format openai is the format of --probs; give --probs FILE or --probs -"
+            )
         return self
 
 
@@ -93,6 +101,7 @@ def main(arguments: list[str]) -> int:
 
     from llm.inference.numerics import numerics_of
     from llm.inference.score import Scorer
+    from llm.serving.completions import openai_completion
 
     tokenizer = opened.tokenizer
     read = [tokenizer.encode(as_text(data, tokenizer, name)) for name, data in sources]
@@ -123,7 +132,15 @@ def main(arguments: list[str]) -> int:
             worst.extend(worst_of(tokens))
             yield ends[-1]
 
-    options.emit(records(), title=f"Scored by {opened.run}, step {opened.step}")
+    def as_openai(records: list[AnyRecord]) -> str:
+        answer = openai_completion(records, opened.run, int(time.time()))
+        return json.dumps(answer, allow_nan=False) + "\n"
+
+    options.emit(
+        records(),
+        title=f"Scored by {opened.run}, step {opened.step}",
+        encode=as_openai if options.format == "openai" else None,
+    )
     if options.full:
         write_arrays(options.full, "logprobs", texts, map(scorer.distributions, texts))
     report = opened.checkpoint | summary(ends, size, worst)

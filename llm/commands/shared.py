@@ -91,12 +91,14 @@ class RecordOptions(RunOptions):
         title: str,
         *,
         show: Callable[[Iterable[AnyRecord]], Iterable[str]] | None = None,
+        encode: Callable[[list[AnyRecord]], str] | None = None,
     ) -> None:
         """Send records, each as soon as it comes, to the file, the terminal and the page.
 
         Args:
           title: heading of the page.
           show: makes the text for the terminal, unless it is painted or has the records themselves.
+          encode: makes the content of the file from all records, in place of a line for each.
         """
         from llm.pages.paint import paint_stream
         from llm.pages.view import page
@@ -105,9 +107,9 @@ class RecordOptions(RunOptions):
         with output(self.probs) as write:
 
             def sent(record: AnyRecord) -> AnyRecord:
-                if self.probs:
+                if self.probs and encode is None:
                     write(to_line(record))
-                if self.html:
+                if self.html or encode is not None:
                     kept.append(record)
                 return record
 
@@ -121,6 +123,8 @@ class RecordOptions(RunOptions):
                 send = partial(print, end="", flush=True) if self.paints else show_text
                 for text in shown:
                     send(text)
+            if encode is not None:
+                write(encode(kept))
         if self.html:
             content = page(list(map(as_json, kept)), title=title).encode()
             write_output(self.html, content, UsageError)

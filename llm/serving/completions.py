@@ -2,6 +2,8 @@ r"""OpenAI's completions: how an answer looks, whole or as the events of a strea
 
     answer = Answer(request, prompts, served)     NewTokens in, events or one completion out
 
+    openai_completion(records, model, created)    the records of a file as one completion
+
 Answers follow OpenAI's legacy completions, with the additions of vLLM that a request asks for
 (`stop_reason`, `token_ids`, `prompt_token_ids`, `prompt_logprobs`) and the field "records".
 
@@ -22,6 +24,7 @@ https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 import itertools
 import secrets
 import time
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +34,7 @@ from msgspec.structs import replace
 from llm.inference.decode import NewTokens, Request, TokenIds
 from llm.inference.records import (
     Alternative,
+    AnyRecord,
     EndRecord,
     Record,
     RunRecord,
@@ -95,12 +99,7 @@ class Answer:
             top = min(request.records, served.run.tokenizer.vocab_size)
             self._run.append(as_json(replace(served.run, sampling=drawn, top=top)))
         self._shows_usage = request.stream_options.include_usage
-        self._head = {
-            "id": f"cmpl-{secrets.token_hex(12)}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": served.name,
-        }
+        self._head = _head(secrets.token_hex(12), int(time.time()), served.name)
 
     @property
     def finished(self) -> bool:
@@ -150,8 +149,7 @@ class Answer:
         if request.logprobs is not None:
             logprobs = _logprobs(tokens, request.logprobs, watch)
         text = "".join(token.text for token in tokens)
-        reason = _FINISH[end.finish] if end and end.finish else None
-        choice = {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
+        choice = _choice(index, text, logprobs, end.finish if end else None)
         choice |= {"stop_reason": end.stop if end else None} | self._extras(new)
         if request.records is None:
             return choice, []
@@ -179,8 +177,37 @@ class Answer:
 
     def _usage(self) -> dict[str, int]:
         drawn = sum(token.phase == "generated" for tokens in self._tokens for token in tokens)
-        prompt = self._prompt_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+        return _usage(self._prompt_tokens, drawn)
+
+
+def openai_completion(records: Sequence[AnyRecord], model: str, created: int) -> dict[str, Any]:
+    """The records of one run as one completion: a choice for each sample, its prompt echoed.
+
+    Args:
+      model: its name.
+      created: seconds since 1970.
+    """
+    tokens: dict[int, list[TokenRecord]] = defaultdict(list)
+    for record in records:
+        if isinstance(record, TokenRecord):
+            tokens[record.sample].append(record)
+    choices = [
+        _choice(end.sample, end.text, _logprobs(tokens[end.sample]), end.finish)
+        for end in records
+        if isinstance(end, EndRecord)
+    ]
+    phases = Counter(token.phase for sample in tokens.values() for token in sample)
+    usage = _usage(phases["prompt"], phases["generated"])
+    return _head(str(created), created, model) | {"choices": choices, "usage": usage}
+
+
+def _head(name: str, created: int, model: str) -> dict[str, Any]:
+    return {"id": f"cmpl-{name}", "object": "text_completion", "created": created, "model": model}
+
+
+def _choice(index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+    reason = None if finish is None else _FINISH[finish]
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _logprobs(
@@ -198,6 +225,10 @@ def _logprobs(
         "top_logprobs": [_alternatives(token, count, watch) for token in tokens],
         "text_offset": [token.text_offset for token in tokens],
     }
+
+
+def _usage(prompt: int, drawn: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
 
 
 def _listed(
