@@ -114,8 +114,11 @@ def test_rivals_have_the_form_of_the_canary():
         rivals("密码", 0)
 
 
+CANARY = "the code is 38204711"
+
+
 def planted(folder):
-    """Random letters, in documents that stand 1, 4, 16 or 64 times in the corpus."""
+    """Random letters, in documents that stand 1, 4, 16 or 64 times in the corpus; and a canary."""
     random = np.random.default_rng(0)
     folder.mkdir()
     texts = []
@@ -123,6 +126,7 @@ def planted(folder):
         for _ in range(different):
             text = "".join(random.choice(list("abcdefghijklmnop "), 200))
             texts += [text] * times
+    texts += [f"{CANARY}\n" * 5] * 16
     for number, place in enumerate(random.permutation(len(texts))):
         (folder / f"{number:03}.txt").write_text(texts[place])
 
@@ -130,27 +134,44 @@ def planted(folder):
 @pytest.mark.thorough
 def test_what_stands_more_often_in_the_text_is_repeated_more_often(tmp_path, capsys):
     planted(tmp_path / "texts")
-    config = write_config(
-        tmp_path,
-        data={"source": str(tmp_path / "texts")},
-        model={"d_model": 64, "context_length": 112, "positions": "rotary", "dropout": 0.0},
-        optimizer={"kind": "muon"},
-        tokenizer={"kind": "bytes"},
-        training={"steps": 150, "eval_every": 0, "batch_size": 16},
-        checkpoint={"every": 0},
-        sample={"prompt": "", "max_new_tokens": 0},
-    )
-    assert train(config) == 0
-    capsys.readouterr()
-    run, page = tmp_path / "run", tmp_path / "page.html"
-    words = ["--windows", "200", "--canary", "abc", "--json", "--html", str(page)]
-    assert main(["memorized", str(run), *words]) == 0
-    found = json.loads(capsys.readouterr().out)
+
+    def found_after(steps, *more):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        config = write_config(
+            folder,
+            data={"source": str(tmp_path / "texts")},
+            model={"d_model": 64, "context_length": 112, "positions": "rotary", "dropout": 0.0},
+            optimizer={"kind": "muon", "warmup_steps": 50},
+            tokenizer={"kind": "bytes"},
+            training={"steps": steps, "eval_every": 0, "batch_size": 16},
+            checkpoint={"every": 0},
+            sample={"prompt": "", "max_new_tokens": 0},
+        )
+        assert train(config) == 0
+        capsys.readouterr()
+        words = ["--windows", "200", "--canary", CANARY, "--json", *more]
+        assert main(["memorized", str(folder / "run"), *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    # Untrained: after one step of the warm-up. Nothing is repeated, and all is at chance.
+    chance = found_after(1)
+    for group in (chance, chance["held_out"], *chance["by_occurrences"]):
+        assert group["verbatim_share"] == 0
+        assert all(one["share"] == 0 for one in group["extractable"])
+    assert chance["membership"]["auc"] == pytest.approx(0.5, abs=0.1)
+    assert chance["membership"]["tpr_at_1_percent_fpr"] < 0.1
+    assert chance["canaries"][0]["exposure"] < 5
+
+    run, page = tmp_path / "150" / "run", tmp_path / "page.html"
+    found = found_after(150, "--html", str(page))
+    (canary,) = found["canaries"]
+    assert (canary["rank"], canary["of"]) == (1, 1001)
+    assert canary["exposure"] == pytest.approx(np.log2(1001))
     shares = [group["verbatim_share"] for group in found["by_occurrences"]]
     logprobs = [group["mean_suffix_logprob"] for group in found["by_occurrences"]]
     assert len(shares) >= 4 and shares == sorted(shares) and logprobs == sorted(logprobs)
     assert shares[0] == 0 and shares[-1] > 0.9
-    assert 1 <= found["canaries"][0]["rank"] <= 1001
     assert "likeliest to repeat" in page.read_text()
     assert main(["memorized", str(run), "--windows", "20"]) == 0
     assert "written by greedy decoding" in capsys.readouterr().out
@@ -162,9 +183,15 @@ def test_what_stands_more_often_in_the_text_is_repeated_more_often(tmp_path, cap
     written = opened.generate(prompts, max_new_tokens=SUFFIX, temperature=0.0)
     greedy = [[token.id for token in one.tokens[PREFIX:]] for one in written]
     by_hand = [one == window[PREFIX:] for one, window in zip(greedy, windows.tolist(), strict=True)]
-    numbers = predictions(Scorer(opened.spec, opened.params, opened.tokenizer), windows)
+    scorer = Scorer(opened.spec, opened.params, opened.tokenizer)
+    numbers = predictions(scorer, windows)
     assert (numbers.ranks[:, -SUFFIX:] == 1).all(1).tolist() == by_hand
     assert 0 < sum(by_hand) < len(by_hand)
+    # It tells what it has seen from letters that it has not. Held-out text here has copies.
+    letters = [*map(ord, "abcdefghijklmnop ")]
+    unseen = np.random.default_rng(9).choice(letters, windows.shape).astype(np.int32)
+    told = membership(numbers, predictions(scorer, unseen))
+    assert told["auc"] > 0.7 and told["min_k"]["auc"] > 0.7
 
 
 def test_a_run_that_was_not_trained_here_has_no_training_text(copy):
