@@ -5,7 +5,8 @@
 
 The text is the source code of the standard library, repeated to so many MiB, in files of a MiB.
 Preparing is everything from these files to verified shards on disk. tiktoken's own time is
-encode_ordinary_batch of the same texts, in memory, with as many threads; the two take turns.
+encode_ordinary_batch of the same texts, in memory, with as many threads; the two take turns. If
+gigatoken is installed (the extra `fast`), a third is preparing without it.
 
 With --memory: 3,000 files and one line of 2 GB, written below FOLDER and prepared once by a process
 of its own, whose largest memory is printed. FOLDER needs room for three times the text.
@@ -42,6 +43,9 @@ def main() -> None:
     print(f"bytes, to shards: {result['bytes_mb_per_s']:.0f} MB/s on {result['cores']} cores")
     print(f"{options.tokenizer}, to shards: {result['bpe_mb_per_s']:.1f} MB/s")
     print(f"{options.tokenizer}, raw tiktoken / ours: {result['of_raw']:.2f} of its speed")
+    print(
+        f"{options.tokenizer}, without gigatoken: {result['of_raw_without_fast']:.2f} of its speed"
+    )
     print(f"loader: {result['batches_per_s']:,.0f} batches of 12 x 64 a second")
     print(json.dumps(result))
 
@@ -83,6 +87,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     from llm.config import TokenizerConfig
     from llm.measure.data import loader_speed, prepare_text, write_text
+    from llm.text import tokenizer as tokenizers
     from llm.text.batches import RingWindows, TrainingBatches
 
     cores = len(os.sched_getaffinity(0))
@@ -90,23 +95,30 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     raw = tiktoken.get_encoding(options.tokenizer)
     raw.encode_ordinary("to build its tables")
     size = sum(len(text.encode()) for text in texts) / 1e6
-    kinds: dict[str, list[float]] = {"bytes": [], options.tokenizer: [], "raw": []}
+    kinds: dict[str, list[float]] = {"bytes": [], options.tokenizer: [], "raw": [], "slow": []}
+    fast_after = tokenizers._FAST_AFTER
     for turn in range(options.turns):
         for kind, times in kinds.items():
             start = time.perf_counter()
             if kind == "raw":
                 raw.encode_ordinary_batch(texts, num_threads=cores)
             else:
-                cache, tokenizer = folder / f"{kind}-{turn}", TokenizerConfig(kind=kind)
+                cache = folder / f"{kind}-{turn}"
+                tokenizer = TokenizerConfig(kind=options.tokenizer if kind == "slow" else kind)
+                tokenizers._FAST_AFTER = 2**62 if kind == "slow" else fast_after
                 corpus = prepare_text(folder / "text", cache, tokenizer)
             times.append(time.perf_counter() - start)
     batches = TrainingBatches(RingWindows(corpus.train, 64), batch_size=12, seed=0)
-    fractions = [a / b for a, b in zip(kinds["raw"], kinds[options.tokenizer], strict=True)]
+
+    def of_raw(kind: str) -> float:
+        return statistics.median(a / b for a, b in zip(kinds["raw"], kinds[kind], strict=True))
+
     return {
         "cores": cores,
         "bytes_mb_per_s": size / statistics.median(kinds["bytes"]),
         "bpe_mb_per_s": size / statistics.median(kinds[options.tokenizer]),
-        "of_raw": statistics.median(fractions),
+        "of_raw": of_raw(options.tokenizer),
+        "of_raw_without_fast": of_raw("slow"),
         "batches_per_s": loader_speed(batches, seconds=2.0),
     }
 

@@ -74,8 +74,9 @@ class FastPairs:
     def _made(self) -> Any:
         from gigatoken.gigatoken_rs import BPETokenizer
 
+        ranks = sorted(self._ranks.items(), key=lambda item: item[1])
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks)
         with tempfile.NamedTemporaryFile(suffix=".tiktoken") as file:
-            for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
-                file.write(b"%s %d\n" % (base64.b64encode(token), rank))
+            file.write(b"".join(lines))
             file.flush()
             return BPETokenizer.from_tiktoken(file.name, self._scheme, None)
