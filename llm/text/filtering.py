@@ -35,7 +35,7 @@ from llm.text.stream import remedy
 from llm.text.tokenizer import sha256_of_json, utf8_length
 
 # Increase it when equal settings would leave out or replace something else.
-FORMAT = 3
+FORMAT = 4
 
 # Rules, redaction and near duplicates need the whole text of a document in memory, and several
 # times its size while they work on it.
