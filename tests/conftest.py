@@ -3,6 +3,7 @@ store of compiled programs, which tests, workers and the processes they start sh
 runs that several files of tests look at."""
 
 import collections
+import gc
 import os
 import signal
 from pathlib import Path
@@ -22,6 +23,9 @@ os.environ.setdefault(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
+# Looking for cycles among the many objects that traced programs keep is a tenth of what they cost.
+gc.set_threshold(100_000, 20, 50)
+
 
 # A signal that is ignored, as nohup ignores it, would be ignored in the processes of tests too; one
 # that is handled is not.
@@ -29,8 +33,12 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
-# Files whose tests are whole runs, or wait for several processes.
-LONGEST = ("hosts", "train_command", "faults", "kills", "decode", "surfaces", "serve")
+# Files whose tests are whole runs, or wait for several processes; the longest first.
+LONGEST = (
+    "kills", "init_from", "train_command", "hosts", "faults", "mixture", "surfaces", "products",
+    "packing", "live_page", "imported", "export", "language_model", "gpt", "optimizer", "serve",
+    "sample_command", "decode", "step",
+)  # fmt: skip
 # Files that `make test` leaves out: comparisons with other programs, and of many compiled programs.
 THOROUGH = (
     "bench", "collectives", "compiler", "context", "engine", "experts", "families", "hf", "kernels",
@@ -62,10 +70,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory):
     """The folder of a run that nothing disturbed: config.toml, run/, cache/, corpus.txt."""
-    from runs import train, write_config
+    from runs import SAMPLE, train, write_config
 
     folder = tmp_path_factory.mktemp("unbroken")
-    assert train(write_config(folder)) == 0
+    assert train(write_config(folder, sample=SAMPLE)) == 0
     return folder
 
 
