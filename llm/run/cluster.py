@@ -76,21 +76,11 @@ def _given(settings: DistributedConfig) -> Cluster | None:
     if count == 1:
         return None
     host, _, port = coordinator.rpartition(":")
-    problem = ""
-    if not coordinator or count == 0 or index == -1:
-        problem = (
-            "distributed: expected coordinator, num_processes and process_id together, or none of "
-            "them (they are then found under SLURM, MPI, GKE and on TPUs)"
-        )
-    elif not host or not port.isdecimal():
-        problem = "distributed.coordinator: expected HOST:PORT of process 0"
-    elif index >= count:
-        problem = (
-            f"distributed.process_id: expected 0 to {count - 1}, since there are {count} processes"
-        )
-    if problem:
+    if not (host and port.isdecimal() and 0 <= index < count):
         raise UsageError(
-            f"{problem}; found distributed.coordinator = {coordinator!r}, "
+            "distributed: expected coordinator = HOST:PORT of process 0, num_processes = N and "
+            f"process_id = 0 to {max(1, count - 1)} together, or none of them (they are then found "
+            f"under SLURM, MPI, GKE and on TPUs); found distributed.coordinator = {coordinator!r}, "
             f"distributed.num_processes = {count}, distributed.process_id = {index}"
         )
     return Cluster(
