@@ -4,7 +4,6 @@ Training goes on without them if they fail: metrics.jsonl has every row.
 """
 
 import hashlib
-import importlib.util
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 from llm.config import Config, LoggingConfig
 from llm.console import say
-from llm.errors import UsageError
+from llm.errors import UsageError, needing
 from llm.run.directory import RunDirectory, explained
 
 NOT_PLOTTED = ("kind", "step", "split", "source", "finite")
@@ -58,20 +57,16 @@ class Tracker:
 
 
 def check_trackers(logging: LoggingConfig) -> None:
-    """Raise a UsageError, which names the extra, if a package is not installed."""
-    needed = [
-        ("tensorboard", logging.tensorboard, "tensorboardX"),
-        ("wandb_project", logging.wandb_project, "wandb"),
-    ]
-    for name, wanted, package in needed:
-        found = importlib.util.find_spec(package) if wanted else None
-        # A spec without an origin is a mere folder of that name, which W&B leaves where it runs.
-        if wanted and (found is None or found.origin is None):
-            extra = name.removesuffix("_project")
-            raise UsageError(
-                f"logging.{name} needs the package {package}, which is not installed: install the "
-                f"extra {extra!r}, or leave the setting out"
-            )
+    """Raise a UsageError, which says what to install, if a package is not there.
+
+    W&B leaves a folder `wandb` where it runs, and Python would import that: so names are imported.
+    """
+    if logging.tensorboard:
+        with needing("logging.tensorboard", "'glassbox-gpt[tensorboard]'"):
+            from tensorboardX import SummaryWriter  # noqa: F401
+    if logging.wandb_project:
+        with needing("logging.wandb_project", "'glassbox-gpt[wandb]'"):
+            from wandb import init  # noqa: F401
 
 
 def make_trackers(config: Config, run: RunDirectory, step: int) -> list[Tracker]:
