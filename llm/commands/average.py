@@ -19,7 +19,7 @@ import pydantic
 
 from llm.commands.flags import CommandLine, InputFile, argument, parse
 from llm.commands.import_hf import new_folder
-from llm.commands.shared import counted
+from llm.commands.shared import corpus_of, counted
 from llm.console import say
 from llm.errors import UsageError
 from llm.runtime import prepare_process
@@ -102,14 +102,11 @@ def members_of(run: Any, options: Options) -> list[int]:
 
 def validation_loss(run: Any) -> Any:
     """A function of a spec and parameters: nats per token of the run's validation text, or None."""
-    from llm.run.provenance import check_corpus, kept_tokenizer
     from llm.text.batches import held_out_batches
-    from llm.text.shards import prepare
     from llm.training.evaluate import evaluate, make_evaluation_step
 
     config = run.read_config()
-    corpus = prepare(config.data, config.tokenizer, own=kept_tokenizer(run, config))
-    check_corpus(run, corpus)
+    corpus = corpus_of(run, config)
     size = config.training.evaluation_size
 
     def loss(spec: Any, params: Any) -> float | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import NonNegativeInt
 
 from llm.commands.flags import OutputFile, parse
-from llm.commands.shared import RunOptions, counted, scored_page
+from llm.commands.shared import RunOptions, corpus_of, counted, scored_page
 from llm.console import escaped, show
 from llm.errors import UsageError
 from llm.files import write_output
@@ -46,15 +46,11 @@ def main(arguments: list[str]) -> int:
     from llm.inference.score import Scorer
     from llm.measure import memorization as measure
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import check_corpus, check_trained, kept_tokenizer
-    from llm.text.shards import prepare
+    from llm.run.provenance import check_trained
 
     run = RunDirectory(opened.path)
     check_trained(run)
-    corpus = prepare(
-        opened.config.data, opened.config.tokenizer, own=kept_tokenizer(run, opened.config)
-    )
-    check_corpus(run, corpus)
+    corpus = corpus_of(run, opened.config)
     scorer = Scorer(opened.spec, opened.params, opened.tokenizer, TOP)
     canaries = [measure.canary_exposure(scorer, text, options.seed) for text in options.canary]
     train, held_out = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm.commands.flags import CommandLine, argument, parse
-from llm.commands.shared import counted
+from llm.commands.shared import corpus_of, counted
 from llm.console import show
 from llm.errors import UsageError
 from llm.section import setting
@@ -37,16 +37,14 @@ def main(arguments: list[str]) -> int:
     chosen = parse(Options, arguments)
 
     from llm.run.directory import RunDirectory
-    from llm.run.provenance import check_corpus, check_trained, kept_tokenizer, phases_of
+    from llm.run.provenance import check_trained, phases_of
     from llm.text.batches import training_batches
-    from llm.text.shards import prepare
 
     run = RunDirectory(Path(chosen.run))
     config = run.read_config()
     check_trained(run)
     check_step(run, chosen.step)
-    corpus = prepare(config.data, config.tokenizer, own=kept_tokenizer(run, config))
-    check_corpus(run, corpus)
+    corpus = corpus_of(run, config)
     index = chosen.step - 1
     phases = phases_of(run.read_provenance()["starts"], config)
     batches = training_batches(

@@ -28,8 +28,11 @@ from llm.runtime import prepare_process
 from llm.section import setting
 
 if TYPE_CHECKING:
+    from llm.config import Config
     from llm.inference.score import Scorer, TokenIds
+    from llm.run.directory import RunDirectory
     from llm.run.open import OpenedModel
+    from llm.text.corpus import TokenizedCorpus
     from llm.text.tokenizer import Tokenizer
 
 
@@ -144,6 +147,20 @@ def scored_page(
     for sample, tokens in enumerate(scorer.score(texts)):
         records += [*tokens, EndRecord.of(sample, tokens, "length", counted="prompt")]
     return page(list(map(as_json, records)), title=title)
+
+
+def corpus_of(run: "RunDirectory", config: "Config") -> "TokenizedCorpus":
+    """The corpus that a run was trained on, prepared once more if its shards are gone.
+
+    Raises:
+      DataError: it is not there, or not what it was.
+    """
+    from llm.run.provenance import check_corpus, kept_tokenizer
+    from llm.text.shards import prepare
+
+    corpus = prepare(config.data, config.tokenizer, own=kept_tokenizer(run, config))
+    check_corpus(run, corpus)
+    return corpus
 
 
 def read_file(path: str) -> tuple[str, bytes]:
