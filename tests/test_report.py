@@ -345,6 +345,15 @@ def test_a_page_grows_beside_training_and_ends_with_it(copy, capfd):
 
     with locked(run):
         assert state() == "training, step 12 of 12"
+        # The last page of a start that failed before it trained.
+        (run.path / "report.html").unlink(missing_ok=True)
+        Page(run, Display(), writes=True).close()
+        assert "finished, step 12 of 12" in (run.path / "report.html").read_text()
+        untrained = json.dumps(record | {"starts": []})
+        (copy / "run" / "run.json").write_text(untrained)
+        Page(run, Display(), writes=True).close()
+        assert "it ended before anything" in (run.path / "report.html").read_text()
+        (copy / "run" / "run.json").write_text(json.dumps(record))
     assert state() == "finished, step 12 of 12"  # no file has changed
     for _ in range(3):  # browsers that leave before they are answered
         with socket.create_connection(("127.0.0.1", port)) as leaving:

@@ -43,25 +43,29 @@ PLACES = ("run.dir", "data.cache_dir")
 Report = dict[str, Any]
 
 
-def write_report(run: RunDirectory) -> None:
+def write_report(run: RunDirectory, over: bool = False) -> None:
     """RUN/report.html, replaced as a whole.
 
+    Args:
+      over: the start that writes it trains no more, though it still holds the lock.
     Raises:
       LLMError, OSError: something of the run cannot be read, or the page not be written.
     """
-    write_atomic(run.path / "report.html", report_page(gather([run])).encode())
+    write_atomic(run.path / "report.html", report_page(gather([run], over=over)).encode())
 
 
 def gather(
     runs: Sequence[RunDirectory],
     whole: bool = False,
     read: Sequence[GrowingRows] | None = None,
+    over: bool = False,
 ) -> Report:
     """Everything that the page shows, as JSON.
 
     Args:
       whole: every row of the curves, not only what can be seen.
       read: the rows of the runs, if they are kept.
+      over: none of them is being trained, whoever holds its lock.
     Raises:
       UsageError, CheckpointError: a run has files that cannot be read.
     """
@@ -70,7 +74,7 @@ def gather(
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
     read = read or [GrowingRows(run) for run in runs]
-    parts = [_one(*one, whole) for one in zip(names, runs, read, strict=True)]
+    parts = [_one(*one, whole, over) for one in zip(names, runs, read, strict=True)]
     settings = {
         name: values
         for name in {name: None for part in parts for name in part["all"]}
@@ -96,7 +100,7 @@ def _parting(one: Metrics, other: Metrics) -> dict[str, Any]:
     return {"common": len(common), "step": step}
 
 
-def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool) -> Report:
+def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool, over: bool) -> Report:
     metrics = rows.metrics
     config, record = run.read_config(), run.read_provenance()
     steps = metrics.train["step"]
@@ -112,7 +116,7 @@ def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool) -> Report
     texts, samples = _texts(run, rows.probes, notes)
     return {
         "name": name,
-        "state": _state(run, record, reached, config.training.steps),
+        "state": _state(record, reached, config.training.steps, not over and is_training(run)),
         "facts": _facts(record, config),
         "settings": changed_settings(config),
         "all": flatten(config),
@@ -129,14 +133,16 @@ def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool) -> Report
     }
 
 
-def _state(run: RunDirectory, record: Mapping[str, Any], reached: int, steps: int) -> str:
+def _state(record: Mapping[str, Any], reached: int, steps: int, training: bool) -> str:
     """How far the run is, and how it ended."""
     ended = record["starts"][-1].get("ended") if record["starts"] else None
     how_far = f"step {reached:,} of {steps:,}"
     if "imported" in record:
         return "imported"
-    if ended is None and is_training(run):
+    if ended is None and training:
         return f"training, {how_far}" if reached else "beginning"
+    if not record["starts"]:
+        return "it ended before anything was trained"
     if reached >= steps and ended in (None, "finished"):
         return f"finished, {how_far}"
     return f"{how_far}: {ended or 'it ended without a word, as after a kill or a loss of power'}"

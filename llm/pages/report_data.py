@@ -294,12 +294,14 @@ def time_spent(metrics: Metrics, starts: Sequence[Mapping[str, Any]]) -> dict[st
     """
     spent = dict.fromkeys(("text", "compiling", "steps", "evaluation", "saves", "restarts"), 0.0)
     each = np.diff(metrics.train["seconds"], prepend=0.0)
-    of_step = dict(zip(metrics.train["step"].tolist(), each.tolist(), strict=True))
+    recorded = metrics.train["step"]
     spent["steps"], unsaid, total = float(each.sum()), 0, 0.0
     for number, start in enumerate(starts):
         told = start.get("seconds") or {}
         unsaid += not told
-        first = of_step.get(start["from_step"] + 1, 0.0)
+        at = int(np.searchsorted(recorded, start["from_step"] + 1))
+        is_recorded = at < len(recorded) and recorded[at] == start["from_step"] + 1
+        first = float(each[at]) if is_recorded else 0.0
         spent["steps"] -= first
         begun = {"text": told.get("text", 0.0), "compiling": told.get("compiling", first)}
         for part, seconds in begun.items():

@@ -50,12 +50,12 @@ class Page:
         if self._thread is not None:
             self._thread.join()
         if self._writes and self._run.exists():
-            self._write()
+            self._write(over=True)
 
-    def _write(self) -> None:
+    def _write(self, over: bool = False) -> None:
         begun = time.monotonic()
         try:
-            write_report(self._run)
+            write_report(self._run, over)
         except Exception as error:  # whatever is wrong with a page, it never ends a run
             if not self._failed:
                 self._display.say(f"warning: report.html is not written ({error})")
