@@ -30,7 +30,9 @@ from runs import (
 
 from llm.config import DistributedConfig
 from llm.errors import UsageError
+from llm.pages.report import gather
 from llm.run.cluster import find_cluster
+from llm.run.directory import RunDirectory
 from llm.run.hosts import Hosts, Sign, check_port_is_free, find_lost
 from llm.text.batches import RingWindows, TrainingBatches
 
@@ -225,6 +227,19 @@ def test_a_run_of_two_is_resumed_by_four_that_share_each_matrix(one, two_killed,
     same_losses(tmp_path / "run", one / "run")
     check_saved(tmp_path / "run", pieces=4)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
+    # Its report, written by one of the four, and the probes that they scored together.
+    assert (tmp_path / "run" / "report.html").read_text().count("<!doctype html>") == 1
+    (run,), (of_one,) = (
+        gather([RunDirectory(folder / "run")])["runs"] for folder in (tmp_path, one)
+    )
+    assert dict(run["facts"])["devices"].endswith(", 4 processes")
+    assert run["state"] == of_one["state"] and len(run["marks"]) == 1
+    for text, alone_ in zip(run["texts"], of_one["texts"], strict=True):
+        assert text["steps"] == alone_["steps"]
+        found, expected = (
+            [[said[0] for said in of if said] for of in each["said"]] for each in (text, alone_)
+        )
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.thorough

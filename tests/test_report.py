@@ -234,19 +234,15 @@ def probe_rows(run):
     return [json.loads(line) for line in (run / "probes.jsonl").read_text().splitlines()]
 
 
-def test_probes_are_scored_at_each_evaluation_as_score_does(unbroken):
+def check_probes_of_the_last_step(run):
+    """They are what `score` says of its checkpoint; returns how many."""
     from llm.inference.score import Scorer
     from llm.run.open import open_model
 
-    rows = probe_rows(unbroken / "run")
-    evaluated = [row["step"] for row in rows_of(unbroken / "run") if row["kind"] == "eval"]
-    fixed = [row for row in rows if "prompt" not in row]
-    assert sorted({row["step"] for row in fixed}) == evaluated
-    assert [row["step"] for row in rows if row["name"] == "Sample"] == evaluated
-    opened = open_model(unbroken / "run", evaluated[-1])
+    rows = probe_rows(run)
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    opened = open_model(run, last[0]["step"])
     scorer = Scorer(opened.spec, opened.params, opened.tokenizer, top=1)
-    last = [row for row in rows if row["step"] == evaluated[-1]]
-    assert len(last) == 3
     for row, records in zip(last, scorer.score([row["ids"] for row in last]), strict=True):
         assert row["said"][0] is None
         said = [[r.logprob, r.rank, r.entropy, r.top[0].id, r.top[0].logprob] for r in records[1:]]
@@ -257,6 +253,34 @@ def test_probes_are_scored_at_each_evaluation_as_score_does(unbroken):
             got, expected = [one[place] for one in found], [one[place] for one in said]
             np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)
         assert [one[1] for one in found] == [one[1] for one in said]
+    return len(last)
+
+
+def test_probes_are_scored_at_each_evaluation_as_score_does(unbroken):
+    rows = probe_rows(unbroken / "run")
+    evaluated = [row["step"] for row in rows_of(unbroken / "run") if row["kind"] == "eval"]
+    fixed = [row for row in rows if "prompt" not in row]
+    assert sorted({row["step"] for row in fixed}) == evaluated
+    assert [row["step"] for row in rows if row["name"] == "Sample"] == evaluated
+    assert check_probes_of_the_last_step(unbroken / "run") == 3
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "mesh, model, training",
+    [
+        ({"data": 2, "fsdp": 2, "tensor": 2}, {}, {"scan_layers": True}),
+        ({"fsdp": 4, "context": 2}, {}, {"micro_batch_size": 4}),
+        ({"data": 2, "expert": 4}, {"n_expert": 4, "n_expert_active": 2}, {}),
+    ],
+)
+def test_probes_on_a_mesh_are_what_score_says(tmp_path, mesh, model, training):
+    from runs import train, write_config
+
+    training = {"steps": 2, "batch_size": 8, **training}
+    config = write_config(tmp_path, mesh=mesh, model=model, training=training)
+    assert train(config) == 0
+    assert check_probes_of_the_last_step(tmp_path / "run") >= 2
 
 
 def test_probes_of_the_settings_outlive_a_kill_once_each(tmp_path, capsys):
