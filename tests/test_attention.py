@@ -215,6 +215,18 @@ def test_rotated_products_depend_on_distance_alone():
     assert abs(product(3, 0) - product(0, 0)) > 0.1
 
 
+def test_angles_of_rotation_are_computed_apart_from_the_heads_where_products_are_rounded():
+    """A CPU's compiler would compute them again for each head, and again backward."""
+
+    def turned(x):
+        with rounded(True):
+            return rotate(x, *rotation(jnp.arange(32)[None], 8, 1e4))
+
+    text = jax.jit(turned).lower(jnp.zeros((4, 32, 2, 8))).compile().as_text()
+    parts = [part for part in text.split("\n\n") if " cosine(" in part]
+    assert parts and not any("f32[4,32,2," in part for part in parts)
+
+
 def test_rotation_tells_neighbours_apart_in_bfloat16():
     x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
     rotated = rotate(x, *rotation(jnp.array([[1000, 1001]]), 8, 10000.0))
