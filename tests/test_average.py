@@ -10,10 +10,10 @@ import pytest
 from runs import saved_arrays, train, write_config
 
 from llm.__main__ import main
+from llm.commands.diff import lineage
 from llm.errors import CheckpointError, UsageError
 from llm.run.directory import RunDirectory
 from llm.run.open import open_model
-from llm.run.provenance import lineage
 
 
 @pytest.fixture(scope="module")

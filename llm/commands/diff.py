@@ -80,7 +80,7 @@ def compare(*runs: RunDirectory) -> dict[str, Any]:
     Keys: ancestry (what both come from, or None), recorded_steps of each run, common_steps of both,
     first_difference {step, loss_a, loss_b} or None, then the kinds.
     """
-    from llm.run.provenance import check_trained, lineage  # JAX, which `--help` does without
+    from llm.run.provenance import check_trained  # JAX, which `--help` does without
 
     config = differences(*(run.read_config() for run in runs))
     changed = {name: list(pair) for name, pair in config.items() if name not in IGNORED}
@@ -116,6 +116,15 @@ def compare(*runs: RunDirectory) -> dict[str, Any]:
             lambda r: [{**start["devices"], "mesh": start["mesh"]} for start in r["starts"]]
         ),
     }
+
+
+def lineage(run: RunDirectory) -> list[dict[str, Any]]:
+    """A run and its ancestors, the nearest first, each as run.json has it; the run has no step."""
+    record = run.read_provenance()
+    line = [{"name": run.name, "created": record.get("created", ""), **record}]
+    while line[-1].get("ancestor"):
+        line.append(line[-1]["ancestor"])
+    return line
 
 
 def common_ancestor(

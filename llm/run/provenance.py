@@ -123,15 +123,6 @@ def came_from(ancestor: Mapping[str, Any]) -> str:
     return "was trained on from {from}, step {step} (sha256 {params_sha256})".format(**ancestor)
 
 
-def lineage(run: RunDirectory) -> list[dict[str, Any]]:
-    """A run and its ancestors, the nearest first, each as run.json has it; the run has no step."""
-    record = run.read_provenance()
-    line = [{"name": run.name, "created": record.get("created", ""), **record}]
-    while line[-1].get("ancestor"):
-        line.append(line[-1]["ancestor"])
-    return line
-
-
 def check_trained(run: RunDirectory) -> None:
     """Raise a UsageError if the run was imported or averaged: it then has no steps to look at."""
     imported = run.read_provenance().get("imported")
