@@ -117,6 +117,31 @@ def test_a_logarithmic_axis_and_the_keyboard_read_the_same_numbers(opened, run):
     assert opened.execute_script(ratio) == pytest.approx(1, rel=1e-3)
 
 
+def test_on_paper_the_curves_are_light_and_as_wide_as_their_column(opened):
+    """A page in the dark theme is printed: what was drawn for the window is drawn again."""
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": dark})
+    paper = {"width": 700, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    try:
+        widths, ink = opened.execute_script("""
+            const canvases = [...document.querySelectorAll(".chart canvas")], first = canvases[0];
+            const { data } = first.getContext("2d").getImageData(0, 0, first.width, first.height);
+            let brightest = 0;
+            for (let i = 0; i < data.length; i += 4) {
+                const [red, green, blue, opaque] = data.slice(i, i + 4);
+                if (opaque === 255) brightest = Math.max(brightest, red + green + blue);
+            }
+            return [canvases.map((one) => [one.clientWidth, one.closest(".chart").clientWidth]),
+                    brightest];""")
+        assert len(widths) > 3 and all(canvas == column for canvas, column in widths)
+        line = 3 * 0xDF  # the brightest of the light theme; the dark one has none above its ink
+        assert line - 20 <= ink <= line
+        assert not [one for one in find_all(opened, ".u-value") if one.is_displayed()]
+    finally:
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
 def test_marks_of_memory_are_whole_in_their_units(opened):
     """On a scale of its own: how much memory this process came to have is not the page's doing."""
     plot = """const plot = reportPage.curves.plots.find((one) =>

@@ -116,8 +116,8 @@ def _train(start: Start) -> None:
     outputs.evaluated = partial(_evaluated, record_so_far, page)
     try:
         job, state = _begin_or_resume(start, job, outputs)
-        start.stop.check("nothing was trained yet")
         with hosts.collective(), _recorded(record_so_far):
+            start.stop.check("nothing was trained yet")
             train(job, outputs, start.stop, sampler, state)
             display.say(
                 f"finished {config.training.steps} steps in {run.path}; "

@@ -72,9 +72,6 @@ class Curves {
     for (const input of document.querySelectorAll("[name=against], [name=scale], [name=curve]")) {
       input.addEventListener("change", () => { this.zoom = null; this.draw(); });
     }
-    const redraw = () => requestAnimationFrame(() => this.plots.forEach((plot) => plot.redraw(false)));
-    for (const input of document.querySelectorAll("[name=theme]")) input.addEventListener("change", redraw);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
     new ResizeObserver(() => this.fit()).observe(document.querySelector(".charts"));
   }
 
@@ -467,6 +464,12 @@ class Report {
     this.curves = new Curves();
     this.learnt = new Learnt();
     this.texts = null;
+    // Pictures have the colours of the moment; paper is light, and does not wait for a frame.
+    const redraw = () => [...this.curves.plots, this.learnt.plot].forEach((plot) => plot?.redraw(false));
+    const later = () => requestAnimationFrame(redraw);
+    for (const input of document.querySelectorAll("[name=theme]")) input.addEventListener("change", later);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", later);
+    matchMedia("print").addEventListener("change", redraw);
   }
 
   show(report) {
