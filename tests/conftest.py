@@ -23,7 +23,7 @@ os.environ.setdefault(
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
-# Looking for cycles among the many objects that traced programs keep is a tenth of what they cost.
+# Traced programs keep many objects, and few of them are in cycles that are worth looking for.
 gc.set_threshold(100_000, 20, 50)
 
 
