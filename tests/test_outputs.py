@@ -76,12 +76,24 @@ def test_only_probs_may_be_standard_output(folder):
             parse(options_of(name), ["run", *words, flag, "-"])
 
 
-def test_names_are_one_file_if_links_lead_there(folder):
+def test_new_names_are_one_file_if_their_folder_makes_them_one(folder, monkeypatch):
     assert not outputs.same_file("new.html", "NEW.html")
     assert outputs.same_file("new.html", "folder/new.html")
     assert not outputs.same_file("new.html", "run/new.html")
     Path("to-come").symlink_to("new.html")
     assert outputs.same_file("new.html", "to-come")
+    there = os.path.exists
+
+    def ignoring_case(path):
+        parent = os.path.dirname(os.path.realpath(path))
+        names = [name.casefold() for name in os.listdir(parent)]
+        return there(path) or os.path.basename(path).casefold() in names
+
+    monkeypatch.setattr(outputs.os.path, "exists", ignoring_case)
+    before = sorted(os.listdir())
+    assert outputs.same_file("new.html", "NEW.html")
+    assert not outputs.same_file("new.html", "newer.html")
+    assert sorted(os.listdir()) == before
 
 
 def test_a_file_behind_a_stream_is_not_written_too(folder):

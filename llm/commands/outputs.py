@@ -1,5 +1,6 @@
 """The files that a command line names: none that it writes is read too, or written twice."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -47,9 +48,18 @@ def _read(name: str, path: str) -> Iterator[tuple[str, str]]:
 def same_file(one: str, other: str) -> bool:
     """Whether two names are one file, or would be when it is written.
 
-    Links of both kinds and other ways to a folder give a file several names. Pipes and devices are
-    no files that could be lost.
+    Links of both kinds, other ways to a folder, and folders that do not tell capitals from small
+    letters give a file several names. Pipes and devices are no files that could be lost.
     """
     if os.path.exists(one) and os.path.exists(other):
         return os.path.samefile(one, other) and os.path.isfile(one)
-    return os.path.realpath(one) == os.path.realpath(other)
+    one, other = os.path.realpath(one), os.path.realpath(other)
+    if one == other or os.path.exists(one) or os.path.exists(other):
+        return one == other
+    if os.path.basename(one).casefold() == os.path.basename(other).casefold():
+        # Only their folder knows whether the two names will be one file.
+        with contextlib.suppress(OSError), open(one, "x"):
+            found = os.path.exists(other)
+            os.unlink(one)
+            return found
+    return False
