@@ -19,7 +19,7 @@ import pytest
 from runs import identity_of, make_strange
 
 from llm.config import MeshConfig
-from llm.errors import CheckpointError
+from llm.errors import CheckpointError, UsageError
 from llm.model.sharding import make_mesh, sharding_of
 from llm.run.arrays import describe_file, element_sums, identity, own_pieces
 from llm.run.checkpoint import (
@@ -259,6 +259,14 @@ def test_who_trains_sets_a_bad_step_aside_and_who_reads_leaves_it(copy):
     (root / "5" / "receipt.json").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)no checkpoint can be trusted.*5.damaged"):
         restore(root, opened(), "set aside", say=said.append)
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_checkpoint_of_an_earlier_version_is_named_and_left_alone(copy, schema):
+    (copy / "manifest.json").write_text(json.dumps({"schema": schema, "sha256": ""}))
+    with pytest.raises(UsageError, match="saved by an earlier version"):
+        restore(copy.parent, opened(), "set aside")
+    assert saved_steps(copy.parent) == [5]
 
 
 @pytest.mark.parametrize("axes", [{}, {"fsdp": 2}, {"fsdp": 8}, {"fsdp": 2, "tensor": 4}])

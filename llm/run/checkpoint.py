@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 import jax
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 
-from llm.errors import CheckpointError, LLMError
+from llm.errors import CheckpointError, LLMError, UsageError
 from llm.faults import fault_point
 from llm.files import (
     check_regular,
@@ -61,6 +61,7 @@ from llm.run.hosts import ALONE, Hosts
 
 MANIFEST = "manifest.json"
 RECEIPT = "receipt.json"
+# Version 1 had one list of files; version 2 had a folder for each process.
 SCHEMA = 3
 # Groups of arrays. "params" are apart, so that opening a model reads nothing else.
 GROUPS = ("params", "training")
@@ -117,6 +118,7 @@ def verify_files(
 
     Raises:
       DamageError: naming the first file that is missing or has changed.
+      UsageError: the step was saved by an earlier version.
     """
     manifest = _read_manifest(folder)
     files = sorted(item for group in groups for item in manifest[group].items())
@@ -449,6 +451,12 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """The files of each group: name -> {"bytes", "sha256"}."""
     manifest = _read_json(folder / MANIFEST)
     manifest = manifest if isinstance(manifest, dict) else {}
+    if manifest.get("schema") in range(1, SCHEMA):
+        raise UsageError(
+            f"{folder} was saved by an earlier version, in a form that this one does not "
+            "read; go on with the version that saved it (RUN/run.json names its code), or train "
+            "again in another run.dir"
+        )
     groups = manifest.get("groups", {})
     try:
         _Groups.model_validate(groups)
