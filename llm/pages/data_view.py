@@ -41,8 +41,6 @@ def data_page(report: Mapping[str, Any], title: str, scored: str = "") -> str:
         title,
         "data.html",
         kind="data",
-        scripts=(),
-        data=None,
         styles=("page.css", "data.css"),
         facts=shown,
         sections="".join([*_scored(report["model"], scored), *_sections(report)]),

@@ -57,8 +57,6 @@ def windows_page(windows: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, tit
         title,
         "data.html",
         kind="windows",
-        scripts=(),
-        data=None,
         styles=("page.css", "windows.css"),
         facts="".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in facts.items()),
         sections="".join(sections),
