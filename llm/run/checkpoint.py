@@ -453,9 +453,8 @@ def _read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     manifest = manifest if isinstance(manifest, dict) else {}
     if manifest.get("schema") in range(1, SCHEMA):
         raise UsageError(
-            f"{folder} was saved by an earlier version, in a form that this one does not "
-            "read; go on with the version that saved it (RUN/run.json names its code), or train "
-            "again in another run.dir"
+            f"{folder} was saved by an earlier version in another form; go on with that version "
+            "(RUN/run.json names its code), or train again in another run.dir"
         )
     groups = manifest.get("groups", {})
     try:

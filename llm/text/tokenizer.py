@@ -444,11 +444,10 @@ def tiktoken_tokenizer(name: str, vocab_size: int = 0) -> BytePairTokenizer:
 
 def cached_gpt2() -> BytePairTokenizer | None:
     """The encoding gpt2 if its files are where tiktoken keeps them; nothing is fetched."""
-    names = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
-    kept = next((os.environ[name] for name in names if name in os.environ), None)
-    folder = Path(tempfile.gettempdir(), "data-gym-cache") if kept is None else Path(kept)
+    folder = os.environ.get("DATA_GYM_CACHE_DIR", f"{tempfile.gettempdir()}/data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", folder)
     urls = (f"{_GPT2_URL}/{name}" for name in ("vocab.bpe", "encoder.json"))
-    if all((folder / hashlib.sha1(url.encode()).hexdigest()).is_file() for url in urls):
+    if all(Path(folder, hashlib.sha1(url.encode()).hexdigest()).is_file() for url in urls):
         with contextlib.suppress(DataError):
             return tiktoken_tokenizer("gpt2")
     return None

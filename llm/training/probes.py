@@ -72,16 +72,14 @@ class Probes:
     def compile(self, params: Params) -> None:
         """Begin to compile the program of `score` in a thread, so that training need not wait."""
         if self._texts:
-            shapes: Any = {
-                name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-                for name, x in params.items()
-            }
+            shapes: Any = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+            )
             scorer = dataclasses.replace(self._scorer, params=shapes)
 
             def work() -> None:
-                with contextlib.suppress(
-                    Exception
-                ):  # `score` compiles again, and says what is wrong
+                # `score` compiles again, and says what is wrong.
+                with contextlib.suppress(Exception):
                     scorer.compile(self._padded)
 
             self._compiling = threading.Thread(target=work)
