@@ -8,6 +8,7 @@ import os
 import signal
 from pathlib import Path
 
+import forked
 import pytest
 from runs import QUICK_COMPILING
 
@@ -65,6 +66,11 @@ def pytest_collection_modifyitems(items):
         cases[function] += 1
         if mark is not None and cases[function] <= mark.kwargs.get("keep", 0):
             item.own_markers[:] = [own for own in item.own_markers if own.name != "thorough"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment_of_forks():
+    forked.early()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forked import Forked, can_be_forked
 
 from llm.files import MOST_BYTES
 
@@ -104,14 +105,17 @@ def train_process(
     fault: str = "",
     under: tuple[str, ...] = (),
     stderr: int = subprocess.STDOUT,
-) -> subprocess.Popen:
+) -> subprocess.Popen | Forked:
     """`python train.py` as a person runs it, on one CPU device; `under` a command such as nice."""
     environment = {**os.environ, "XLA_FLAGS": QUICK_COMPILING}
     environment.pop("LLM_FAULT", None)
     if fault:
         environment["LLM_FAULT"] = fault
+    words = [str(ROOT / "train.py"), str(config), *flags]
+    if stderr == subprocess.STDOUT and not under and can_be_forked(environment):
+        return Forked(words, environment)
     return subprocess.Popen(
-        [*under, sys.executable, str(ROOT / "train.py"), str(config), *flags],
+        [*under, sys.executable, *words],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=stderr,

@@ -1,6 +1,7 @@
 """HTTP connections: malformed requests, clients that take too long, and too many of them. The
 client is a socket, and the application a few lines of ASGI."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -72,6 +73,9 @@ def client(monkeypatch):
     monkeypatch.setattr(
         logging.Logger, "callHandlers", lambda _, record: logged.append(record.getMessage())
     )
+    # uvicorn looks after its connections once a second, and ends a tenth after it is told to.
+    honest = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: honest(seconds / 20))
     listener, ready = listen("127.0.0.1", 0), threading.Event()
     engine = types.SimpleNamespace(stop=lambda timeout: True)
     server = Server(app, engine, grace=0.1, ready=ready.set)

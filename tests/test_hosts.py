@@ -6,8 +6,6 @@ Real processes on this machine, each with one CPU device, that reduce through gl
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 import tomllib
 
@@ -16,15 +14,15 @@ import numpy as np
 import pytest
 import tomli_w
 from runs import (
-    QUICK_COMPILING,
-    ROOT,
     copied,
     free_port,
     identity_of,
     losses,
     params_sha256,
+    run_process,
     saved_arrays,
     train,
+    train_process,
     write_config,
 )
 
@@ -43,7 +41,6 @@ CHANGES = {
     "checkpoint": {"every": 2, "keep": 9, "keep_best": False},
     "sample": {"max_new_tokens": 0},
 }
-XLA_FLAGS = f"--xla_force_host_platform_device_count=1 {QUICK_COMPILING}"
 
 
 def together(config, count, *flags, faults=(), last=()) -> list[tuple[int, str]]:
@@ -56,49 +53,19 @@ def together(config, count, *flags, faults=(), last=()) -> list[tuple[int, str]]
     port = free_port()
     started = []
     for index in range(count):
-        environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "LLM_FAULT": ""}
-        if index < len(faults):
-            environment["LLM_FAULT"] = faults[index]
         distributed = [
             "--distributed.coordinator", f"127.0.0.1:{port}",
             "--distributed.num-processes", str(count), "--distributed.process-id", str(index),
         ]  # fmt: skip
-        started.append(
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    str(ROOT / "train.py"),
-                    str(config),
-                    *distributed,
-                    *flags,
-                    *(last if index == count - 1 else ()),
-                ],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+        own = last if index == count - 1 else ()
+        fault = faults[index] if index < len(faults) else ""
+        started.append(train_process(config, *distributed, *flags, *own, fault=fault))
     try:
         outputs = [process.communicate(timeout=200)[0] for process in started]
     finally:
         for process in started:
             process.kill()
     return [(process.returncode, out) for process, out in zip(started, outputs, strict=True)]
-
-
-def alone(config, *flags, fault="") -> tuple[int, str]:
-    """One process, not one of a run of one."""
-    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "LLM_FAULT": fault}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), str(config), *flags],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    return done.returncode, done.stdout
 
 
 def codes(results):
@@ -122,7 +89,7 @@ def same_losses(run, other):
 def one(tmp_path_factory):
     """The run of a single process that nothing disturbed."""
     folder = tmp_path_factory.mktemp("one")
-    code, output = alone(write_config(folder, **CHANGES))
+    code, output = run_process(write_config(folder, **CHANGES))
     assert code == 0, output
     return folder
 
@@ -243,11 +210,14 @@ def test_a_run_of_two_is_resumed_by_four_that_share_each_matrix(one, two_killed,
 
 
 @pytest.mark.thorough
-def test_a_run_of_four_that_lost_one_is_resumed_by_one(one, tmp_path):
+def test_a_run_of_four_names_the_one_it_lost_and_is_resumed_by_one(one, tmp_path):
     config = write_config(tmp_path, **CHANGES)
     results = together(config, 4, *OVER_FOUR, faults=["", "", "", "step:step=5:kill"])
     assert codes(results) == [7, 7, 7, -9], results
-    code, output = alone(config)
+    output = results[0][1]
+    assert output.count("error: process 3 (") == 1 and "gave no sign of life" in output
+    assert "Traceback" not in output
+    code, output = run_process(config)
     assert code == 0, output
     same_losses(tmp_path / "run", one / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][-1]["from_step"] > 0
@@ -256,7 +226,7 @@ def test_a_run_of_four_that_lost_one_is_resumed_by_one(one, tmp_path):
 @pytest.mark.thorough
 def test_a_run_of_one_is_resumed_by_two_that_share_each_sequence(one, tmp_path):
     config = write_config(tmp_path, **CHANGES)
-    code, output = alone(config, fault="step:step=5:kill")
+    code, output = run_process(config, fault="step:step=5:kill")
     assert code == -9, output
     results = together(config, 2, "--mesh.data", "1", "--mesh.context", "2")
     assert codes(results) == [0, 0], results
@@ -274,16 +244,6 @@ def test_a_signal_to_one_process_stops_all_at_one_step_with_one_checkpoint(tmp_p
     assert "stopped on request" not in results[1][1]
     assert [number for _, number, _ in losses(tmp_path / "run")] == list(range(1, int(step) + 1))
     assert int(step) < STEPS
-
-
-@pytest.mark.thorough
-def test_a_process_that_is_killed_is_named_and_the_other_leaves(tmp_path):
-    config = write_config(tmp_path, **CHANGES)
-    (first, output), (second, _) = together(config, 2, faults=["", "step:step=3:kill"])
-    assert (first, second) == (7, -9)
-    assert "Traceback" not in output
-    assert output.count("error: process 1 (") == 1
-    assert "gave no sign of life" in output
 
 
 @pytest.mark.thorough
@@ -502,5 +462,5 @@ def test_two_processes_read_the_windows_of_a_mixture_that_one_reads(tmp_path):
     config.write_text(tomli_w.dumps(settings))
     results = together(config, 2, "--run.dir", str(tmp_path / "two"))
     assert codes(results) == [0, 0], results
-    assert alone(config, "--run.dir", str(tmp_path / "one"))[0] == 0
+    assert run_process(config, "--run.dir", str(tmp_path / "one"))[0] == 0
     same_losses(tmp_path / "two", tmp_path / "one")

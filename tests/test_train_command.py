@@ -72,18 +72,18 @@ def test_a_run_that_is_killed_twice_is_bitwise_the_unbroken_one(unbroken_process
     assert params_sha256(tmp_path / "run") == params_sha256(unbroken_process / "run")
 
 
-@pytest.mark.thorough(keep=1)
-@pytest.mark.parametrize(
-    "place",
-    ["step:step=3", "step:step=7", "evaluation:step=6", "checkpoint.after_write:step=8",
-     "checkpoint.before_commit:step=8", "checkpoint.deleting", "metrics.write:step=5"],
-)  # fmt: skip
-def test_resume_after_a_crash_is_bitwise(unbroken, tmp_path, monkeypatch, place):
-    """A crash by an unexpected error at any place; then the same command."""
+@pytest.mark.thorough
+def test_resume_after_crashes_is_bitwise(unbroken, tmp_path, monkeypatch):
+    """By an unexpected error at one place after another; each time the same command. One crash:
+    test_init_from.py."""
     config = write_config(tmp_path)
-    monkeypatch.setenv("LLM_FAULT", f"{place}:raise")
-    with pytest.raises((RuntimeError, CheckpointError)):
-        train(config)
+    for place in (
+        "step:step=3", "metrics.write:step=5", "evaluation:step=6", "step:step=7",
+        "checkpoint.after_write:step=8", "checkpoint.before_commit:step=8", "checkpoint.deleting",
+    ):  # fmt: skip
+        monkeypatch.setenv("LLM_FAULT", f"{place}:raise")
+        with pytest.raises((RuntimeError, CheckpointError)):
+            train(config)
     monkeypatch.delenv("LLM_FAULT")
     train(config)
     assert losses(tmp_path / "run") == losses(unbroken / "run")
@@ -118,15 +118,18 @@ def test_a_run_that_is_lengthened_goes_on_and_records_it(copy, capsys):
 
 @pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
-    "place", ["step:step=5:term", "evaluation:step=6:int", "step:step=5:hup", "step:step=5:usr1"]
+    "places",
+    [["step:step=5:term"], ["step:step=5:hup", "evaluation:step=6:int", "step:step=7:usr1"]],
+    ids=len,
 )
-def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_path, place):
+def test_a_signal_saves_and_exits_75_and_the_run_goes_on(unbroken_process, tmp_path, places):
     config = write_config(tmp_path)
-    code, output = run_process(config, fault=place)
-    assert code == 75, output
-    assert "Traceback" not in output
-    stopped_at = int(place.split("step=")[1].split(":")[0])
-    assert (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()
+    for place in places:
+        code, output = run_process(config, fault=place)
+        assert code == 75, output
+        assert "Traceback" not in output
+        stopped_at = int(place.split("step=")[1].split(":")[0])
+        assert (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()
     code, output = run_process(config)
     assert code == 0, output
     assert losses(tmp_path / "run") == losses(unbroken_process / "run")
