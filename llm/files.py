@@ -14,6 +14,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from llm.faults import fault_point
+
 # The most that is read of one description, such as a manifest or a tokenizer. The longest that a
 # run writes is the manifest of some million files, at 150 bytes each.
 MOST_BYTES = 1 << 30
@@ -82,6 +84,7 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        fault_point(f"replace.{path.name}")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -26,9 +26,11 @@ from runs import (
     starts,
     train,
     train_process,
+    until,
     write_config,
 )
 
+import llm.pages.report_writer
 import llm.training.loop
 from llm.errors import CheckpointError, DataError, NonFiniteError, UsageError
 from llm.run.checkpoint import GROUPS, Checkpoints, read_receipt, saved_steps, verify_files
@@ -139,7 +141,91 @@ def test_shards_that_do_not_fit_leave_nothing_half_made(tmp_path, small_disk):
     assert train(config, "--data.cache-dir", str(tmp_path / "cache")) == 0
 
 
+def test_a_disk_that_fills_up_while_pages_and_probes_are_written_ends_no_training(
+    tmp_path, small_disk, monkeypatch, capfd
+):
+    """It is full between the save of step 4 and that of step 8; the last page is whole again."""
+    disk, ballast = small_disk(4096), []
+    honest = llm.training.loop.Validation.run
+
+    def run(self, state, step):
+        if step == 6:
+            self._outputs.checkpoints.wait()
+            ballast.append(fill(disk))
+        honest(self, state, step)
+        if step == 6:
+            threads = [one for one in threading.enumerate() if one.name == "report"]
+            [one.join() for one in threads]
+            assert threads and not list(disk.rglob("*.tmp"))
+            ballast.pop().unlink()
+
+    monkeypatch.setattr(llm.training.loop.Validation, "run", run)
+    monkeypatch.setattr(llm.pages.report_writer, "SHARE", 1e9)  # each evaluation has its page
+    config = write_config(
+        tmp_path,
+        run={"dir": str(disk / "run")},
+        training={"steps": 8, "eval_every": 3},
+        checkpoint={"every": 4, "keep_best": False},
+    )
+    assert train(config) == 0
+    said = capfd.readouterr().err
+    assert said.count("probes.jsonl cannot be written (No space left on device)") == 1
+    assert said.count("report.html is not written (No space left on device)") == 1
+    assert re.search(r"2 lines of .*/probes.jsonl are lost", said)
+    page = (disk / "run" / "report.html").read_text()
+    assert "finished, step 8 of 8" in page and page.endswith("</html>\n")
+    probes = (disk / "run" / "probes.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in probes} == {3, 8}
+
+
 # Signals.
+
+
+def is_whole(page):
+    return page.read_text().endswith("</html>\n")
+
+
+@pytest.mark.thorough
+def test_signals_while_the_page_is_written_lose_and_delay_nothing(unbroken_process, tmp_path):
+    """Its writing takes for ever; then it is killed there; then the run goes on."""
+    config, run = write_config(tmp_path), tmp_path / "run"
+    process = train_process(config, "--logging.progress", "plain", fault="replace.report.html:hang")
+    until(lambda: list(run.glob("report.html.*.tmp")))
+    process.send_signal(signal.SIGTERM)
+    until(lambda: starts(run)[-1].get("ended", "").startswith("stopped on request"))
+    reached = saved_steps(run / "checkpoints")[-1]
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert not (run / "report.html").exists() and list(run.glob("*.tmp"))
+    (run / "report.html").write_text("<!doctype html>the old page</html>\n")
+    code, output = run_process(config, fault="replace.report.html:kill")
+    assert code == -signal.SIGKILL and starts(run)[-1]["from_step"] == reached, output
+    assert "the old page" in (run / "report.html").read_text() and list(run.glob("*.tmp"))
+    code, output = run_process(config, fault="replace.report.html:term")
+    assert code == 0, output
+    assert is_whole(run / "report.html") and not list(run.glob("*.tmp"))
+    assert f"finished, step {STEPS} of {STEPS}" in (run / "report.html").read_text()
+    assert losses(run) == losses(unbroken_process / "run")
+
+
+def test_a_finished_run_gets_the_page_that_a_kill_prevented(copy, capsys):
+    run = copy / "run"
+    left = [
+        run / "report.html.77.tmp",
+        run / "run.json.77.tmp",
+        run / "tokenizer" / "tokenizer.json.77.tmp",
+    ]
+    for path in left:
+        path.write_text("<!doc")
+    (run / "report.html").write_text("the old page")
+    os.utime(run / "report.html", (1, 1))
+    assert train(copy / "config.toml") == 0
+    assert "is finished" in capsys.readouterr().err
+    assert is_whole(run / "report.html") and not [path for path in left if path.exists()]
+    written = (run / "report.html").stat().st_mtime_ns
+    assert train(copy / "config.toml") == 0  # and is left as it is from then on
+    assert (run / "report.html").stat().st_mtime_ns == written
 
 
 @pytest.mark.thorough

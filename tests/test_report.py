@@ -8,6 +8,7 @@ import socket
 import struct
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,27 @@ def test_a_run_of_no_or_one_step_has_a_page(copy, capsys, count):
     assert run["train"]["step"] == [1] * count and run["samples"] == []
 
 
+def test_a_run_that_did_not_say_how_it_ended_is_not_called_finished_or_dead(copy, capsys):
+    run = copy / "run"
+    record = json.loads((run / "run.json").read_text())
+    del record["starts"][0]["ended"]
+    (run / "run.json").write_text(json.dumps(record))
+
+    def said():
+        (one,) = reported(capsys, run)["runs"]
+        return one["state"], "".join(sentence for sentence, _ in one["next"])
+
+    assert said()[0] == "finished, step 12 of 12"
+    shutil.rmtree(run / "checkpoints" / "12")
+    state, advice = said()
+    assert state.startswith("step 12 of 12: it ended without a word") and "Go on from" in advice
+    assert "Write text" in advice
+    (run / "run.lock").write_text("process 7 on node-12, since 2026-01-01T00:00:00+00:00\n")
+    assert "it trains on node-12, or was killed there; this machine cannot tell" in said()[0]
+    shutil.rmtree(run / "checkpoints")
+    assert "Write text" not in said()[1]
+
+
 def test_ten_starts_are_nine_restarts_and_their_time_is_counted(copy, capsys):
     path = copy / "run" / "run.json"
     record = json.loads(path.read_text())
@@ -184,6 +206,8 @@ def test_a_folder_that_is_no_run_and_a_pipe_for_its_metrics_are_refused(tmp_path
 
     with pytest.raises(UsageError, match="is not a run directory"):
         main(["report", str(tmp_path / "nowhere")])
+    with pytest.raises(UsageError, match="--serve shows the page until Ctrl-C: leave out --json"):
+        main(["report", str(copy / "run"), "--serve", "--json"])
     make_strange("pipe", copy / "run" / "metrics.jsonl")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read"):
         main(["report", str(copy / "run")])
@@ -393,16 +417,34 @@ def test_a_page_grows_beside_training_and_ends_with_it(copy, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_each_curve_is_a_picture(copy, tmp_path, capsys):
+def test_each_curve_is_a_picture(copy, tmp_path, capsys, recwarn):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "pictures"
-    assert main(["report", str(copy / "run"), "--png", str(folder)]) == 0
+    (copy / "run").rename(copy / "名字 $x$\ue000")
+    assert main(["report", str(copy / "名字 $x$\ue000"), "--png", str(folder)]) == 0
+    assert not [one for one in recwarn if "Glyph" in str(one.message)]
     written = sorted(folder.iterdir())
     assert {"loss.png", "bits_per_byte.png"} <= {path.name for path in written}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert sorted(capsys.readouterr().err.split()) == [str(path) for path in written]
     with pytest.raises(UsageError, match=r"cannot write .*loss\.png"):
-        main(["report", str(copy / "run"), "--png", str(written[0])])
+        main(["report", str(copy / "名字 $x$\ue000"), "--png", str(written[0])])
+
+
+def test_chinese_names_are_drawn_with_the_font_that_has_them(tmp_path):
+    """Boxes in the place of characters would make the two pictures the same."""
+    manager = pytest.importorskip("matplotlib.font_manager")
+    from llm.pages.report_png import FONTS, write_pictures
+
+    if not set(FONTS[:-1]) & set(manager.fontManager.get_font_names()):
+        pytest.skip("no font for Chinese")
+    curve = {"step": [1, 2], "loss": [2.0, None]}
+    pictures = set()
+    for name in ("名", "字"):
+        one = {"name": name, "train": curve, "smoothed": curve, "evaluations": []}
+        (path,) = write_pictures({"runs": [one]}, tmp_path / name)
+        pictures.add(Path(path).read_bytes())
+    assert len(pictures) == 2
 
 
 def test_a_page_that_cannot_be_written_is_one_warning(tmp_path, capsys):

@@ -49,7 +49,6 @@ def main(arguments: list[str]) -> int:
 
     run = RunDirectory(Path(options.run))
     run.read_config()
-    steps: list[int] = []
     rows: list[ProbeRow] = []
     for step in saved_steps(run.checkpoints):
         try:
@@ -66,13 +65,14 @@ def main(arguments: list[str]) -> int:
                 "has nothing before it to predict it from"
             )
         (records,) = Scorer(opened.spec, opened.params, tokenizer, top=1).score([ids])
-        steps.append(step)
         rows.append(ProbeRow.of(step, options.text[:SPELLING], records))
-    if not steps:
+    if not rows:
         raise CheckpointError(f"{run.path} has no checkpoint that can be read")
-    logprobs = [[said and said.logprob for said in row.said] for row in rows]
-    tokens = [record.token for record in records]
-    found = {"steps": steps, "tokens": tokens, "logprobs": logprobs}
+    found = {
+        "steps": [row.step for row in rows],
+        "tokens": [record.token for record in records],
+        "logprobs": [[said and said.logprob for said in row.said] for row in rows],
+    }
     if options.html is not None:
         page = history_page(run, rows, Spellings(tokenizer))
         write_output(options.html, page.encode(), UsageError)

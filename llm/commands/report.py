@@ -39,26 +39,27 @@ def main(arguments: list[str]) -> int:
 
     runs = [RunDirectory(Path(path)) for path in options.runs]
     if options.serve:
+        if options.as_json or options.html or options.png:
+            raise UsageError("--serve shows the page until Ctrl-C: leave out --json, --html, --png")
         from llm.pages.report_server import serve
 
         serve(runs, options.host, options.port)
         return 0
-    report = gather(runs, whole=options.as_json or bool(options.png))
-    if options.as_json:
-        show(f"{json.dumps(report)}\n")
-    if options.png:
-        from llm.pages.report_png import write_pictures
-
-        for path in write_pictures(report, Path(options.png)):
-            say_result(path)
     html = options.html
-    if html is None and not (options.as_json or options.png):
-        if len(runs) > 1:
-            raise UsageError("several runs have no page of their own: name one with --html FILE")
-        html = str(runs[0].path / "report.html")
+    if options.as_json or options.png:
+        numbers = gather(runs, whole=True)
+        if options.as_json:
+            show(f"{json.dumps(numbers)}\n")
+        if options.png:
+            from llm.pages.report_png import write_pictures
+
+            for path in write_pictures(numbers, Path(options.png)):
+                say_result(path)
+    elif html is None and len(runs) > 1:
+        raise UsageError("several runs have no page of their own: name one with --html FILE")
+    elif html is None:
+        html = str(runs[0].report)
     if html is not None:
-        if options.as_json or options.png:
-            report = gather(runs)
-        write_output(html, report_page(report).encode(), UsageError)
+        write_output(html, report_page(gather(runs)).encode(), UsageError)
         say_result(f"{html}: open it in a browser")
     return 0

@@ -6,7 +6,6 @@ can reach the server unless --host says otherwise; --api-key is its password. SI
 running requests finish; the exit code is 0.
 """
 
-import ipaddress
 import os
 import time
 from collections.abc import Sequence
@@ -77,6 +76,7 @@ def main(arguments: list[str]) -> int:
     from llm.serving.engine import Engine
 
     with needing("serve", "'glassbox-gpt[serve]'"):
+        from llm.pages.report_server import is_loopback
         from llm.serving.connections import Server, listen, run, url_of
         from llm.serving.server import make_app
 
@@ -105,6 +105,7 @@ def site_of(host: str, also: Sequence[str]) -> "Site":
     On other addresses nobody knows which names people use, so the host is checked only if names
     were given.
     """
+    from llm.pages.report_server import is_loopback
     from llm.serving.server import LOOPBACK, Site
 
     if "*" in also:
@@ -112,14 +113,6 @@ def site_of(host: str, also: Sequence[str]) -> "Site":
     guests = tuple(map(str.lower, also))
     names = tuple(dict.fromkeys([*LOOPBACK, host.lower(), *guests]))
     return Site(names if guests or is_loopback(host) else None, guests)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 def describe(opened: "OpenedModel", decoder: "Decoder", options: Options) -> "Served":

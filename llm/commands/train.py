@@ -80,6 +80,10 @@ def main(arguments: list[str]) -> int:
         if not hosts.decide("finished", lambda: is_finished(run, config, display)):
             source = source_of(config)
             _train(Start(config, run, changed, hosts, stop, display, started, source))
+        elif hosts.is_first:
+            from llm.pages.report_writer import complete
+
+            complete(run, display)
     return 0
 
 
@@ -114,7 +118,7 @@ def _train(start: Start) -> None:
     page = Page(run, display, hosts.is_first, config.logging.page)
     record_so_far = partial(_record, start, outputs)
     outputs.evaluated = partial(_evaluated, record_so_far, page)
-    try:
+    with contextlib.closing(page), contextlib.closing(outputs):
         job, state = _begin_or_resume(start, job, outputs)
         with hosts.collective(), _recorded(record_so_far):
             start.stop.check("nothing was trained yet")
@@ -123,9 +127,6 @@ def _train(start: Start) -> None:
                 f"finished {config.training.steps} steps in {run.path}; "
                 f"sample from it: python sample.py {run.path}"
             )
-    finally:
-        outputs.close()
-        page.close()
 
 
 def _make_outputs(start: Start, job: "Job") -> "Outputs":

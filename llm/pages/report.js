@@ -417,6 +417,9 @@ class Learnt {
 
 /* ---- what was trained, where the time went, what to do next ---- */
 
+// What the page of a text alone does not have.
+const NOTHING = { facts: [], settings: {}, notes: [], next: [], train: { step: [] }, rows: 0, marks: [],
+                  evaluations: [], samples: [], time: { seconds: {}, unsaid: 0 } };
 const PARTS = { text: "text", compiling: "compiling", steps: "steps", evaluation: "evaluation",
                 saves: "saves", restarts: "restarts", other: "other" };
 
@@ -443,7 +446,7 @@ function tableOf(title, names, rows) {
     el("div", "scroll", el("table", "", el("thead", "", head), el("tbody", "", ...body))));
 }
 
-function settingsOf({ runs, differences, parting }) {
+function settingsOf(runs, { differences, parting }) {
   if (runs.length === 1) {
     const rows = Object.entries(runs[0].settings);
     return !rows.length ? [] : [tableOf(`${counted(rows.length, "setting")} other than the default`, [""], rows)];
@@ -474,13 +477,13 @@ class Report {
 
   show(report) {
     this.report = report;
-    const { runs } = report, alone = runs.length === 1;
+    const runs = report.runs.map((run) => ({ ...NOTHING, ...run })), alone = runs.length === 1;
     byId("state").textContent = runs.map((run) => `${alone ? "" : `${escaped(run.name)}: `}${escaped(run.state)}`).join("; ");
     byId("notes").replaceChildren(...runs.flatMap((run) =>
       run.notes.map((note) => el("p", "", `${alone ? "" : `${escaped(run.name)}: `}${escaped(note)}`))));
     byId("facts").replaceChildren(...(alone ? this.factsOf(runs[0]) : []));
     const open = byId("settings").querySelector("details")?.open;
-    byId("settings").replaceChildren(...settingsOf(report));
+    byId("settings").replaceChildren(...settingsOf(runs, report));
     if (open !== undefined) byId("settings").querySelector("details").open = open;
     this.curves.draw(runs);
     const times = runs.map((run) => timeOf(run, alone)).filter(Boolean);

@@ -9,14 +9,16 @@ import gzip
 import json
 import os
 import shlex
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 
-from llm.config import flatten
+from llm.config import Config, flatten
 from llm.errors import CheckpointError
-from llm.files import now, write_atomic
+from llm.files import now, read_regular, write_atomic
 from llm.inference.records import Record, Spellings, as_json
 from llm.pages.document import document, escape
 from llm.pages.report_data import (
@@ -30,7 +32,7 @@ from llm.pages.report_data import (
     receipt,
     time_spent,
 )
-from llm.run.directory import RunDirectory
+from llm.run.directory import RunDirectory, saved_steps
 from llm.run.probes import ProbeRow
 from llm.run.provenance import came_from
 from llm.text.tokenizer import load_tokenizer
@@ -51,7 +53,7 @@ def write_report(run: RunDirectory, over: bool = False) -> None:
     Raises:
       LLMError, OSError: something of the run cannot be read, or the page not be written.
     """
-    write_atomic(run.path / "report.html", report_page(gather([run], over=over)).encode())
+    write_atomic(run.report, report_page(gather([run], over=over)).encode())
 
 
 def gather(
@@ -74,37 +76,36 @@ def gather(
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
     read = read or [GrowingRows(run) for run in runs]
-    parts = [_one(*one, whole, over) for one in zip(names, runs, read, strict=True)]
-    settings = {
-        name: values
-        for name in {name: None for part in parts for name in part["all"]}
-        for values in [[part["all"].get(name) for part in parts]]
-        if name not in PLACES and any(value != values[0] for value in values)
-    }
-    for part in parts:
-        del part["all"]
+    configs = [run.read_config() for run in runs]
+    settings = list(map(flatten, configs))
+    values = {name: [one.get(name) for one in settings] for one in settings for name in one}
+    parts = zip(names, runs, configs, read, strict=True)
     return {
         "written": now(),
-        "runs": parts,
-        "differences": settings,
+        "runs": [_one(*part, whole, over) for part in parts],
+        "differences": {
+            name: chosen
+            for name, chosen in values.items()
+            if name not in PLACES and any(value != chosen[0] for value in chosen)
+        },
         "parting": [_parting(read[0].metrics, other.metrics) for other in read[1:]],
     }
 
 
 def _parting(one: Metrics, other: Metrics) -> dict[str, Any]:
     """The steps that two runs both have, and the first at which their losses are not equal."""
-    losses = [dict(zip(m.train["step"], m.train["loss"], strict=True)) for m in (one, other)]
-    common = sorted(losses[0].keys() & losses[1].keys())
-    pairs = ((n, losses[0][n], losses[1][n]) for n in common)
-    step = next((int(n) for n, a, b in pairs if a != b and not a != a != b != b), None)
-    return {"common": len(common), "step": step}
+    steps, at, there = np.intersect1d(one.train["step"], other.train["step"], return_indices=True)
+    losses = one.train["loss"][at], other.train["loss"][there]
+    parted = steps[~np.isclose(*losses, rtol=0, atol=0, equal_nan=True)]
+    return {"common": len(steps), "step": int(parted[0]) if len(parted) else None}
 
 
-def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool, over: bool) -> Report:
-    metrics = rows.metrics
-    config, record = run.read_config(), run.read_provenance()
-    steps = metrics.train["step"]
-    reached = int(steps[-1]) if len(steps) else 0
+def _one(
+    name: str, run: RunDirectory, config: Config, rows: GrowingRows, whole: bool, over: bool
+) -> Report:
+    metrics, record, steps = rows.metrics, run.read_provenance(), config.training.steps
+    reached = int(max(metrics.train["step"][-1:], default=0))
+    state, goes_on = _state(run, record, reached, steps, over)
     notes = []
     if metrics.broken:
         notes.append(f"{metrics.broken} lines of metrics.jsonl are damaged and are left out.")
@@ -116,11 +117,10 @@ def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool, over: boo
     texts, samples = _texts(run, rows.probes, notes)
     return {
         "name": name,
-        "state": _state(record, reached, config.training.steps, not over and is_training(run)),
+        "state": state,
         "facts": _facts(record, config),
         "settings": changed_settings(config),
-        "all": flatten(config),
-        "steps": config.training.steps,
+        "steps": steps,
         "flops_per_token": record["model"].get("flops_per_token"),
         "vocab_size": record["model"].get("vocab_size"),
         **curves(metrics, whole),
@@ -129,23 +129,37 @@ def _one(name: str, run: RunDirectory, rows: GrowingRows, whole: bool, over: boo
         "texts": texts,
         "samples": samples,
         "notes": notes,
-        "next": _next(run, record, metrics, reached, config.training.steps),
+        "next": _next(run, record, metrics, goes_on),
     }
 
 
-def _state(record: Mapping[str, Any], reached: int, steps: int, training: bool) -> str:
-    """How far the run is, and how it ended."""
+def _state(
+    run: RunDirectory, record: Mapping[str, Any], reached: int, steps: int, over: bool
+) -> tuple[str, bool]:
+    """How far the run is, and how it ended; whether the command of its last start would go on."""
     ended = record["starts"][-1].get("ended") if record["starts"] else None
     how_far = f"step {reached:,} of {steps:,}"
     if "imported" in record:
-        return "imported"
-    if ended is None and training:
-        return f"training, {how_far}" if reached else "beginning"
+        return "imported", False
+    if ended is None and not over and is_training(run):
+        return f"training, {how_far}" if reached else "beginning", False
     if not record["starts"]:
-        return "it ended before anything was trained"
-    if reached >= steps and ended in (None, "finished"):
-        return f"finished, {how_far}"
-    return f"{how_far}: {ended or 'it ended without a word, as after a kill or a loss of power'}"
+        return "it ended before anything was trained", False
+    if reached >= steps and (ended == "finished" or steps in saved_steps(run.checkpoints)):
+        return f"finished, {how_far}", False
+    silent = "it ended without a word, as after a kill or a loss of power"
+    if (host := _host(run)) not in ("", socket.gethostname()):
+        silent = f"it trains on {host}, or was killed there; this machine cannot tell"
+    return f"{how_far}: {ended or silent}", True
+
+
+def _host(run: RunDirectory) -> str:
+    """The machine of the last start, from the lock (llm/run/start.py:locked); "" if unknown."""
+    try:
+        holder = read_regular(run.lock, most_bytes=1 << 12).decode(errors="replace")
+    except OSError:
+        return ""
+    return holder.partition(" on ")[2].partition(", since ")[0]
 
 
 def is_training(run: RunDirectory) -> bool:
@@ -158,10 +172,9 @@ def is_training(run: RunDirectory) -> bool:
         return False
 
 
-def _facts(record: Mapping[str, Any], config: Any) -> list[tuple[str, str]]:
+def _facts(record: Mapping[str, Any], config: Config) -> list[tuple[str, str]]:
     model, data = record["model"], record["data"]
     sources = [one.name for one in config.data.mixture] or config.data.source
-    starts = record["starts"]
     counts = [data.get(f"{part}_tokens", 0) for part in ("train", "validation")]
     loses = ", which loses text" if config.tokenizer.lossy else ""
     facts = [
@@ -172,7 +185,7 @@ def _facts(record: Mapping[str, Any], config: Any) -> list[tuple[str, str]]:
         ("products", model["compute_dtype"]),
         ("begun", record.get("created")),
     ]
-    if starts:
+    if starts := record["starts"]:
         last = starts[-1]
         devices = "{count} x {kind}".format(**{"count": "?", "kind": "?"} | last["devices"])
         processes = last.get("processes", 1)
@@ -215,7 +228,7 @@ def _texts(
 
 def learning(rows: Sequence[ProbeRow], spellings: Spellings) -> Record:
     """One text at several steps, as the page draws it."""
-    likeliest = {said.likeliest for row in rows for said in row.said if said} - {None}
+    likeliest = {said.likeliest for row in rows for said in row.said if said}
     return {
         "name": rows[-1].name,
         "tokens": list(map(as_json, rows[-1].records(spellings))),
@@ -226,35 +239,33 @@ def learning(rows: Sequence[ProbeRow], spellings: Spellings) -> Record:
 
 
 def _next(
-    run: RunDirectory, record: Mapping[str, Any], metrics: Metrics, reached: int, steps: int
+    run: RunDirectory, record: Mapping[str, Any], metrics: Metrics, goes_on: bool
 ) -> list[tuple[str, str]]:
     """What to do next: a sentence, and the words of a shell for it, which may be empty."""
     path = shlex.quote(str(run.path))
     losses = [
         (row.loss, row.step) for row in metrics.evaluations.get("", []) if row.loss is not None
     ]
-    advice = []
-    if reached < steps and record["starts"] and "imported" not in record:
+    saved, advice = saved_steps(run.checkpoints), []
+    if goes_on:
         command = shlex.join(["python", *record["starts"][-1].get("command", ["train.py"])])
         advice.append(("Go on from the last checkpoint: the same command resumes.", command))
     if losses and min(losses) != losses[-1]:
-        loss, step = min(losses)
-        worse = (
-            f"The validation loss was lowest at step {step:,}, with {loss:.4f} nats, and is "
-            f"{losses[-1][0]:.4f} now: more steps on this text may not help. That step is kept "
-            "if checkpoint.keep_best is on."
-        )
-        advice.append((worse, f"python sample.py {path} --step {step}"))
+        (loss, step), (last, _) = min(losses), losses[-1]
+        worse = f"The validation loss is {last:.4f} nats, and was {loss:.4f} at step {step:,}"
+        command = f"python sample.py {path} --step {step}" if step in saved else ""
+        advice.append((f"{worse}: more steps on this text may not help.", command))
     elif len(losses) > 1:
         fell = losses[-2][0] - losses[-1][0]
         better = f"The validation loss fell by {fell:.4f} nats since the evaluation before"
         advice.append((f"{better}: more steps may help (training.steps).", ""))
-    return [
-        *advice,
-        ("Write text, coloured by probability.", f"python sample.py {path} --html S.html"),
-        ("See how a text of yours became probable.", f"python -m llm history {path} --text TEXT"),
-        ("Compare with another run.", f"python -m llm report {path} OTHER --html BOTH.html"),
-    ]
+    if saved:
+        advice += [
+            ("Write text, coloured by probability.", f"python sample.py {path} --html S.html"),
+            ("See how a text of yours became probable.", f"python -m llm history {path} --text T"),
+        ]
+    command = f"python -m llm report {path} OTHER --html BOTH.html"
+    return [*advice, ("Compare with another run.", command)]
 
 
 def report_page(report: Report, *, live: bool = False) -> str:
@@ -267,7 +278,7 @@ def report_page(report: Report, *, live: bool = False) -> str:
         f"<tr><td>{escape(run['name'])}<td>{escape(of['source'] or 'the whole')}<td>{step:,}"
         f"<td>{'not finite' if loss is None else format(loss, '.4f')}</tr>"
         for run in report["runs"]
-        for of in run["evaluations"]
+        for of in run.get("evaluations", ())
         for step, loss in list(zip(of["step"], of["loss"], strict=True))[-20:]
     ]
     return document(
@@ -285,15 +296,10 @@ def report_page(report: Report, *, live: bool = False) -> str:
 
 def history_page(run: RunDirectory, rows: Sequence[ProbeRow], spellings: Spellings) -> str:
     """The page of one text at several checkpoints."""
-    lists = ("facts", "settings", "marks", "evaluations", "samples", "notes", "next")
-    nothing: Report = {name: [] for name in lists}
-    one = nothing | {
+    one: Report = {
         "name": run.name,
         "state": f"a text at {len(rows)} checkpoints",
         "vocab_size": spellings.tokenizer.vocab_size,
-        "train": {"step": []},
-        "rows": 0,
-        "time": {"seconds": {}, "unsaid": 0},
         "texts": [learning(rows, spellings)],
     }
     return report_page({"written": now(), "runs": [one], "differences": {}, "parting": []})

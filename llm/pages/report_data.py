@@ -72,6 +72,7 @@ class Metrics:
         those of the steps until then, without evaluations, saves and what was done again.
       evaluations: source -> its rows; "" is the whole.
       skipped: (step, why) of updates that were not applied.
+      broken: how many lines are no rows.
     """
 
     def __init__(self, path: Path):
@@ -82,11 +83,6 @@ class Metrics:
     def _forget(self) -> None:
         self._table: npt.NDArray[np.float64] = np.zeros((0, len(_FIELDS)))
         self._evaluated: dict[tuple[str, int], _Evaluation] = {}
-
-    @property
-    def broken(self) -> int:
-        """How many lines are no rows."""
-        return self._rows.broken
 
     def read(self) -> None:
         """Read what was appended since the last time."""
@@ -101,14 +97,13 @@ class Metrics:
             else:
                 self._evaluated[row.source, row.step] = row
         self._add(new)
+        self.broken = self._rows.broken
         columns = dict(zip(_FIELDS, self._table.T, strict=True))
         refused = (columns["finite"] == 0) | (columns["spike"] == 1)
         self.skipped = [
             (int(row[0]), "a spike" if row[-1] else "not finite") for row in self._table[refused]
         ]
-        self.train: dict[str, Column] = {
-            name: columns[name] for name in ("step", "tokens", *CURVES)
-        }
+        self.train = {name: columns[name] for name in ("step", "tokens", *CURVES)}
         # With logging.every a row stands for the steps since the row before it.
         each = columns["step_seconds"] * np.diff(columns["step"], prepend=0.0)
         self.train["seconds"] = np.cumsum(each)
@@ -299,13 +294,10 @@ def time_spent(metrics: Metrics, starts: Sequence[Mapping[str, Any]]) -> dict[st
     for number, start in enumerate(starts):
         told = start.get("seconds") or {}
         unsaid += not told
-        at = int(np.searchsorted(recorded, start["from_step"] + 1))
-        is_recorded = at < len(recorded) and recorded[at] == start["from_step"] + 1
-        first = float(each[at]) if is_recorded else 0.0
+        first = float(each[recorded == start["from_step"] + 1].sum())
         spent["steps"] -= first
-        begun = {"text": told.get("text", 0.0), "compiling": told.get("compiling", first)}
-        for part, seconds in begun.items():
-            spent[part if number == 0 else "restarts"] += seconds
+        spent["restarts" if number else "text"] += told.get("text", 0.0)
+        spent["restarts" if number else "compiling"] += told.get("compiling", first)
         spent["restarts"] += start.get("redone_seconds", 0.0)
         for part in ("evaluation", "saves"):
             spent[part] += told.get(part, 0.0)
@@ -320,12 +312,9 @@ def receipt(run: RunDirectory) -> list[ProbeRow]:
     for step in reversed(saved_steps(run.checkpoints)):
         try:
             found = read_json(run.checkpoints / str(step) / "receipt.json")
+            named = {"step": step, "name": "Held-out text of the receipt"}
             return [
-                msgspec.convert(
-                    {"step": step, "name": "Held-out text of the receipt", "ids": ids}
-                    | {"said": [None, *([logprob] for logprob in logprobs)]},
-                    ProbeRow,
-                )
+                msgspec.convert({**named, "ids": ids, "said": [None, *zip(logprobs)]}, ProbeRow)
                 for ids, logprobs in zip(found["tokens"], found["logprobs"], strict=True)
             ]
         except (OSError, ValueError, KeyError, TypeError):

@@ -8,6 +8,7 @@ the time. The last page is written when the run ends, however it does.
 import threading
 import time
 
+from llm.files import why
 from llm.pages.report import write_report
 from llm.pages.report_server import start_server
 from llm.run.directory import RunDirectory
@@ -39,11 +40,11 @@ class Page:
         """Begin to write the page; returns at once."""
         busy = self._thread is not None and self._thread.is_alive()
         if self._writes and not busy and time.monotonic() >= self._next:
-            self._thread = threading.Thread(target=self._write, daemon=True)
+            self._thread = threading.Thread(target=self._write, name="report", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Write the last page, and stop serving."""
+        """Stop serving, and write the last page."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
@@ -58,7 +59,14 @@ class Page:
             write_report(self._run, over)
         except Exception as error:  # whatever is wrong with a page, it never ends a run
             if not self._failed:
-                self._display.say(f"warning: report.html is not written ({error})")
+                self._display.say(f"warning: {self._run.report} is not written ({why(error)})")
             self._failed = True
         now = time.monotonic()
         self._next = now + (now - begun) / SHARE
+
+
+def complete(run: RunDirectory, display: Display) -> None:
+    """Write the last page of a finished run if a kill came before it; run.json is older than it."""
+    written = run.report.stat().st_mtime if run.report.exists() else 0.0
+    if written < run.provenance.stat().st_mtime:
+        Page(run, display, writes=True).close()

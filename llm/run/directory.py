@@ -5,6 +5,7 @@
     tokenizer/            everything to encode and decode offline
     metrics.jsonl         llm/run/metrics.py
     probes.jsonl          llm/run/probes.py
+    report.html           llm/pages/report.py
     checkpoints/STEP/     llm/run/checkpoint.py
     run.lock              held while a process trains
 
@@ -55,6 +56,7 @@ class RunDirectory:
         self.tokenizer = path / "tokenizer"
         self.metrics = path / "metrics.jsonl"
         self.probes = path / "probes.jsonl"
+        self.report = path / "report.html"
         self.checkpoints = path / "checkpoints"
         self.lock = path / "run.lock"
 

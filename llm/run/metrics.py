@@ -69,26 +69,32 @@ def newest_rows(path: Path) -> Iterator[Any]:
 
 def _newest_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(offset, line) of everything that ends with a newline, the last one first."""
+    with _explained(path), open_regular(path) as file:
+        start, rest, is_whole = file.seek(0, os.SEEK_END), b"", False
+        while start:
+            end, start = start, max(0, start - _BLOCK)
+            file.seek(start)
+            content = file.read(end - start) + rest
+            rest, *lines = content.split(b"\n")
+            if len(rest) > _LONGEST_LINE:
+                raise OSError(errno.EINVAL, "a line of it is longer than any row")
+            place = start + len(content)
+            for line in reversed(lines):
+                place -= len(line)
+                if is_whole:
+                    yield place, line
+                place, is_whole = place - 1, True  # before the newline that ends another line
+        if is_whole:
+            yield start, rest
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Raise what the system says of a file that is read as a CheckpointError; no file: no rows."""
     try:
-        with open_regular(path) as file:
-            start, rest, is_whole = file.seek(0, os.SEEK_END), b"", False
-            while start:
-                end, start = start, max(0, start - _BLOCK)
-                file.seek(start)
-                content = file.read(end - start) + rest
-                rest, *lines = content.split(b"\n")
-                if len(rest) > _LONGEST_LINE:
-                    raise OSError(errno.EINVAL, "a line of it is longer than any row")
-                place = start + len(content)
-                for line in reversed(lines):
-                    place -= len(line)
-                    if is_whole:
-                        yield place, line
-                    place, is_whole = place - 1, True  # before the newline that ends another line
-            if is_whole:
-                yield start, rest
+        yield
     except (FileNotFoundError, NotADirectoryError):
-        return
+        pass
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {why(error)}") from None
 
@@ -138,7 +144,7 @@ class Rows:
         Raises:
           CheckpointError: the file cannot be read.
         """
-        with self._explained(), open_regular(self._path) as file:
+        with _explained(self._path), open_regular(self._path) as file:
             file.seek(self.end - len(self._last))
             if file.read(len(self._last)) != self._last:
                 file.seek(0)
@@ -162,22 +168,12 @@ class Rows:
           CheckpointError: the file cannot be read.
         """
         decode, found = msgspec.json.Decoder(row).decode, []
-        with self._explained(), open_regular(self._path) as file:
+        with _explained(self._path), open_regular(self._path) as file:
             for offset in offsets:
                 file.seek(offset)
                 with contextlib.suppress(msgspec.DecodeError):
                     found.append(decode(file.readline()))
         return found
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """No file means no rows."""
-        try:
-            yield
-        except (FileNotFoundError, NotADirectoryError):
-            pass
-        except OSError as error:
-            raise CheckpointError(f"{self._path} cannot be read: {why(error)}") from None
 
 
 class LineFile:
@@ -218,11 +214,23 @@ class LineFile:
             if not self.lost:
                 say(
                     f"warning: {self._path} cannot be written ({error.strerror}); training goes "
-                    "on, and the lines that are lost are counted"
+                    "on, and says at the end how many lines are lost"
                 )
-            self.lost += 1
+            self.lost += line.count(b"\n")
+
+    def _cut(self, end: int) -> None:
+        """Drop what is behind an offset.
+
+        Raises:
+          CheckpointError, UsageError: see `explained`.
+        """
+        with explained(self._path), contextlib.suppress(FileNotFoundError):
+            if os.path.getsize(self._path) != end:
+                os.truncate(self._path, end)
 
     def close(self) -> None:
+        if self.lost:
+            say(f"warning: {self.lost:,} lines of {self._path} are lost")
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -266,9 +274,7 @@ class MetricsFile(LineFile):
                 # All that were refused in a row are read, however many they are.
                 unread -= row["kind"] == "train" and not _is_refused(row)
         self.remember(reversed(kept), step)
-        with explained(self._path), contextlib.suppress(FileNotFoundError):
-            if os.path.getsize(self._path) != end:
-                os.truncate(self._path, end)
+        self._cut(end)
         return redone[::-1]
 
     def remember(self, rows: Iterable[dict[str, Any]], step: int) -> None:
@@ -298,11 +304,11 @@ class MetricsFile(LineFile):
     def best_evaluation(self) -> tuple[int, float] | None:
         """(step, loss) of the lowest validation loss."""
         evaluated = [
-            (row["loss"], row["step"])
+            (row["step"], row["loss"])
             for row in self._evaluated
             if row["split"] == "validation" and row["loss"] is not None and "source" not in row
         ]
-        return min(evaluated)[::-1] if evaluated else None
+        return min(evaluated, key=lambda one: one[::-1], default=None)
 
     def has_evaluation(self, step: int) -> bool:
         return any(row["step"] == step and "source" not in row for row in self._evaluated)

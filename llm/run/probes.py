@@ -9,8 +9,6 @@ place. The row of a text that the model wrote has `prompt` too, the number of to
 given.
 """
 
-import contextlib
-import os
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -18,7 +16,6 @@ import msgspec
 
 from llm.inference.records import NO_NUMBERS, Alternative, Spellings, TokenRecord
 from llm.inference.transcript import Transcript
-from llm.run.directory import explained
 from llm.run.metrics import LineFile, Rows
 
 _Id = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -104,10 +101,7 @@ class ProbesFile(LineFile):
             found |= row.step == step and row.prompt is None
             if cut is None and row.step > step:  # and so are all behind it
                 cut = start
-        end = rows.end if cut is None else cut
-        with explained(self._path), contextlib.suppress(FileNotFoundError):
-            if os.path.getsize(self._path) != end:
-                os.truncate(self._path, end)
+        self._cut(rows.end if cut is None else cut)
         return found
 
     def write(self, *rows: ProbeRow) -> None:

@@ -47,6 +47,10 @@ def claim(run: RunDirectory, config: Config, held: contextlib.ExitStack) -> dict
     """
     _changes(run, config)  # what is refused is refused before anything is written
     held.enter_context(locked(run))
+    with explained(run.path):
+        for path in (run.config, run.provenance, run.report, run.tokenizer / FILE_NAME):
+            for left in path.parent.glob(f"{path.name}.[0-9]*.tmp"):  # by a process that was killed
+                left.unlink(missing_ok=True)
     changed = _changes(run, config)  # another start may have trained until now
     if changed is None:
         run.config.unlink(missing_ok=True)
