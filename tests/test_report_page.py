@@ -3,8 +3,10 @@
 Needs Chromium, its driver and selenium; skipped where one of them is missing.
 """
 
+import base64
 import json
 import math
+import re
 import urllib.error
 import urllib.request
 
@@ -112,6 +114,8 @@ def test_a_logarithmic_axis_and_the_keyboard_read_the_same_numbers(opened, run):
     row = rows_of(run, "train")[1]
     assert float(legend(opened, "loss")["training"]) == pytest.approx(row["loss"], rel=1e-5)
     assert find(opened, "#say").get_attribute("textContent").startswith("Loss: steps")
+    ActionChains(opened).key_down(Keys.ALT).send_keys(Keys.END).key_up(Keys.ALT).perform()
+    assert float(legend(opened, "loss")["training"]) == pytest.approx(row["loss"], rel=1e-5)
     ratio = """const plot = reportPage.curves.plots[0], at = (x) => plot.valToPos(x, 'x');
       return (at(4) - at(2)) / (at(8) - at(4));"""
     assert opened.execute_script(ratio) == pytest.approx(1, rel=1e-3)
@@ -140,6 +144,33 @@ def test_on_paper_the_curves_are_light_and_as_wide_as_their_column(opened):
         assert not [one for one in find_all(opened, ".u-value") if one.is_displayed()]
     finally:
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def test_a_pdf_of_a_page_in_the_dark_theme_has_curves_of_ink(opened):
+    """A curve that is drawn for the paper is lines in the PDF; one left from the window, which is
+    dark, would be a picture of it."""
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": dark})
+    try:
+        pdf = base64.b64decode(opened.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    finally:
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+    pictures = re.findall(rb"/Subtype /Image\s+/Width (\d+)", pdf)
+    assert pdf.startswith(b"%PDF") and not [width for width in pictures if int(width) > 100]
+
+
+def test_numbers_of_any_size_are_short(opened):
+    spelled = "return [1e15, 2.5e18, 6e24, 999e12].map(compact)"
+    assert opened.execute_script(spelled) == ["1e15", "2.5e18", "6e24", "999T"]
+
+
+def test_the_curve_of_a_token_is_as_wide_as_its_place(opened):
+    for width in (1300, 700, 390):
+        metrics(opened, width)
+        script = """const box = document.querySelector('.growth');
+          return box.clientWidth === box.firstElementChild.clientWidth
+            && document.documentElement.scrollWidth <= innerWidth"""
+        eventually(opened, lambda s=script: opened.execute_script(s))
 
 
 def test_marks_of_memory_are_whole_in_their_units(opened):
@@ -173,17 +204,38 @@ def test_the_live_page_grows_and_answers_to_this_machine_alone(browser, run):
     server = start_server([run], "127.0.0.1", 0)
     browser.get(server.url)
     eventually(browser, lambda: filled(browser))
+    newest = "return reportPage.report.runs[0].train.step.at(-1)"
+    hidden = "return reportPage.curves.plots[0].series.map(({ show }) => show)"
+    zoomed = "const { min, max } = reportPage.curves.plots[1].scales.x; return [min, max]"
+    browser.execute_script("""reportPage.curves.plots[0].setScale('x', {min: 2, max: 6});
+        document.querySelectorAll('#chart-loss .u-legend th')[2].focus()""")
+    press(browser, Keys.SPACE)
+    eventually(browser, lambda: browser.execute_script(zoomed) == [2, 6])
+    place = "return document.getElementById('lines').getBoundingClientRect().top"
+    browser.execute_script("document.getElementById('learnt').scrollIntoView()")
+    before = browser.execute_script(place)
     row = rows_of(run, "train")[-1] | {"step": 999, "loss": 0.125}
     content = run.metrics.read_text().rpartition("\n")[0] + "\n" + json.dumps(row) + "\n"
     run.metrics.write_text(content)
-    newest = "return reportPage.report.runs[0].train.step.at(-1)"
     eventually(browser, lambda: browser.execute_script(newest) == 999)
+    assert browser.execute_script(zoomed) == [2, 6]
+    assert browser.execute_script(hidden) == [True, True, False, True]
+    assert browser.execute_script(place) == pytest.approx(before, abs=2)
     assert browser.get_log("browser") == []
     request = urllib.request.Request(f"{server.url}/data.json", headers={"Host": "evil.example"})
     with pytest.raises(urllib.error.HTTPError, match="403"):
         urllib.request.urlopen(request)
-    browser.get("about:blank")
+    browser.get(server.url)
+    eventually(browser, lambda: filled(browser))
+    (run.path / "config.toml").write_text("[")
+    run.metrics.touch()
+    state = lambda: find(browser, "#state").text  # noqa: E731
+    eventually(browser, lambda: "config.toml" in state())
     server.shutdown()
+    server.server_close()
+    eventually(browser, lambda: "the server does not answer" in state())
+    browser.get("about:blank")
+    browser.get_log("browser")
 
 
 def test_a_text_at_each_checkpoint_is_a_page(browser, unbroken, tmp_path):

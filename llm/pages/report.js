@@ -22,7 +22,9 @@ const CHARTS = [
 
 // Steps between the marks of an axis of bytes, so that they are whole in their units.
 const POWERS_OF_TWO = Array.from({ length: 52 }, (_, power) => 2 ** power);
-const compact = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 4 });
+const inWords = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 4 });
+const compact = (value) => (Math.abs(value) < 1e15 ? inWords.format(value)
+  : value.toExponential(3).replace(/\.?0*e\+/, "e"));
 
 function spelledSeconds(value) {
   if (value < 120) return `${Number(value.toPrecision(3))} s`;
@@ -38,7 +40,7 @@ function spelledBytes(value) {
   return `${Number(value.toPrecision(4))} ${units[unit]}`;
 }
 const spelledNumber = (value) => (value === null || value === undefined ? "–"
-  : Math.abs(value) >= 1e6 ? compact.format(value) : String(Number(value.toPrecision(6))));
+  : Math.abs(value) >= 1e6 ? compact(value) : String(Number(value.toPrecision(6))));
 
 /** What a variable of the stylesheet is in the theme of the moment. */
 function colour(name) {
@@ -75,14 +77,10 @@ class Curves {
     new ResizeObserver(() => this.fit()).observe(document.querySelector(".charts"));
   }
 
-  /** Draws every chart anew, after other numbers or another choice. */
+  /** Draws the charts, after other numbers or another choice. A chart that has the curves it had
+      takes the numbers, and keeps what a person zoomed, hid and points at. */
   draw(runs = this.runs) {
     this.runs = runs;
-    const box = document.querySelector(".charts");
-    const focused = document.activeElement?.closest?.(".chart")?.id;
-    this.plots.forEach((plot) => plot.destroy());
-    this.plots = [];
-    box.replaceChildren();
     const drawn = CHARTS.map((chart) =>
       [chart, runs.flatMap((run, number) => this.seriesOf(chart, run, number))])
       .filter(([, series]) => series.some(({ y }) => y.some((value) => value !== null)));
@@ -92,11 +90,14 @@ class Curves {
       if (Number.isFinite(at) && (!logX || at > 0)) [min, max] = [Math.min(min, at), Math.max(max, at)];
     }
     this.whole = min < max ? { min, max } : null;
-    for (const [chart, series] of drawn) this.add(box, chart, series);
-    this.zoomTo(null);
+    const ways = ["against", "scale", "curve"].map(chosen);
+    const shape = JSON.stringify([ways, drawn.map(([[id], series]) => [id, series.map(({ label }) => label)])]);
+    if (shape === this.shape) {
+      drawn.forEach(([, series], i) => this.plots[i].setData(this.table(series), false));
+    } else this.addAll(drawn);
+    this.shape = shape;
+    this.zoomTo(this.zoom);
     byId("curves").hidden = !this.plots.length;
-    byId("unzoom").hidden = true;
-    if (focused) byId(focused)?.focus();
     this.sayMarks();
   }
 
@@ -127,16 +128,35 @@ class Curves {
     return found;
   }
 
-  add(box, [id, title, unit, trained], series) {
-    const scale = chosen("scale"), against = chosen("against");
-    const logX = scale === "x" || scale === "both";
-    const positive = series.some(({ y }) => y.some((value) => value > 0));
-    const logY = (scale === "y" || scale === "both") && positive;
-    const tables = series.map(({ x, y }) => {
+  addAll(drawn) {
+    const box = document.querySelector(".charts"), focused = document.activeElement?.closest?.(".chart")?.id;
+    box.style.minHeight = `${box.offsetHeight}px`;  // the page stays where it was scrolled to
+    this.plots.forEach((plot) => plot.destroy());
+    this.plots = [];
+    box.replaceChildren();
+    for (const [chart, series] of drawn) this.add(box, chart, series);
+    box.style.minHeight = "";
+    if (focused) byId(focused)?.focus({ preventScroll: true });
+  }
+
+  /** Which axes are logarithmic: x, and y where a chart has a positive number. */
+  logarithmic(series) {
+    const scale = chosen("scale"), positive = series.some(({ y }) => y.some((value) => value > 0));
+    return [["x", "both"].includes(scale), ["y", "both"].includes(scale) && positive];
+  }
+
+  /** The numbers of a chart as uPlot takes them. */
+  table(series) {
+    const [logX, logY] = this.logarithmic(series);
+    return uPlot.join(series.map(({ x, y }) => {
       const rows = x.map((at, i) => [at, logY && y[i] <= 0 ? null : y[i]])
         .filter(([at]) => Number.isFinite(at) && (!logX || at > 0));
       return [rows.map(([at]) => at), rows.map(([, value]) => value)];
-    });
+    }));
+  }
+
+  add(box, [id, title, unit], series) {
+    const against = chosen("against"), [logX, logY] = this.logarithmic(series);
     const heading = el("h3", "", title, el("small", "", unit));
     const figure = el("figure", id === "loss" ? "chart wide" : "chart", heading);
     Object.assign(figure, { id: `chart-${id}`, tabIndex: 0 });
@@ -152,8 +172,8 @@ class Curves {
       values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : values(tick))),
     });
     const tick = id === "memory_bytes" ? spelledBytes : (v) => (Math.abs(v) >= 1e4
-      ? compact.format(v) : v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential(0) : String(Number(v.toPrecision(4))));
-    const ticksX = against === "seconds" ? spelledSeconds : (v) => compact.format(v);
+      ? compact(v) : v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential(0) : String(Number(v.toPrecision(4))));
+    const ticksX = against === "seconds" ? spelledSeconds : compact;
     const plot = new uPlot({
       width: figure.clientWidth || 600, height: id === "loss" ? 320 : 190,
       scales: { x: { time: false, distr: logX ? 3 : 1 }, y: { distr: logY ? 3 : 1 } },
@@ -167,11 +187,15 @@ class Curves {
                 dataIdx: (u, i, at) => this.nearest(u, i, at) },
       hooks: { draw: [(u) => this.drawMarks(u, id)],
                setScale: [(u, key) => this.scaled(u, key)] },
-    }, uPlot.join(tables), figure);
-    plot.log = logX;
+    }, this.table(series), figure);
     for (const name of figure.querySelectorAll(".u-legend .u-series th")) {
       name.tabIndex = 0;
-      name.addEventListener("keydown", (event) => { if (event.key === "Enter") name.click(); });
+      name.setAttribute("role", "button");
+      name.addEventListener("keydown", (event) => {
+        if (!["Enter", " "].includes(event.key)) return;
+        event.preventDefault();
+        name.click();
+      });
     }
     figure.addEventListener("keydown", (event) => this.key(event, plot, title));
     this.plots.push(plot);
@@ -210,6 +234,7 @@ class Curves {
   }
 
   key(event, plot, title) {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
     const { idx } = plot.cursor, last = plot.data[0].length - 1;
     const to = { ArrowRight: (idx ?? -1) + 1, ArrowLeft: (idx ?? last + 1) - 1, Home: 0, End: last }[event.key];
     if (event.key === "Escape") this.zoomTo(null);
@@ -224,17 +249,18 @@ class Curves {
   }
 
   drawMarks(plot, id) {
-    const { ctx, bbox } = plot, marks = this.runs.flatMap((run) => run.marks.map((mark) => ({
-      ...mark, at: this.x(run, { step: [mark.step], tokens: [mark.tokens], seconds: [mark.seconds] })[0] })));
+    const alone = this.runs.length === 1;
+    const { ctx, bbox } = plot, marks = this.runs.flatMap((run, i) => run.marks.map((mark) => ({
+      ...mark, own: `run${i % RUN_COLOURS}`, at: this.x(run, { step: [mark.step], tokens: [mark.tokens], seconds: [mark.seconds] })[0] })));
     const labelled = marks.filter(({ what }) => what === "restart").length <= MOST_LABELLED;
     ctx.save();
     ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
-    for (const { what, at } of marks) {
+    for (const { what, at, own } of marks) {
       const x = Math.round(plot.valToPos(at, "x", true));
       if (!(x >= bbox.left && x <= bbox.left + bbox.width)) continue;
       ctx.beginPath();
       if (what === "restart") {
-        ctx.strokeStyle = ctx.fillStyle = colour("muted");
+        ctx.strokeStyle = ctx.fillStyle = colour(alone ? "muted" : own);
         ctx.setLineDash([4 * devicePixelRatio, 3 * devicePixelRatio]);
         ctx.moveTo(x, bbox.top);
         ctx.lineTo(x, bbox.top + bbox.height);
@@ -244,7 +270,7 @@ class Curves {
         if (labelled && id === "loss") ctx.fillText("restart", x + (left ? 5 : -5), bbox.top + 12 * devicePixelRatio);
       } else {
         const size = 5 * devicePixelRatio, bottom = bbox.top + bbox.height;
-        ctx.fillStyle = colour("accent");
+        ctx.fillStyle = colour(alone ? "accent" : own);
         ctx.moveTo(x - size, bottom);
         ctx.lineTo(x + size, bottom);
         ctx.lineTo(x, bottom - 2 * size);
@@ -283,13 +309,14 @@ class Curves {
 
 class Learnt {
   constructor() {
-    this.at = null;
+    this.at = this.chosen = null;
     this.plot = null;
-    byId("which").addEventListener("change", () => { this.at = null; this.draw(); });
+    byId("which").addEventListener("change", () => { this.chosen = null; this.draw(); });
+    new ResizeObserver(() => this.fit()).observe(byId("token"));
     const lines = byId("lines");
     lines.addEventListener("click", (event) => {
       const [, row, token] = /^l(\d+)t(\d+)$/.exec(tokenElement(event.target)?.id ?? "") ?? [];
-      if (row) this.show(Number(row), Number(token));
+      if (row) this.choose(Number(row), Number(token));
     });
     lines.addEventListener("keydown", (event) => this.key(event));
   }
@@ -298,11 +325,15 @@ class Learnt {
     const before = byId("which").value;
     this.texts = runs.flatMap((run) => run.texts.map((text) => ({ ...text, size: run.vocab_size,
       title: runs.length > 1 ? `${run.name}: ${text.name}` : text.name })));
-    byId("which").replaceChildren(...this.texts.map((text, i) => {
-      const option = el("option", "", escaped(text.title));
-      option.value = String(i);
-      return option;
-    }));
+    const titles = this.texts.map(({ title }) => title);
+    if (String(titles) !== this.titles) {  // a list that a person has opened stays open
+      this.titles = String(titles);
+      byId("which").replaceChildren(...titles.map((title, i) => {
+        const option = el("option", "", escaped(title));
+        option.value = String(i);
+        return option;
+      }));
+    }
     byId("learnt").hidden = !this.texts.length;
     if (!this.texts.length) return;
     byId("which").value = this.texts[before] ? before : "0";
@@ -344,7 +375,7 @@ class Learnt {
       }
       return [el("span", "", `step ${grouped(steps[row])}`), line];
     }));
-    const [row, token] = this.at ?? [this.rows.at(-1), this.mostTelling()];
+    const [row, token] = this.chosen ?? [this.rows.at(-1), this.mostTelling()];
     this.show(Math.min(row, steps.length - 1), token);
   }
 
@@ -353,6 +384,12 @@ class Learnt {
     const { said, tokens } = this.text;
     const gain = (i) => (said.at(-1)[i] && said[0][i] ? said.at(-1)[i][0] - said[0][i][0] : -Infinity);
     return tokens.map((_, i) => i).reduce((best, i) => (gain(i) > gain(best) ? i : best), 0);
+  }
+
+  /** A person's choice stays while the page grows; without one, the newest step is shown. */
+  choose(row, token) {
+    this.chosen = [row, token];
+    this.show(row, token);
   }
 
   show(row, token) {
@@ -368,7 +405,7 @@ class Learnt {
       const instead = el("td", "", ...(other === null || other === undefined ? ["–"]
         : [el("code", "", ...visible(spelled[other] ?? "")), ` ${percent(most)}`]));
       const whole = el("tr", i === row ? "on" : "", ...cells, instead);
-      whole.addEventListener("click", () => this.show(i, token));
+      whole.addEventListener("click", () => this.choose(i, token));
       return whole;
     };
     const head = el("thead", "", el("tr", "", ...["step", "probability", "rank", "likeliest then"]
@@ -396,10 +433,15 @@ class Learnt {
                    ticks: { stroke: () => colour("line"), width: 1 } };
     this.plot = new uPlot({ width: box.clientWidth || 300, height: 150,
       scales: { x: { time: false }, y: { range: [0, 100] } }, legend: { show: false },
-      axes: [{ ...axis, size: 28, values: (_, ticks) => ticks.map((tick) => compact.format(tick)) },
+      axes: [{ ...axis, size: 28, values: (_, ticks) => ticks.map(compact) },
         { ...axis, size: 46, values: (_, ticks) => ticks.map((tick) => `${tick} %`) }],
       series: [{}, { stroke: line, width: 2, points: { show: steps.length < 40, size: 5, fill: line } }],
       cursor: { drag: { x: false, y: false } } }, [steps, values], box);
+  }
+
+  fit() {
+    const width = this.plot?.root.parentElement.clientWidth;
+    if (width && width !== this.plot.width) this.plot.setSize({ width, height: this.plot.height });
   }
 
   key(event) {
@@ -411,7 +453,7 @@ class Learnt {
                  Home: [row, 0], End: [row, last] }[event.key];
     if (!to) return;
     event.preventDefault();
-    this.show(...to);
+    this.choose(...to);
   }
 }
 
@@ -478,7 +520,8 @@ class Report {
   show(report) {
     this.report = report;
     const runs = report.runs.map((run) => ({ ...NOTHING, ...run })), alone = runs.length === 1;
-    byId("state").textContent = runs.map((run) => `${alone ? "" : `${escaped(run.name)}: `}${escaped(run.state)}`).join("; ");
+    this.state = runs.map((run) => `${alone ? "" : `${escaped(run.name)}: `}${escaped(run.state)}`).join("; ");
+    byId("state").textContent = this.state;
     byId("notes").replaceChildren(...runs.flatMap((run) =>
       run.notes.map((note) => el("p", "", `${alone ? "" : `${escaped(run.name)}: `}${escaped(note)}`))));
     byId("facts").replaceChildren(...(alone ? this.factsOf(runs[0]) : []));
@@ -523,14 +566,17 @@ class Report {
 
   /** Asks the server for newer numbers, ever again; a run of millions of steps is asked less often. */
   async grow() {
-    const asked = performance.now();
+    const asked = performance.now(), said = byId("state");
     try {
-      const answer = await fetch("data.json", { cache: "no-store" });
-      if (answer.ok) {
-        const report = await answer.json();
-        if (report.written !== this.report.written) this.show(report);
-      }
-    } catch { byId("say").textContent = "the server does not answer"; }
+      const answer = await fetch("data.json", { cache: "no-store" }), text = await answer.text();
+      if (!answer.ok) throw new Error(text);
+      if (text !== this.newest) this.show(JSON.parse(text));
+      else if (said.textContent !== this.state) said.textContent = this.state;
+      this.newest = text;
+    } catch (error) {
+      const why = error instanceof TypeError ? "the server does not answer" : error.message;
+      said.textContent = `${this.state} (as of ${this.report.written}; ${escaped(why)})`;
+    }
     const took = performance.now() - asked;
     setTimeout(() => this.grow(), Math.max(GROWS_EACH_MS, SHARE_OF_ASKING * took));
   }
