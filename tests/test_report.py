@@ -208,9 +208,10 @@ def test_a_folder_that_is_no_run_and_a_pipe_for_its_metrics_are_refused(tmp_path
         main(["report", str(tmp_path / "nowhere")])
     with pytest.raises(UsageError, match="--serve shows the page until Ctrl-C: leave out --json"):
         main(["report", str(copy / "run"), "--serve", "--json"])
-    make_strange("pipe", copy / "run" / "metrics.jsonl")
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read"):
-        main(["report", str(copy / "run")])
+    for kind in ("huge", "pipe"):
+        make_strange(kind, copy / "run" / "metrics.jsonl")
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl cannot be read"):
+            main(["report", str(copy / "run")])
 
 
 def test_a_step_counts_once_and_seconds_stand_for_the_steps_between_rows(tmp_path):

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from llm.console import say
 from llm.errors import UsageError
-from llm.pages.report import gather, is_training, report_page
+from llm.pages.report import Report, gather, is_training, report_page
 from llm.pages.report_data import GrowingRows
 from llm.run.directory import RunDirectory
 
@@ -28,7 +28,7 @@ class ReportServer(ThreadingHTTPServer):
         self.runs, self._lock = runs, threading.Lock()
         self._seen: Any = None
         self._rows: list[GrowingRows] = []
-        self._content: dict[str, bytes] = {}
+        self._report: Report = {}
         self.host = host
         super().__init__((host, port), _Handler)
         self.url = f"http://{host}:{self.server_address[1]}"
@@ -37,7 +37,7 @@ class ReportServer(ThreadingHTTPServer):
         """Nothing: a browser that leaves in the middle of an answer is no error of the run."""
 
     def content(self, path: str) -> bytes:
-        """The page or its numbers, made again if the runs have changed."""
+        """The page or its numbers, which are read again if the runs have changed."""
         files = [file for run in self.runs for file in (run.metrics, run.probes, run.provenance)]
         with self._lock:
             seen = [file.exists() and file.stat().st_mtime_ns for file in files]
@@ -46,13 +46,10 @@ class ReportServer(ThreadingHTTPServer):
                 self._rows = self._rows or [GrowingRows(run) for run in self.runs]
                 for rows in self._rows:
                     rows.read()
-                report = gather(self.runs, read=self._rows)
-                self._content = {
-                    "/": report_page(report, live=True).encode(),
-                    "/data.json": json.dumps(report, allow_nan=False).encode(),
-                }
-                self._seen = seen
-            return self._content[path]
+                self._report, self._seen = gather(self.runs, read=self._rows), seen
+            if path == "/":
+                return report_page(self._report, live=True).encode()
+            return json.dumps(self._report, allow_nan=False).encode()
 
 
 class _Handler(BaseHTTPRequestHandler):
