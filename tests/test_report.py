@@ -127,8 +127,13 @@ def test_numbers_and_ids_beyond_all_bounds_leave_a_page(copy, capsys):
     for path in (copy / "run" / "checkpoints").glob("*/receipt.json"):
         path.write_text(json.dumps({"tokens": [[10**6, 2]], "logprobs": [[-1.0]]}))
     write_rows(copy / "run" / "metrics.jsonl", 3, [1e308, 1e308, 1.0], step_seconds={2: 1e308})
+    path = copy / "run" / "run.json"
+    record = json.loads(path.read_text())
+    record["starts"][0]["seconds"] = {"text": 1e308, "compiling": 1e308, "total": 1e308}
+    path.write_text(json.dumps(record | {"starts": record["starts"] * 2}))
     (run,) = reported(capsys, copy / "run")["runs"]
     assert run["train"]["step"] == [1, 3] and run["notes"][0].startswith("1 lines of metrics")
+    assert run["time"]["seconds"]["restarts"] is None
     assert not [text for text in run["samples"] if "receipt" in text["label"]]
 
 

@@ -304,7 +304,7 @@ def time_spent(metrics: Metrics, starts: Sequence[Mapping[str, Any]]) -> dict[st
         total += told.get("total", 0.0)
     if not unsaid:
         spent["other"] = max(0.0, total - sum(spent.values()))
-    return {"seconds": spent, "unsaid": unsaid}
+    return {"seconds": dict(zip(spent, numbers(spent.values()), strict=True)), "unsaid": unsaid}
 
 
 def receipt(run: RunDirectory) -> list[ProbeRow]:

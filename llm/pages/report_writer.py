@@ -66,7 +66,10 @@ class Page:
 
 
 def complete(run: RunDirectory, display: Display) -> None:
-    """Write the last page of a finished run if a kill came before it; run.json is older than it."""
-    written = run.report.stat().st_mtime if run.report.exists() else 0.0
-    if written < run.provenance.stat().st_mtime:
+    """Write the last page of a finished run if what it shows is newer, as after a kill."""
+    page, *shown = (
+        file.stat().st_mtime_ns if file.exists() else 0
+        for file in (run.report, run.provenance, run.metrics)
+    )
+    if page < max(shown):
         Page(run, display, writes=True).close()
