@@ -550,7 +550,7 @@ def test_a_reader_beside_a_trainer_sees_whole_steps_only(tmp_path):
     and again."""
     config = write_config(
         tmp_path,
-        training={"steps": 40, "eval_every": 0},
+        training={"steps": 25, "eval_every": 0},
         checkpoint={"every": 1, "keep": 1},
         optimizer={"learning_rate": 1e-3, "min_learning_rate": 1e-4},
         data={"validation": "none"},
