@@ -805,6 +805,7 @@ def test_the_server_writes_what_the_decoder_says(real, decoder):
     assert f"{-token['logprob']:.2f} nats" in panel(real)
 
 
+@pytest.mark.thorough
 def test_a_branch_is_kept_text_and_alternative_and_what_the_decoder_says(real, decoder):
     before = write(real, CAT, max_tokens=TOKENS, seed=4)
     chosen = choose(real, 25, 3)
@@ -824,6 +825,7 @@ def test_a_branch_is_kept_text_and_alternative_and_what_the_decoder_says(real, d
     assert text(real) == text_of(before) and received(real) == before
 
 
+@pytest.mark.thorough
 def test_emoji_of_bytes_are_whole_and_can_be_cut(real, decoder):
     records = write(real, "the cat " + WHOLE, max_tokens=TOKENS, seed=5)
     assert text(real) == text_of(records) and text(real).startswith("the cat " + WHOLE)
@@ -836,6 +838,7 @@ def test_emoji_of_bytes_are_whole_and_can_be_cut(real, decoder):
     assert text(real) == text_of(received(real))
 
 
+@pytest.mark.thorough
 def test_scoring_on_the_server_sums_the_whole_text(real):
     fill(real, max_tokens=7)
     assert find(real, "#prompt").get_attribute("value") == "the"  # the run's own setting
@@ -850,6 +853,7 @@ def test_scoring_on_the_server_sums_the_whole_text(real):
     assert "none, the text was given" in find(real, "#run").text
 
 
+@pytest.mark.thorough
 def test_a_prompt_beyond_the_context_is_refused_in_words(real):
     records = write(real, CAT, max_tokens=5)
     find(real, "#prompt").send_keys("x" * 300)
@@ -860,6 +864,7 @@ def test_a_prompt_beyond_the_context_is_refused_in_words(real):
     assert len(find(real, "#prompt").get_attribute("value")) == 322
 
 
+@pytest.mark.thorough
 def test_a_stop_frees_the_place_on_the_server(real, served):
     real.execute_script(
         "const add = livePage.add;"
@@ -878,6 +883,7 @@ def test_a_stop_frees_the_place_on_the_server(real, served):
     assert tokens_of(write(real, CAT, max_tokens=TOKENS, seed=3))[-1]["position"] > 22
 
 
+@pytest.mark.thorough
 def test_a_server_that_is_gone_is_said_to_and_nothing_is_lost(real, served):
     """The last test: the server does not come back."""
     records = write(real, CAT, max_tokens=9)

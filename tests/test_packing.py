@@ -132,11 +132,10 @@ def gradients(training, batch):
     return jax.flatten_util.ravel_pytree(gradient)[0], terms.nll
 
 
-@pytest.mark.parametrize("opens", [True, False])
 @pytest.mark.parametrize(
-    "training",
-    [{}, {"micro_batch_size": 2}, {"remat": "block"}],
-    ids=["whole", "accumulated", "remat"],
+    ("opens", "training"),
+    [(True, {}), (False, {}), (True, {"micro_batch_size": 2}), (False, {"remat": "block"})],
+    ids=["whole", "whole, unopened", "accumulated", "remat"],
 )
 def test_a_packed_batch_has_the_loss_and_gradient_of_its_documents_alone(opens, training):
     """Weighted by their tokens, to 1e-6; in float32, each alone at the beginning of a window."""

@@ -105,7 +105,7 @@ class Surfaces:
         return read_records(path), out.getvalue()
 
 
-@pytest.fixture(scope="module", params=[characters, ByteTokenizer, gpt2], ids=lambda f: f.__name__)
+@pytest.fixture(scope="module", params=[ByteTokenizer, characters, gpt2], ids=lambda f: f.__name__)
 def surfaces(request, tmp_path_factory):
     return Surfaces(tmp_path_factory.mktemp("surfaces"), request.param())
 
@@ -223,6 +223,7 @@ def test_a_given_text_has_the_same_numbers_everywhere(surfaces, scored, served):
     )
 
 
+@pytest.mark.thorough(keep=1)
 def test_minus_their_sum_is_the_loss_of_training(surfaces, scored):
     """The evaluation step is what training's validation losses come from."""
     spec, params = surfaces.lm.spec, surfaces.lm.params
@@ -233,6 +234,7 @@ def test_minus_their_sum_is_the_loss_of_training(surfaces, scored):
     assert -end["sum_logprob"] == pytest.approx(nats, rel=1e-6)
 
 
+@pytest.mark.thorough(keep=1)
 def test_in_bfloat16_the_servers_run_record_carries_the_measured_distance(surfaces, monkeypatch):
     """What is measured, tests/test_score.py holds."""
     pytest.importorskip("uvicorn")
@@ -269,6 +271,7 @@ def test_the_harness_adapter_says_the_same(surfaces, scored):
     assert text == surfaces.draw(**surfaces.drawn).new_text
 
 
+@pytest.mark.thorough(keep=1)
 def test_a_drawn_text_is_the_same_everywhere_whatever_its_bytes(surfaces, served):
     sampled, out = surfaces.draw_by_command()
     data = b"".join(surfaces.tokenizer.token_bytes(r["id"]) for r in tokens_of(sampled))
@@ -303,6 +306,7 @@ def spelled_bytes(spellings):
     )
 
 
+@pytest.mark.thorough(keep=2)
 @pytest.mark.parametrize("drawn", [False, True])
 def test_page_and_terminal_show_the_text(surfaces, scored, drawn):
     result = surfaces.draw(**surfaces.drawn)
@@ -315,6 +319,7 @@ def test_page_and_terminal_show_the_text(surfaces, scored, drawn):
     assert f"\nsample 0\n{shown}\n" in plain
 
 
+@pytest.mark.thorough(keep=1)
 def test_bytes_that_are_no_text_are_taken_and_said_everywhere(surfaces, served, tmp_path):
     """A lone continuation byte, an overlong form, a cut emoji with a joiner after it."""
     if surfaces.tokenizer.name == "characters":
@@ -349,6 +354,7 @@ def page_of(records):
     return page(records, title="t")
 
 
+@pytest.mark.thorough(keep=1)
 def test_stop_strings_that_span_tokens_are_cut_the_same_everywhere(surfaces, served):
     free = surfaces.draw(**surfaces.drawn)
     stop, where = spanning(free)
@@ -373,6 +379,7 @@ def test_stop_strings_that_span_tokens_are_cut_the_same_everywhere(surfaces, ser
     assert surfaces.draw(**surfaces.drawn, stop=first).new_text == ""
 
 
+@pytest.mark.thorough(keep=1)
 def test_the_end_of_text_has_its_record_and_no_text_everywhere(surfaces, served):
     if surfaces.tokenizer.name != "bytes":
         pytest.skip("characters have none, and of gpt2 it is drawn once in 50,000 tokens")
@@ -408,6 +415,7 @@ def spanning(generation):
     raise AssertionError("no two tokens have text")
 
 
+@pytest.mark.thorough(keep=1)
 def test_a_prompt_that_fills_the_context_is_scored_and_nothing_is_drawn(surfaces, served):
     ids = [int(id_) for id_ in np.resize(surfaces.ids, CONTEXT)]
     asked = {"prompt": ids, "echo": True, "max_tokens": 1, "logprobs": 0, "temperature": 0.0}

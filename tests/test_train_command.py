@@ -303,6 +303,7 @@ def test_what_devices_cannot_do_is_refused_before_the_text_is_read(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("platforms", "reason"), [("cuda", "it finds none"), ("abacus", "Unable to initialize")]
 )
