@@ -159,6 +159,17 @@ def test_a_pdf_of_a_page_in_the_dark_theme_has_curves_of_ink(opened):
     assert pdf.startswith(b"%PDF") and not [width for width in pictures if int(width) > 100]
 
 
+def test_the_legend_has_the_colours_of_the_curves_in_the_theme_of_the_moment(opened):
+    marker = "#chart-loss .u-series:last-child .u-marker"
+    shown = (
+        f"return [getComputedStyle(document.querySelector('{marker}')).borderColor,colour('run1')]"
+    )
+    for theme in ("light", "dark"):
+        find(opened, f"[for=theme-{theme}]").click()
+        border, ink = opened.execute_script(shown)
+        assert border == ink == {"light": "rgb(196, 89, 10)", "dark": "rgb(242, 161, 60)"}[theme]
+
+
 def test_numbers_of_any_size_are_short(opened):
     spelled = "return [1e15, 2.5e18, 6e24, 999e12].map(compact)"
     assert opened.execute_script(spelled) == ["1e15", "2.5e18", "6e24", "999T"]

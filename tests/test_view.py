@@ -21,6 +21,7 @@ from example_records import CHINESE, EMOJI, given, sampled, scored
 from hypothesis import example, settings
 from hypothesis import given as for_all
 from hypothesis import strategies as st
+from runs import ROOT
 
 from llm.errors import UsageError
 from llm.files import write_output
@@ -239,6 +240,26 @@ def test_ink_can_be_read_on_every_level(theme):
         ink = {"#000": 0.0, "#fff": 1.0}[scales.ink_on(colour)]
         light, dark = max(ink, luminance), min(ink, luminance)
         assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize("theme", scales.THEMES)
+def test_curves_of_six_runs_are_told_apart_by_every_eye_and_from_the_paper(theme):
+    """Farther from each other than 30 in CIELAB (D65), and a contrast of 3 to the paper."""
+    place = scales.THEMES.index(theme)
+    css = (ROOT / "llm/pages/report.css").read_text() + (ROOT / "llm/pages/page.css").read_text()
+    found = re.findall(r"--(?:run\d|paper): light-dark\((#\w+), (#\w+)\)", css)
+    colours = [[int(pair[place][i : i + 2], 16) for i in (1, 3, 5)] for pair in found]
+    assert len(colours) == 7
+    to_xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+                       [0.0193339, 0.1191920, 0.9503041]])  # fmt: skip
+    for blindness in BLINDNESS:
+        xyz = seen_linear(colours[:6], blindness) @ to_xyz.T / to_xyz.sum(1)
+        f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+        lab = f @ np.array([[0, 500, 0], [116, -500, 200], [0, 0, -200]])
+        apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1)
+        assert apart[~np.eye(6, dtype=bool)].min() > 30, blindness
+    *lines, paper = seen_linear(colours, "none") @ to_xyz[1] + 0.05
+    assert all(max(line, paper) / min(line, paper) > 3 for line in lines)
 
 
 def test_no_field_of_a_record_can_bring_an_element_into_a_page():

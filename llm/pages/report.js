@@ -113,17 +113,16 @@ class Curves {
     const own = `run${number % RUN_COLOURS}`, found = [];
     if (trained && run.train[trained]) {
       const x = this.x(run, run.train), smooth = chosen("curve") === "smooth" && run.rows > 2;
-      found.push({ label: `${name}training`, x, y: run.train[trained], width: 1,
-                   stroke: () => (smooth ? faded(own) : colour(own)) });
-      if (smooth) found.push({ label: `${name}smoothed`, x, y: run.smoothed[trained], width: 2,
-                               stroke: () => colour(own) });
+      found.push({ label: `${name}training`, x, y: run.train[trained], width: 1, ink: own,
+                   faint: smooth });
+      if (smooth) found.push({ label: `${name}smoothed`, x, y: run.smoothed[trained], width: 2, ink: own });
     }
     if (evaluated === "loss" || evaluated === "bits_per_byte") {
       run.evaluations.forEach((of, i) => found.push({
         label: `${name}validation${of.source ? ` of ${escaped(of.source)}` : ""}`,
         x: this.x(run, of), y: of[evaluated], width: 2, points: true,
         dash: of.source ? SOURCE_DASHES[i % SOURCE_DASHES.length] : alone ? undefined : [7, 4],
-        stroke: () => colour(alone ? (of.source ? `run${2 + (i % 4)}` : "run1") : own) }));
+        ink: alone ? (of.source ? `run${2 + (i % 4)}` : "run1") : own }));
     }
     return found;
   }
@@ -180,9 +179,14 @@ class Curves {
       axes: [axis(ticksX, 44, AGAINST[against]),
         { ...axis(tick, 62), ...(id === "memory_bytes" ? { incrs: POWERS_OF_TWO } : {}) }],
       series: [{ label: AGAINST[against], value: (_, v) => (v === null || v === undefined ? "–" : spellX(v)) },
-        ...series.map(({ label, stroke, width, dash, points, y }) => ({
-          label, stroke, width, dash, spanGaps: false, value: (_, v) => spell(v),
-          points: { show: (points && y.length < 80) || y.length < 3, size: points ? 6 : 8, fill: stroke, stroke } }))],
+        ...series.map(({ label, ink, faint, width, dash, points, y }) => {
+          const stroke = () => (faint ? faded(ink) : colour(ink));
+          return { label, stroke, width, dash, spanGaps: false, value: (_, v) => spell(v),
+            points: { show: (points && y.length < 80) || y.length < 3, size: points ? 6 : 8, fill: stroke, stroke } };
+        })],
+      // Unlike a picture, a style follows the theme by itself.
+      legend: { markers: { stroke: (_, i) => (!i ? "" : series[i - 1].faint
+        ? `color-mix(in srgb, var(--${series[i - 1].ink}) 28%, transparent)` : `var(--${series[i - 1].ink})`) } },
       cursor: { sync: { key: "report" }, drag: { x: true, y: false },
                 dataIdx: (u, i, at) => this.nearest(u, i, at) },
       hooks: { draw: [(u) => this.drawMarks(u, id)],
