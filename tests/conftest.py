@@ -36,9 +36,10 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 
 # Files whose tests are whole runs, or wait for several processes; the longest first.
 LONGEST = (
-    "kills", "init_from", "train_command", "hosts", "faults", "mixture", "surfaces", "products",
-    "packing", "live_page", "imported", "export", "language_model", "gpt", "optimizer", "serve",
-    "sample_command", "decode", "step",
+    "kills", "train_command", "hosts", "faults", "init_from", "memorized", "families", "meshes",
+    "surfaces", "live_page", "browser", "mixture", "packing", "export", "imported", "report",
+    "language_model", "products", "gpt", "optimizer", "serve", "sample_command", "decode", "step",
+    "tools",
 )  # fmt: skip
 # Files that `make test` leaves out: comparisons with other programs, and of many compiled programs.
 THOROUGH = (

@@ -376,7 +376,7 @@ PAIRS = [
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("kind", ["bytes", "characters", "bpe"])
+@pytest.mark.parametrize("kind", ["characters", "bpe"])
 def test_the_harness_needs_no_tokenizer_and_gets_the_numbers_of_eval(kind, monkeypatch):
     """lm-evaluation-harness's `local-completions` as it comes, against our own adapter."""
     completions = pytest.importorskip("lm_eval.models.openai_completions")
@@ -386,7 +386,6 @@ def test_the_harness_needs_no_tokenizer_and_gets_the_numbers_of_eval(kind, monke
     from llm.interop.lm_eval import HarnessModel
 
     tokenizer = {
-        "bytes": ByteTokenizer,
         "characters": lambda: CharacterTokenizer(CORPUS),
         "bpe": lambda: train_bpe([CORPUS], 280),
     }[kind]()
