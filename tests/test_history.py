@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import unicodedata
 
 import pytest
 
 from llm.__main__ import main
+from llm.commands.history import for_people
 from llm.errors import CheckpointError, UsageError
 from llm.run.checkpoint import saved_steps
 
@@ -48,6 +50,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(unbroken, tmp_path, capsys
         shutil.rmtree(run / "checkpoints" / str(step))
     with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
         main(["history", str(run), "--text", TEXT])
+
+
+def test_columns_stand_below_each_other_in_a_terminal_whatever_the_tokens():
+    tokens = ["a", "名字", "👩", "\u202e", "very long indeed, 名字"]
+    found = {"steps": [1, 20], "tokens": tokens, "logprobs": [[None, -1.0, -2.0, -3.0, -4.0]] * 2}
+    _, *lines = for_people(found).splitlines()
+    wide = [sum(unicodedata.east_asian_width(c) in "WF" for c in line) for line in lines]
+    assert {len(line) + more for line, more in zip(lines, wide, strict=True)} == {14 + 2 * 10}
 
 
 def test_a_text_of_one_token_is_refused(unbroken):

@@ -116,6 +116,14 @@ def test_a_logarithmic_axis_and_the_keyboard_read_the_same_numbers(opened, run):
     assert find(opened, "#say").get_attribute("textContent").startswith("Loss: steps")
     ActionChains(opened).key_down(Keys.ALT).send_keys(Keys.END).key_up(Keys.ALT).perform()
     assert float(legend(opened, "loss")["training"]) == pytest.approx(row["loss"], rel=1e-5)
+    shown = "const { min, max } = reportPage.curves.plots[1].scales.x; return [min, max]"
+    whole = opened.execute_script(shown)
+    press(opened, "+", "+")  # to a quarter around the second step
+    eventually(opened, lambda: opened.execute_script(shown) == [2 - 1 / 4, 2 + (whole[1] - 2) / 4])
+    assert find(opened, "#unzoom").is_displayed()
+    press(opened, "-", "-")
+    eventually(opened, lambda: opened.execute_script(shown) == whole)
+    assert whole == [1, rows_of(run, "train")[-1]["step"]]
     ratio = """const plot = reportPage.curves.plots[0], at = (x) => plot.valToPos(x, 'x');
       return (at(4) - at(2)) / (at(8) - at(4));"""
     assert opened.execute_script(ratio) == pytest.approx(1, rel=1e-3)

@@ -9,6 +9,8 @@ import json
 import math
 from typing import Any
 
+from rich.cells import set_cell_size
+
 from llm.commands.flags import CommandLine, InputFile, OutputFile, argument, parse
 from llm.commands.shared import as_text, counted
 from llm.console import escaped, say, show
@@ -17,7 +19,7 @@ from llm.files import write_output
 from llm.runtime import prepare_process
 from llm.section import setting
 
-# A token's spelling in a table for people, in characters.
+# A token's spelling in a table for people, in cells of a terminal: a Chinese character has two.
 SPELLING = 14
 
 
@@ -83,10 +85,9 @@ def main(arguments: list[str]) -> int:
 def for_people(found: dict[str, Any]) -> str:
     """A line for each token, a column for each checkpoint: probabilities in percent."""
     lines = ["probability of each token, in percent", row("step", found["steps"], "{:,}")]
-    for n, token in enumerate(found["tokens"]):
-        column = [logprobs[n] for logprobs in found["logprobs"]]
+    for token, *column in zip(found["tokens"], *found["logprobs"], strict=True):
         percents = ["-" if x is None else f"{100 * math.exp(x):.2f}" for x in column]
-        lines.append(row(f"'{escaped(token)}'"[:SPELLING], percents, "{}"))
+        lines.append(row(f"'{escaped(token)}'", percents, "{}"))
     sums = [-math.fsum(x for x in logprobs if x is not None) for logprobs in found["logprobs"]]
     lines.append(row("nats in all", sums, "{:.2f}"))
     return "\n".join(lines)
@@ -94,4 +95,4 @@ def for_people(found: dict[str, Any]) -> str:
 
 def row(name: str, values: list[Any], form: str) -> str:
     """A line of the table."""
-    return f"{name:{SPELLING}}" + "".join(f"{form.format(value):>10}" for value in values)
+    return set_cell_size(name, SPELLING) + "".join(f"{form.format(value):>10}" for value in values)

@@ -160,7 +160,7 @@ class Curves {
     const figure = el("figure", id === "loss" ? "chart wide" : "chart", heading);
     Object.assign(figure, { id: `chart-${id}`, tabIndex: 0 });
     figure.setAttribute("role", "group");
-    figure.setAttribute("aria-label", `${title}: arrow keys read the values, Escape shows all`);
+    figure.setAttribute("aria-label", `${title}: arrow keys read the values, + and - zoom, Escape shows all`);
     box.append(figure);
     const spell = id === "memory_bytes" ? spelledBytes : spelledNumber;
     const spellX = against === "seconds" ? spelledSeconds : spelledNumber;
@@ -175,7 +175,8 @@ class Curves {
     const ticksX = against === "seconds" ? spelledSeconds : compact;
     const plot = new uPlot({
       width: figure.clientWidth || 600, height: id === "loss" ? 320 : 190,
-      scales: { x: { time: false, distr: logX ? 3 : 1 }, y: { distr: logY ? 3 : 1 } },
+      // uPlot would end a logarithmic axis at powers of ten, and so each zoom of it.
+      scales: { x: { time: false, ...(logX ? { distr: 3, range: (_, min, max) => (min < max ? [min, max] : [min / 2, 2 * max]) } : {}) }, y: { distr: logY ? 3 : 1 } },
       axes: [axis(ticksX, 44, AGAINST[against]),
         { ...axis(tick, 62), ...(id === "memory_bytes" ? { incrs: POWERS_OF_TWO } : {}) }],
       series: [{ label: AGAINST[against], value: (_, v) => (v === null || v === undefined ? "–" : spellX(v)) },
@@ -192,7 +193,7 @@ class Curves {
       hooks: { draw: [(u) => this.drawMarks(u, id)],
                setScale: [(u, key) => this.scaled(u, key)] },
     }, this.table(series), figure);
-    for (const name of figure.querySelectorAll(".u-legend .u-series th")) {
+    for (const name of figure.querySelectorAll(".u-legend .u-series ~ .u-series th")) {
       name.tabIndex = 0;
       name.setAttribute("role", "button");
       name.addEventListener("keydown", (event) => {
@@ -237,11 +238,21 @@ class Curves {
     this.scaling = false;
   }
 
+  /** Zooms around the value that is read, or the middle. */
+  zoomBy(plot, factor) {
+    if (!this.whole) return;
+    const { min, max } = plot.scales.x, at = plot.data[0][plot.cursor.idx] ?? (min + max) / 2;
+    const range = { min: Math.max(this.whole.min, at - (at - min) * factor),
+                    max: Math.min(this.whole.max, at + (max - at) * factor) };
+    this.zoomTo(range.min === this.whole.min && range.max === this.whole.max ? null : range);
+  }
+
   key(event, plot, title) {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     const { idx } = plot.cursor, last = plot.data[0].length - 1;
     const to = { ArrowRight: (idx ?? -1) + 1, ArrowLeft: (idx ?? last + 1) - 1, Home: 0, End: last }[event.key];
     if (event.key === "Escape") this.zoomTo(null);
+    else if (event.key === "+" || event.key === "-") this.zoomBy(plot, event.key === "+" ? 0.5 : 2);
     else if (to === undefined || event.target.closest(".u-legend")) return;
     else {
       const at = Math.min(Math.max(to, 0), last);
