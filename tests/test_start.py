@@ -48,7 +48,7 @@ def begin(folder, config=CONFIG):
 
 
 FOREIGN = [
-    "log.txt", "nohup.out", ".DS_Store", "thesis.tex", "config.toml~", "config.toml.7.tmp",
+    "log.txt", "nohup.out", ".DS_Store", "thesis.tex", "config.toml~", "config.toml.tmp",
     "lost+found/x", "checkpoints/lost+found/x", "checkpoints/7", "checkpoints/my.partial/x",
     "tokenizer/vocab.json", "wandb/debug.log",
 ]  # fmt: skip
