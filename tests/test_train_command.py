@@ -395,10 +395,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_keeps_the_batch(t
 def test_a_model_that_gives_no_probabilities_is_not_saved_and_said_to_have_diverged(
     tmp_path, monkeypatch
 ):
-    def nothing(_spec, _params, tokens_BT):
-        return np.full(tokens_BT[:, 1:].shape, np.nan, np.float32)
+    def nothing(_self, texts):
+        return np.full((len(texts), len(texts[0]) - 1), np.nan, np.float32)
 
-    monkeypatch.setattr("llm.training.loop.receipt_logprobs", nothing)
+    monkeypatch.setattr("llm.training.probes.Scorer.logprobs", nothing)
     with pytest.raises(NonFiniteError, match="diverged"):
         train(write_config(tmp_path))
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

@@ -139,7 +139,7 @@ def _make_outputs(start: Start, job: "Job") -> "Outputs":
     probes = job.make_probes(ProbesFile(run.probes, hosts.is_first))
     checkpoints = Checkpoints(run.checkpoints, start.config.checkpoint.keep, hosts)
     metrics = MetricsFile(run.metrics, hosts.is_first)
-    return Outputs(run, checkpoints, metrics, start.display, [], probes, seconds=start.seconds)
+    return Outputs(run, checkpoints, metrics, start.display, probes, [], seconds=start.seconds)
 
 
 def _begin_or_resume(start: Start, job: "Job", outputs: "Outputs") -> "tuple[Job, TrainState]":
@@ -160,7 +160,6 @@ def _begin_or_resume(start: Start, job: "Job", outputs: "Outputs") -> "tuple[Job
     rows = hosts.decide("the start", lambda: record(ancestor, metrics, checkpoints))
     if not hosts.is_first:
         metrics.remember(rows, step)
-    assert outputs.probes is not None, "of _make_outputs"
     outputs.probes.resume(step, hosts)
     outputs.trackers = make_trackers(config, run, step) if hosts.is_first else []
     _say_what_starts(job, run, step, ancestor, start.display)

@@ -23,7 +23,6 @@ import functools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -170,10 +169,10 @@ class Scorer:
             for window in windows:
                 of_size[window.T, window.K].append((text, window))
         for (T, _), members in of_size.items():
-            rows = 1 << (max(1, BATCH_TOKENS // T).bit_length() - 1)
+            rows = _rows(T)
             for start in range(0, len(members), rows):
                 batch = members[start : start + rows]
-                described = self._describe([window for _, window in batch])
+                described = jax.device_get(self._describe([window for _, window in batch]))
                 for b, (text, window) in enumerate(batch):
                     row = (b, predicted_slice(window))
                     of_window = jax.tree.map(lambda x, row=row: x[row], described)
@@ -182,23 +181,23 @@ class Scorer:
                     scored[text][1][place] = numbers
         yield from scored
 
-    def compile(self, texts: Sequence[TokenIds]) -> None:
-        """Compile what scores some texts of one size, no longer than the context.
+    def logprobs(self, texts: Sequence[TokenIds]) -> jax.Array:
+        """Of the first texts' tokens, float32 [B, T], dispatched and not waited for.
 
-        `params` may hold shapes with shardings in the place of arrays.
+        The program of `score` is used for them. Behind the texts and beyond their ends is noise.
+
+        Args:
+          texts: of one length, at most the context; as many count as one batch has.
         """
         windows = [window for ids in texts for window in self.windows(np.asarray(ids, np.int32))]
-        _describe_batch.lower(*self._arguments(windows)).compile()
+        return self._describe(windows[: _rows(windows[0].T)]).logprob
 
     def _describe(self, windows: Sequence[Window]) -> Described:
-        """Numpy arrays [B, K, ...] over the predicted positions of windows of one size."""
-        described = _describe_batch(*self._arguments(windows))
-        return jax.device_get(gathered(described, self.params))
-
-    def _arguments(self, windows: Sequence[Window]) -> tuple[Any, ...]:
+        """Arrays [B, K, ...] over the predicted positions of windows of one size."""
         inputs_BT, targets_BK = pad(windows)
         watch_BW = np.tile(np.array(self.watch, np.int32), (len(inputs_BT), 1))
-        return self.spec, self.params, inputs_BT, targets_BK, watch_BW, self._top()
+        arguments = self.spec, self.params, inputs_BT, targets_BK, watch_BW, self._top()
+        return gathered(_describe_batch(*arguments), self.params)
 
     def _top(self) -> int:
         return min(self.top, self.spec.vocab_size)
@@ -211,6 +210,11 @@ def pad(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
     for b, window in enumerate(windows):
         tokens_BT[b, : len(window.tokens)] = window.tokens
     return tokens_BT[:, :-1], tokens_BT[:, T + 1 - K :]
+
+
+def _rows(T: int) -> int:
+    """How many windows of T inputs a batch has at most, a power of two."""
+    return 1 << (max(1, BATCH_TOKENS // T).bit_length() - 1)
 
 
 def predicted_slice(window: Window) -> slice:

@@ -29,6 +29,7 @@ from llm.run.checkpoint import Checkpoints
 from llm.run.directory import RunDirectory
 from llm.run.display import Display
 from llm.run.metrics import MetricsFile
+from llm.run.probes import ProbesFile
 from llm.run.receipt import make_receipt, receipt_logprobs
 from llm.run.stop import StopRequest
 from llm.training.loop import Job, Outputs, train
@@ -106,7 +107,8 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
     checkpoints, rows = Checkpoints(run.checkpoints, 1, job.hosts), MetricsFile(run.metrics)
     checkpoints.clean()
     rows.rewind(0)
-    outputs = Outputs(run, checkpoints, rows, Display(speaks=False), [])
+    probes = job.make_probes(ProbesFile(run.probes))
+    outputs = Outputs(run, checkpoints, rows, Display(speaks=False), probes, [])
     stop, (_, state) = StopRequest(), make_step(job)
     metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate"), jnp.zeros(()))
     metrics |= {"finite": jnp.array(True), "spike": jnp.array(False)}
@@ -128,10 +130,12 @@ def measure_loop(job: Job, folder: Path, steps: int = 200) -> dict[str, Any]:
 
 
 def _only_steps(config: Config, steps: int) -> Config:
-    """The configuration with no evaluation, sample or save before its last step."""
+    """The configuration with no evaluation, probe, sample or save before its last step."""
+    logging = config.logging.model_copy(update={"probe_every": 0})
     training = config.training.model_copy(update={"steps": steps, "eval_every": 0})
     checkpoint = config.checkpoint.model_copy(update={"every": 0})
-    return config.model_copy(update={"training": training, "checkpoint": checkpoint})
+    update = {"training": training, "checkpoint": checkpoint, "logging": logging}
+    return config.model_copy(update=update)
 
 
 def measure_saves(job: Job, folder: Path, pairs: int, block: int = 12) -> dict[str, Any]:

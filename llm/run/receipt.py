@@ -44,7 +44,7 @@ def _compute(spec: ModelSpec, params: Params, tokens_BT: jax.Array) -> jax.Array
 
 
 def make_receipt(
-    tokens_BT: np.ndarray, logprobs_BT: jax.Array, tokenizer_sha256: str
+    tokens_BT: np.ndarray, logprobs_BT: jax.Array | np.ndarray, tokenizer_sha256: str
 ) -> dict[str, Any]:
     """The receipt as JSON; waits for the log-probabilities.
 

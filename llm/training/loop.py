@@ -34,8 +34,8 @@ from llm.run.display import Display
 from llm.run.hosts import Hosts, SharedStop
 from llm.run.metrics import MetricsFile
 from llm.run.probes import ProbeRow, ProbesFile
-from llm.run.receipt import make_receipt, receipt_logprobs, receipt_tokens
-from llm.run.setup import memory_bytes, predicting_dtype
+from llm.run.receipt import receipt_tokens
+from llm.run.setup import memory_bytes
 from llm.run.stop import StopRequest
 from llm.run.trackers import Tracker
 from llm.text.batches import TrainingBatches, held_out_batches, training_batches
@@ -77,19 +77,16 @@ class Job:
 
     def make_probes(self, file: ProbesFile) -> Probes:
         """The texts that are followed: two held-out windows, and those of the settings."""
-        held_out = self.receipt_tokens() if len(self.corpus.validation) > 1 else np.zeros((0, 1))
-        dtype = predicting_dtype(self.config.training.compute_dtype, self.mesh.devices.flat[0])
-        model, tokenizer = self.config.model, self.corpus.tokenizer
-        spec = ModelSpec(model, self.spec.vocab_size, dtype, unassigned=tokenizer.unassigned)
-        return Probes(spec, tokenizer, self.config.probe, held_out, file)
+        corpus, model = self.corpus, self.config.model
+        held_out, tokenizer = len(corpus.validation) > 1, corpus.tokenizer
+        split = corpus.validation if held_out else corpus.train
+        tokens = receipt_tokens(split, model.context_length)
+        spec = ModelSpec(model, self.spec.vocab_size, "float32", unassigned=tokenizer.unassigned)
+        return Probes(spec, tokenizer, self.config.probe, tokens, held_out, file)
 
     @property
     def tokens_per_step(self) -> int:
         return self.config.training.batch_size * self.config.model.context_length
-
-    def receipt_tokens(self) -> np.ndarray:
-        held_out = self.corpus.validation if len(self.corpus.validation) > 1 else self.corpus.train
-        return receipt_tokens(held_out, self.spec.config.context_length)
 
 
 @dataclasses.dataclass
@@ -97,7 +94,7 @@ class Outputs:
     """The destinations of a run's results.
 
     Attributes:
-      probes: scores fixed texts as they are learnt.
+      probes: scores fixed texts as they are learnt, and makes receipts.
       evaluated: called after each evaluation.
       first_step_at: time.monotonic() when the first step of this start was complete.
       seconds: how long evaluations and saves have taken.
@@ -107,8 +104,8 @@ class Outputs:
     checkpoints: Checkpoints
     metrics: MetricsFile
     display: Display
+    probes: Probes
     trackers: list[Tracker]
-    probes: Probes | None = None
     evaluated: Callable[[], object] = lambda: None
     first_step_at: float | None = None
     seconds: dict[str, float] = dataclasses.field(
@@ -134,8 +131,7 @@ class Outputs:
         """Wait for a save under way, and close every file."""
         self.checkpoints.close()
         self.metrics.close()
-        if self.probes is not None:
-            self.probes.close()
+        self.probes.close()
         for tracker in self.trackers:
             tracker.close()
 
@@ -163,9 +159,6 @@ def train(
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
     validation = Validation(job, outputs, shared_stop, sampler, report)
-    # While the step is compiled too. Programs of several processes are compiled in one order.
-    if outputs.probes is not None and job.hosts.alone:
-        outputs.probes.compile(state.weights)
     catch_up(job, outputs, report, validation, state)
     if config.run.deterministic and step < steps:
         check_repeats(job, step_fn, state, step)
@@ -383,10 +376,9 @@ class Validation:
 
     def probe(self, state: TrainState, step: int) -> None:
         """Score the probes at a step, once; nothing if there are none."""
-        if self._outputs.probes is not None:
-            with self._outputs.timed("evaluation"):
-                self._outputs.probes.score(state.weights, step)
-            self._report.restart_clock()
+        with self._outputs.timed("evaluation"):
+            self._outputs.probes.score(state.weights, step)
+        self._report.restart_clock()
 
     def _sample(self, params: Any, step: int) -> None:
         """Show a sample, and keep its probabilities."""
@@ -396,9 +388,8 @@ class Validation:
         text = "".join(token.text for token in tokens)
         lines = ("  | " + line for line in text.splitlines() or [""])
         self._outputs.display.say("\n".join(lines))
-        if self._outputs.probes is not None:
-            given = sum(token.phase == "prompt" for token in tokens)
-            self._outputs.probes.file.write(ProbeRow.of(step, "Sample", tokens, given))
+        given = sum(token.phase == "prompt" for token in tokens)
+        self._outputs.probes.file.write(ProbeRow.of(step, "Sample", tokens, given))
 
     def _batches(self, source: Source, rows: np.ndarray | None) -> Iterator[Batch]:
         size = self._job.config.training.evaluation_size
@@ -439,15 +430,14 @@ class Validation:
 def save(job: Job, outputs: Outputs, report: StepReport, state: TrainState, step: int) -> None:
     """Hand the state to the background writer, with what its parameters predict."""
     report.mark(f"step {step}, before its checkpoint")
-    tokens, sha256 = job.receipt_tokens(), job.corpus.tokenizer.sha256
 
-    def receipt() -> dict[str, Any]:
+    def checked_receipt() -> dict[str, Any]:
         job.corpus.check_sizes()  # what was trained on zeros in the place of tokens is not saved
-        return make_receipt(tokens, logprobs, sha256)
+        return receipt()
 
     with outputs.timed("saves"):
-        logprobs = receipt_logprobs(job.spec, state.params, tokens)
-        outputs.checkpoints.save(step, to_groups(state), receipt)
+        receipt = outputs.probes.receipt(state.params)
+        outputs.checkpoints.save(step, to_groups(state), checked_receipt)
     report.restart_clock()
 
 

@@ -2,13 +2,13 @@
 
 They are the held-out windows of the receipt (llm/run/receipt.py) and the [[probe]] tables of the
 configuration. Their numbers come from the code of `score`, on the same parameters, so that a row of
-probes.jsonl is what `score` says of the checkpoint of that step.
+probes.jsonl is what `score` says of the checkpoint of that step; but always in float32, at the
+highest precision of the matrix units, as a receipt is. One program computes both, so that probes
+cost a run no other compilation.
 """
 
-import contextlib
 import dataclasses
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from llm.inference.score import Scorer
 from llm.model.gpt import ModelSpec, Params
 from llm.run.hosts import Hosts
 from llm.run.probes import ProbeRow, ProbesFile
+from llm.run.receipt import make_receipt
 from llm.text.tokenizer import Tokenizer
 
 # Tokens of a probe: what fits in a few lines of a page.
@@ -32,8 +33,9 @@ class Probes:
     """Scores the texts at a step, once. Every process makes the same calls; one writes.
 
     Args:
-      spec: as a model that predicts has it.
-      held_out: int32 [B, T + 1] windows; B is 0 if nothing is held out.
+      spec: of a model that computes in float32.
+      receipt: int32 [B, T + 1], the windows of the receipt.
+      held_out: whether they are held out, and are followed.
     Raises:
       UsageError: a [[probe]] is too short or too long.
     """
@@ -43,15 +45,17 @@ class Probes:
         spec: ModelSpec,
         tokenizer: Tokenizer,
         texts: Sequence[ProbeText],
-        held_out: np.ndarray,
+        receipt: np.ndarray,
+        held_out: bool,
         file: ProbesFile,
     ):
         self.file, self._last = file, -1
-        self._compiling: threading.Thread | None = None
         self._scorer = Scorer(spec, {}, tokenizer, top=1)
+        self._receipt = receipt
         self._texts = [
-            (f"Held-out text {number}", row.tolist()) for number, row in enumerate(held_out, 1)
+            (f"Held-out text {number}", row.tolist()) for number, row in enumerate(receipt, 1)
         ]
+        self._skipped = 0 if held_out else len(receipt)
         longest = min(LONGEST, spec.config.context_length + 1)
         for probe in texts:
             called = f"the [[probe]] {probe.text[:NAME]!r}"
@@ -66,29 +70,11 @@ class Probes:
                 )
             self._texts.append((probe.name or probe.text[:NAME], ids))
         # All as long as the longest, behind which nothing is seen: one program is compiled.
-        size = max((len(ids) for _, ids in self._texts), default=0)
+        size = max(len(ids) for _, ids in self._texts)
         self._padded = [ids + [0] * (size - len(ids)) for _, ids in self._texts]
 
-    def compile(self, params: Params) -> None:
-        """Begin to compile the program of `score` in a thread, so that training need not wait."""
-        if self._texts:
-            shapes: Any = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
-            )
-            scorer = dataclasses.replace(self._scorer, params=shapes)
-
-            def work() -> None:
-                # `score` compiles again, and says what is wrong.
-                with contextlib.suppress(Exception):
-                    scorer.compile(self._padded)
-
-            self._compiling = threading.Thread(target=work)
-            self._compiling.start()
-
     def close(self) -> None:
-        """Wait for the compiler, and close the file."""
-        if self._compiling is not None:
-            self._compiling.join()
+        """Close the file."""
         self.file.close()
 
     def resume(self, step: int, hosts: Hosts) -> None:
@@ -99,15 +85,27 @@ class Probes:
     def score(self, params: Params, step: int) -> None:
         """Write a row for each text, unless this step has them. A model that has diverged gives no
         probabilities, and then no rows."""
-        if not self._texts or step == self._last:
+        texts = self._texts[self._skipped :]
+        if not texts or step == self._last:
             return
         self._last = step
-        if self._compiling is not None:
-            self._compiling.join()
         scorer = dataclasses.replace(self._scorer, params=params)
         try:
-            scored = list(scorer.score(self._padded))
+            with jax.default_matmul_precision("highest"):
+                scored = list(scorer.score(self._padded))[self._skipped :]
         except NonFiniteError:
             return
-        texts = zip(self._texts, scored, strict=True)
-        self.file.write(*[ProbeRow.of(step, name, of[: len(ids)]) for (name, ids), of in texts])
+        rows = zip(texts, scored, strict=True)
+        self.file.write(*[ProbeRow.of(step, name, of[: len(ids)]) for (name, ids), of in rows])
+
+    def receipt(self, params: Params) -> Callable[[], dict[str, Any]]:
+        """What makes the receipt of these parameters: dispatched here, waited for by the function.
+
+        The function raises:
+          NonFiniteError: the model has diverged.
+        """
+        with jax.default_matmul_precision("highest"):
+            logprobs = dataclasses.replace(self._scorer, params=params).logprobs(self._padded)
+        B, T = self._receipt[:, 1:].shape
+        sha256 = self._scorer.tokenizer.sha256
+        return lambda: make_receipt(self._receipt, np.asarray(logprobs)[:B, :T], sha256)
