@@ -295,6 +295,20 @@ def test_probes_are_scored_at_each_evaluation_as_score_does(unbroken):
     assert check_probes_of_the_last_step(unbroken / "run") == 3
 
 
+def test_probes_and_receipts_of_a_run_are_computed_by_one_program(tmp_path):
+    from runs import train, write_config
+
+    from llm.inference.score import _describe_batch
+    from llm.run.receipt import _compute
+
+    for program in (_describe_batch, _compute):
+        program.clear_cache()
+    config = write_config(tmp_path, training={"steps": 2}, sample={"max_new_tokens": 0})
+    config.write_text(config.read_text() + '\n[[probe]]\ntext = "the"\n')
+    assert train(config, "--logging.probe-every", "1") == 0
+    assert [program._cache_size() for program in (_describe_batch, _compute)] == [1, 0]
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh, model, training",
