@@ -28,7 +28,7 @@ every_command = pytest.mark.parametrize("command", COMMANDS)
 # Words without which a command says that they are missing.
 REQUIRED = {
     "replay": ["RUN", "--step", "3"],
-    "eval": ["RUN", "--tasks", "one"],
+    "eval": ["--tasks", "one", "--seed", "1", "RUN"],  # a word behind --tasks is a task
     "diff": ["A", "B"],
     "import-hf": ["FOLDER", "RUN"],
     "export-hf": ["RUN", "FOLDER"],
