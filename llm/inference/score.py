@@ -187,7 +187,7 @@ class Scorer:
         The program of `score` is used for them. Behind the texts and beyond their ends is noise.
 
         Args:
-          texts: of one length, at most the context; as many count as one batch has.
+          texts: of one length, read in one window; as many count as one batch has.
         """
         windows = [window for ids in texts for window in self.windows(np.asarray(ids, np.int32))]
         return self._describe(windows[: _rows(windows[0].T)]).logprob

@@ -98,10 +98,7 @@ def prepare(
             sources.append(
                 _opened(name, settings, origins, groups[name], of_it, encoder, hashed=hashed)
             )
-        fingerprint = sources[0].fingerprint
-        if data.mixture:
-            of_all = [[source.name, source.fingerprint] for source in sources]
-            fingerprint = sha256_of_json({"sources": of_all})
+        fingerprint = _fingerprint_of_all(sources, bool(data.mixture))
         notes = [
             *(f"{one.name}: {note}" if one.name else note for one in sources for note in one.notes),
             *_notes(encoder, tokenizer),
@@ -123,6 +120,12 @@ def prepare(
         notes=tuple(notes),
         reused=not any(part.is_new for part in parts),
     )
+
+
+def _fingerprint_of_all(sources: Sequence[Source], is_mixture: bool) -> str:
+    """That of the only source, or of all with their names."""
+    of_all = [[source.name, source.fingerprint] for source in sources]
+    return sha256_of_json({"sources": of_all}) if is_mixture else sources[0].fingerprint
 
 
 def _grouped(

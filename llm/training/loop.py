@@ -153,12 +153,16 @@ def train(
       NonFiniteError, CheckpointError, DataError: as their messages say.
     """
     config, step, steps = job.config, int(state.step), job.config.training.steps
-    saves, evaluations = config.checkpoint.every, config.training.eval_every
-    probed = config.logging.probe_every
     step_fn = train_step or make_train_step(job.spec, config.optimizer, config.training, job.mesh)
     shared_stop = SharedStop(stop, job.hosts, job.mesh)
     report = StepReport(job, outputs, shared_stop, step)
     validation = Validation(job, outputs, shared_stop, sampler, report)
+    # Before the last step; behind it each has its place below.
+    between_steps: tuple[tuple[int, Callable[[TrainState, int], None]], ...] = (
+        (config.checkpoint.every, functools.partial(save, job, outputs, report)),
+        (config.logging.probe_every, validation.probe),
+        (config.training.eval_every, validation.run),
+    )
     catch_up(job, outputs, report, validation, state)
     if config.run.deterministic and step < steps:
         check_repeats(job, step_fn, state, step)
@@ -176,15 +180,10 @@ def train(
             report.settle(dispatched=step)  # the step before: the device never waits for the host
             report.pending = step, metrics
             outputs.checkpoints.check_for_errors()
-            if step < steps and is_due(step, saves):
-                report.settle(dispatched=step)
-                save(job, outputs, report, state, step)
-            if step < steps and is_due(step, probed):
-                report.settle(dispatched=step)
-                validation.probe(state, step)
-            if step < steps and is_due(step, evaluations):
-                report.settle(dispatched=step)
-                validation.run(state, step)
+            for every, do in between_steps:
+                if step < steps and is_due(step, every):
+                    report.settle(dispatched=step)
+                    do(state, step)
     report.settle(dispatched=step)
 
     save(job, outputs, report, state, step)
