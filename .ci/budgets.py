@@ -26,7 +26,7 @@ CORE += (
     "section",
 )
 # Whoever adds a capability may raise a budget, and says by how much and for what.
-BUDGETS = {"core": 10_550, "planning": 880, "llm": 20_890}
+BUDGETS = {"core": 10_540, "planning": 880, "llm": 20_880}
 LARGEST_FILE = 400
 LARGEST_FUNCTION = 60
 
